@@ -1,0 +1,1 @@
+"""Hypergradient methods: what a backward pass through a solution does."""

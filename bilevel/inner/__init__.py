@@ -1,0 +1,1 @@
+"""Inner solvers: they find the minimum; how it was found is not differentiated."""

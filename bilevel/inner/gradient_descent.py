@@ -1,0 +1,79 @@
+"""Gradient descent, with momentum, or with a line search that finds each problem's own step size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..problem import Evaluation, Problem
+from ..solution import Solution
+from ..tree import scale
+from .minimize import Progress, check_settings, choose, descend
+
+
+@dataclass(frozen=True)
+class GradientDescent:
+    """``y <- y - lr m``, ``m <- momentum m + grad`` (heavy ball, as `torch.optim.SGD`).
+
+    The inner solver of implicit MAML with ``max_steps`` alone; the only one that `Unroll` can differentiate.
+
+    Args:
+        lr: step size, or one for each problem as a tuple of T numbers.
+        max_steps: steps at most. Where ``gtol`` is None, exactly this many.
+        gtol: stop a problem at this gradient norm; None: no check, no synchronisation with a GPU.
+        momentum: in [0, 1).
+        line_search: find step sizes by a weak Wolfe search, starting from ``lr`` and then from twice the last
+            one, for each problem its own. Excludes momentum.
+    """
+
+    lr: float | tuple[float, ...] = 0.1
+    max_steps: int = 100
+    gtol: float | None = None
+    momentum: float = 0.0
+    line_search: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(max_steps=self.max_steps, gtol=self.gtol)
+        if any(not lr > 0 for lr in (self.lr if isinstance(self.lr, tuple) else (self.lr,))):
+            raise ValueError(f"lr is {self.lr}: step sizes must be positive.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}: it lies in [0, 1).")
+        if self.line_search and self.momentum:
+            raise ValueError("line_search and momentum exclude each other: set one of them.")
+
+    def minimize(self, problem: Problem) -> Solution:
+        """Minimise; see `InnerSolver`."""
+        lr = self._step_sizes(problem.start)
+        return self._search(problem, lr) if self.line_search else self._descend(problem, lr)
+
+    def _descend(self, problem: Problem, lr: Tensor) -> Solution:
+        at, velocity = problem.start, torch.zeros_like(problem.start.g)
+        progress = Progress.begin(at, self.gtol)
+        for step in range(self.max_steps):
+            if self.gtol is not None and progress.done(step):
+                break
+            velocity = self.momentum * velocity + at.g if self.momentum else at.g
+            y = at.y - scale(lr, velocity)
+            progress.count()
+            if self.gtol is None and step == self.max_steps - 1:
+                at = Evaluation(y, at.f, at.g)  # nothing asks for the last gradient: argmin measures it once
+                break
+            new = problem.evaluate(y)
+            at = choose(progress.active, new, at) if self.gtol is not None else new
+            if self.gtol is not None:
+                progress.look(at)
+        return progress.solution(at.y)
+
+    def _search(self, problem: Problem, lr: Tensor) -> Solution:
+        def direction(at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor]:
+            return -at.g, torch.where(last > 0, 2 * last, lr)
+
+        return descend(problem, self.gtol, self.max_steps, direction)
+
+    def _step_sizes(self, at: Evaluation) -> Tensor:
+        lr = torch.as_tensor(self.lr, dtype=torch.float64, device=at.f.device)
+        if lr.dim() and lr.shape != at.f.shape:
+            raise ValueError(f"lr has {lr.numel()} step sizes for {tuple(at.f.shape)} problems: give one or T.")
+        return lr.expand_as(at.f)

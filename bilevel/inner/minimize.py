@@ -1,0 +1,147 @@
+"""What all inner solvers share: their protocol, their stopping rule and the line search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..problem import Evaluation, Problem
+from ..solution import Result, Solution, make_codes
+from ..tree import dot, norm, scale
+
+
+class InnerSolver(Protocol):
+    """Minimises a `Problem`. Frozen settings only: the same object twice gives the same answer."""
+
+    def minimize(self, problem: Problem) -> Solution:
+        """The solution's ``value`` is flat, ``[*batch, n]``; its stats lack what `argmin` measures at the end."""
+        ...
+
+
+def check_settings(*, max_steps: int, gtol: float | None) -> None:
+    """Refuse limits and tolerances that mean nothing, naming the argument."""
+    if max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps}: at least one step is needed.")
+    if gtol is not None and not gtol >= 0:
+        raise ValueError(f"gtol is {gtol}: a tolerance on the gradient norm cannot be negative.")
+
+
+@dataclass
+class Progress:
+    """The stopping rule, problem by problem: ``active`` problems go on, the others are frozen.
+
+    Attributes:
+        codes, steps, active: of the batch shape; the result, the steps made, and whether to go on.
+    """
+
+    gtol: float | None
+    codes: Tensor
+    steps: Tensor
+    active: Tensor
+
+    @classmethod
+    def begin(cls, at: Evaluation, gtol: float | None) -> Progress:
+        codes = make_codes(Result.STEPS_DONE if gtol is None else Result.MAX_STEPS, at.f)
+        state = cls(gtol, codes, torch.zeros_like(codes, dtype=torch.int64), torch.ones_like(codes, dtype=torch.bool))
+        state.look(at)
+        return state
+
+    def look(self, at: Evaluation) -> None:
+        """End the problems whose gradient is small enough, or that are not finite."""
+        size = norm(at.g.detach())
+        if self.gtol is not None:
+            self.end(size <= self.gtol, Result.CONVERGED)
+        self.end(~(torch.isfinite(size) & torch.isfinite(at.f)), Result.NONFINITE)
+
+    def end(self, where: Tensor, result: Result) -> None:
+        """End the active problems of a mask with this result."""
+        self.codes = torch.where(self.active & where, make_codes(result, self.codes), self.codes)
+        self.active = self.active & ~where
+
+    def count(self) -> None:
+        self.steps = self.steps + self.active
+
+    def done(self, step: int) -> bool:
+        """Whether all have ended. Without a tolerance, or on a GPU, it asks rarely: each is a synchronisation."""
+        every = 1 if self.active.device.type == "cpu" else 8
+        return step % every == 0 and not bool(self.active.any())
+
+    def solution(self, y: Tensor, **stats: Tensor) -> Solution:
+        return Solution(y, {"num_steps": self.steps, "result": self.codes, **stats})
+
+
+def choose(where: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:
+    """Take ``new`` in the problems of the mask, ``old`` in the others."""
+    keep = where.unsqueeze(-1)
+    return Evaluation(
+        torch.where(keep, new.y, old.y), torch.where(where, new.f, old.f), torch.where(keep, new.g, old.g)
+    )
+
+
+SUFFICIENT_DECREASE = 1e-4
+CURVATURE = 0.9
+
+
+def line_search(
+    problem: Problem, at: Evaluation, direction: Tensor, step: Tensor, active: Tensor, max_trials: int = 30
+) -> tuple[Evaluation, Tensor, Tensor]:
+    """Bisection to a weak Wolfe point (Lewis and Overton 2013), each problem with its own bracket.
+
+    Near the minimum, where the losses differ by rounding only, the decrease is judged by the slopes instead
+    (the approximate Wolfe condition of Hager and Zhang 2005), so that small gradient norms can be reached.
+
+    Returns:
+        The accepted points (the old ones where none was found), the step sizes, and the mask of success.
+    """
+    slope = dot(at.g, direction)
+    low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
+    pending, best, taken = active & (slope < 0), at, torch.zeros_like(step)
+    rounding = 1e3 * torch.finfo(at.g.dtype).eps * at.f.abs()
+    for _ in range(max_trials):
+        if not bool(pending.any()):
+            break
+        trial = problem.evaluate(at.y + scale(torch.where(pending, step, torch.zeros_like(step)), direction))
+        new_slope = dot(trial.g, direction)
+        decreased = trial.f <= at.f + SUFFICIENT_DECREASE * step * slope
+        level = (trial.f <= at.f + rounding) & (new_slope <= (2 * SUFFICIENT_DECREASE - 1) * slope)
+        enough, steep = decreased | level, new_slope < CURVATURE * slope
+        accepted = pending & enough & ~steep
+        best, taken = choose(accepted, trial, best), torch.where(accepted, step, taken)
+        pending = pending & ~accepted
+        high = torch.where(pending & ~enough, step, high)
+        low = torch.where(pending & enough, step, low)
+        # A point that only fails the curvature condition is kept in hand: it does lower the loss.
+        partial = pending & enough & (trial.f < best.f)
+        best, taken = choose(partial, trial, best), torch.where(partial, step, taken)
+        step = torch.where(torch.isinf(high), 2 * low, (low + high) / 2)
+    return best, taken, active & (taken > 0)
+
+
+def descend(
+    problem: Problem,
+    gtol: float | None,
+    max_steps: int,
+    direction: Callable[[Evaluation, Tensor], tuple[Tensor, Tensor]],
+) -> Solution:
+    """Line-search descent.
+
+    Args:
+        direction: from the point and the last step sizes (0 at first) to directions ``[*batch, n]`` and the
+            step sizes to try first.
+    """
+    at = problem.start
+    progress = Progress.begin(at, gtol)
+    size = torch.zeros_like(at.f)
+    for _ in range(max_steps):
+        if not bool(progress.active.any()):
+            break
+        towards, first = direction(at, size)
+        at, size, moved = line_search(problem, at, towards, first, progress.active)
+        progress.count()
+        progress.look(at)
+        progress.end(~moved, Result.STAGNATED)
+    return progress.solution(at.y, step_size=size)

@@ -1,0 +1,54 @@
+"""Hessian-free Newton: the direction by conjugate gradients on Hessian products, then a line search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..linalg.cg import conjugate_gradient
+from ..linalg.curvature import HessianMode, hessian
+from ..problem import Evaluation, Problem
+from ..solution import Solution
+from ..tree import norm
+from .lbfgs import default_gtol
+from .minimize import check_settings, descend
+
+
+@dataclass(frozen=True)
+class NewtonCG:
+    """Truncated Newton (Dembo and Steihaug 1983): the 'Hessian-free' inner solver of implicit MAML.
+
+    Few, expensive steps: for problems that are badly conditioned, or where L-BFGS stalls. Directions of
+    negative curvature end the CG of that problem; the iterate so far, or the gradient, is taken.
+
+    Args:
+        max_steps: Newton steps at most.
+        gtol: stop a problem at this gradient norm; None: as in `LBFGS`, and 0 makes ``max_steps`` steps.
+        cg_steps: products for each direction at most; the paper takes 5.
+        hessian: how products are made: ``"graph"`` or ``"func"``.
+    """
+
+    max_steps: int = 200
+    gtol: float | None = None
+    cg_steps: int = 50
+    hessian: HessianMode = "graph"
+
+    def __post_init__(self) -> None:
+        check_settings(max_steps=self.max_steps, gtol=self.gtol)
+        if self.cg_steps < 1:
+            raise ValueError(f"cg_steps is {self.cg_steps}: at least one product is needed for a direction.")
+
+    def minimize(self, problem: Problem) -> Solution:
+        """Minimise; see `InnerSolver`."""
+
+        def direction(at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor]:
+            operator = hessian(problem, problem.linearize(at.y), self.hessian)
+            slack = torch.minimum(torch.full_like(at.f, 0.5), norm(at.g).sqrt())
+            steps = conjugate_gradient(operator, at.g, slack, 0.0, self.cg_steps).value
+            unusable = ~(norm(steps) > 0) | ~torch.isfinite(steps).all(-1)
+            return -torch.where(unusable.unsqueeze(-1), at.g, steps), torch.ones_like(at.f)
+
+        gtol = default_gtol(problem) if self.gtol is None else self.gtol
+        return descend(problem, gtol, self.max_steps, direction)

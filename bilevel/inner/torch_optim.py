@@ -1,0 +1,96 @@
+"""Any `torch.optim` optimizer as inner solver: implicit differentiation does not care which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Evaluation, Problem
+from ..solution import Solution
+from .minimize import Progress, check_settings
+
+
+@dataclass(frozen=True, init=False)
+class TorchOptim:
+    """Run ``optimizer(params, **settings)`` from `torch.optim`: ``TorchOptim(torch.optim.Adam, lr=1e-2)``.
+
+    T problems are stepped together; a problem that meets ``gtol`` is frozen there. Optimizers that work
+    element by element (SGD, Adam, RMSprop, ...) then solve each as if alone; `torch.optim.LBFGS` couples them:
+    take `bilevel.LBFGS` for a batch.
+
+    Args:
+        optimizer: the class.
+        max_steps: calls of ``step`` at most.
+        gtol: stop a problem at this gradient norm; None: make ``max_steps`` steps.
+        settings: what the class takes, such as ``lr``.
+    """
+
+    optimizer: Callable[..., torch.optim.Optimizer]
+    max_steps: int
+    gtol: float | None
+    settings: tuple[tuple[str, Any], ...]
+
+    def __init__(
+        self,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        *,
+        max_steps: int = 100,
+        gtol: float | None = None,
+        **settings: Any,
+    ):
+        check_settings(max_steps=max_steps, gtol=gtol)
+        object.__setattr__(self, "optimizer", optimizer)
+        object.__setattr__(self, "max_steps", max_steps)
+        object.__setattr__(self, "gtol", gtol)
+        object.__setattr__(self, "settings", tuple(settings.items()))
+
+    def __repr__(self) -> str:
+        settings = "".join(f", {name}={value!r}" for name, value in self.settings)
+        name = getattr(self.optimizer, "__name__", repr(self.optimizer))
+        return f"TorchOptim({name}, max_steps={self.max_steps}, gtol={self.gtol}{settings})"
+
+    def minimize(self, problem: Problem) -> Solution:
+        """Minimise; see `InnerSolver`."""
+        raveler = problem.raveler
+        params = [leaf.detach().clone().requires_grad_() for leaf in raveler.unravel(problem.start.y)]
+        optimizer = self.optimizer(params, **dict(self.settings))
+        progress = Progress.begin(problem.start, self.gtol)
+        latest = problem.start
+
+        def closure() -> float:
+            nonlocal latest
+            latest = problem.evaluate(raveler.ravel([param.detach() for param in params]))
+            for param, grad in zip(params, raveler.unravel(latest.g), strict=True):
+                param.grad = grad.clone()
+            return float(latest.f.sum())
+
+        for step in range(self.max_steps):
+            if self.gtol is not None and progress.done(step):
+                break
+            before = raveler.ravel([param.detach() for param in params]).clone()
+            optimizer.step(closure)
+            if self.gtol is not None:
+                progress.look(self._first(problem, before, latest))
+            progress.count()
+            if self.gtol is not None:
+                self._freeze(params, raveler.unravel(before), progress.active)
+        y = raveler.ravel([param.detach() for param in params])
+        if self.gtol is not None:
+            progress.look(problem.evaluate(y))
+        return progress.solution(y)
+
+    @staticmethod
+    def _first(problem: Problem, before: Tensor, latest: Evaluation) -> Evaluation:
+        """The evaluation at the point before the step; a closure called several times ended elsewhere."""
+        return latest if torch.equal(latest.y, before) else problem.evaluate(before)
+
+    @staticmethod
+    def _freeze(params: list[Tensor], before: list[Tensor], active: Tensor) -> None:
+        with torch.no_grad():
+            for param, old in zip(params, before, strict=True):
+                where = active.view(*active.shape, *[1] * (param.dim() - active.dim()))
+                param.copy_(torch.where(where, param, old))

@@ -1,0 +1,1 @@
+"""Linear solvers over operators that are known by their products only."""

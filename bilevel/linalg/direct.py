@@ -1,0 +1,80 @@
+"""Direct solvers: the matrix is formed from n products and factorised. For small problems, and as the truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..solution import Result, Solution, make_codes
+from ..tree import norm
+from .operator import Operator
+from .solve import normalise, report
+
+
+@dataclass(frozen=True)
+class Cholesky:
+    """Factorise the symmetric positive definite ``A``; up to ``max_size`` unknowns for each problem.
+
+    A matrix that is not positive definite gives `Result.NEGATIVE_CURVATURE` and a zero solution for that
+    problem.
+    """
+
+    max_size: int = 4096
+
+    def solve(self, operator: Operator, b: Tensor) -> Solution:
+        """Solve ``A x = b``; see `LinearSolver`."""
+        matrix = _dense(operator, self.max_size, "Cholesky")
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        unit, length = normalise(b)
+        x = torch.cholesky_solve(unit.unsqueeze(-1), factor).squeeze(-1)
+        return _report(matrix, x, unit, length, info == 0)
+
+
+@dataclass(frozen=True)
+class LU:
+    """Factorise a regular symmetric ``A``, positive definite or not; up to ``max_size`` unknowns.
+
+    A singular matrix gives `Result.STAGNATED` and a zero solution for that problem.
+    """
+
+    max_size: int = 4096
+
+    def solve(self, operator: Operator, b: Tensor) -> Solution:
+        """Solve ``A x = b``; see `LinearSolver`."""
+        matrix = _dense(operator, self.max_size, "LU")
+        unit, length = normalise(b)
+        x, info = torch.linalg.solve_ex(matrix, unit.unsqueeze(-1))
+        return _report(matrix, x.squeeze(-1), unit, length, info == 0, Result.STAGNATED)
+
+
+def _dense(operator: Operator, max_size: int, name: str) -> Tensor:
+    if operator.size > max_size:
+        gibibytes = operator.batch_shape.numel() * operator.size**2 * operator.dtype.itemsize / 2**30
+        raise ValueError(
+            f"{name} would form matrices of {operator.size} unknowns ({gibibytes:.3g} GiB); its max_size is "
+            f"{max_size}. Use CG, or raise max_size."
+        )
+    matrix = operator.to_dense()
+    return (matrix + matrix.mT) / 2
+
+
+def _report(
+    matrix: Tensor,
+    x: Tensor,
+    unit: Tensor,
+    length: Tensor,
+    regular: Tensor,
+    failure: Result = Result.NEGATIVE_CURVATURE,
+) -> Solution:
+    x = torch.where(regular.unsqueeze(-1), x, torch.zeros_like(x))
+    relative = torch.where(length > 0, norm(unit - (matrix @ x.unsqueeze(-1)).squeeze(-1)), torch.zeros_like(length))
+    codes = make_codes(Result.CONVERGED, length)
+    codes = torch.where(relative > 1e-2, make_codes(Result.STAGNATED, codes), codes)
+    codes = torch.where(regular, codes, make_codes(failure, codes))
+    bad = ~torch.isfinite(length) | ~torch.isfinite(relative) | ~torch.isfinite(matrix).all(-1).all(-1)
+    codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
+    steps = torch.full_like(length, matrix.shape[-1], dtype=torch.int64)
+    value = torch.nan_to_num(length, 0, 0, 0).to(x.dtype).unsqueeze(-1) * x
+    return report(value, codes, steps, relative * length, length)

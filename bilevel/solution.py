@@ -1,0 +1,115 @@
+"""`Solution` and `Result`: what every solve returns, and what ``throw=`` means."""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Throw = Literal["raise", "warn", "fallback", "ignore"]
+
+
+class Result(enum.IntEnum):
+    """Why a solve stopped, from good to bad; of a batch, the worst counts. ``result.help`` says it in words."""
+
+    help: str
+
+    def __new__(cls, code: int, text: str) -> Result:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.help = text
+        return member
+
+    CONVERGED = 0, "the tolerance was met"
+    STEPS_DONE = 1, "the requested number of steps was made; no tolerance was asked for"
+    MAX_STEPS = 2, "the step limit was reached before the tolerance was met"
+    STAGNATED = 3, "no further progress was possible in this precision before the tolerance was met"
+    NEGATIVE_CURVATURE = 4, "a direction of zero or negative curvature was met: the matrix is not positive definite"
+    DIVERGED = 5, "the iterates grew instead of converging"
+    NONFINITE = 6, "a NaN or an infinity appeared"
+
+    @property
+    def ok(self) -> bool:
+        """Whether the solve did what was asked of it."""
+        return self <= Result.STEPS_DONE
+
+
+_BY_CODE = {int(result): result for result in Result}
+
+
+class SolveWarning(UserWarning):
+    """A solve did not do what was asked of it, and its result is used all the same."""
+
+
+class SolveError(RuntimeError):
+    """A solve did not do what was asked of it; ``error.solution`` has what it found."""
+
+    def __init__(self, message: str, solution: Solution):
+        super().__init__(message)
+        self.solution = solution
+
+
+@dataclass
+class AdjointCell:
+    """Where a backward pass leaves its `Solution`; apart, so that no reference cycle keeps graphs alive."""
+
+    solution: Solution | None = None
+
+
+@dataclass
+class Solution:
+    """The outcome of one solve, or of a batch of T.
+
+    Attributes:
+        value: the solution; of `argmin` a tree like ``init``, of a linear solver a tensor ``[*batch, n]``.
+        stats: tensors of the batch shape. Always ``num_steps`` (int64), ``residual_norm`` (float64: of an
+            inner solve the gradient norm, of a linear solve ``||b - A x||``) and ``result`` (int8 codes).
+        recovered: names of the fallbacks that were used, in order.
+    """
+
+    value: Any
+    stats: dict[str, Tensor]
+    recovered: tuple[str, ...] = ()
+    adjoint_cell: AdjointCell = field(default_factory=AdjointCell, repr=False)
+
+    @property
+    def result(self) -> Result:
+        """The worst `Result` over the batch (one device-to-host copy)."""
+        return _BY_CODE[int(self.stats["result"].max())]
+
+    @property
+    def adjoint(self) -> Solution | None:
+        """The linear solve of the last backward pass; None before it. Its ``value`` is the tree u of H u = g."""
+        return self.adjoint_cell.solution
+
+
+def make_codes(result: Result, like: Tensor) -> Tensor:
+    """A tensor of one result code for each problem."""
+    return torch.full_like(like, int(result), dtype=torch.int8)
+
+
+def settle(solution: Solution, throw: Throw, what: str, advice: str) -> None:
+    """Let a failed solve be heard as ``throw`` says; a good one passes silently.
+
+    A non-finite solve always raises, but for ``throw="ignore"``: NaN gradients destroy a training run.
+    """
+    if solution.result.ok or throw == "ignore":
+        return
+    message = f"{what}: {_describe(solution)}. {advice}"
+    if throw == "raise" or solution.result is Result.NONFINITE:
+        raise SolveError(message, solution)
+    warnings.warn(message, SolveWarning, stacklevel=3)
+
+
+def _describe(solution: Solution) -> str:
+    codes = solution.stats["result"]
+    failed = codes > int(Result.STEPS_DONE)
+    residual = solution.stats["residual_norm"]
+    tasks = f" in {int(failed.sum())} of {codes.numel()} problems" if codes.dim() else ""
+    largest = residual[failed].max().item() if codes.dim() else residual.item()
+    tried = f" (after {', '.join(solution.recovered)})" if solution.recovered else ""
+    return f"{solution.result.help}{tasks}{tried}; residual norm {largest:.3g}"

@@ -1,0 +1,94 @@
+"""Pytrees of tensors: flatten to one vector per problem and back, reductions over trailing dimensions.
+
+Solvers work on one flat tensor of shape ``[*batch, n]``: their vector updates are single kernels and their
+code mirrors the algorithm boxes. `Raveler` is the only place that knows the tree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+Tree = Any
+"""A tensor, or any nesting of dicts, lists and tuples of tensors."""
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of ``tree`` in a fixed order."""
+    return pytree.tree_leaves(tree)
+
+
+def tree_map(fn: Any, tree: Tree, *rest: Tree) -> Tree:
+    """Apply ``fn`` leaf by leaf to trees of the same structure."""
+    return pytree.tree_map(fn, tree, *rest)
+
+
+def stack(tree: Tree, num_tasks: int) -> Tree:
+    """Repeat every leaf for ``num_tasks`` independent problems: ``[...] -> [T, ...]``.
+
+    The leaves are expanded views: no memory is copied, and gradients sum over the tasks.
+    """
+    if num_tasks < 1:
+        raise ValueError(f"num_tasks is {num_tasks}: at least one task is needed to stack parameters for.")
+    return tree_map(lambda leaf: leaf.expand(num_tasks, *leaf.shape), tree)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product over the last dimension, accumulated in float64: ``[*batch, n] -> [*batch]``."""
+    return (a * b).sum(-1, dtype=torch.float64)
+
+
+def norm(a: Tensor) -> Tensor:
+    """2-norm over the last dimension in float64, safe against overflow and underflow of the squares."""
+    return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
+
+
+def scale(factor: Tensor, vector: Tensor) -> Tensor:
+    """One factor for each problem: ``[*batch] x [*batch, n] -> [*batch, n]`` in the vector's dtype."""
+    return factor.to(vector.dtype).unsqueeze(-1) * vector
+
+
+class Raveler:
+    """Maps a tree to one flat vector for each problem, ``[*batch, n]``, and back.
+
+    Args:
+        tree: tensors whose leading dimensions are ``batch_shape``.
+        batch_shape: ``()`` for one problem, ``(T,)`` for T problems.
+    """
+
+    def __init__(self, tree: Tree, batch_shape: Sequence[int] = ()):
+        flat, self.spec = pytree.tree_flatten(tree)
+        self.batch_shape = torch.Size(batch_shape)
+        self.shapes = [leaf.shape for leaf in flat]
+        self.dtypes = [leaf.dtype for leaf in flat]
+        self.sizes = [math.prod(shape[len(self.batch_shape) :]) for shape in self.shapes]
+        self.dtype = max(self.dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+        self.device = flat[0].device
+
+    @property
+    def size(self) -> int:
+        """Unknowns of one problem."""
+        return sum(self.sizes)
+
+    def ravel(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Leaves to ``[*batch, n]``."""
+        parts = [
+            leaf.reshape(*self.batch_shape, size).to(self.dtype) for leaf, size in zip(tensors, self.sizes, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def unravel(self, flat: Tensor) -> list[Tensor]:
+        """``[*batch, n]`` to leaves of the original shapes and dtypes (views where the dtype allows)."""
+        parts = flat.split(self.sizes, -1)
+        return [
+            part.reshape(shape).to(dtype) for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
+        ]
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> Tree:
+        """Leaves to the tree."""
+        return pytree.tree_unflatten(list(tensors), self.spec)

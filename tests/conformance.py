@@ -1,0 +1,91 @@
+"""Suites that every operator, linear solver and inner solver inherits: add its factory to the lists that use them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bilevel import Result
+from bilevel.inner.minimize import InnerSolver
+from bilevel.linalg.operator import Dense, Operator
+from bilevel.linalg.solve import LinearSolver
+from bilevel.problem import Problem
+from bilevel.problems import Quadratics
+
+
+def spd(size: int, condition: float = 100.0, batch: tuple[int, ...] = (), seed: int = 0) -> Tensor:
+    """Random symmetric positive definite matrices with eigenvalues in [1/condition, 1], float64."""
+    generator = torch.Generator().manual_seed(seed)
+    gauss = torch.randn(*batch, size, size, generator=generator, dtype=torch.float64)
+    basis, _ = torch.linalg.qr(gauss)
+    spectrum = torch.logspace(-torch.tensor(condition).log10().item(), 0, size, dtype=torch.float64)
+    return basis @ torch.diag(spectrum) @ basis.mT
+
+
+def randn(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+def check_operator(operator: Operator, truth: Tensor, tolerance: float = 1e-12) -> None:
+    """Products, symmetry, linearity, shape errors and both exports, against the dense float64 truth."""
+    u, v = randn(*truth.shape[:-1], seed=2), randn(*truth.shape[:-1], seed=3)
+    expected = (truth @ v.unsqueeze(-1)).squeeze(-1)
+    assert relative_error(operator @ v, expected) <= tolerance
+    left, right = (u * (operator @ v)).sum(), (v * (operator @ u)).sum()
+    assert abs(left - right) <= tolerance * u.norm() * (operator @ v).norm()
+    combined = operator @ (3 * u + v)
+    assert relative_error(3 * (operator @ u) + (operator @ v), combined) <= tolerance
+    assert relative_error(operator.to_dense(), truth) <= tolerance
+    flat = torch.from_numpy(operator.to_scipy() @ v.reshape(-1).numpy()).view_as(v)
+    assert relative_error(flat, expected) <= tolerance
+    assert operator.shape == truth.shape
+    try:
+        operator @ v[..., :-1]
+    except ValueError as error:
+        assert "cannot multiply" in str(error)
+    else:
+        raise AssertionError("a vector of the wrong size was accepted")
+
+
+def check_linear_solver(solver: LinearSolver, tolerance: float = 1e-8) -> None:
+    """Solves SPD systems, alone and batched, and meets the tolerance in each; zero, NaN and tiny inputs."""
+    matrix, b = spd(12, batch=(3,)), randn(3, 12)
+    truth = torch.linalg.solve(matrix, b.unsqueeze(-1)).squeeze(-1)
+    solution = solver.solve(Dense(matrix), b)
+    assert solution.result is Result.CONVERGED
+    assert relative_error(solution.value, truth) <= tolerance
+    true_residual = (b - (matrix @ solution.value.unsqueeze(-1)).squeeze(-1)).norm(dim=-1)
+    torch.testing.assert_close(solution.stats["residual_norm"], true_residual, rtol=1e-3, atol=1e-14)
+    assert {tuple(stat.shape) for stat in solution.stats.values()} == {(3,)}
+
+    alone = solver.solve(Dense(matrix[1]), b[1])
+    assert alone.stats["num_steps"].shape == ()
+    assert relative_error(alone.value, truth[1]) <= tolerance
+
+    zero = solver.solve(Dense(matrix), torch.zeros(3, 12, dtype=torch.float64))
+    assert zero.result is Result.CONVERGED
+    assert not zero.value.any()
+
+    tiny = solver.solve(Dense(matrix.float()), (1e-25 * b).float())
+    assert relative_error(tiny.value.double() * 1e25, truth) <= 1e-2
+
+    for bad in (torch.nan, torch.inf):
+        poisoned = b.clone()
+        poisoned[0, 0] = bad
+        assert solver.solve(Dense(matrix), poisoned).result is Result.NONFINITE
+
+
+def check_inner_solver(solver: InnerSolver, tolerance: float = 1e-6) -> None:
+    """Minimises quadratics of condition 1 ... 100, each to its own tolerance, and repeats itself exactly."""
+    quadratics = Quadratics(conditions=(1.0, 10.0, 100.0), size=6)
+    problem = Problem(quadratics.inner, quadratics.init, (quadratics.hparams,))
+    found = solver.minimize(problem)
+    assert found.result is Result.CONVERGED
+    assert relative_error(found.value, quadratics.solution(quadratics.hparams)) <= tolerance
+    assert found.stats["num_steps"].shape == (3,)
+    again = solver.minimize(problem)
+    assert torch.equal(found.value, again.value)

@@ -1,0 +1,111 @@
+"""The linear solvers beside CG: all conform; then what is particular to each."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bilevel import GMRES, LSMR, LU, MINRES, BiCGSTAB, Cholesky, Identity, Neumann, Result
+from bilevel.linalg.neumann import largest_eigenvalue
+from bilevel.linalg.operator import Dense, Operator
+from tests.conformance import check_linear_solver, randn, relative_error, spd
+
+SCIPY = [MINRES, GMRES, BiCGSTAB, LSMR]
+SADDLE = torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
+INCONSISTENT = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "solver", [Neumann(rtol=1e-9, max_steps=20000), Cholesky(), LU(), *(s() for s in SCIPY)], ids=repr
+)
+def test_conforms(solver):
+    check_linear_solver(solver)
+
+
+@pytest.mark.parametrize("solver", [MINRES(), GMRES(), BiCGSTAB(), LSMR(), LU()], ids=repr)
+def test_indefinite_matrices_are_solved(solver):
+    b = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    solution = solver.solve(Dense(SADDLE), b)
+    assert solution.result is Result.CONVERGED
+    torch.testing.assert_close(solution.value, torch.tensor([1.0, -2.0], dtype=torch.float64))
+
+
+def test_cholesky_flags_an_indefinite_matrix_of_a_batch():
+    matrices, b = torch.stack([spd(2), SADDLE]), randn(2, 2)
+    solution = Cholesky().solve(Dense(matrices), b)
+    assert solution.stats["result"].tolist() == [0, int(Result.NEGATIVE_CURVATURE)]
+    assert torch.isfinite(solution.value).all()
+
+
+@pytest.mark.parametrize("solver", [MINRES(), GMRES(), BiCGSTAB(), LSMR(), LU(), Cholesky(), Neumann()], ids=repr)
+def test_inconsistent_systems_are_never_converged(solver):
+    """SciPy's minres returns 3e15 with info = 0 there."""
+    solution = solver.solve(Dense(INCONSISTENT), torch.ones(3, dtype=torch.float64))
+    assert not solution.result.ok
+
+
+@pytest.mark.parametrize("solver", SCIPY)
+def test_scipy_limit_of_steps(solver):
+    matrix, b = spd(40, 1e6), randn(40)
+    assert solver(rtol=1e-10, max_steps=3).solve(Dense(matrix), b).result is Result.MAX_STEPS
+    assert solver(max_steps=3).solve(Dense(matrix), b).result is Result.STEPS_DONE
+
+
+def test_direct_solvers_refuse_to_form_large_matrices():
+    class Large(Operator):
+        def matvec(self, v):
+            raise AssertionError("no product may be made")
+
+    large = Large((), 10**6, torch.float32, torch.device("cpu"))
+    for solver in (Cholesky(), LU()):
+        with pytest.raises(ValueError, match=r"1000000 unknowns .* Use CG"):
+            solver.solve(large, torch.ones(10**6))
+
+
+def test_neumann_is_the_truncated_series():
+    matrix, b, alpha, num_terms = spd(8), randn(8), 0.5, 7
+    power, total = torch.eye(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+    for _ in range(num_terms):
+        total = total + alpha * power @ b
+        power = power @ (torch.eye(8, dtype=torch.float64) - alpha * matrix)
+    solution = Neumann(alpha=alpha, max_steps=num_terms).solve(Dense(matrix), b)
+    assert solution.result is Result.STEPS_DONE
+    assert relative_error(solution.value, total) <= 1e-12
+
+
+@pytest.mark.parametrize("factor", [2.0, 2.5, 1e6])
+def test_neumann_never_diverges_silently(factor):
+    """A default step of 1 gives relative errors of 1e9 in other libraries."""
+    matrix = factor * torch.eye(5, dtype=torch.float64)
+    solution = Neumann(alpha=1.0, rtol=1e-8).solve(Dense(matrix), randn(5))
+    assert not solution.result.ok
+    assert solution.stats["num_steps"] <= (10 if factor > 2 else 1000)
+
+
+def test_neumann_finds_its_own_step_on_badly_scaled_matrices():
+    matrices = torch.stack([1e6 * spd(8, 10.0), 1e-6 * spd(8, 10.0)])
+    solution = Neumann(rtol=1e-8).solve(Dense(matrices), randn(2, 8))
+    assert solution.result is Result.CONVERGED
+
+
+def test_largest_eigenvalue():
+    matrix = torch.stack([spd(10, 100.0), 7 * spd(10, 100.0, seed=5)])
+    torch.testing.assert_close(
+        largest_eigenvalue(Dense(matrix), 200), torch.tensor([1.0, 7.0], dtype=torch.float64), rtol=1e-2, atol=0
+    )
+
+
+def test_identity_is_first_order():
+    matrix, b = spd(6), randn(6)
+    solution = Identity(0.5, measure=True).solve(Dense(matrix), b)
+    assert torch.equal(solution.value, 0.5 * b)
+    assert solution.result is Result.STEPS_DONE
+    torch.testing.assert_close(solution.stats["residual_norm"], (b - matrix @ (0.5 * b)).norm())
+    assert torch.isnan(Identity().solve(Dense(matrix), b).stats["residual_norm"])
+
+
+@pytest.mark.parametrize("solver", [Neumann, *SCIPY])
+@pytest.mark.parametrize("settings", [{"rtol": 1.5}, {"atol": -1.0}, {"max_steps": 0}])
+def test_bad_settings_name_the_argument(solver, settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
+        solver(**settings)
