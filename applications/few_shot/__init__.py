@@ -1,0 +1,1 @@
+"""Few-shot classification by implicit MAML and its relatives: ``python -m applications.few_shot``."""

@@ -1,0 +1,154 @@
+"""The knobs of the few-shot application, and the presets with the settings of the papers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from applications.errors import UserError
+
+Data = Literal["glyphs", "omniglot", "cifar-fs", "mini-imagenet"]
+Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every knob has a default that works; the defaults are sized for two CPU cores and five minutes."""
+
+    data: Data = "glyphs"
+    """Data set: glyphs is built in, omniglot and cifar-fs are downloaded, mini-imagenet is a folder."""
+    data_root: Path | None = None
+    """Folder of the data sets; by default $BILEVEL_DATA, then ~/.cache/bilevel."""
+    split: Literal["characters", "alphabets"] = "characters"
+    """Omniglot's split: shuffled characters (the MAML protocol) or whole alphabets (Lake's, harder)."""
+    ways: int = 5
+    """Classes in a task."""
+    shots: int = 1
+    """Labelled support images for each class."""
+    queries: int = 5
+    """Query images for each class while training."""
+
+    method: Method = "imaml"
+    """imaml (gradient descent), imaml-hf (Hessian-free Newton), maml (unrolled), fomaml, reptile."""
+    model: str = "conv4"
+    """conv4, fc, or the import path package.module:factory of a function (channels, image size, ways) -> module."""
+    width: int = 32
+    """Filters of each convolution of conv4."""
+    norm: Literal["batch", "image"] = "batch"
+    """Norm of conv4: batch statistics (transductive) or each image by itself (inductive)."""
+    halve: Literal["pool", "stride"] = "stride"
+    """How conv4 halves its maps: max-pool, or strided convolutions at a quarter of the work."""
+
+    inner_steps: int = 8
+    """Steps of adaptation: gradient steps, or Newton steps of imaml-hf."""
+    inner_lr: float = 0.05
+    """Step size of adaptation by gradient descent."""
+    inner_momentum: float = 0.7
+    """Heavy-ball momentum of adaptation by gradient descent."""
+    newton_cg_steps: int = 5
+    """Products for each Newton direction of imaml-hf."""
+    strength: float = 2.0
+    """lambda, the strength of the proximal term of imaml: adapted parameters stay near the meta-parameters."""
+    learn_strength: Literal["no", "scalar", "layer"] = "no"
+    """Learn lambda with the meta-parameters: one, or one for each layer."""
+    cg_steps: int = 3
+    """Steps of conjugate gradients for the hypergradient; 0 takes the identity (first order)."""
+    hessian: Literal["graph", "func"] = "graph"
+    """Hessian products over the retained graph (faster) or recomputed by torch.func."""
+
+    steps: int = 1000
+    """Meta-steps."""
+    tasks: int = 8
+    """Tasks in a meta-step."""
+    lr: float = 4e-3
+    """Step size of the meta-optimizer (Adam)."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Schedule of that step size over the meta-steps."""
+    minutes: float | None = None
+    """Stop training after so many minutes; the schedule then follows the clock instead of the steps."""
+    seed: int = 0
+    """Seed of the network and of all episodes."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device; auto takes the GPU where there is one."""
+    precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
+    """Arithmetic: tf32 and bf16 are for GPUs."""
+
+    eval_tasks: int = 600
+    """Held-out tasks of the final evaluation."""
+    eval_queries: int = 15
+    """Query images for each class in evaluations."""
+    eval_steps: int | None = None
+    """Steps of adaptation in evaluations; by default as in training."""
+    validate_every: int = 100
+    """Meta-steps between validations (100 tasks of the validation classes); 0 for none."""
+    checkpoint_every: int = 100
+    """Meta-steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        positive = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "checkpoint_every", "width")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: at least 1 is needed.")
+        for name in ("inner_lr", "strength", "lr"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive.")
+        if not 0 <= self.inner_momentum < 1:
+            raise UserError(f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
+        if self.cg_steps < 0 or self.validate_every < 0:
+            raise UserError("--cg-steps and --validate-every cannot be negative.")
+        if self.learn_strength != "no" and not self.method.startswith("imaml"):
+            raise UserError(f"--learn-strength needs an imaml method: {self.method} has no proximal term.")
+        if self.norm == "image" and self.width % 8:
+            raise UserError(f"--width is {self.width}: with --norm image it must be a multiple of 8.")
+
+    def to_json(self) -> dict[str, object]:
+        """Plain values for a JSON file."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, object]) -> Config:
+        """The inverse of `to_json`."""
+        root = values.get("data_root")
+        return cls(**{**values, "data_root": None if root is None else Path(str(root))})  # type: ignore[arg-type]
+
+
+# Rajeswaran et al. 2019, section 4 and the command of the released code: 16 gradient steps (25 for 20-way), lambda 2,
+# 5 CG steps, meta-batch 32, Adam 1e-3, 20,000 meta-steps, K query images for K shots in the released code; more cost
+# little and steady the meta-gradient. Conv4-64 with strided convolutions as MAML's. The released inner step of 0.1
+# without momentum is kept.
+PAPER = replace(
+    Config(),
+    data="omniglot",
+    width=64,
+    inner_steps=16,
+    inner_lr=0.1,
+    inner_momentum=0.0,
+    cg_steps=5,
+    steps=20_000,
+    tasks=32,
+    lr=1e-3,
+    queries=15,
+    validate_every=500,
+    checkpoint_every=500,
+)
+
+PRESETS: dict[str, Config] = {
+    "default": Config(),
+    "omniglot-10-minutes": replace(Config(), data="omniglot", minutes=10.0, steps=100_000),
+    "paper-omniglot-5way-1shot": PAPER,
+    "paper-omniglot-5way-5shot": replace(PAPER, shots=5),
+    "paper-omniglot-20way-1shot": replace(PAPER, ways=20, inner_steps=25),
+    "paper-omniglot-20way-5shot": replace(PAPER, ways=20, shots=5, inner_steps=25),
+    "paper-miniimagenet-5way-1shot": replace(
+        PAPER,
+        data="mini-imagenet",
+        width=32,
+        halve="pool",
+        strength=0.5,
+        inner_steps=10,
+        steps=60_000,
+        tasks=4,
+    ),
+}

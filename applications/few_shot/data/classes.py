@@ -1,0 +1,70 @@
+"""What every loader returns: images by class, in three splits with no class in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageClasses:
+    """The images of some classes, the same number for each.
+
+    Args:
+        images: uint8 [classes, instances, channels, height, width].
+        names: One name for each class.
+
+    Raises:
+        ValueError: If the images are not uint8 of five dimensions, or the names don't match them.
+    """
+
+    images: Tensor
+    names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 5:
+            raise ValueError(f"images must be uint8 of 5 dimensions, not {self.images.dtype} {self.images.shape}")
+        if len(self.names) != len(self.images):
+            raise ValueError(f"{len(self.names)} names for {len(self.images)} classes")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def num_instances(self) -> int:
+        """The number of images of each class."""
+        return self.images.shape[1]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Classes to train on, to choose settings with and to report; no class is in two of them."""
+
+    train: ImageClasses
+    validation: ImageClasses
+    test: ImageClasses
+
+
+def with_rotations(classes: ImageClasses) -> ImageClasses:
+    """Make every turn by 0, 90, 180 and 270 degrees (counter-clockwise) a class of its own.
+
+    The Omniglot protocol since Santoro et al. (ICML 2016). It doesn't suit a set with characters that
+    are turns of each other, such as the syllabics in `glyphs`.
+
+    Args:
+        classes: `n` classes of square images.
+
+    Returns:
+        `4 n` classes, all of one angle before those of the next; a name such as `Greek/character03@90`.
+
+    Raises:
+        ValueError: If the images are not square.
+    """
+    height, width = classes.images.shape[-2:]
+    if height != width:
+        raise ValueError(f"only square images can be turned into classes of one size, not {height} x {width}")
+    turned = [torch.rot90(classes.images, quarter, dims=(-2, -1)) for quarter in range(4)]
+    names = tuple(f"{name}@{90 * quarter}" for quarter in range(4) for name in classes.names)
+    return ImageClasses(torch.cat(turned), names)

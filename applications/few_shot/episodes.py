@@ -1,0 +1,77 @@
+"""Episodes: T few-shot tasks as one batch of tensors, sampled on the device by a generator of (seed, step)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from applications.errors import UserError
+from applications.few_shot.data import ImageClasses
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """T tasks: images ``[T, n, channels, size, size]`` in [0, 1] and labels ``[T, n]`` in [0, ways)."""
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+
+class Sampler:
+    """Draws episodes from classes whose images stay on the device as bytes.
+
+    The episodes of a step depend on the seed, the stream's name and the step alone, so a resumed run sees the
+    episodes of an uninterrupted one.
+
+    Raises:
+        UserError: fewer classes than ways, fewer images than shots + queries, or nothing asked for.
+    """
+
+    def __init__(
+        self, classes: ImageClasses, stream: str, ways: int, shots: int, queries: int, seed: int, device: torch.device
+    ):
+        for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
+            if value < 1:
+                raise UserError(f"--{name} is {value}: at least 1 is needed.")
+        if ways > len(classes):
+            raise UserError(
+                f"--ways {ways}: the {stream} set has only {len(classes)} classes, and the classes of a task are "
+                "distinct. Take fewer ways or another data set."
+            )
+        if shots + queries > classes.num_instances:
+            raise UserError(
+                f"--shots {shots} and --queries {queries}: a class of this data set has only "
+                f"{classes.num_instances} images. Their sum must not exceed that."
+            )
+        self.images = classes.images.to(device)
+        self.stream, self.seed, self.device = stream, seed, device
+        self.ways, self.shots, self.queries = ways, shots, queries
+
+    def episodes(self, num_tasks: int, step: int) -> Episodes:
+        """The ``num_tasks`` tasks of a step."""
+        if num_tasks < 1:
+            raise UserError(f"{num_tasks} tasks were asked for: at least 1 is needed.")
+        generator = self._generator(step)
+        num_classes, num_instances = self.images.shape[:2]
+        draw = torch.rand(num_tasks, num_classes, generator=generator, device=self.device)
+        classes = draw.topk(self.ways, -1).indices
+        draw = torch.rand(num_tasks, self.ways, num_instances, generator=generator, device=self.device)
+        instances = draw.topk(self.shots + self.queries, -1).indices
+        images = self.images[classes.unsqueeze(-1), instances].float() / 255
+        labels = torch.arange(self.ways, device=self.device).view(1, -1, 1).expand(instances.shape)
+        return Episodes(
+            images[:, :, : self.shots].flatten(1, 2),
+            labels[:, :, : self.shots].flatten(1, 2),
+            images[:, :, self.shots :].flatten(1, 2),
+            labels[:, :, self.shots :].flatten(1, 2),
+        )
+
+    def _generator(self, step: int) -> torch.Generator:
+        entropy = [self.seed, step, *self.stream.encode()]
+        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        return torch.Generator(self.device).manual_seed(int(state >> np.uint64(1)))
