@@ -60,8 +60,8 @@ def argmin(
 
     Returns:
         A `Solution` whose value is a tree like ``init``. Its stats have the batch shape: ``num_steps``,
-        ``residual_norm`` (norm of the gradient at the solution), ``result``. After a backward pass ``solution.adjoint`` tells
-        how the linear solve went.
+        ``residual_norm`` (norm of the gradient at the solution), ``result``. After a backward pass
+        ``solution.adjoint`` tells how the linear solve went.
 
     Raises:
         TypeError, ValueError: bad input; the message names the argument.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import warnings
 
 import pytest
@@ -153,7 +154,7 @@ def test_implicit_approaches_unrolled_at_the_rate_of_the_solver():
             grads.append(hypergradient(problem, bl.GradientDescent(0.15, steps), hypergrad)[0])
         gaps.append(relative_error(*grads))
     assert gaps[-1] <= 1e-8
-    assert all(later < 0.2 * earlier for earlier, later in zip(gaps, gaps[1:], strict=False))
+    assert all(later < 0.2 * earlier for earlier, later in itertools.pairwise(gaps))
 
 
 def test_five_cg_steps_on_well_conditioned_problems():

@@ -46,6 +46,8 @@ class Config:
     """Step size of adaptation by gradient descent."""
     inner_momentum: float = 0.7
     """Heavy-ball momentum of adaptation by gradient descent."""
+    safeguard: bool = True
+    """Take back the gradient steps that raise a task's loss, and halve its step size."""
     newton_cg_steps: int = 5
     """Products for each Newton direction of imaml-hf."""
     strength: float = 2.0
@@ -61,7 +63,7 @@ class Config:
     """Meta-steps."""
     tasks: int = 8
     """Tasks in a meta-step."""
-    lr: float = 4e-3
+    lr: float = 3e-3
     """Step size of the meta-optimizer (Adam)."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Schedule of that step size over the meta-steps."""

@@ -95,7 +95,9 @@ def adapt(learner: Learner, x: Tensor, y: Tensor, hypergrad: bl.Implicit | bl.Un
     if config.method == "imaml-hf":
         solver = bl.NewtonCG(max_steps=config.inner_steps, cg_steps=config.newton_cg_steps, hessian=config.hessian)
     else:
-        solver = bl.GradientDescent(config.inner_lr, config.inner_steps, momentum=config.inner_momentum)
+        solver = bl.GradientDescent(
+            config.inner_lr, config.inner_steps, momentum=config.inner_momentum, safeguard=config.safeguard
+        )
     start = bl.stack(learner.meta, len(x))
     # Residuals and curvature are recorded with the metrics and a non-finite step is skipped: no need to shout.
     return bl.argmin(torch.vmap(objective), start, x, y, solver=solver, hypergrad=hypergrad, throw="ignore")
@@ -134,7 +136,9 @@ def reptile(learner: Learner, episodes: Episodes) -> Outcome:
     solution = adapt(learner, x, y)
     with torch.no_grad():
         queried = _queried(learner, episodes, solution, solution.value)
-    distance = sum(((meta - solution.value[name]).square().sum() for name, meta in learner.meta.items()), torch.zeros(()))
+    distance = sum(
+        ((meta - solution.value[name]).square().sum() for name, meta in learner.meta.items()), torch.zeros(())
+    )
     return replace(queried, objective=distance / 2 / len(x))
 
 

@@ -6,7 +6,10 @@ The norms are written with `torch.var_mean`: PyTorch's fused batch norm gives wr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import itertools
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +19,45 @@ from applications.errors import UserError
 
 
 class BatchStatNorm(nn.Module):
-    """Batch norm by the statistics of the batch itself, always: transductive when a whole query set is one batch."""
+    """Batch norm by the statistics of the batch itself, always: transductive where a query set is one batch.
+
+    Inside `inductive(net, n)` the first n images, the support set, are normalised by their own statistics, and each
+    later image by those of the support set and itself: no query sees another.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.num_support: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+        variance, mean = torch.var_mean(x[: self.num_support], (0, 2, 3), correction=0, keepdim=True)
+        if self.num_support is not None:
+            variance, mean = _with_itself(x, variance, mean, self.num_support)
         scale = torch.rsqrt(variance + 1e-5) * self.weight[:, None, None]
         return (x - mean) * scale + self.bias[:, None, None]
+
+
+def _with_itself(x: Tensor, variance: Tensor, mean: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Statistics for each image: of the n support images, and for a query of those and itself together."""
+    own_variance, own_mean = torch.var_mean(x[n:], (2, 3), correction=0, keepdim=True)
+    joint = (n * mean + own_mean) / (n + 1)
+    spread = n * (variance + (mean - joint).square()) + own_variance + (own_mean - joint).square()
+    support = (n, *mean.shape[1:])
+    return torch.cat([variance.expand(support), spread / (n + 1)]), torch.cat([mean.expand(support), joint])
+
+
+@contextlib.contextmanager
+def inductive(net: nn.Module, num_support: int) -> Iterator[None]:
+    """Within it, ``net`` takes support and query images as one batch, and no query sees another."""
+    norms = [module for module in net.modules() if isinstance(module, BatchStatNorm)]
+    for module in norms:
+        module.num_support = num_support
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.num_support = None
 
 
 class ImageNorm(nn.Module):
@@ -92,7 +124,7 @@ class FullyConnected(nn.Module):
     def __init__(self, channels: int = 1, image_size: int = 28, ways: int = 5):
         super().__init__()
         sizes = (channels * image_size**2, 256, 128, 64, 64)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.head = zero_linear(sizes[-1], ways)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class GradientDescent:
         max_steps: steps at most. Where ``gtol`` is None, exactly this many.
         gtol: stop a problem at this gradient norm; None: no check, no synchronisation with a GPU.
         momentum: in [0, 1).
+        safeguard: where a step raises the loss of a problem, take it back, halve that problem's step size and
+            restart its momentum. One more evaluation in all, and no divergence.
         line_search: find step sizes by a weak Wolfe search, starting from ``lr`` and then from twice the last
             one, for each problem its own. Excludes momentum.
     """
@@ -32,6 +34,7 @@ class GradientDescent:
     max_steps: int = 100
     gtol: float | None = None
     momentum: float = 0.0
+    safeguard: bool = False
     line_search: bool = False
 
     def __post_init__(self) -> None:
@@ -40,8 +43,8 @@ class GradientDescent:
             raise ValueError(f"lr is {self.lr}: step sizes must be positive.")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}: it lies in [0, 1).")
-        if self.line_search and self.momentum:
-            raise ValueError("line_search and momentum exclude each other: set one of them.")
+        if self.line_search and (self.momentum or self.safeguard):
+            raise ValueError("line_search excludes momentum and safeguard: it finds its own steps.")
 
     def minimize(self, problem: Problem) -> Solution:
         """Minimise; see `InnerSolver`."""
@@ -57,14 +60,19 @@ class GradientDescent:
             velocity = self.momentum * velocity + at.g if self.momentum else at.g
             y = at.y - scale(lr, velocity)
             progress.count()
-            if self.gtol is None and step == self.max_steps - 1:
+            if self.gtol is None and not self.safeguard and step == self.max_steps - 1:
                 at = Evaluation(y, at.f, at.g)  # nothing asks for the last gradient: argmin measures it once
                 break
             new = problem.evaluate(y)
+            if self.safeguard:
+                better = new.f <= at.f
+                lr = torch.where(better, lr, lr / 2)
+                velocity = torch.where(better.unsqueeze(-1), velocity, torch.zeros_like(velocity))
+                new = choose(better, new, at)
             at = choose(progress.active, new, at) if self.gtol is not None else new
             if self.gtol is not None:
                 progress.look(at)
-        return progress.solution(at.y)
+        return progress.solution(at.y, step_size=lr)
 
     def _search(self, problem: Problem, lr: Tensor) -> Solution:
         def direction(at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,17 @@ def test_stops_on_steps_and_says_so():
         assert solver.minimize(problem).result is Result.MAX_STEPS
 
 
+def test_safeguard_halves_the_step_of_the_problem_that_needs_it():
+    quadratics = Quadratics(conditions=(1.0, 100.0))
+    problem = Problem(quadratics.inner, quadratics.init, (quadratics.hparams,))
+    found = GradientDescent(lr=0.5, max_steps=2000, gtol=1e-6, momentum=0.5, safeguard=True).minimize(problem)
+    assert found.result is Result.CONVERGED
+    assert found.stats["step_size"][1] < 0.1 < found.stats["step_size"][0]
+    plain = GradientDescent(lr=0.01, max_steps=9, momentum=0.5)
+    guarded = GradientDescent(lr=0.01, max_steps=9, momentum=0.5, safeguard=True)
+    assert torch.equal(plain.minimize(problem).value, guarded.minimize(problem).value)
+
+
 def test_newton_cg_passes_through_negative_curvature():
     problem = Problem(lambda y: (y**4 / 4 - y**2 / 2).sum(), 0.01 + 0.001 * randn(5).abs())
     found = NewtonCG().minimize(problem)

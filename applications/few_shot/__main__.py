@@ -1,0 +1,90 @@
+"""``python -m applications.few_shot [train | evaluate | benchmark]``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from applications.errors import UserError
+from applications.few_shot import benchmark, train
+from applications.few_shot.config import PRESETS, Config
+from applications.run_folder import RunFolder
+
+USAGE = """\
+Few-shot classification by implicit MAML and its relatives.
+
+  python -m applications.few_shot [train] [--preset NAME] [options]   train, then evaluate (the default)
+  python -m applications.few_shot train --resume RUN                  go on with an interrupted run
+  python -m applications.few_shot evaluate RUN [options]              held-out accuracy of a finished run
+  python -m applications.few_shot benchmark [options]                 memory and time against inner steps
+
+Each takes --help. Presets: {presets}.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a run lives and what it starts from."""
+
+    preset: str = "default"
+    """Settings to start from; the other options change them."""
+    out: Path | None = None
+    """Run folder; by default a new one under runs/few_shot."""
+    resume: Path | None = None
+    """Go on with this run folder, with its settings."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run a subcommand; the exit code is 2 for bad input, which is told in one message."""
+    commands = {"train": run_train, "evaluate": run_evaluate, "benchmark": benchmark.main}
+    if arguments[:1] and arguments[0] in ("-h", "--help"):
+        print(USAGE.format(presets=", ".join(PRESETS)))
+        return 0
+    name, rest = (arguments[0], arguments[1:]) if arguments[:1] and arguments[0] in commands else ("train", arguments)
+    try:
+        return commands[name](rest)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run_train(arguments: list[str]) -> int:
+    """The default subcommand."""
+    place, rest = tyro.cli(Place, args=arguments, return_unknown_args=True, add_help=False)
+    if place.preset not in PRESETS:
+        raise UserError(f"There is no preset {place.preset!r}. There are {', '.join(PRESETS)}.")
+    start, folder = PRESETS[place.preset], None
+    if place.resume is not None:
+        folder = RunFolder.open(place.resume)
+        start = Config.from_json(folder.read_json("config.json"))
+    config = parse(rest, start, "train")
+    if folder is None:
+        folder = RunFolder.create(place.out or train.default_folder(config), config.to_json())
+    return train.run(config, folder, resume=place.resume is not None)
+
+
+def run_evaluate(arguments: list[str]) -> int:
+    """Held-out accuracy of the run in a folder, with its settings or changed ones."""
+    if not arguments or arguments[0].startswith("-"):
+        print("usage: python -m applications.few_shot evaluate RUN [options of train, such as --eval-tasks 1000]")
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    folder = RunFolder.open(Path(arguments[0]))
+    config = parse(arguments[1:], Config.from_json(folder.read_json("config.json")), "evaluate RUN")
+    session = train.Session.create(config)
+    session.restore(folder.load_checkpoint(session.device))
+    train.report(session, folder)
+    return 0
+
+
+def parse(arguments: list[str], start: Config, command: str) -> Config:
+    """The configuration ``start`` changed by the options."""
+    combined = Annotated[Config, tyro.conf.arg(name="")]
+    return tyro.cli(combined, default=start, args=arguments, prog=f"python -m applications.few_shot {command}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,178 @@
+"""Peak memory and time of one meta-gradient against the number of inner steps, each in a process of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+
+from applications.errors import UserError
+from applications.few_shot import data, plots
+from applications.few_shot.config import Config, Method
+from applications.few_shot.episodes import Sampler
+from applications.few_shot.methods import meta_step
+from applications.few_shot.train import METHOD_NAMES, create_learner, select_device
+from applications.run_folder import RunFolder
+
+MEBIBYTE = 2**20
+DEFAULTS = Config(inner_lr=0.01, queries=15, cg_steps=5, width=64, safeguard=False)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Measure methods at growing numbers of inner steps, on episodes of one data set."""
+
+    methods: tuple[Method, ...] = ("imaml", "maml")
+    """Methods to compare."""
+    inner_steps: tuple[int, ...] = (10, 100, 1000)
+    """Numbers of inner steps."""
+    tasks: int = 2
+    """Tasks in a meta-gradient."""
+    repeats: int = 3
+    """Meta-gradients that are timed; the median counts."""
+    out: Path = Path("runs/few_shot-benchmark")
+    """Folder of the table (benchmark.json, table.md) and the plot (memory.png); earlier ones are replaced."""
+    config: Config = DEFAULTS
+    """Everything else, as in train."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row.
+
+    Attributes:
+        peak_mib: peak memory of a meta-gradient above what the process held before it, MiB; None: not run.
+        seconds: median time of a meta-gradient; None: not run.
+        note: why it was not run.
+    """
+
+    method: str
+    inner_steps: int
+    peak_mib: float | None
+    seconds: float | None
+    note: str = ""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark, print the table and write table, figures and plot."""
+    settings = tyro.cli(Benchmark, args=arguments, prog="python -m applications.few_shot benchmark")
+    if not settings.inner_steps or min(settings.inner_steps) < 1 or settings.repeats < 1 or settings.tasks < 1:
+        raise UserError("--inner-steps, --repeats and --tasks must be at least 1.")
+    device = select_device(settings.config)
+    data.load(settings.config.data, settings.config.data_root, split=settings.config.split)  # cached for the processes
+    rows: list[Measurement] = []
+    for method in settings.methods:
+        for steps in sorted(settings.inner_steps):
+            rows.append(_in_own_process(settings, method, steps, rows))
+            print(_line(rows[-1], settings.tasks), flush=True)
+    folder = RunFolder(settings.out)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    folder.write_json(
+        "benchmark.json",
+        {
+            "command": "python -m applications.few_shot benchmark " + " ".join(arguments),
+            "machine": machine,
+            "torch": torch.__version__,
+            "tasks": settings.tasks,
+            "rows": [asdict(row) for row in rows],
+        },
+    )
+    table = "\n".join([HEADER, *(_line(row, settings.tasks) for row in rows)]) + "\n"
+    folder.write_bytes("table.md", table.encode())
+    folder.write_bytes("memory.png", plots.memory([asdict(row) for row in rows], METHOD_NAMES, machine))
+    print(f"\nTable, figures and plot are in {settings.out}")
+    return 0
+
+
+HEADER = "| method | inner steps | peak memory (MiB) | seconds | tasks/s |\n| --- | ---: | ---: | ---: | ---: |"
+
+
+def _line(row: Measurement, tasks: int) -> str:
+    start = f"| {METHOD_NAMES[row.method]} | {row.inner_steps} |"
+    if row.peak_mib is None or row.seconds is None:
+        return f"{start} {row.note} | | |"
+    return f"{start} {row.peak_mib:.0f} | {row.seconds:.2f} | {tasks / row.seconds:.2f} |"
+
+
+def _in_own_process(settings: Benchmark, method: Method, steps: int, rows: list[Measurement]) -> Measurement:
+    config = replace(settings.config, method=method, inner_steps=steps, tasks=settings.tasks)
+    needed, available = _extrapolate(method, steps, rows), _available_mib(settings)
+    if needed > 0.8 * available:
+        note = f"not run: about {needed:.0f} needed, {available:.0f} there"
+        return Measurement(method, steps, None, None, note)
+    context = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            peak, seconds = pool.submit(measure, config, settings.repeats).result()
+    except (BrokenProcessPool, torch.OutOfMemoryError):
+        return Measurement(method, steps, None, None, "out of memory")
+    return Measurement(method, steps, peak, seconds)
+
+
+def _extrapolate(method: str, steps: int, rows: list[Measurement]) -> float:
+    """Peak memory expected from the last two rows of the method, MiB; 0 where there are not two."""
+    known = [(row.inner_steps, row.peak_mib) for row in rows if row.method == method and row.peak_mib is not None]
+    if len(known) < 2:
+        return 0.0
+    (fewer, low), (more, high) = known[-2:]
+    return high + max(0.0, high - low) / (more - fewer) * (steps - more)
+
+
+def _available_mib(settings: Benchmark) -> float:
+    if select_device(settings.config).type == "cuda":
+        return torch.cuda.mem_get_info()[0] / MEBIBYTE
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MEBIBYTE
+
+
+def measure(config: Config, repeats: int) -> tuple[float, float]:
+    """Peak MiB above the start and median seconds of a meta-gradient; meant for a fresh process."""
+    device = select_device(config)
+    classes = data.load(config.data, config.data_root, split=config.split).train
+    learner = create_learner(config, classes, device)
+    sampler = Sampler(classes, "train", config.ways, config.shots, config.queries, config.seed, device)
+    few = replace(learner, config=replace(config, inner_steps=1))
+    meta_step(few, sampler.episodes(config.tasks, 0)).objective.backward()  # libraries allocate on their first use
+    peak, seconds = 0.0, []
+    for repeat in range(repeats):
+        episodes = sampler.episodes(config.tasks, repeat)
+        before = _reset_peak(device)
+        begin = time.perf_counter()
+        meta_step(learner, episodes).objective.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+        peak = max(peak, _peak(device) - before)
+    return peak, statistics.median(seconds)
+
+
+def _reset_peak(device: torch.device) -> float:
+    """Forget earlier peaks; what the process holds now, MiB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / MEBIBYTE
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")
+    return _peak(device)
+
+
+def _peak(device: torch.device) -> float:
+    """Peak memory since the reset, MiB; where the system has no reset, since the start of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / MEBIBYTE
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MEBIBYTE if sys.platform == "darwin" else 1024)

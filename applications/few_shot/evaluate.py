@@ -1,0 +1,106 @@
+"""Held-out accuracy with its interval, transductive and not, beside baselines that adapt nothing learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+import bilevel as bl
+from applications.few_shot.episodes import Episodes, Sampler
+from applications.few_shot.methods import Learner, adapt
+from applications.few_shot.models import BatchStatNorm, inductive
+
+Classifier = Callable[[Episodes], Tensor]
+"""From T tasks to the predicted labels of their queries, ``[T, n]``."""
+
+CHUNK = 50
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Mean over tasks, and half the width of its 95 % interval, ``1.96 std / sqrt(num_tasks)``; both in percent."""
+
+    mean: float
+    interval: float
+    num_tasks: int
+
+    @classmethod
+    def over(cls, per_task: Tensor) -> Accuracy:
+        percent = 100 * per_task.double()
+        spread = 1.96 * percent.std().item() / math.sqrt(len(percent)) if len(percent) > 1 else math.nan
+        return cls(percent.mean().item(), spread, len(percent))
+
+    def __str__(self) -> str:
+        return f"{self.mean:6.2f} +- {self.interval:.2f} %"
+
+
+def measure(
+    classifiers: dict[str, Classifier], sampler: Sampler, num_tasks: int, progress: bool
+) -> dict[str, Accuracy]:
+    """Every classifier on the same ``num_tasks`` tasks."""
+    correct: dict[str, list[Tensor]] = {name: [] for name in classifiers}
+    sizes = [min(CHUNK, num_tasks - start) for start in range(0, num_tasks, CHUNK)]
+    for step, size in enumerate(tqdm(sizes, desc="evaluate", unit="x50 tasks", disable=not progress, leave=False)):
+        episodes = sampler.episodes(size, step)
+        for name, classify in classifiers.items():
+            correct[name].append((classify(episodes) == episodes.query_y).double().mean(-1).cpu())
+    return {name: Accuracy.over(torch.cat(parts)) for name, parts in correct.items()}
+
+
+def settings(learner: Learner) -> Iterator[tuple[str, Classifier]]:
+    """How the network can classify: as one batch of queries, and query by query; one where they are the same."""
+    if not any(isinstance(module, BatchStatNorm) for module in learner.net.modules()):
+        yield "inductive: no query sees another", lambda episodes: transductive(learner, episodes)
+        return
+    yield "transductive: batch statistics of all queries", lambda episodes: transductive(learner, episodes)
+    yield "not transductive: each query by itself", lambda episodes: each_by_itself(learner, episodes)
+
+
+def transductive(learner: Learner, episodes: Episodes) -> Tensor:
+    """Labels ``[T, n]`` where the queries of a task are one batch of the network."""
+    adapted = adapt(learner, episodes.support_x, episodes.support_y).value
+    with torch.no_grad():
+        return torch.vmap(learner.predict)(adapted, episodes.query_x).argmax(-1)
+
+
+def each_by_itself(learner: Learner, episodes: Episodes) -> Tensor:
+    """Labels ``[T, n]`` where each query is normalised with the support set and itself alone."""
+    adapted = adapt(learner, episodes.support_x, episodes.support_y).value
+    num_support = episodes.support_x.shape[1]
+    images = torch.cat([episodes.support_x, episodes.query_x], 1)
+    with torch.no_grad(), inductive(learner.net, num_support):
+        return torch.vmap(learner.predict)(adapted, images)[:, num_support:].argmax(-1)
+
+
+def nearest_neighbour(episodes: Episodes) -> Tensor:
+    """The label of the support image that is nearest in pixels."""
+    nearest = torch.cdist(episodes.query_x.flatten(2), episodes.support_x.flatten(2)).argmin(-1)
+    return episodes.support_y.gather(-1, nearest)
+
+
+def linear_on_pixels(episodes: Episodes) -> Tensor:
+    """Softmax regression on the pixels of the support set, with the penalty ``||w||^2 / 2n`` (scikit-learn's C = 1)."""
+    x = episodes.support_x.flatten(2)
+    ways = int(episodes.support_y.max()) + 1
+
+    def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = x @ params["weight"] + params["bias"]
+        return cross_entropy(logits, y) + params["weight"].square().sum() / 2 / len(x)
+
+    start = {"weight": x.new_zeros(len(x), x.shape[-1], ways), "bias": x.new_zeros(len(x), ways)}
+    solver = bl.LBFGS(max_steps=100, gtol=1e-3)
+    fit = bl.argmin(torch.vmap(loss), start, x, episodes.support_y, solver=solver, hypergrad=None)
+    scores = episodes.query_x.flatten(2) @ fit.value["weight"] + fit.value["bias"].unsqueeze(1)
+    return scores.argmax(-1)
+
+
+BASELINES: dict[str, Classifier] = {
+    "linear classifier on pixels": linear_on_pixels,
+    "nearest neighbour on pixels": nearest_neighbour,
+}

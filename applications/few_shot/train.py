@@ -1,0 +1,255 @@
+"""Meta-training, from the knobs to the run folder; `meta_train` is the loop, one record a step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from applications.errors import UserError
+from applications.few_shot import data, evaluate, plots
+from applications.few_shot.config import Config
+from applications.few_shot.episodes import Sampler
+from applications.few_shot.methods import Learner, meta_step
+from applications.few_shot.models import build
+from applications.run_folder import Interruption, RunFolder
+
+METHOD_NAMES = {
+    "imaml": "implicit MAML",
+    "imaml-hf": "implicit MAML (Hessian-free)",
+    "maml": "MAML",
+    "fomaml": "first-order MAML",
+    "reptile": "Reptile",
+}
+
+MAX_SKIPPED = 20
+"""Meta-steps in a row without a finite meta-gradient, after which training gives up."""
+
+
+@dataclass
+class Session:
+    """What a run needs beside its configuration: the data, the learner, the meta-optimizer, and where it stands."""
+
+    config: Config
+    splits: data.Splits
+    device: torch.device
+    learner: Learner
+    optimizer: torch.optim.Adam
+    step: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def create(cls, config: Config) -> Session:
+        device = select_device(config)
+        splits = data.load(config.data, config.data_root, split=config.split)
+        learner = create_learner(config, splits.train, device)
+        return cls(config, splits, device, learner, torch.optim.Adam(learner.parameters(), config.lr))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs; the episodes follow from the seed and the step."""
+        return {
+            "meta": {name: param.detach() for name, param in self.learner.meta.items()},
+            "log_strength": {name: value.detach() for name, value in self.learner.log_strength.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`.
+
+        Raises:
+            UserError: the checkpoint is of another network.
+        """
+        try:
+            with torch.no_grad():
+                for name, param in self.learner.meta.items():
+                    param.copy_(state["meta"][name])
+                for name, value in self.learner.log_strength.items():
+                    value.copy_(state["log_strength"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"The checkpoint does not fit these settings ({str(error).splitlines()[0]}): the network, its "
+                "width and the number of ways must be those of the run. Leave them out to take them from the run."
+            ) from error
+
+    def sampler(self, stream: str) -> Sampler:
+        """Episodes of the ``"train"``, ``"validation"`` or ``"test"`` classes."""
+        config = self.config
+        queries = config.queries if stream == "train" else config.eval_queries
+        classes = getattr(self.splits, stream)
+        queries = queries if stream == "train" else min(queries, max(1, classes.num_instances - config.shots))
+        return Sampler(classes, stream, config.ways, config.shots, queries, config.seed, self.device)
+
+
+def select_device(config: Config) -> torch.device:
+    """The device of the configuration, with the arithmetic set up.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here. Use --device cpu, or install the driver.")
+    exact = config.precision != "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(automatic if config.device == "auto" else config.device)
+
+
+def create_learner(config: Config, classes: data.ImageClasses, device: torch.device) -> Learner:
+    """The network at its initialisation, which the seed alone decides."""
+    channels, size = classes.images.shape[2], classes.images.shape[-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        conv4 = {"width": config.width, "norm": config.norm, "halve": config.halve}
+        net = build(config.model, channels, size, config.ways, **conv4)
+    dtype = torch.float64 if config.precision == "float64" else torch.float32
+    return Learner.create(config, net.to(device, dtype))
+
+
+def meta_train(session: Session) -> Iterator[dict[str, Any]]:
+    """Meta-steps from where the session stands to the end of its schedule, one record each.
+
+    Raises:
+        UserError: no finite meta-gradient in many steps: the adaptation diverges.
+    """
+    config, sampler, skipped = session.config, session.sampler("train"), 0
+    while progress(session) < 1:
+        begin = time.perf_counter()
+        lr = config.lr * (0.5 + 0.5 * math.cos(math.pi * progress(session)) if config.schedule == "cosine" else 1.0)
+        record = one_step(session, sampler, lr)
+        session.step += 1
+        session.seconds += time.perf_counter() - begin
+        skipped = skipped + 1 if record.pop("skipped") else 0
+        if skipped == MAX_SKIPPED:
+            raise UserError(
+                f"No finite meta-gradient in {MAX_SKIPPED} steps, at step {session.step}: the adaptation diverges. "
+                "Lower --inner-lr or --lr, or raise --strength; the last checkpoint is from before."
+            )
+        yield {"step": session.step, **record, "lr": lr, "seconds": round(session.seconds, 3)}
+
+
+def progress(session: Session) -> float:
+    """How much of the schedule is done, by steps and by the clock: 1 ends it."""
+    minutes = session.config.minutes
+    by_clock = 0.0 if minutes is None else session.seconds / 60 / minutes
+    return max(session.step / session.config.steps, by_clock)
+
+
+def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
+    """One update of the meta-parameters; without a finite meta-gradient they stay as they are."""
+    learner, optimizer = session.learner, session.optimizer
+    outcome = meta_step(learner, sampler.episodes(session.config.tasks, session.step))
+    optimizer.zero_grad()
+    outcome.objective.backward()
+    gradients = [param.grad for param in learner.parameters() if param.grad is not None]
+    size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])).item()
+    finite = math.isfinite(size)
+    if finite:
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+    solution = outcome.solution
+    record = {
+        "skipped": not finite,
+        "loss": outcome.query_loss.item(),
+        "accuracy": outcome.accuracy.item(),
+        "meta_gradient_norm": size,
+        "inner_residual": _mean(solution.stats["residual_norm"]),
+    }
+    if solution.adjoint is not None:
+        record["adjoint_relative_residual"] = _mean(solution.adjoint.stats["relative_residual"])
+        record["negative_curvature"] = int((solution.adjoint.stats["result"] == 4).sum())
+    if session.config.learn_strength != "no":
+        record["strength"] = {name: value.exp().item() for name, value in learner.log_strength.items()}
+    return record
+
+
+def _mean(values: Tensor) -> float:
+    return values.mean().item()
+
+
+def run(config: Config, folder: RunFolder, resume: bool) -> int:
+    """Train, evaluate, draw; the exit code is 0, or 128 + the signal that interrupted it."""
+    session = Session.create(config)
+    title = describe(config)
+    if resume:
+        session.restore(folder.load_checkpoint(session.device))
+        folder.rewind_metrics(session.step)
+    say(f"{title}: {config.tasks} tasks a step on {session.device}; run folder {folder.path}")
+    with Interruption() as interruption:
+        _train(session, folder, interruption)
+    folder.write_bytes("learning_curve.png", plots.learning_curve(folder.metrics(), title))
+    if interruption.exit_code is not None:
+        say(f"Interrupted after step {session.step}; everything is saved. Go on with: --resume {folder.path}")
+        return interruption.exit_code
+    report(session, folder)
+    return 0
+
+
+def _train(session: Session, folder: RunFolder, interruption: Interruption) -> None:
+    """The loop with its metrics, validations, checkpoints and progress bar."""
+    config = session.config
+    validation = session.sampler("validation") if config.validate_every else None
+    with tqdm(total=config.steps, initial=session.step, unit="step", disable=None, dynamic_ncols=True) as bar:
+        for record in meta_train(session):
+            folder.append_metrics(record)
+            bar.update()
+            rate = config.tasks * bar.format_dict["rate"] if bar.format_dict["rate"] else 0
+            bar.set_postfix(loss=f"{record['loss']:.3f}", acc=f"{record['accuracy']:.3f}", tasks_s=f"{rate:.0f}")
+            if validation is not None and session.step % config.validate_every == 0:
+                name, classify = next(iter(evaluate.settings(session.learner)))
+                accuracy = evaluate.measure({name: classify}, validation, 100, progress=False)[name]
+                folder.append_metrics({"step": session.step, "validation_accuracy": accuracy.mean})
+                line = f"step {session.step}: loss {record['loss']:.3f}, validation {accuracy} ({name.split(':')[0]})"
+                tqdm.write(line)
+            if session.step % config.checkpoint_every == 0:
+                folder.save_checkpoint(session.state())
+            if interruption.exit_code is not None:
+                break
+    folder.save_checkpoint(session.state())
+
+
+def report(session: Session, folder: RunFolder) -> None:
+    """Evaluate on held-out tasks beside the baselines; print, and write ``evaluation.json`` and a test episode."""
+    config, sampler = session.config, session.sampler("test")
+    method = METHOD_NAMES[config.method]
+    untrained = create_learner(config, session.splits.train, session.device)
+    classifiers = {f"{method}, {name}": classify for name, classify in evaluate.settings(session.learner)}
+    first = next(iter(evaluate.settings(untrained)))
+    classifiers |= {f"the same before training, {first[0].split(':')[0]}": first[1], **evaluate.BASELINES}
+    found = evaluate.measure(classifiers, sampler, config.eval_tasks, progress=True)
+    width = max(map(len, found))
+    say(f"\nAccuracy on {config.eval_tasks} held-out tasks, {describe(config)} (mean +- 95 % interval):")
+    for name, accuracy in found.items():
+        say(f"  {name:{width}}  {accuracy}")
+    folder.write_json("evaluation.json", {name: vars(accuracy) for name, accuracy in found.items()})
+    episodes = sampler.episodes(1, config.eval_tasks)
+    name, classify = next(iter(evaluate.settings(session.learner)))
+    title = f"A test episode of {config.data}, {name}"
+    predicted = classify(episodes)[0]
+    picture = plots.episode(episodes.support_x[0], episodes.query_x[0], episodes.query_y[0], predicted, title)
+    folder.write_bytes("test_episode.png", picture)
+    say(f"Pictures and figures are in {folder.path}")
+
+
+def describe(config: Config) -> str:
+    return f"{METHOD_NAMES[config.method]}, {config.data} {config.ways}-way {config.shots}-shot"
+
+
+def default_folder(config: Config) -> Path:
+    name = f"{config.data}-{config.ways}way-{config.shots}shot-{config.method}"
+    return Path("runs") / "few_shot" / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+
+
+def say(text: str) -> None:
+    """Print at once, also into a pipe."""
+    print(text, flush=True)

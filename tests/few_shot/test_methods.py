@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import bilevel as bl
+from applications.few_shot import data
+from applications.few_shot.config import Config
+from applications.few_shot.episodes import Sampler
+from applications.few_shot.methods import METHODS, Learner, adapt, meta_step
+from applications.few_shot.models import build
+from applications.few_shot.train import create_learner
+from bilevel.tree import leaves
+from tests.conformance import relative_error
+
+CPU = torch.device("cpu")
+TINY = "tests.few_shot.test_methods:tiny"
+SMALL = Config(width=8, tasks=3, inner_lr=0.05, precision="float64", safeguard=False)
+
+
+def prepare(config, splits):
+    learner = create_learner(config, splits.train, CPU)
+    torch.nn.init.normal_(learner.meta["head.weight"], std=0.1)
+    episodes = Sampler(splits.train, "train", config.ways, config.shots, config.queries, 0, CPU).episodes(
+        config.tasks, 0
+    )
+    dtype = learner.meta["head.weight"].dtype
+    return learner, replace(episodes, support_x=episodes.support_x.to(dtype), query_x=episodes.query_x.to(dtype))
+
+
+def meta_gradient(learner, episodes):
+    outcome = meta_step(learner, episodes)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(outcome.objective, learner.parameters())]), outcome
+
+
+def test_the_inner_point_is_stationary_in_the_proximal_problem(toy_splits):
+    """The released code of the paper makes 16 unregularised steps and one proximal one: not stationary."""
+    config = replace(SMALL, model=TINY, inner_steps=600, inner_momentum=0.8)
+    learner, episodes = prepare_tiny(config, toy_splits)
+    solution = adapt(learner, episodes.support_x, episodes.support_y)
+    params = {name: value.requires_grad_() for name, value in solution.value.items()}
+    loss = torch.vmap(learner.loss)(params, episodes.support_x, episodes.support_y).sum()
+    for (name, param), grad in zip(params.items(), torch.autograd.grad(loss, list(params.values())), strict=True):
+        moved = param - learner.meta[name]
+        assert (grad + config.strength * moved).abs().max() < 1e-8
+        assert moved.abs().max() > 1e-3
+
+
+def test_the_hypergradient_solves_the_papers_system(toy_splits):
+    """(I + H / lambda) v = g with the Hessian of the plain loss; the released code solves (2 I + H / 12) v = g."""
+    config = replace(SMALL, tasks=1, cg_steps=2000, strength=50.0, width=8, model=TINY)
+    learner, episodes = prepare_tiny(config, toy_splits)
+    found, outcome = meta_gradient(learner, episodes)
+    phi = [leaf[0].detach() for leaf in outcome.solution.value.values()]
+    shapes = [p.shape for p in phi]
+    flat = torch.cat([p.flatten() for p in phi])
+
+    def unflatten(vector):
+        parts = vector.split([s.numel() for s in shapes])
+        return dict(zip(learner.meta, (part.view(s) for part, s in zip(parts, shapes, strict=True)), strict=True))
+
+    def support(vector):
+        return learner.loss(unflatten(vector), episodes.support_x[0], episodes.support_y[0])
+
+    def query(vector):
+        return learner.loss(unflatten(vector), episodes.query_x[0], episodes.query_y[0])
+
+    hessian, g = torch.func.hessian(support)(flat), torch.func.grad(query)(flat)
+    system = torch.eye(len(flat), dtype=torch.float64) + hessian / config.strength
+    assert relative_error(found, torch.linalg.solve(system, g)) < 1e-8
+    assert relative_error(found, torch.linalg.solve(2 * torch.eye(len(flat)) + hessian / 12, g)) > 0.1
+
+
+def tiny(channels, image_size, ways):
+    pool = torch.nn.AvgPool2d(7)
+    return torch.nn.Sequential(
+        pool, torch.nn.Flatten(), torch.nn.Linear(16, 4), torch.nn.Tanh(), torch.nn.Linear(4, ways)
+    )
+
+
+def prepare_tiny(config, splits):
+    net = build(config.model, 1, 28, config.ways).double()
+    sampler = Sampler(splits.train, "train", config.ways, config.shots, config.queries, 0, CPU)
+    episodes = sampler.episodes(config.tasks, 0)
+    episodes = replace(episodes, support_x=episodes.support_x.double(), query_x=episodes.query_x.double())
+    return Learner.create(config, net), episodes
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_batched_is_task_by_task(method, toy_splits):
+    config = replace(SMALL, method=method, inner_steps=3)
+    learner, episodes = prepare(config, toy_splits)
+    together, outcome = meta_gradient(learner, episodes)
+    alone, losses = [], []
+    for task in range(config.tasks):
+        one = type(episodes)(*(getattr(episodes, name)[task : task + 1] for name in vars(episodes)))
+        gradient, single = meta_gradient(learner, one)
+        alone.append(gradient)
+        losses.append(single.query_loss)
+    assert relative_error(together, torch.stack(alone).mean(0)) < 1e-9
+    torch.testing.assert_close(outcome.query_loss, torch.stack(losses).mean())
+
+
+def test_maml_is_the_derivative_of_what_it_does(toy_splits):
+    config = replace(SMALL, method="maml", model=TINY, inner_steps=4, inner_momentum=0.5)
+    learner, episodes = prepare_tiny(config, toy_splits)
+    found, _ = meta_gradient(learner, episodes)
+    direction = torch.randn_like(found)
+
+    def shifted(step):
+        moved = {}
+        for (name, param), part in zip(
+            learner.meta.items(), direction.split([p.numel() for p in learner.meta.values()]), strict=True
+        ):
+            moved[name] = (param + step * part.view_as(param)).detach()
+        return meta_step(replace(learner, meta=moved), episodes).query_loss
+
+    difference = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
+    assert found @ direction == pytest.approx(difference.item(), rel=1e-6)
+
+
+def test_first_order_methods_are_what_they_say(toy_splits):
+    config = replace(SMALL, method="fomaml", tasks=1)
+    learner, episodes = prepare(config, toy_splits)
+    found, outcome = meta_gradient(learner, episodes)
+    adapted = {name: leaf[0].detach().requires_grad_() for name, leaf in outcome.solution.value.items()}
+    loss = learner.loss(adapted, episodes.query_x[0], episodes.query_y[0])
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(adapted.values()))])
+    assert relative_error(found, expected) < 1e-10
+
+    learner = replace(learner, config=replace(config, method="reptile"))
+    found, outcome = meta_gradient(learner, episodes)
+    moved = torch.cat([(p - outcome.solution.value[n][0]).detach().flatten() for n, p in learner.meta.items()])
+    assert relative_error(found, moved) < 1e-12
+
+
+@pytest.mark.parametrize("learn", ["scalar", "layer"])
+def test_strength_is_learned_by_its_hypergradient(learn, toy_splits):
+    config = replace(SMALL, model=TINY, learn_strength=learn, tasks=2, method="imaml-hf", strength=0.5)
+    config = replace(config, inner_steps=30, newton_cg_steps=50, cg_steps=200)
+    learner, episodes = prepare_tiny(config, toy_splits)
+    assert list(learner.log_strength) == (["all"] if learn == "scalar" else ["2", "4"])
+    outcome = meta_step(learner, episodes)
+    for name, log_strength in learner.log_strength.items():
+        (grad,) = torch.autograd.grad(outcome.objective, log_strength, retain_graph=True)
+
+        def at(shift, name=name, log_strength=log_strength):
+            moved = {**learner.log_strength, name: (log_strength + shift).detach()}
+            return meta_step(replace(learner, log_strength=moved), episodes).query_loss
+
+        assert grad.item() == pytest.approx(((at(1e-4) - at(-1e-4)) / 2e-4).item(), rel=1e-4)
+
+
+def test_hessian_free_reaches_the_point_of_gradient_descent(toy_splits):
+    descent = replace(SMALL, model=TINY, inner_steps=600, inner_momentum=0.8)
+    newton = replace(descent, method="imaml-hf", inner_steps=30, newton_cg_steps=30)
+    learner, episodes = prepare_tiny(descent, toy_splits)
+    one = adapt(learner, episodes.support_x, episodes.support_y).value
+    other = adapt(replace(learner, config=newton), episodes.support_x, episodes.support_y).value
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-8)
+
+
+def test_bfloat16_is_near_float32(toy_splits):
+    config = replace(SMALL, precision="float32")
+    learner, episodes = prepare(config, toy_splits)
+    exact, _ = meta_gradient(learner, episodes)
+    rough, _ = meta_gradient(replace(learner, config=replace(config, precision="bf16")), episodes)
+    assert 1e-4 < relative_error(rough, exact) < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hessian", ["graph", "func"])
+def test_batched_float32_meets_the_float64_reference_on_real_omniglot(hessian, omniglot_root):
+    """The paper's network and settings: Conv4-64 with max-pool, 16 tasks, 16 steps, 5 CG steps.
+
+    The reference is written anew, task by task, in float64, with double backward and a textbook CG.
+    """
+    config = Config(
+        data="omniglot",
+        data_root=omniglot_root,
+        width=64,
+        halve="pool",
+        tasks=16,
+        queries=15,
+        hessian=hessian,
+        inner_steps=16,
+        inner_lr=0.01,
+        inner_momentum=0.0,
+        cg_steps=5,
+        safeguard=False,
+    )
+    splits = data.load("omniglot", omniglot_root)
+    learner = create_learner(config, splits.train, CPU)
+    torch.manual_seed(0)
+    with torch.no_grad():  # away from the zero head, where most of the gradient vanishes
+        learner.meta["head.weight"].normal_(std=0.05)
+    episodes = Sampler(splits.train, "train", 5, 1, 15, 0, CPU).episodes(16, 0)
+    found, _ = meta_gradient(learner, episodes)
+
+    net = build("conv4", 1, 28, 5, width=64, norm="batch", halve="pool").double()
+    meta = [p.detach().double() for p in learner.meta.values()]
+
+    def loss(params, x, y):
+        named = dict(zip(learner.meta, params, strict=True))
+        return cross_entropy(torch.func.functional_call(net, named, (x.double(),)), y)
+
+    total = [torch.zeros_like(p) for p in meta]
+    for t in range(16):
+        sx, sy, qx, qy = (getattr(episodes, n)[t] for n in ("support_x", "support_y", "query_x", "query_y"))
+        phi = [p.clone() for p in meta]
+        for _ in range(16):
+            phi = [p.requires_grad_() for p in phi]
+            prox = sum((p - m).square().sum() for p, m in zip(phi, meta, strict=True))
+            grads = torch.autograd.grad(loss(phi, sx, sy) + config.strength / 2 * prox, phi)
+            phi = [(p - 0.01 * g).detach() for p, g in zip(phi, grads, strict=True)]
+        phi = [p.requires_grad_() for p in phi]
+        g = torch.autograd.grad(loss(phi, qx, qy), phi)
+        inner = torch.autograd.grad(loss(phi, sx, sy), phi, create_graph=True)
+        solved = textbook_cg(partial(hessian_over_lambda, inner, phi, config.strength), g, 5)
+        total = [a + v / 16 for a, v in zip(total, solved, strict=True)]
+    assert relative_error(found.double(), torch.cat([v.flatten() for v in total])) <= 1e-4
+
+
+def hessian_over_lambda(inner, phi, strength, v):
+    products = torch.autograd.grad(inner, phi, v, retain_graph=True)
+    return [a + h / strength for a, h in zip(v, products, strict=True)]
+
+
+def textbook_cg(product, b, num_steps):
+    def inner(a, c):
+        return sum((x * y).sum() for x, y in zip(a, c, strict=True))
+
+    x, r, p = [torch.zeros_like(v) for v in b], list(b), list(b)
+    for _ in range(num_steps):
+        ap = product(p)
+        alpha = inner(r, r) / inner(p, ap)
+        x = [a + alpha * c for a, c in zip(x, p, strict=True)]
+        new = [a - alpha * c for a, c in zip(r, ap, strict=True)]
+        beta, r = inner(new, new) / inner(r, r), new
+        p = [a + beta * c for a, c in zip(r, p, strict=True)]
+    return x
+
+
+def test_every_leaf_of_a_stack_is_a_view():
+    stacked = bl.stack({"a": torch.ones(2, 3)}, 4)
+    assert [leaf.stride(0) for leaf in leaves(stacked)] == [0]

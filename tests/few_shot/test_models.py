@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from applications.errors import UserError
+from applications.few_shot.models import BatchStatNorm, Conv4, ImageNorm, build, inductive
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        # The parameter counts of the papers' networks.
+        ({"halve": "stride"}, 113_221),
+        ({"halve": "pool"}, 112_261),
+        ({"halve": "stride", "ways": 20}, 117_076),
+        ({"halve": "pool", "ways": 20}, 113_236),
+    ],
+)
+def test_conv4_is_the_papers(settings, count):
+    assert sum(p.numel() for p in Conv4(**settings).parameters()) == count
+
+
+def test_batch_norm_is_torchs():
+    x, ours, theirs = torch.randn(6, 4, 5, 5), BatchStatNorm(4), nn.BatchNorm2d(4, track_running_stats=False)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_image_norm_is_torchs_group_norm():
+    x, ours, theirs = torch.randn(6, 16, 5, 5), ImageNorm(16), nn.GroupNorm(8, 16)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_inductive_queries_do_not_see_each_other():
+    torch.manual_seed(0)
+    net = Conv4(halve="stride", width=8)
+    nn.init.normal_(net.head.weight)
+    support, queries = torch.rand(5, 1, 28, 28), torch.rand(7, 1, 28, 28)
+    with inductive(net, 5):
+        together = net(torch.cat([support, queries]))[5:]
+        alone = torch.cat([net(torch.cat([support, query[None]]))[5:] for query in queries])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    outside = net(queries)
+    assert (together - outside).abs().max() > 1e-2
+    assert not torch.allclose(outside, torch.cat([net(query[None]) for query in queries]), atol=1e-3)
+
+
+def test_inductive_statistics_are_of_the_support_and_the_query_itself():
+    norm, support, query = BatchStatNorm(3), torch.randn(4, 3, 5, 5), torch.randn(1, 3, 5, 5)
+    joined = torch.cat([support, query])
+    norm.num_support = 4
+    torch.testing.assert_close(norm(joined)[4:], nn.BatchNorm2d(3, track_running_stats=False)(joined)[4:])
+    torch.testing.assert_close(norm(joined)[:4], nn.BatchNorm2d(3, track_running_stats=False)(support))
+
+
+@pytest.mark.parametrize("name", ["conv4", "fc"])
+def test_untrained_networks_prefer_no_class(name):
+    logits = build(name, 1, 28, 5)(torch.rand(3, 1, 28, 28))
+    assert logits.shape == (3, 5)
+    assert not logits.any()
+
+
+def tiny(channels, image_size, ways):
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * image_size**2, ways))
+
+
+def with_running_statistics(channels, image_size, ways):
+    return nn.Sequential(nn.BatchNorm2d(channels), tiny(channels, image_size, ways))
+
+
+def test_any_module_by_import_path():
+    assert build("tests.few_shot.test_models:tiny", 1, 28, 5)(torch.rand(2, 1, 28, 28)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet", "neither 'conv4' nor 'fc' nor an import path"),
+        ("no.such.module:net", "cannot be imported"),
+        ("tests.few_shot.test_models:missing", "cannot be imported"),
+        ("tests.few_shot.test_models:with_running_statistics", "running statistics"),
+    ],
+)
+def test_bad_models(name, message):
+    with pytest.raises(UserError, match=message):
+        build(name, 1, 28, 5)
