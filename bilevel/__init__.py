@@ -4,9 +4,10 @@ The differentiable solve: `argmin`, which returns a `Solution`.
 Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `TorchOptim`, `ScipyMinimize`.
 Hypergradients: `Implicit` (with a linear solver), `Unroll`.
 Linear solvers: `CG`, `Neumann`, `MINRES`, `GMRES`, `BiCGSTAB`, `LSMR`, `Cholesky`, `LU`, `Identity`.
-Outcomes: `Result`, `SolveError`, `SolveWarning`. Trees: `stack`.
+Outcomes: `Result`, `SolveError`, `SolveWarning`. Trees: `stack`. Optuna: `tuning`. Truth: `problems`.
 """
 
+from . import problems, tuning
 from .argmin import argmin
 from .hypergrad.implicit import Implicit
 from .hypergrad.unroll import Unroll
@@ -46,5 +47,7 @@ __all__ = [
     "TorchOptim",
     "Unroll",
     "argmin",
+    "problems",
     "stack",
+    "tuning",
 ]

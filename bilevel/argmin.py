@@ -146,13 +146,13 @@ def _drop_grad(leaf: Tensor) -> None:
 
 def _reaches_others(at: Linearization) -> bool:
     """Whether the residual depends on any tensor besides the solution: if not, there is no hypergradient."""
-    own = {leaf.data_ptr() for leaf in at.leaves}
+    own = {id(leaf) for leaf in at.leaves}
     stack = [residual.grad_fn for residual in at.residual if residual.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
         variable = getattr(node, "variable", None)
-        if variable is not None and variable.data_ptr() not in own:
+        if variable is not None and id(variable) not in own:
             return True
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:

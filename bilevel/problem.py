@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from .tree import Raveler, Tree, leaves, tree_map
+from .tree import Raveler, Tree, leaves
 
 Objective = Callable[..., Tensor]
 """``objective(params, *args)``: a scalar for one problem, a vector ``[T]`` for T independent problems."""
@@ -22,6 +23,9 @@ class Evaluation:
     y: Tensor
     f: Tensor
     g: Tensor
+
+    def detach(self) -> Evaluation:
+        return Evaluation(self.y.detach(), self.f.detach(), self.g.detach())
 
 
 @dataclass(frozen=True)
@@ -45,23 +49,19 @@ class Problem:
     def __init__(self, objective: Objective, init: Tree, args: tuple[Any, ...] = (), *, differentiable: bool = False):
         _check_init(init)
         self.objective, self.args, self.differentiable = objective, args, differentiable
-        loss = self._first_loss(init)
-        self.batch_shape = loss.shape
-        _check_batch(init, loss)
-        self.raveler = Raveler(init, loss.shape)
-        start = self.raveler.ravel(leaves(init))
-        self.start = self.evaluate(start if differentiable else start.detach())
+        with torch.enable_grad():
+            point = [
+                leaf if differentiable and leaf.requires_grad else leaf.detach().requires_grad_()
+                for leaf in leaves(init)
+            ]
+            loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
+            _check_loss(loss, init)
+            self.raveler = Raveler(init, loss.shape)
+            grads = _gradient(loss, point, create_graph=differentiable)
+            start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
+        self.start = start if differentiable else start.detach()
         if not bool(torch.isfinite(self.start.f).all()):
             raise ValueError(_blame_nonfinite(init, args))
-
-    @property
-    def device(self) -> torch.device:
-        return self.raveler.device
-
-    def value(self, y: Tensor) -> Tensor:
-        """Losses at ``y`` without gradients: ``[*batch, n] -> [*batch]``."""
-        with torch.no_grad():
-            return self._loss(self.raveler.unravel(y))
 
     def evaluate(self, y: Tensor) -> Evaluation:
         """Losses and gradients at ``y``; with a graph only for a differentiable (unrolled) problem."""
@@ -71,9 +71,8 @@ class Problem:
             point = self.raveler.unravel(y)
             loss = self._loss(point)
             g = self.raveler.ravel(_gradient(loss, point, create_graph=self.differentiable))
-        if self.differentiable:
-            return Evaluation(y, loss.double(), g)
-        return Evaluation(y.detach(), loss.detach().double(), g.detach())
+        found = Evaluation(y, loss.double(), g)
+        return found if self.differentiable else found.detach()
 
     def linearize(self, y: Tensor, create_graph: bool = True) -> Linearization:
         """The gradient at ``y`` with its graph towards ``y`` and everything that the objective captured."""
@@ -88,17 +87,6 @@ class Problem:
 
     def _loss(self, point: list[Tensor]) -> Tensor:
         return self.objective(self.raveler.unflatten(point), *self.args)
-
-    def _first_loss(self, init: Tree) -> Tensor:
-        with torch.no_grad():
-            loss = self.objective(tree_map(lambda leaf: leaf.detach(), init), *self.args)
-        if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim() > 1 or loss.numel() == 0:
-            found = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss)
-            raise ValueError(
-                f"objective returned {found}: a scalar (one problem) or a vector [T] (T independent problems) of "
-                "floating point is needed. Reduce the loss over the examples, for T problems one by one."
-            )
-        return loss
 
 
 def _gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Tensor]:
@@ -135,7 +123,13 @@ def _check_init(init: Tree) -> None:
         raise ValueError("init holds no numbers (every leaf has a dimension of size 0).")
 
 
-def _check_batch(init: Tree, loss: Tensor) -> None:
+def _check_loss(loss: Tensor, init: Tree) -> None:
+    if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim() > 1 or loss.numel() == 0:
+        found = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss)
+        raise ValueError(
+            f"objective returned {found}: a scalar (one problem) or a vector [T] (T independent problems) of "
+            "floating point is needed. Reduce the loss over the examples, for T problems one by one."
+        )
     for leaf in leaves(init):
         if loss.dim() and leaf.shape[:1] != loss.shape:
             raise ValueError(

@@ -97,7 +97,7 @@ def settle(solution: Solution, throw: Throw, what: str, advice: str) -> None:
 
     A non-finite solve always raises, but for ``throw="ignore"``: NaN gradients destroy a training run.
     """
-    if solution.result.ok or throw == "ignore":
+    if throw == "ignore" or solution.result.ok:
         return
     message = f"{what}: {_describe(solution)}. {advice}"
     if throw == "raise" or solution.result is Result.NONFINITE:

@@ -543,3 +543,32 @@ def test_same_inputs_same_bits():
     problem = Quadratics(conditions=(1.0, 100.0))
     one, other = (hypergradient(problem, bl.LBFGS(), bl.Implicit())[0] for _ in range(2))
     assert torch.equal(one, other)
+
+
+def test_fallback_keeps_what_was_solved():
+    """One problem of two is indefinite: MINRES repairs it, and the other keeps its accurate solution."""
+    x = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    signs = torch.tensor([[1.0, 2.0], [1.0, -0.5]], dtype=torch.float64)
+
+    def inner(y):
+        return (signs * y.square() + x * y).sum(-1) / 2
+
+    init = torch.ones(2, 2, dtype=torch.float64)
+    fit = bl.argmin(inner, init, solver=bl.GradientDescent(0.1, 1), throw="fallback")
+    fit.value.square().sum().backward()
+    assert fit.adjoint.recovered == ("MINRES",)
+    assert fit.adjoint.stats["relative_residual"][0] < 1e-10
+    torch.testing.assert_close(fit.adjoint.value, 2 * fit.value.detach() / signs, rtol=1e-3, atol=0)
+
+
+def test_the_start_may_be_the_hyperparameter_itself():
+    """Converged at the start, so solution and captured tensor would share their memory."""
+    x = torch.ones(3, requires_grad=True)
+    fit = bl.argmin(lambda y: (y - x).square().sum(), x)
+    assert fit.stats["num_steps"] == 0
+    (grad,) = torch.autograd.grad(fit.value.sum(), x)
+    torch.testing.assert_close(grad, torch.ones(3))
+    plain = bl.argmin(lambda y: (y - 1).square().sum(), x, hypergrad=None)
+    with torch.no_grad():
+        x.zero_()
+    assert plain.value.sum() == 3

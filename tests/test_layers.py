@@ -10,7 +10,7 @@ import pytest
 import bilevel
 
 ROOT = Path(bilevel.__file__).parent
-LAYERS = ["solution", "tree", "problem", "problems", "linalg", "inner", "hypergrad", "argmin", "__init__"]
+LAYERS = ["solution", "tree", "problem", "problems", "linalg", "inner", "hypergrad", "argmin", "tuning", "__init__"]
 
 
 def imported(path: Path) -> set[str]:

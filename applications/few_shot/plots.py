@@ -36,7 +36,7 @@ def learning_curve(records: list[dict[str, Any]], title: str) -> bytes:
     return png(figure)
 
 
-def smooth(values: list[float], weight: float = 0.95) -> list[float]:
+def smooth(values: list[float], weight: float = 0.9) -> list[float]:
     """Exponential moving average, unbiased at its start."""
     total, norm, smoothed = 0.0, 0.0, []
     for value in values:
@@ -57,7 +57,7 @@ def episode(support_x: Tensor, query_x: Tensor, query_y: Tensor, predicted: Tens
     labels = predicted.unflatten(0, (ways, -1))[:, :10]
     columns = 1 + queries.shape[1]
     figure, axes = plt.subplots(ways, columns, figsize=(0.75 * columns, 0.85 * ways + 0.7), squeeze=False)
-    figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.85 / (0.85 * ways + 0.7), bottom=0.03, wspace=0.25)
+    figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.6 / (0.85 * ways + 0.7), bottom=0.03, wspace=0.25)
     supports = support_x.unflatten(0, (ways, -1))[:, 0]
     for way in range(ways):
         _show(axes[way, 0], supports[way], "0.2", f"class {way + 1}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..linalg.cg import CG
@@ -44,14 +45,24 @@ class Implicit:
         return self.linear_solver.solve(Damped(operator, self.damping) if self.damping else operator, b)
 
     def recover(self, operator: Operator, b: Tensor, failed: Solution) -> Solution:
-        """Try what copes with indefinite matrices: MINRES, then CG on a Hessian that is damped ever more."""
-        if failed.result is Result.NONFINITE:
-            return failed
-        tried = MINRES(rtol=1e-4).solve(Damped(operator, self.damping), b)
-        names: tuple[str, ...] = ("MINRES",)
-        damping = max(self.damping, 1e-3)
-        while not tried.result.ok and damping <= 1e3:
-            tried = CG(rtol=1e-4).solve(Damped(operator, damping), b)
-            names = (*names, f"CG with damping {damping:g}")
-            damping *= 10
-        return Solution(tried.value, tried.stats, recovered=names)
+        """Try, in the problems that failed, MINRES, then CG on a Hessian that is damped ever more."""
+        attempts: list[tuple[str, LinearSolver, float]] = [("MINRES", MINRES(rtol=FALLBACK_RTOL), self.damping)]
+        for damping in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0):
+            attempts.append((f"CG with damping {damping:g}", CG(rtol=FALLBACK_RTOL), self.damping + damping))
+        best = failed
+        for name, solver, damping in attempts:
+            if best.result.ok or best.result is Result.NONFINITE:
+                break
+            tried = solver.solve(Damped(operator, damping), b)
+            best = _merge(best, tried, (*best.recovered, name))
+        return best
+
+
+FALLBACK_RTOL = 1e-4
+
+
+def _merge(old: Solution, new: Solution, recovered: tuple[str, ...]) -> Solution:
+    """Keep the problems that were solved, take ``new`` in the others."""
+    keep = old.stats["result"] <= int(Result.STEPS_DONE)
+    stats = {name: torch.where(keep, stat, new.stats[name]) for name, stat in old.stats.items()}
+    return Solution(torch.where(keep.unsqueeze(-1), old.value, new.value), stats, recovered)

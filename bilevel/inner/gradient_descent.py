@@ -55,7 +55,7 @@ class GradientDescent:
         at, velocity = problem.start, torch.zeros_like(problem.start.g)
         progress = Progress.begin(at, self.gtol)
         for step in range(self.max_steps):
-            if self.gtol is not None and progress.done(step):
+            if progress.done(step):
                 break
             velocity = self.momentum * velocity + at.g if self.momentum else at.g
             y = at.y - scale(lr, velocity)

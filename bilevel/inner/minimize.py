@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..linalg.solve import stop_now
 from ..problem import Evaluation, Problem
 from ..solution import Result, Solution, make_codes
 from ..tree import dot, norm, scale
@@ -66,9 +67,8 @@ class Progress:
         self.steps = self.steps + self.active
 
     def done(self, step: int) -> bool:
-        """Whether all have ended. Without a tolerance, or on a GPU, it asks rarely: each is a synchronisation."""
-        every = 1 if self.active.device.type == "cpu" else 8
-        return step % every == 0 and not bool(self.active.any())
+        """Whether all have ended; without a tolerance it does not ask."""
+        return self.gtol is not None and stop_now(self.active, step)
 
     def solution(self, y: Tensor, **stats: Tensor) -> Solution:
         return Solution(y, {"num_steps": self.steps, "result": self.codes, **stats})

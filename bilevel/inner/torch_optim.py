@@ -69,7 +69,7 @@ class TorchOptim:
             return float(latest.f.sum())
 
         for step in range(self.max_steps):
-            if self.gtol is not None and progress.done(step):
+            if progress.done(step):
                 break
             before = raveler.ravel([param.detach() for param in params]).clone()
             optimizer.step(closure)

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..solution import Result, Solution, make_codes
+from ..solution import Solution
 from ..tree import norm
 from .operator import Operator
 
@@ -49,11 +49,6 @@ def normalise(b: Tensor) -> tuple[Tensor, Tensor]:
     return unit, torch.where(usable, length * factor.squeeze(-1).double(), largest.double())
 
 
-def residual_norm(operator: Operator, x: Tensor, b: Tensor) -> Tensor:
-    """The true ``||b - A x||`` of each problem, at the cost of one product."""
-    return norm(b - operator.matvec(x))
-
-
 def report(value: Tensor, codes: Tensor, steps: Tensor, residual: Tensor, scale: Tensor) -> Solution:
     """A `Solution` whose stats have the batch shape.
 
@@ -65,14 +60,6 @@ def report(value: Tensor, codes: Tensor, steps: Tensor, residual: Tensor, scale:
     return Solution(value, stats)
 
 
-def judge(x: Tensor, relative: Tensor, scale: Tensor, rtol: Tensor | float, otherwise: Result) -> Tensor:
-    """Result codes from the true relative residual: converged, non-finite, or ``otherwise``."""
-    codes = torch.where(relative <= rtol, int(Result.CONVERGED), int(otherwise)).to(torch.int8)
-    codes = torch.where(scale == 0, make_codes(Result.CONVERGED, codes), codes)
-    finite = torch.isfinite(scale) & torch.isfinite(x).all(-1)
-    return torch.where(finite, codes, make_codes(Result.NONFINITE, codes))
-
-
 def relative_tolerance(rtol: float | Tensor, atol: float, scale: Tensor) -> Tensor:
     """``max(rtol, atol / ||b||)`` for each problem: the stopping rule of SciPy, on normalised residuals."""
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -81,6 +68,6 @@ def relative_tolerance(rtol: float | Tensor, atol: float, scale: Tensor) -> Tens
 
 def stop_now(active: Tensor, step: int) -> bool:
     """Whether no problem is active any more. On a GPU it asks every eighth step only: each is a synchronisation."""
-    if active.device.type != "cpu" and step % 8:
+    if active.device.type != "cpu" and step % 8 != 7:
         return False
     return not bool(active.any())

@@ -1,0 +1,44 @@
+"""The code blocks of README and docs run, page by page, in order; links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore::bilevel.SolveWarning")
+def test_code_runs(page):
+    namespace: dict[str, object] = {"__name__": "docs"}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page):
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_readme_has_the_two_commands():
+    assert blocks(ROOT / "README.md", "sh") == [
+        "pip install -e . && python -m applications.few_shot\n",
+        'pip install -e ".[test]" && pytest\n',
+    ]
+
+
+def test_extras_and_types_are_shipped():
+    extras = importlib.metadata.metadata("bilevel").get_all("Provides-Extra")
+    assert set(extras or []) == {"test", "docs", "bench"}
+    assert (ROOT / "bilevel" / "py.typed").exists()
