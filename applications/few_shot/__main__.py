@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import tyro
 
@@ -38,6 +38,11 @@ class Place:
     """Go on with this run folder, with its settings."""
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(Config, Place):
+    """Train, then evaluate. The defaults are those of the preset, or of the run that is resumed."""
+
+
 def main(arguments: list[str]) -> int:
     """Run a subcommand; the exit code is 2 for bad input, which is told in one message."""
     commands = {"train": run_train, "evaluate": run_evaluate, "benchmark": benchmark.main}
@@ -54,14 +59,14 @@ def main(arguments: list[str]) -> int:
 
 def run_train(arguments: list[str]) -> int:
     """The default subcommand."""
-    place, rest = tyro.cli(Place, args=arguments, return_unknown_args=True, add_help=False)
+    place, _ = tyro.cli(Place, args=arguments, return_unknown_args=True, add_help=False)
     if place.preset not in PRESETS:
         raise UserError(f"There is no preset {place.preset!r}. There are {', '.join(PRESETS)}.")
     start, folder = PRESETS[place.preset], None
     if place.resume is not None:
         folder = RunFolder.open(place.resume)
         start = Config.from_json(folder.read_json("config.json"))
-    config = parse(rest, start, "train")
+    config = parse(arguments, TrainOptions, {**vars(start), **vars(place)}, "train")
     if folder is None:
         folder = RunFolder.create(place.out or train.default_folder(config), config.to_json())
     return train.run(config, folder, resume=place.resume is not None)
@@ -73,17 +78,20 @@ def run_evaluate(arguments: list[str]) -> int:
         print("usage: python -m applications.few_shot evaluate RUN [options of train, such as --eval-tasks 1000]")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     folder = RunFolder.open(Path(arguments[0]))
-    config = parse(arguments[1:], Config.from_json(folder.read_json("config.json")), "evaluate RUN")
+    start = Config.from_json(folder.read_json("config.json"))
+    config = parse(arguments[1:], Config, vars(start), "evaluate RUN")
     session = train.Session.create(config)
     session.restore(folder.load_checkpoint(session.device))
     train.report(session, folder)
     return 0
 
 
-def parse(arguments: list[str], start: Config, command: str) -> Config:
-    """The configuration ``start`` changed by the options."""
-    combined = Annotated[Config, tyro.conf.arg(name="")]
-    return tyro.cli(combined, default=start, args=arguments, prog=f"python -m applications.few_shot {command}")
+def parse(arguments: list[str], options: type[Config], start: dict[str, Any], command: str) -> Config:
+    """The configuration with the values ``start``, changed by the options."""
+    parsed = tyro.cli(
+        options, default=options(**start), args=arguments, prog=f"python -m applications.few_shot {command}"
+    )
+    return Config(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Config)})
 
 
 if __name__ == "__main__":

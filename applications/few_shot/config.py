@@ -40,11 +40,14 @@ class Config:
     halve: Literal["pool", "stride"] = "stride"
     """How conv4 halves its maps: max-pool, or strided convolutions at a quarter of the work."""
 
+    head: Literal["zero", "learned"] = "zero"
+    """Meta-parameters of the module called head: kept at zero, as class numbers are arbitrary, or learned."""
+
     inner_steps: int = 8
     """Steps of adaptation: gradient steps, or Newton steps of imaml-hf."""
     inner_lr: float = 0.05
     """Step size of adaptation by gradient descent."""
-    inner_momentum: float = 0.7
+    inner_momentum: float = 0.0
     """Heavy-ball momentum of adaptation by gradient descent."""
     safeguard: bool = True
     """Take back the gradient steps that raise a task's loss, and halve its step size."""
@@ -63,7 +66,7 @@ class Config:
     """Meta-steps."""
     tasks: int = 8
     """Tasks in a meta-step."""
-    lr: float = 3e-3
+    lr: float = 5e-3
     """Step size of the meta-optimizer (Adam)."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Schedule of that step size over the meta-steps."""
@@ -126,7 +129,7 @@ PAPER = replace(
     width=64,
     inner_steps=16,
     inner_lr=0.1,
-    inner_momentum=0.0,
+    head="learned",
     cg_steps=5,
     steps=20_000,
     tasks=32,

@@ -47,7 +47,9 @@ class Learner:
 
     def parameters(self) -> list[Tensor]:
         """What the meta-optimizer updates."""
-        return [*self.meta.values(), *(s for s in self.log_strength.values() if s.requires_grad)]
+        fixed = "head." if self.config.head == "zero" else None
+        learned = [param for name, param in self.meta.items() if fixed is None or not name.startswith(fixed)]
+        return [*learned, *(s for s in self.log_strength.values() if s.requires_grad)]
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Logits ``[n, ways]`` of one task's images ``[n, channels, size, size]``."""

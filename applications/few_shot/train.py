@@ -202,6 +202,7 @@ def _train(session: Session, folder: RunFolder, interruption: Interruption) -> N
     with tqdm(total=config.steps, initial=session.step, unit="step", disable=None, dynamic_ncols=True) as bar:
         for record in meta_train(session):
             folder.append_metrics(record)
+            bar.total = max(session.step, round(session.step / progress(session)))  # the clock may end the run earlier
             bar.update()
             rate = config.tasks * bar.format_dict["rate"] if bar.format_dict["rate"] else 0
             bar.set_postfix(loss=f"{record['loss']:.3f}", acc=f"{record['accuracy']:.3f}", tasks_s=f"{rate:.0f}")
