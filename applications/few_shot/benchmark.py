@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import resource
 import statistics
 import sys
@@ -132,7 +131,11 @@ def _extrapolate(method: str, steps: int, rows: list[Measurement]) -> float:
 def _available_mib(settings: Benchmark) -> float:
     if select_device(settings.config).type == "cuda":
         return torch.cuda.mem_get_info()[0] / MEBIBYTE
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MEBIBYTE
+    try:
+        import psutil
+    except ImportError as error:
+        raise UserError('The benchmark needs psutil: pip install -e ".[bench]".') from error
+    return psutil.virtual_memory().available / MEBIBYTE
 
 
 def measure(config: Config, repeats: int) -> tuple[float, float]:

@@ -43,9 +43,9 @@ class Config:
     head: Literal["zero", "learned"] = "zero"
     """Meta-parameters of the module called head: kept at zero, as class numbers are arbitrary, or learned."""
 
-    inner_steps: int = 8
+    inner_steps: int = 5
     """Steps of adaptation: gradient steps, or Newton steps of imaml-hf."""
-    inner_lr: float = 0.05
+    inner_lr: float = 0.1
     """Step size of adaptation by gradient descent."""
     inner_momentum: float = 0.0
     """Heavy-ball momentum of adaptation by gradient descent."""
@@ -53,20 +53,20 @@ class Config:
     """Take back the gradient steps that raise a task's loss, and halve its step size."""
     newton_cg_steps: int = 5
     """Products for each Newton direction of imaml-hf."""
-    strength: float = 2.0
+    strength: float = 1.0
     """lambda, the strength of the proximal term of imaml: adapted parameters stay near the meta-parameters."""
     learn_strength: Literal["no", "scalar", "layer"] = "no"
     """Learn lambda with the meta-parameters: one, or one for each layer."""
-    cg_steps: int = 3
+    cg_steps: int = 2
     """Steps of conjugate gradients for the hypergradient; 0 takes the identity (first order)."""
     hessian: Literal["graph", "func"] = "graph"
     """Hessian products over the retained graph (faster) or recomputed by torch.func."""
 
-    steps: int = 1000
+    steps: int = 500
     """Meta-steps."""
-    tasks: int = 8
+    tasks: int = 16
     """Tasks in a meta-step."""
-    lr: float = 5e-3
+    lr: float = 8e-3
     """Step size of the meta-optimizer (Adam)."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Schedule of that step size over the meta-steps."""
@@ -84,8 +84,8 @@ class Config:
     """Held-out tasks of the final evaluation."""
     eval_queries: int = 15
     """Query images for each class in evaluations."""
-    eval_steps: int | None = None
-    """Steps of adaptation in evaluations; by default as in training."""
+    eval_steps: int | None = 16
+    """Steps of adaptation in evaluations, more than in training since nothing is differentiated; None: as there."""
     validate_every: int = 100
     """Meta-steps between validations (100 tasks of the validation classes); 0 for none."""
     checkpoint_every: int = 100
@@ -99,6 +99,8 @@ class Config:
         for name in ("inner_lr", "strength", "lr"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive.")
+        if self.eval_steps is not None and self.eval_steps < 1:
+            raise UserError(f"--eval-steps is {self.eval_steps}: at least 1 is needed.")
         if not 0 <= self.inner_momentum < 1:
             raise UserError(f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
         if self.cg_steps < 0 or self.validate_every < 0:
@@ -130,7 +132,9 @@ PAPER = replace(
     inner_steps=16,
     inner_lr=0.1,
     head="learned",
+    strength=2.0,
     cg_steps=5,
+    eval_steps=None,
     steps=20_000,
     tasks=32,
     lr=1e-3,
