@@ -29,15 +29,17 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path, config: dict[str, Any]) -> RunFolder:
-        """A new folder; one that holds a run already is refused, never overwritten."""
+    def new(cls, path: Path) -> RunFolder:
+        """A folder to `begin`; one that holds a run already is refused, never overwritten."""
         if (path / "config.json").exists():
             raise UserError(f"{path} holds a run already. Go on with it by --resume {path}, or take another --out.")
-        folder = cls(path)
-        with _told(f"The run folder {path} cannot be made"):
-            path.mkdir(parents=True, exist_ok=True)
-        folder.write_json("config.json", config)
-        return folder
+        return cls(path)
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Make the folder and write the configuration."""
+        with _told(f"The run folder {self.path} cannot be made"):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self.write_json("config.json", config)
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:

@@ -55,6 +55,9 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted; what was saved is complete.", file=sys.stderr)
+        return 130
 
 
 def run_train(arguments: list[str]) -> int:
@@ -68,7 +71,7 @@ def run_train(arguments: list[str]) -> int:
         start = Config.from_json(folder.read_json("config.json"))
     config = parse(arguments, TrainOptions, {**vars(start), **vars(place)}, "train")
     if folder is None:
-        folder = RunFolder.create(place.out or train.default_folder(config), config.to_json())
+        folder = RunFolder.new(place.out or train.default_folder(config))
     return train.run(config, folder, resume=place.resume is not None)
 
 

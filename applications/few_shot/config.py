@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from applications.errors import UserError
 
 Data = Literal["glyphs", "omniglot", "cifar-fs", "mini-imagenet"]
@@ -99,6 +101,8 @@ class Config:
         for name in ("inner_lr", "strength", "lr"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive.")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"--minutes is {self.minutes}: it must be positive.")
         if self.eval_steps is not None and self.eval_steps < 1:
             raise UserError(f"--eval-steps is {self.eval_steps}: at least 1 is needed.")
         if not 0 <= self.inner_momentum < 1:
@@ -109,6 +113,11 @@ class Config:
             raise UserError(f"--learn-strength needs an imaml method: {self.method} has no proximal term.")
         if self.norm == "image" and self.width % 8:
             raise UserError(f"--width is {self.width}: with --norm image it must be a multiple of 8.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of parameters and images; bf16 and tf32 are arithmetic on float32."""
+        return torch.float64 if self.precision == "float64" else torch.float32
 
     def to_json(self) -> dict[str, object]:
         """Plain values for a JSON file."""

@@ -33,7 +33,15 @@ class Sampler:
     """
 
     def __init__(
-        self, classes: ImageClasses, stream: str, ways: int, shots: int, queries: int, seed: int, device: torch.device
+        self,
+        classes: ImageClasses,
+        stream: str,
+        ways: int,
+        shots: int,
+        queries: int,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
     ):
         for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
             if value < 1:
@@ -45,11 +53,11 @@ class Sampler:
             )
         if shots + queries > classes.num_instances:
             raise UserError(
-                f"--shots {shots} and --queries {queries}: a class of this data set has only "
-                f"{classes.num_instances} images. Their sum must not exceed that."
+                f"--shots {shots} and {queries} queries: a class of the {stream} set has only "
+                f"{classes.num_instances} images. Lower --shots, --queries or --eval-queries."
             )
         self.images = classes.images.to(device)
-        self.stream, self.seed, self.device = stream, seed, device
+        self.stream, self.seed, self.device, self.dtype = stream, seed, device, dtype
         self.ways, self.shots, self.queries = ways, shots, queries
 
     def episodes(self, num_tasks: int, step: int) -> Episodes:
@@ -62,7 +70,7 @@ class Sampler:
         classes = draw.topk(self.ways, -1).indices
         draw = torch.rand(num_tasks, self.ways, num_instances, generator=generator, device=self.device)
         instances = draw.topk(self.shots + self.queries, -1).indices
-        images = self.images[classes.unsqueeze(-1), instances].float() / 255
+        images = self.images[classes.unsqueeze(-1), instances].to(self.dtype) / 255
         labels = torch.arange(self.ways, device=self.device).view(1, -1, 1).expand(instances.shape)
         return Episodes(
             images[:, :, : self.shots].flatten(1, 2),

@@ -50,7 +50,10 @@ class Session:
         device = select_device(config)
         splits = data.load(config.data, config.data_root, split=config.split)
         learner = create_learner(config, splits.train, device)
-        return cls(config, splits, device, learner, torch.optim.Adam(learner.parameters(), config.lr))
+        session = cls(config, splits, device, learner, torch.optim.Adam(learner.parameters(), config.lr))
+        for stream in ("train", "validation", "test"):
+            session.sampler(stream)  # what cannot be sampled is told before training, not after it
+        return session
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs; the episodes follow from the seed and the step."""
@@ -86,9 +89,7 @@ class Session:
         """Episodes of the ``"train"``, ``"validation"`` or ``"test"`` classes."""
         config = self.config
         queries = config.queries if stream == "train" else config.eval_queries
-        classes = getattr(self.splits, stream)
-        queries = queries if stream == "train" else min(queries, max(1, classes.num_instances - config.shots))
-        return Sampler(classes, stream, config.ways, config.shots, queries, config.seed, self.device)
+        return create_sampler(config, getattr(self.splits, stream), stream, queries, self.device)
 
 
 def select_device(config: Config) -> torch.device:
@@ -112,8 +113,14 @@ def create_learner(config: Config, classes: data.ImageClasses, device: torch.dev
         torch.manual_seed(config.seed)
         conv4 = {"width": config.width, "norm": config.norm, "halve": config.halve}
         net = build(config.model, channels, size, config.ways, **conv4)
-    dtype = torch.float64 if config.precision == "float64" else torch.float32
-    return Learner.create(config, net.to(device, dtype))
+    return Learner.create(config, net.to(device, config.dtype))
+
+
+def create_sampler(
+    config: Config, classes: data.ImageClasses, stream: str, queries: int, device: torch.device
+) -> Sampler:
+    """Episodes of the configuration's ways, shots and precision."""
+    return Sampler(classes, stream, config.ways, config.shots, queries, config.seed, device, config.dtype)
 
 
 def meta_train(session: Session) -> Iterator[dict[str, Any]]:
@@ -153,14 +160,15 @@ def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
     outcome.objective.backward()
     gradients = [param.grad for param in learner.parameters() if param.grad is not None]
     size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])).item()
-    finite = math.isfinite(size)
+    loss = outcome.query_loss.item()
+    finite = math.isfinite(size) and math.isfinite(loss)
     if finite:
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
     solution = outcome.solution
     record = {
         "skipped": not finite,
-        "loss": outcome.query_loss.item(),
+        "loss": loss,
         "accuracy": outcome.accuracy.item(),
         "meta_gradient_norm": size,
         "inner_residual": _mean(solution.stats["residual_norm"]),
@@ -184,6 +192,7 @@ def run(config: Config, folder: RunFolder, resume: bool) -> int:
     if resume:
         session.restore(folder.load_checkpoint(session.device))
         folder.rewind_metrics(session.step)
+    folder.begin(config.to_json())
     say(f"{title}: {config.tasks} tasks a step on {session.device}; run folder {folder.path}")
     with Interruption() as interruption:
         _train(session, folder, interruption)

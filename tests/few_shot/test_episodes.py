@@ -56,7 +56,7 @@ def test_every_class_and_image_is_drawn_equally_often():
         (0, 1, 1, r"--ways is 0"),
         (5, 0, 1, r"--shots is 0"),
         (5, 1, -1, r"--queries is -1"),
-        (5, 5, 5, r"--shots 5 and --queries 5: a class of this data set has only 9 images"),
+        (5, 5, 5, r"--shots 5 and 5 queries: a class of the train set has only 9 images"),
     ],
 )
 def test_bad_requests(ways, shots, queries, message):

@@ -8,28 +8,35 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from applications.few_shot import data
+from applications.few_shot import data, evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Sampler
 from applications.few_shot.methods import METHODS, Learner, adapt, meta_step
 from applications.few_shot.models import build
-from applications.few_shot.train import create_learner
+from applications.few_shot.train import create_learner, create_sampler
 from bilevel.tree import leaves
 from tests.conformance import relative_error
 
 CPU = torch.device("cpu")
 TINY = "tests.few_shot.test_methods:tiny"
-SMALL = Config(width=8, tasks=3, inner_lr=0.05, precision="float64", safeguard=False)
+SMALL = Config(
+    width=8,
+    tasks=3,
+    head="learned",
+    inner_steps=8,
+    inner_lr=0.05,
+    inner_momentum=0.5,
+    safeguard=False,
+    strength=2.0,
+    cg_steps=3,
+    precision="float64",
+)
 
 
 def prepare(config, splits):
     learner = create_learner(config, splits.train, CPU)
     torch.nn.init.normal_(learner.meta["head.weight"], std=0.1)
-    episodes = Sampler(splits.train, "train", config.ways, config.shots, config.queries, 0, CPU).episodes(
-        config.tasks, 0
-    )
-    dtype = learner.meta["head.weight"].dtype
-    return learner, replace(episodes, support_x=episodes.support_x.to(dtype), query_x=episodes.query_x.to(dtype))
+    return learner, create_sampler(config, splits.train, "train", config.queries, CPU).episodes(config.tasks, 0)
 
 
 def meta_gradient(learner, episodes):
@@ -84,10 +91,8 @@ def tiny(channels, image_size, ways):
 
 def prepare_tiny(config, splits):
     net = build(config.model, 1, 28, config.ways).double()
-    sampler = Sampler(splits.train, "train", config.ways, config.shots, config.queries, 0, CPU)
-    episodes = sampler.episodes(config.tasks, 0)
-    episodes = replace(episodes, support_x=episodes.support_x.double(), query_x=episodes.query_x.double())
-    return Learner.create(config, net), episodes
+    sampler = create_sampler(config, splits.train, "train", config.queries, CPU)
+    return Learner.create(config, net), sampler.episodes(config.tasks, 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -185,6 +190,8 @@ def test_batched_float32_meets_the_float64_reference_on_real_omniglot(hessian, o
         data_root=omniglot_root,
         width=64,
         halve="pool",
+        head="learned",
+        strength=2.0,
         tasks=16,
         queries=15,
         hessian=hessian,
@@ -249,3 +256,28 @@ def textbook_cg(product, b, num_steps):
 def test_every_leaf_of_a_stack_is_a_view():
     stacked = bl.stack({"a": torch.ones(2, 3)}, 4)
     assert [leaf.stride(0) for leaf in leaves(stacked)] == [0]
+
+
+def test_a_zero_head_stays_at_zero_and_the_rest_moves(toy_splits):
+    learner, episodes = prepare(replace(SMALL, head="zero"), toy_splits)
+    with torch.no_grad():
+        learner.meta["head.weight"].zero_()
+    before = {name: param.detach().clone() for name, param in learner.meta.items()}
+    optimizer = torch.optim.Adam(learner.parameters(), 1e-2)
+    meta_step(learner, episodes).objective.backward()
+    optimizer.step()
+    assert {name for name, param in learner.meta.items() if torch.equal(param, before[name])} == {
+        "head.weight",
+        "head.bias",
+    }
+
+
+def test_steps_of_adaptation_in_evaluations(toy_splits):
+    learner, episodes = prepare(SMALL, toy_splits)
+    logits = {}
+    for steps in (None, 8, 40):
+        changed = replace(learner, config=replace(SMALL, eval_steps=steps))
+        _, classify = next(iter(evaluate.settings(changed)))
+        logits[steps] = classify(episodes)
+    assert torch.equal(logits[None], logits[8])
+    assert not torch.equal(logits[8], logits[40])
