@@ -1,8 +1,8 @@
 """Hessian products of an objective at a point: over the retained gradient graph, or by `torch.func`.
 
-Both are exact. Measured on batched Conv4 adaptations (``docs/few_shot.md``), a product over the retained graph costs 1.6
-gradients and a recomputed one 2.3; the graph of one gradient stays in memory, which the hypergradient needs anyway. So
-``"graph"`` is the default.
+Both are exact. Measured on batched Conv4 adaptations (``docs/few_shot.md``), a product over the retained graph costs
+1.6 gradients and a recomputed one 2.3; the graph of one gradient stays in memory, which the hypergradient needs anyway.
+So ``"graph"`` is the default.
 """
 
 from __future__ import annotations
