@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import pickle
 import signal
 import types
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from applications.errors import UserError
+from applications.files import write_atomically
 
 
 class RunFolder:
@@ -60,19 +60,8 @@ class RunFolder:
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a whole file atomically: after a crash there is the old one or the new one."""
-        target, partial = self.path / name, self.path / f".{name}.partial"
-        with _told(f"{target} could not be written; its earlier version is untouched"):
-            try:
-                with partial.open("wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                partial.replace(target)
-                descriptor = os.open(self.path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.close(descriptor)
-            finally:
-                partial.unlink(missing_ok=True)
+        with _told(f"{self.path / name} could not be written; its earlier version is untouched"):
+            write_atomically(self.path / name, lambda file: file.write(content))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """One line of ``metrics.jsonl``, at once."""

@@ -16,7 +16,7 @@ from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
 from .linalg.curvature import hessian
-from .problem import Linearization, Objective, Problem
+from .problem import Linearization, Objective, Problem, graph_nodes
 from .solution import Result, Solution, Throw, make_codes, settle
 from .tree import Tree, norm
 
@@ -147,18 +147,8 @@ def _drop_grad(leaf: Tensor) -> None:
 def _reaches_others(at: Linearization) -> bool:
     """Whether the residual depends on any tensor besides the solution: if not, there is no hypergradient."""
     own = {id(leaf) for leaf in at.leaves}
-    stack = [residual.grad_fn for residual in at.residual if residual.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in own:
-            return True
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return False
+    variables = (getattr(node, "variable", None) for node in graph_nodes(at.residual))
+    return any(variable is not None and id(variable) not in own for variable in variables)
 
 
 def _unrolled(objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw) -> Solution:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from .tree import Raveler, Tree, leaves
@@ -87,6 +88,18 @@ class Problem:
 
     def _loss(self, point: list[Tensor]) -> Tensor:
         return self.objective(self.raveler.unflatten(point), *self.args)
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
+    """Every node of the autograd graphs of these tensors, once."""
+    stack = [tensor.grad_fn for tensor in tensors]
+    seen: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack.extend(parent for parent, _ in node.next_functions)
 
 
 def _gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Tensor]:

@@ -6,8 +6,7 @@ meta-gradient in the meta-parameters.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,7 +52,7 @@ class Learner:
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Logits ``[n, ways]`` of one task's images ``[n, channels, size, size]``."""
-        with autocast(self.config, x.device):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return functional_call(self.net, params, (x,)).to(x.dtype)
 
     def loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
@@ -162,10 +161,3 @@ def _queried(learner: Learner, episodes: Episodes, solution: bl.Solution, params
 
 def _layer(name: str) -> str:
     return name.rpartition(".")[0] or name
-
-
-@contextlib.contextmanager
-def autocast(config: Config, device: torch.device) -> Iterator[None]:
-    """Run in bfloat16 where the configuration says so."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        yield

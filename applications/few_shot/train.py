@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import bilevel as bl
 from applications.errors import UserError
 from applications.few_shot import data, evaluate, plots
 from applications.few_shot.config import Config
@@ -175,7 +176,7 @@ def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
     }
     if solution.adjoint is not None:
         record["adjoint_relative_residual"] = _mean(solution.adjoint.stats["relative_residual"])
-        record["negative_curvature"] = int((solution.adjoint.stats["result"] == 4).sum())
+        record["negative_curvature"] = int((solution.adjoint.stats["result"] == bl.Result.NEGATIVE_CURVATURE).sum())
     if session.config.learn_strength != "no":
         record["strength"] = {name: value.exp().item() for name, value in learner.log_strength.items()}
     return record

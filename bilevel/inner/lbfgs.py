@@ -69,9 +69,8 @@ class _Memory:
         curvature, yy = dot(s, y), dot(y, y)
         useful = curvature > torch.finfo(s.dtype).eps * yy
         rho = torch.where(useful, 1 / curvature, torch.zeros_like(curvature))
-        gamma = torch.where(useful, curvature / yy, torch.ones_like(yy) if self.gamma is None else self.gamma)
-        self.gamma = gamma
-        self.pairs = [*self.pairs[-(self.history - 1) :], (s, y, rho)] if self.history > 1 else [(s, y, rho)]
+        self.gamma = torch.where(useful, curvature / yy, torch.ones_like(yy) if self.gamma is None else self.gamma)
+        self.pairs = [*self.pairs, (s, y, rho)][-self.history :]
 
     def _two_loops(self, g: Tensor) -> Tensor:
         assert self.gamma is not None

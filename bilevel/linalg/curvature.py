@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..problem import Linearization, Problem
+from ..problem import Linearization, Problem, graph_nodes
 from .operator import Operator
 
 HessianMode = Literal["graph", "func"]
@@ -75,13 +75,5 @@ def hessian(problem: Problem, linearization: Linearization, mode: HessianMode) -
 
 def _fused_norm(loss: Tensor) -> str | None:
     """The first fused norm in the graph of ``loss``, under which `torch.func` gives wrong products."""
-    stack, seen = [loss.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().startswith(FUSED_NORMS):
-            return node.name().removesuffix("Backward0")
-        stack.extend(parent for parent, _ in node.next_functions)
-    return None
+    names = (node.name() for node in graph_nodes([loss]))
+    return next((name.removesuffix("Backward0") for name in names if name.startswith(FUSED_NORMS)), None)

@@ -21,7 +21,7 @@ from applications.errors import UserError
 from applications.few_shot.data import ImageClasses, Splits, cifar_fs, data_root, glyphs, load, with_rotations
 from applications.few_shot.data import mini_imagenet as mini
 from applications.few_shot.data import omniglot as omni
-from applications.few_shot.data.files import write_atomically
+from applications.files import write_atomically
 
 SHARED = Path(os.environ.get("BILEVEL_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 REAL = SHARED / "omniglot" / "omniglot28.npz"

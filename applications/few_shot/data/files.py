@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO
 
 import numpy as np
 
@@ -65,28 +63,6 @@ def _check(key: str, array: np.ndarray, dtype: str, shape: Shape) -> None:
     if dtype not in (array.dtype.kind, array.dtype.name) or not sizes:
         expected = tuple("any" if size is None else size for size in shape)
         raise ValueError(f"'{key}' is {array.dtype} {array.shape}, not {dtype} {expected}")
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file so that no reader ever sees a part of it; folders are made as needed.
-
-    Args:
-        path: The file to make or replace.
-        write: Called with the open temporary file.
-
-    Raises:
-        OSError: If the folder can't be written; nothing is left behind then.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with part.open("wb") as file:
-            write(file)
-        part.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            part.unlink()
-        raise
 
 
 def torchvision_datasets() -> ModuleType:

@@ -24,7 +24,8 @@ from torch import Tensor
 from applications.errors import UserError
 from applications.few_shot.data.classes import ImageClasses, Splits
 from applications.few_shot.data.drawing import SIDE, Face, draw
-from applications.few_shot.data.files import read_npz, write_atomically
+from applications.few_shot.data.files import read_npz
+from applications.files import write_atomically
 
 SEED = 2024
 INSTANCES = 20

@@ -16,7 +16,7 @@ from PIL import Image
 
 from applications.errors import UserError
 from applications.few_shot.data.classes import ImageClasses, Splits
-from applications.few_shot.data.files import write_atomically
+from applications.files import write_atomically
 
 SIDE = 84
 LEAST = 20  # images of a class

@@ -17,7 +17,8 @@ from PIL import Image
 
 from applications.errors import UserError
 from applications.few_shot.data.classes import ImageClasses, Splits, with_rotations
-from applications.few_shot.data.files import read_npz, torchvision_datasets, unusable, write_atomically
+from applications.few_shot.data.files import read_npz, torchvision_datasets, unusable
+from applications.files import write_atomically
 
 SEED = 0  # of both splits
 CHARACTERS, BACKGROUND, INSTANCES, SIDE = 1623, 964, 20, 28
