@@ -69,11 +69,13 @@ class Solution:
         stats: tensors of the batch shape. Always ``num_steps`` (int64), ``residual_norm`` (float64: of an
             inner solve the gradient norm, of a linear solve ``||b - A x||``) and ``result`` (int8 codes).
         recovered: names of the fallbacks that were used, in order.
+        state: what a later solve can start from; None where the solver keeps nothing.
     """
 
     value: Any
     stats: dict[str, Tensor]
     recovered: tuple[str, ...] = ()
+    state: Any = field(default=None, repr=False)
     adjoint_cell: AdjointCell = field(default_factory=AdjointCell, repr=False)
 
     @property
