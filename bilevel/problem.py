@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
+from .closure import Autocast, Recorder
 from .tree import Raveler, Tree, leaves
 
 Objective = Callable[..., Tensor]
@@ -31,11 +33,29 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Linearization:
-    """The gradient of the objective with its graph: what implicit differentiation sees of a problem."""
+    """The residual with its graph towards ``leaves``: what implicit differentiation sees of a problem.
+
+    The residual of `argmin` is the gradient of ``loss``; a `root` has no loss. ``hparams`` are the leaves that
+    stand for the tensors that the problem captured, where it was linearized for the hypergradient.
+    """
 
     leaves: list[Tensor]
-    loss: Tensor
+    loss: Tensor | None
     residual: list[Tensor]
+    hparams: list[Tensor] = field(default_factory=list)
+
+    def pull(self, u: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor | None]:
+        """``-(d_x r)^T u`` for each of ``hparams``; None where it does not require grad or has no influence."""
+        wanted = [index for index, tensor in enumerate(self.hparams) if tensor.requires_grad]
+        pairs = [(r, -v) for r, v in zip(self.residual, u, strict=True) if r.requires_grad]
+        pulled: list[Tensor | None] = [None] * len(self.hparams)
+        if wanted and pairs:
+            outputs, cotangents = zip(*pairs, strict=True)
+            inputs = [self.hparams[index] for index in wanted]
+            grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain_graph, allow_unused=True)
+            for index, grad in zip(wanted, grads, strict=True):
+                pulled[index] = grad
+        return pulled
 
 
 class Problem:
@@ -47,22 +67,35 @@ class Problem:
             ``init``, or is not finite at ``init``.
     """
 
-    def __init__(self, objective: Objective, init: Tree, args: tuple[Any, ...] = (), *, differentiable: bool = False):
-        _check_init(init)
+    def __init__(
+        self,
+        objective: Objective,
+        init: Tree,
+        args: tuple[Any, ...] = (),
+        *,
+        differentiable: bool = False,
+        max_batch_dims: int = 1,
+        recorder: Recorder | None = None,
+    ):
+        check_init(init)
         self.objective, self.args, self.differentiable = objective, args, differentiable
+        self.autocast = Autocast.current(leaves(init)[0].device)
         with torch.enable_grad():
             point = [
                 leaf if differentiable and leaf.requires_grad else leaf.detach().requires_grad_()
                 for leaf in leaves(init)
             ]
-            loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
-            _check_loss(loss, init)
+            with self.autocast.entered(), recorder or contextlib.nullcontext():
+                loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
+            check_loss(loss, init, max_batch_dims)
+            if recorder:
+                refuse_hidden([loss], [*point, *recorder.captured], "objective")
             self.raveler = Raveler(init, loss.shape)
             grads = _gradient(loss, point, create_graph=differentiable)
             start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
         self.start = start if differentiable else start.detach()
         if not bool(torch.isfinite(self.start.f).all()):
-            raise ValueError(_blame_nonfinite(init, args))
+            raise ValueError(blame_nonfinite("objective", init, args))
 
     def evaluate(self, y: Tensor) -> Evaluation:
         """Losses and gradients at ``y``; with a graph only for a differentiable (unrolled) problem."""
@@ -77,29 +110,109 @@ class Problem:
 
     def linearize(self, y: Tensor, create_graph: bool = True) -> Linearization:
         """The gradient at ``y`` with its graph towards ``y`` and everything that the objective captured."""
-        with torch.enable_grad():
-            point = [leaf.detach().requires_grad_() for leaf in self.raveler.unravel(y)]
-            loss = self._loss(point)
-            return Linearization(point, loss, _gradient(loss, point, create_graph=create_graph))
+        return linearize_objective(self._loss, self.raveler.unravel(y), create_graph=create_graph)
 
     def sum_loss(self, *point: Tensor) -> Tensor:
         """The summed loss as a function of the leaves, for `torch.func`."""
         return self._loss(list(point)).sum()
 
-    def _loss(self, point: list[Tensor]) -> Tensor:
-        return self.objective(self.raveler.unflatten(point), *self.args)
+    def _loss(self, point: Sequence[Tensor]) -> Tensor:
+        with self.autocast.entered():
+            return self.objective(self.raveler.unflatten(point), *self.args)
 
 
-def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
-    """Every node of the autograd graphs of these tensors, once."""
+def linearize_objective(
+    loss_at: Callable[[Sequence[Tensor]], Tensor], point: Sequence[Tensor], *, create_graph: bool = True
+) -> Linearization:
+    """The gradient of ``loss_at`` as the residual, with its graph."""
+    with torch.enable_grad():
+        free = [leaf.detach().requires_grad_() for leaf in point]
+        loss = loss_at(free)
+        return Linearization(free, loss, _gradient(loss, free, create_graph=create_graph))
+
+
+class RootProblem:
+    """A square residual ``r(y) = 0``, its start and its batch shape, checked once.
+
+    Args:
+        batched: the first dimension of every leaf counts independent problems.
+
+    Raises:
+        TypeError, ValueError: as `Problem`; also where ``residual(init)`` is not a tree like ``init``.
+    """
+
+    def __init__(
+        self,
+        residual: Callable[..., Tree],
+        init: Tree,
+        args: tuple[Any, ...] = (),
+        *,
+        batch_dims: int = 0,
+        recorder: Recorder | None = None,
+    ):
+        check_init(init)
+        self.residual, self.args = residual, args
+        self.autocast = Autocast.current(leaves(init)[0].device)
+        self.raveler = Raveler(init, check_batch(init, batch_dims))
+        with torch.enable_grad() if recorder else torch.no_grad():
+            point = [leaf.detach().requires_grad_(recorder is not None) for leaf in leaves(init)]
+            with self.autocast.entered(), recorder or contextlib.nullcontext():
+                found = residual(self.raveler.unflatten(point), *args)
+            check_residual(found, init)
+            if recorder:
+                refuse_hidden(leaves(found), [*point, *recorder.captured], "residual")
+        self.y = self.raveler.ravel(point).detach().clone()
+        self.r = self.raveler.ravel(leaves(found)).detach()
+        if not bool(torch.isfinite(self.r).all()):
+            raise ValueError(blame_nonfinite("residual", init, args))
+
+    def evaluate(self, y: Tensor) -> Tensor:
+        """The residual at ``y``, both ``[*batch, n]``."""
+        with torch.no_grad():
+            return self.raveler.ravel(self._residual(self.raveler.unravel(y)))
+
+    def linearize(self, y: Tensor) -> Linearization:
+        """The residual at ``y`` with its graph towards ``y``."""
+        return linearize_residual(self._residual, self.raveler.unravel(y))
+
+    def _residual(self, point: Sequence[Tensor]) -> list[Tensor]:
+        with self.autocast.entered():
+            return leaves(self.residual(self.raveler.unflatten(point), *self.args))
+
+
+def linearize_residual(
+    residual_at: Callable[[Sequence[Tensor]], list[Tensor]], point: Sequence[Tensor]
+) -> Linearization:
+    """A residual with its graph."""
+    with torch.enable_grad():
+        free = [leaf.detach().requires_grad_() for leaf in point]
+        return Linearization(free, None, residual_at(free))
+
+
+def graph_nodes(tensors: Iterable[Tensor], stops: Iterable[Node] = ()) -> Iterator[Node]:
+    """Every node of the autograd graphs of these tensors, once; not ``stops`` and what only they lead to."""
     stack = [tensor.grad_fn for tensor in tensors]
-    seen: set[Node] = set()
+    seen: set[Node] = set(stops)
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
             seen.add(node)
             yield node
             stack.extend(parent for parent, _ in node.next_functions)
+
+
+def refuse_hidden(outputs: Iterable[Tensor], known: Sequence[Tensor], what: str) -> None:
+    """Raise where the graph reaches a tensor that requires grad and that closure conversion has not seen."""
+    own = {id(tensor) for tensor in known}
+    stops = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
+    for node in graph_nodes(outputs, stops):
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in own:
+            raise ValueError(
+                f"{what} depends on a tensor of shape {tuple(variable.shape)} that requires grad, in a way that cannot "
+                "be followed (inside a custom autograd Function or compiled code), so its hypergradient would be "
+                f"missing. Pass the tensor to {what} as one of args, or detach it if no gradient is wanted."
+            )
 
 
 def _gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Tensor]:
@@ -118,7 +231,7 @@ def _gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Ten
     return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, point, strict=True)]
 
 
-def _check_init(init: Tree) -> None:
+def check_init(init: Tree) -> None:
     flat = leaves(init)
     if not flat:
         raise ValueError("init is empty: there is nothing to minimise over. Pass a tensor or a tree of tensors.")
@@ -136,15 +249,42 @@ def _check_init(init: Tree) -> None:
         raise ValueError("init holds no numbers (every leaf has a dimension of size 0).")
 
 
-def _check_loss(loss: Tensor, init: Tree) -> None:
-    if not isinstance(loss, Tensor) or not loss.is_floating_point() or loss.dim() > 1 or loss.numel() == 0:
+def check_batch(init: Tree, batch_dims: int) -> torch.Size:
+    """The leading dimensions that all leaves share."""
+    shapes = {leaf.shape[:batch_dims] for leaf in leaves(init)}
+    if len(shapes) > 1 or any(leaf.dim() < batch_dims for leaf in leaves(init)):
+        raise ValueError(
+            f"init has leaves of shapes {[tuple(leaf.shape) for leaf in leaves(init)]}: with batched=True the first "
+            "dimension of every leaf is T, the number of independent problems."
+        )
+    return torch.Size(shapes.pop())
+
+
+def check_residual(found: Tree, init: Tree) -> None:
+    same = pytree.tree_structure(found) == pytree.tree_structure(init)
+    if not same or any(
+        not isinstance(r, Tensor) or r.shape != y.shape for r, y in zip(leaves(found), leaves(init), strict=True)
+    ):
+        raise ValueError(
+            f"residual returned {_shapes(found)} for init {_shapes(init)}: a square system has as many equations as "
+            "unknowns, in a tree of the same structure and shapes."
+        )
+
+
+def _shapes(tree: Tree) -> Any:
+    return pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, tree)
+
+
+def check_loss(loss: Tensor, init: Tree, max_batch_dims: int = 1) -> None:
+    usable = isinstance(loss, Tensor) and loss.is_floating_point() and loss.numel() > 0
+    if not usable or loss.dim() > max_batch_dims:
         found = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss)
         raise ValueError(
             f"objective returned {found}: a scalar (one problem) or a vector [T] (T independent problems) of "
             "floating point is needed. Reduce the loss over the examples, for T problems one by one."
         )
     for leaf in leaves(init):
-        if loss.dim() and leaf.shape[:1] != loss.shape:
+        if loss.dim() and leaf.shape[: loss.dim()] != loss.shape:
             raise ValueError(
                 f"objective returned {loss.shape[0]} losses, one for each of T problems, but init has a leaf of "
                 f"shape {tuple(leaf.shape)}: its first dimension must be T = {loss.shape[0]}. "
@@ -152,12 +292,12 @@ def _check_loss(loss: Tensor, init: Tree) -> None:
             )
 
 
-def _blame_nonfinite(init: Tree, args: tuple[Any, ...]) -> str:
+def blame_nonfinite(what: str, init: Tree, args: tuple[Any, ...]) -> str:
     culprits = [name for name, tree in _named_inputs(init, args) if _has_nonfinite(tree)]
     if culprits:
         return f"{' and '.join(culprits)} contains NaN or infinite values: mend the data before the solve."
     return (
-        "objective is NaN or infinite at init although init and args are finite: look at the tensors that it "
+        f"{what} is NaN or infinite at init although init and args are finite: look at the tensors that it "
         "captures, or start from another init."
     )
 

@@ -10,7 +10,10 @@ import pytest
 import bilevel
 
 ROOT = Path(bilevel.__file__).parent
-LAYERS = ["solution", "tree", "problem", "problems", "linalg", "inner", "hypergrad", "argmin", "tuning", "__init__"]
+LAYERS = [
+    *("solution", "tree", "closure", "problem", "prox", "linalg", "inner", "hypergrad", "argmin", "compat", "qp"),
+    *("problems", "stochastic", "diagnostics", "tuning", "__init__"),
+]
 
 
 def imported(path: Path) -> set[str]:
