@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.sparse.linalg
@@ -12,20 +12,28 @@ from torch import Tensor
 
 
 class Operator(ABC):
-    """A symmetric operator ``A`` on vectors ``[*batch, n]``: ``A @ v``.
+    """A square operator ``A`` on vectors ``[*batch, n]``: ``A @ v``, ``A.T @ v``.
 
-    A new operator writes `matvec` and passes its shape to ``super().__init__``; it inherits the rest, and
-    the conformance suite in ``tests/conformance.py``.
+    A new operator writes `matvec`, and `rmatvec` where it is not symmetric, and passes its shape to
+    ``super().__init__``; it inherits the rest, and the conformance suite in ``tests/conformance.py``.
 
     Args:
         batch_shape: ``()`` for one matrix, ``(T,)`` for T matrices (a block-diagonal operator).
         size: n, the unknowns of one problem.
         dtype, device: of the vectors.
+        symmetric: declared, never guessed; solvers for symmetric matrices refuse others.
     """
 
-    def __init__(self, batch_shape: Sequence[int], size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        batch_shape: Sequence[int],
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        symmetric: bool = True,
+    ):
         self.batch_shape, self.size = torch.Size(batch_shape), size
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.symmetric = dtype, device, symmetric
 
     @property
     def shape(self) -> torch.Size:
@@ -35,6 +43,20 @@ class Operator(ABC):
     @abstractmethod
     def matvec(self, v: Tensor) -> Tensor:
         """``A v``: ``[*batch, n] -> [*batch, n]``."""
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        """``A^T v``: ``[*batch, n] -> [*batch, n]``."""
+        if not self.symmetric:
+            raise NotImplementedError(
+                f"{type(self).__name__} is not symmetric and has no transposed product: this solver needs one. "
+                "Write rmatvec, or take GMRES, BiCGSTAB or Neumann, which multiply by A only."
+            )
+        return self.matvec(v)
+
+    @property
+    def T(self) -> Operator:
+        """The transposed operator."""
+        return self if self.symmetric else Transposed(self)
 
     def __matmul__(self, v: Tensor) -> Tensor:
         expected = torch.Size((*self.batch_shape, self.size))
@@ -51,11 +73,16 @@ class Operator(ABC):
         """The whole batch as one float64 SciPy operator of size ``prod(batch) * n``."""
         total = self.batch_shape.numel() * self.size
 
-        def product(x: np.ndarray) -> np.ndarray:
-            v = torch.as_tensor(x.reshape(-1), dtype=self.dtype, device=self.device)
-            return to_numpy(self.matvec(v.view(*self.batch_shape, self.size)))
+        def on_host(product: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
+            def of_numpy(x: np.ndarray) -> np.ndarray:
+                v = torch.as_tensor(x.reshape(-1), dtype=self.dtype, device=self.device)
+                return to_numpy(product(v.view(*self.batch_shape, self.size)))
 
-        return scipy.sparse.linalg.LinearOperator((total, total), matvec=product, rmatvec=product, dtype=np.float64)
+            return of_numpy
+
+        return scipy.sparse.linalg.LinearOperator(
+            (total, total), matvec=on_host(self.matvec), rmatvec=on_host(self.rmatvec), dtype=np.float64
+        )
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -64,24 +91,44 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 class Dense(Operator):
-    """Explicit symmetric matrices ``[*batch, n, n]``."""
+    """Explicit matrices ``[*batch, n, n]``."""
 
-    def __init__(self, matrix: Tensor):
+    def __init__(self, matrix: Tensor, symmetric: bool = True):
         if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
             raise ValueError(f"matrix has shape {tuple(matrix.shape)}: square matrices [*batch, n, n] are needed.")
-        super().__init__(matrix.shape[:-2], matrix.shape[-1], matrix.dtype, matrix.device)
+        super().__init__(matrix.shape[:-2], matrix.shape[-1], matrix.dtype, matrix.device, symmetric)
         self.matrix = matrix
 
     def matvec(self, v: Tensor) -> Tensor:
         return (self.matrix @ v.unsqueeze(-1)).squeeze(-1)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return (self.matrix.mT @ v.unsqueeze(-1)).squeeze(-1)
+
+
+class Transposed(Operator):
+    """``A^T``."""
+
+    def __init__(self, operator: Operator):
+        super().__init__(operator.batch_shape, operator.size, operator.dtype, operator.device, operator.symmetric)
+        self.operator = operator
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.operator.rmatvec(v)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return self.operator.matvec(v)
 
 
 class Damped(Operator):
     """``A + damping I``: moves every eigenvalue up, at the price of a bias of first order in the damping."""
 
     def __init__(self, operator: Operator, damping: float):
-        super().__init__(operator.batch_shape, operator.size, operator.dtype, operator.device)
+        super().__init__(operator.batch_shape, operator.size, operator.dtype, operator.device, operator.symmetric)
         self.operator, self.damping = operator, damping
 
     def matvec(self, v: Tensor) -> Tensor:
         return self.operator.matvec(v) + self.damping * v
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return self.operator.rmatvec(v) + self.damping * v
