@@ -1,0 +1,34 @@
+"""The empirical Fisher matrix in place of the Hessian: positive semi-definite, from gradients alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..problem import Linearization, Objective, Problem
+from .gauss_newton import Sandwich, losses_of
+from .operator import Operator
+
+
+@dataclass(frozen=True)
+class EmpiricalFisher:
+    """``1/n sum_i g_i g_i^T + H_rest`` with the gradient ``g_i`` of the i-th example's loss.
+
+    For log-likelihoods of a well-specified model with much data, where it approaches the Hessian; far from that it can
+    mislead (Kunstner, Hennig and Balles 2019), so prefer `GaussNewton`. It does not depend on the residual's sign and
+    has rank n at most: keep a penalty in ``rest``, or damp. A product costs about three gradients; neither the
+    matrix nor the gradients of single examples are formed.
+
+    Args:
+        losses: ``losses(params, *args)``, one for each example: ``[n]``, or ``[T, n]`` of T problems, not reduced.
+        rest: ``rest(params, *args)``, the part of the objective whose Hessian is kept exactly, such as the penalty.
+    """
+
+    losses: Callable[..., Tensor]
+    rest: Objective | None = None
+
+    def __call__(self, problem: Problem, at: Linearization) -> Operator:
+        free, losses = losses_of(self.losses, problem, at)
+        return Sandwich(problem, free, losses, lambda tangent: tangent / losses.shape[-1], self.rest)

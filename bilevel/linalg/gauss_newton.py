@@ -1,0 +1,137 @@
+"""The generalized Gauss-Newton matrix in place of the Hessian: positive semi-definite where the loss is convex."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Linearization, Objective, Problem, linearize_objective
+from ..tree import Tree
+from .curvature import GraphHessian
+from .operator import Operator
+
+Middle = Callable[[Tensor], Tensor]
+"""The symmetric matrix between the two Jacobians: a product on tensors of the shape of the outputs."""
+
+
+@dataclass(frozen=True)
+class GaussNewton:
+    """``J^T H_loss J + H_rest`` (Schraudolph 2002): for networks, whose Hessians are indefinite where `CG` needs more.
+
+    ``J`` is the Jacobian of ``outputs`` and ``H_loss`` the Hessian of ``loss`` with respect to them. What is left out,
+    the curvature of the outputs weighted by the slope of the loss, vanishes where the model fits its data or is linear
+    in its parameters; elsewhere the hypergradient is biased. The objective must be ``loss(outputs) + rest``. A product
+    runs over retained graphs and costs about three gradients, and one more with ``rest``; no matrix is formed.
+
+    Args:
+        outputs: ``outputs(params, *args)``, a tensor such as logits; of T problems its first dimension is T.
+        loss: ``loss(outputs, *args)``, a scalar, or ``[T]``. Convex: the product is positive semi-definite.
+        rest: ``rest(params, *args)``, the part of the objective whose Hessian is kept exactly, such as the penalty.
+
+    Example:
+        ``Implicit(CG(), operator=GaussNewton(predict, cross_entropy_of_outputs, rest=penalty))``
+    """
+
+    outputs: Callable[..., Tensor]
+    loss: Callable[..., Tensor]
+    rest: Objective | None = None
+
+    def __call__(self, problem: Problem, at: Linearization) -> Operator:
+        free = _free(at)
+        with torch.enable_grad(), problem.autocast.entered():
+            outputs = self.outputs(problem.raveler.unflatten(free), *problem.args)
+            _check("outputs", outputs, problem)
+            point = outputs.detach().requires_grad_()
+            loss = self.loss(point, *problem.args)
+            if loss.shape != problem.raveler.batch_shape:
+                raise ValueError(
+                    f"loss returned a tensor of shape {tuple(loss.shape)} for an objective of shape "
+                    f"{tuple(problem.raveler.batch_shape)}: one loss for each problem is needed."
+                )
+            slope = torch.autograd.grad(loss.sum(), point, create_graph=True)[0]
+
+        def middle(tangent: Tensor) -> Tensor:
+            return _reverse([slope], [point], [tangent])[0]
+
+        return Sandwich(problem, free, outputs, middle, self.rest)
+
+
+class Sandwich(Operator):
+    """``J^T M J + H_rest``, with the Jacobian J of ``outputs`` over their retained graph and a symmetric ``M``.
+
+    Args:
+        free: the leaves that ``outputs`` was computed from.
+        middle: ``M``.
+    """
+
+    def __init__(
+        self, problem: Problem, free: list[Tensor], outputs: Tensor, middle: Middle, rest: Objective | None = None
+    ):
+        raveler = problem.raveler
+        super().__init__(raveler.batch_shape, raveler.size, raveler.dtype, raveler.device)
+        self.raveler, self.free, self.outputs, self.middle = raveler, free, outputs, middle
+        self.rest = None if rest is None else _hessian(problem, free, rest)
+        with torch.enable_grad():
+            # J^T w is linear in w: differentiated with respect to w, along v, it gives J v.
+            self.weights = torch.zeros_like(outputs, requires_grad=True)
+            pulled = torch.autograd.grad(outputs, free, self.weights, create_graph=True, allow_unused=True)
+        self.pulled = [torch.zeros_like(leaf) if p is None else p for p, leaf in zip(pulled, free, strict=True)]
+
+    def matvec(self, v: Tensor) -> Tensor:
+        tangent = _reverse(self.pulled, [self.weights], self.raveler.unravel(v))[0]
+        product = self.raveler.ravel(_reverse([self.outputs], self.free, [self.middle(tangent)]))
+        return product if self.rest is None else product + self.rest.matvec(v)
+
+
+def losses_of(losses: Callable[..., Tensor], problem: Problem, at: Linearization) -> tuple[list[Tensor], Tensor]:
+    """Losses example by example ``[*batch, n]``, and the fresh leaves that they were computed from."""
+    free = _free(at)
+    with torch.enable_grad(), problem.autocast.entered():
+        found = losses(problem.raveler.unflatten(free), *problem.args)
+    _check("losses", found, problem)
+    expected = len(problem.raveler.batch_shape) + 1
+    if found.dim() != expected:
+        raise ValueError(
+            f"losses returned a tensor of shape {tuple(found.shape)}: one loss for each example is needed, in "
+            f"{expected} dimensions. Take reduction='none'."
+        )
+    return free, found
+
+
+def _free(at: Linearization) -> list[Tensor]:
+    return [leaf.detach().requires_grad_() for leaf in at.leaves]
+
+
+def _check(name: str, found: Tensor, problem: Problem) -> None:
+    batch = problem.raveler.batch_shape
+    if found.shape[: len(batch)] != batch:
+        raise ValueError(
+            f"{name} returned a tensor of shape {tuple(found.shape)} for {batch.numel()} problems: its first dimension "
+            "must count them, as that of the objective does. Wrap it in torch.vmap as the objective is."
+        )
+    if not found.requires_grad:
+        raise ValueError(f"{name} does not depend on the params that it is given: compute it from its argument.")
+
+
+def _hessian(problem: Problem, free: Sequence[Tensor], rest: Objective) -> Operator | None:
+    def loss_at(point: Sequence[Tensor]) -> Tree:
+        with problem.autocast.entered():
+            return rest(problem.raveler.unflatten(list(point)), *problem.args)
+
+    at = linearize_objective(loss_at, free)
+    linear = not any(residual.requires_grad for residual in at.residual)
+    return None if linear else GraphHessian(problem.raveler, at)
+
+
+def _reverse(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """Vector-Jacobian products over a graph that is kept; zero where an input has no influence."""
+    pairs: list[tuple[Any, Any]] = [(out, v) for out, v in zip(outputs, cotangents, strict=True) if out.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    outs, vs = zip(*pairs, strict=True)
+    products = torch.autograd.grad(outs, list(inputs), vs, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(leaf) if p is None else p for p, leaf in zip(products, inputs, strict=True)]
