@@ -2,119 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, make_codes
 from ..tree import dot, norm, scale
+from .lanczos import Lanczos
 from .operator import Operator
-from .solve import (
-    check_settings,
-    default_rtol,
-    normalise,
-    relative_tolerance,
-    report,
-    stop_now,
-)
-
-Preconditioner = Callable[[Operator], Callable[[Tensor], Tensor]]
-"""Looks at an operator once and returns ``r -> M^{-1} r``, an approximate inverse, ``[*batch, n] -> [*batch, n]``."""
+from .solve import IterativeSolver, Outcome, Precondition, Preconditioner, Stopping, normalise, stop_now
 
 RESTARTS = 3
 """How often CG starts again from the true residual where its recurrence has drifted away from it."""
 
 
 @dataclass(frozen=True)
-class CG:
+class CG(IterativeSolver):
     """Conjugate gradients (Hestenes and Stiefel 1952) for symmetric positive definite ``A``.
 
     The default: one product a step, error after k steps at most ``2 ((sqrt(c) - 1) / (sqrt(c) + 1))^k`` for
     condition number c. Zero or negative curvature ends a problem's solve with `Result.NEGATIVE_CURVATURE` and
-    the iterate so far; the other problems go on.
+    the iterate so far; the other problems go on. A tolerance is checked with the true residual (one more product).
 
     Args:
-        rtol: stop a problem at ``||b - A x|| <= max(rtol ||b||, atol)``, checked with the true residual (one
-            more product). None: 1e-5 (float32) or 1e-10 (float64) where ``max_steps`` is None as well, else
-            make ``max_steps`` steps, which is then no failure.
-        atol: absolute part of the tolerance.
-        max_steps: limit on the products; None: ``10 n``, at most 1000.
-        preconditioner: such as `Jacobi`.
+        rtol, atol, max_steps: see `IterativeSolver`.
+        preconditioner: such as `Jacobi`, `NystromPreconditioner`, `AdamPreconditioner`; positive definite.
     """
 
-    rtol: float | None = None
-    atol: float = 0.0
-    max_steps: int | None = None
     preconditioner: Preconditioner | None = None
+    symmetric_only: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_settings(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
-
-    def solve(self, operator: Operator, b: Tensor) -> Solution:
-        """Solve ``A x = b``; see `LinearSolver`."""
-        precondition = self.preconditioner(operator) if self.preconditioner else None
-        limit = self.max_steps or min(10 * operator.size, 1000)
-        if self.rtol is None and self.max_steps is not None:
-            return conjugate_gradient(operator, b, None, self.atol, limit, precondition)
-        rtol = default_rtol(b.dtype) if self.rtol is None else self.rtol
-        return conjugate_gradient(operator, b, rtol, self.atol, limit, precondition)
-
-
-@dataclass(frozen=True)
-class Jacobi:
-    """Diagonal preconditioner, its entries estimated with Hutchinson probes (Bekas et al. 2007).
-
-    For problems whose parameters have very different curvatures, such as penalties of their own for each.
-
-    Args:
-        num_probes: products that it costs, once for each solve.
-        seed: of the random signs.
-    """
-
-    num_probes: int = 10
-    seed: int = 0
-
-    def __call__(self, operator: Operator) -> Callable[[Tensor], Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        total = torch.zeros(*operator.batch_shape, operator.size, dtype=operator.dtype, device=operator.device)
-        for _ in range(self.num_probes):
-            signs = torch.randint(0, 2, total.shape, generator=generator).to(total) * 2 - 1
-            total = total + signs * operator.matvec(signs)
-        diagonal = total / self.num_probes
-        floor = diagonal.abs().amax(-1, keepdim=True) * 1e-3
-        inverse = 1 / torch.maximum(diagonal.abs(), floor).clamp_min(torch.finfo(total.dtype).tiny)
-        return lambda r: r * inverse
+    def iterate(
+        self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
+    ) -> Outcome:
+        state = _State.begin(unit, length, stopping)
+        lanczos = Lanczos()
+        _sweep(operator, state, stopping.target, stopping.max_steps, precondition, lanczos)
+        if not stopping.ordered:
+            _verify(operator, unit, state, stopping.target, stopping.max_steps, precondition)
+        return Outcome(state.x, state.codes, state.steps, state.relative, lanczos)
 
 
-def conjugate_gradient(
-    operator: Operator,
-    b: Tensor,
-    rtol: float | Tensor | None,
-    atol: float,
-    max_steps: int,
-    precondition: Callable[[Tensor], Tensor] | None = None,
-) -> Solution:
-    """CG with a tolerance for each problem; ``rtol=None`` makes ``max_steps`` steps without a check."""
+def truncated_cg(operator: Operator, b: Tensor, rtol: Tensor, max_steps: int) -> Tensor:
+    """At most ``max_steps`` steps towards ``A x = b``, up to negative curvature: the direction of Newton-CG."""
     unit, length = normalise(b)
-    finite = torch.isfinite(length)
-    target = relative_tolerance(torch.finfo(b.dtype).eps if rtol is None else rtol, atol, length)
-    state = _State(
-        x=torch.zeros_like(unit),
-        r=unit,
-        relative=((length > 0) & finite).double(),
-        active=(length > 0) & finite,
-        steps=torch.zeros_like(length, dtype=torch.int64),
-        codes=make_codes(Result.STEPS_DONE if rtol is None else Result.MAX_STEPS, length),
-    )
-    _sweep(operator, state, target, max_steps, precondition)
-    if rtol is not None:
-        _verify(operator, unit, state, target, max_steps, precondition)
-    state.mark(length == 0, Result.CONVERGED)
-    state.mark(~finite | ~torch.isfinite(state.relative), Result.NONFINITE)
-    scaled = scale(torch.where(finite, length, torch.zeros_like(length)), state.x)
-    return report(scaled, state.codes, state.steps, state.relative * length, length)
+    state = _State.begin(unit, length, Stopping(rtol, max_steps, ordered=True))
+    _sweep(operator, state, rtol, max_steps, None)
+    return scale(torch.nan_to_num(length, 0, 0, 0), state.x)
 
 
 @dataclass
@@ -128,6 +64,21 @@ class _State:
     steps: Tensor
     codes: Tensor
 
+    @classmethod
+    def begin(cls, unit: Tensor, length: Tensor, stopping: Stopping) -> _State:
+        usable = (length > 0) & torch.isfinite(length)
+        relative, done = usable.double(), stopping.target >= 1
+        state = cls(
+            x=torch.zeros_like(unit),
+            r=unit,
+            relative=relative,
+            active=usable & ~done,
+            steps=torch.zeros_like(length, dtype=torch.int64),
+            codes=stopping.initial_codes(),
+        )
+        state.mark(done, Result.CONVERGED)
+        return state
+
     def mark(self, where: Tensor, result: Result) -> None:
         self.codes = torch.where(where, make_codes(result, self.codes), self.codes)
 
@@ -137,12 +88,14 @@ def _sweep(
     state: _State,
     target: Tensor,
     max_steps: int,
-    precondition: Callable[[Tensor], Tensor] | None,
+    precondition: Precondition | None,
+    lanczos: Lanczos | None = None,
 ) -> None:
     """CG steps from ``state.x`` until no problem is active: the algorithm box, with masks."""
     roundoff = torch.finfo(state.r.dtype).eps
     z = precondition(state.r) if precondition else state.r
     p, rz = z, dot(state.r, z)
+    carried = torch.zeros_like(rz)
     for step in range(max_steps):
         if stop_now(state.active, step):
             break
@@ -152,7 +105,9 @@ def _sweep(
         convex = curvature > roundoff * norm(p) * norm(product)
         state.mark(state.active & ~finite, Result.NONFINITE)
         state.mark(state.active & finite & ~convex, Result.NEGATIVE_CURVATURE)
+        state.relative = torch.where(state.active & ~finite, torch.full_like(rz, torch.nan), state.relative)
         state.steps = state.steps + state.active
+        made = state.active
         state.active = state.active & finite & convex
         alpha = torch.where(state.active, rz / curvature, torch.zeros_like(rz))
         keep = state.active.unsqueeze(-1)
@@ -164,6 +119,9 @@ def _sweep(
         z = precondition(state.r) if precondition else state.r
         rz_next = dot(state.r, z)
         beta = torch.where(state.active, rz_next / rz, torch.zeros_like(rz))
+        if lanczos is not None:
+            lanczos.append(curvature / rz + carried, beta.clamp_min(0).sqrt() * curvature / rz, made)
+            carried = beta * curvature / rz
         p, rz = torch.where(keep, z + scale(beta, p), p), torch.where(state.active, rz_next, rz)
 
 
@@ -173,9 +131,11 @@ def _verify(
     state: _State,
     target: Tensor,
     max_steps: int,
-    precondition: Callable[[Tensor], Tensor] | None,
+    precondition: Precondition | None,
 ) -> None:
     """Replace the recurrence's residual by the true one, and go on from it where the two have drifted apart."""
+    if not bool(state.steps.any()):
+        return
     for attempt in range(RESTARTS + 1):
         finite = torch.isfinite(state.relative)
         state.r = unit - operator.matvec(state.x)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..solution import Result, Solution, make_codes
 from ..tree import norm
 from .operator import Operator
-from .solve import normalise, report
+from .solve import LinearState, normalise, report, require_symmetric
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,9 @@ class Cholesky:
 
     max_size: int = 4096
 
-    def solve(self, operator: Operator, b: Tensor) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
         """Solve ``A x = b``; see `LinearSolver`."""
+        require_symmetric(operator, "Cholesky")
         matrix = _dense(operator, self.max_size, "Cholesky")
         factor, info = torch.linalg.cholesky_ex(matrix)
         unit, length = normalise(b)
@@ -34,14 +35,14 @@ class Cholesky:
 
 @dataclass(frozen=True)
 class LU:
-    """Factorise a regular symmetric ``A``, positive definite or not; up to ``max_size`` unknowns.
+    """Factorise a regular ``A``, symmetric or not; up to ``max_size`` unknowns.
 
     A singular matrix gives `Result.STAGNATED` and a zero solution for that problem.
     """
 
     max_size: int = 4096
 
-    def solve(self, operator: Operator, b: Tensor) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
         """Solve ``A x = b``; see `LinearSolver`."""
         matrix = _dense(operator, self.max_size, "LU")
         unit, length = normalise(b)
@@ -57,7 +58,7 @@ def _dense(operator: Operator, max_size: int, name: str) -> Tensor:
             f"{max_size}. Use CG, or raise max_size."
         )
     matrix = operator.to_dense()
-    return (matrix + matrix.mT) / 2
+    return (matrix + matrix.mT) / 2 if operator.symmetric else matrix
 
 
 def _report(
@@ -77,4 +78,6 @@ def _report(
     codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
     steps = torch.full_like(length, matrix.shape[-1], dtype=torch.int64)
     value = torch.nan_to_num(length, 0, 0, 0).to(x.dtype).unsqueeze(-1) * x
-    return report(value, codes, steps, relative * length, length)
+    solution = report(value, codes, steps, relative * length, length)
+    solution.state = LinearState(value)
+    return solution

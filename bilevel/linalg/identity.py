@@ -10,7 +10,7 @@ from torch import Tensor
 from ..solution import Result, Solution, make_codes
 from ..tree import norm
 from .operator import Operator
-from .solve import report
+from .solve import LinearState, report
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Identity:
     factor: float = 1.0
     measure: bool = False
 
-    def solve(self, operator: Operator, b: Tensor) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
         """``x = b * factor``; see `LinearSolver`."""
         x, length = b * self.factor, norm(b)
         residual = norm(b - operator.matvec(x)) if self.measure else torch.full_like(length, torch.nan)

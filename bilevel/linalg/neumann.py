@@ -7,63 +7,63 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, make_codes
 from ..tree import norm, scale
 from .operator import Operator
-from .solve import check_settings, default_rtol, normalise, relative_tolerance, report, stop_now
+from .solve import IterativeSolver, Outcome, Precondition, Stopping, stop_now
 
 
 @dataclass(frozen=True)
-class Neumann:
-    """``x = alpha * sum_k (I - alpha A)^k b`` (Lorraine et al. 2020), for symmetric positive definite ``A``.
+class Neumann(IterativeSolver):
+    """``x = alpha * sum_k (I - alpha A)^k b`` (Lorraine et al. 2020), for any ``A`` whose ``I - alpha A`` contracts.
 
-    Prefer `CG`: it needs the square root of the steps. The error shrinks by ``1 - 1/c`` a step for condition
-    number c. A residual that grows ends the solve with `Result.DIVERGED`: on a symmetric positive definite
-    matrix it only grows where ``alpha`` is too large.
+    For symmetric positive definite ``A`` prefer `CG`: it needs the square root of the steps. The error shrinks by
+    ``1 - 1/c`` a step for condition number c. On ``A = I - J^T`` of a `fixed_point`, ``Neumann(alpha=1.0)`` is the
+    fixed-point adjoint (Grazzi et al. 2020), ``u <- J^T u + b``, which converges at the rate of the map itself. A
+    residual that grows by a factor ends the solve with `Result.DIVERGED`.
 
     Args:
+        rtol, atol, max_steps: see `IterativeSolver`; without any, the default tolerance, at most 1000 steps.
         alpha: step; None: ``1 / (1.05 lambda_max)`` for each problem, by ``power_steps`` power iterations.
-        rtol, atol, max_steps: as in `CG`; None for both: the default tolerance, at most 1000 steps.
         power_steps: products that the estimate of the largest eigenvalue costs.
     """
 
     alpha: float | None = None
-    rtol: float | None = None
-    atol: float = 0.0
-    max_steps: int | None = None
     power_steps: int = 20
 
     def __post_init__(self) -> None:
-        check_settings(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
+        super().__post_init__()
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"alpha is {self.alpha}: the step must be positive.")
 
-    def solve(self, operator: Operator, b: Tensor) -> Solution:
-        """Solve ``A x = b``; see `LinearSolver`."""
-        unit, length = normalise(b)
-        fixed = self.rtol is None and self.max_steps is not None
-        rtol = torch.finfo(b.dtype).eps if fixed else default_rtol(b.dtype) if self.rtol is None else self.rtol
-        target = relative_tolerance(rtol, self.atol, length)
+    def iterate(
+        self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
+    ) -> Outcome:
         alpha = self._step_size(operator, length)
         x, r, steps = torch.zeros_like(unit), unit, torch.zeros_like(length, dtype=torch.int64)
-        codes = make_codes(Result.STEPS_DONE if fixed else Result.MAX_STEPS, length)
-        active = (length > 0) & torch.isfinite(length)
-        relative = active.double()
-        codes = torch.where(length == 0, make_codes(Result.CONVERGED, codes), codes)
-        for step in range(self.max_steps or 1000):
+        active = (length > 0) & torch.isfinite(length) & (stopping.target < 1)
+        codes = stopping.initial_codes()
+        codes = torch.where(stopping.target >= 1, make_codes(Result.CONVERGED, codes), codes)
+        relative = ((length > 0) & torch.isfinite(length)).double()
+        # On symmetric matrices the residual of a contraction never grows; on others it may, for a while.
+        allowed = 1 + 10 * torch.finfo(unit.dtype).eps if operator.symmetric else 10.0
+        best = relative
+        for step in range(stopping.max_steps):
             if stop_now(active, step):
                 break
             x = torch.where(active.unsqueeze(-1), x + scale(alpha, r), x)
             r = torch.where(active.unsqueeze(-1), unit - operator.matvec(x), r)
-            steps, previous = steps + active, relative
+            steps = steps + active
             relative = torch.where(active, norm(r), relative)
-            grew = active & ~(relative <= previous + 10 * torch.finfo(b.dtype).eps)
-            codes = torch.where(active & (relative <= target), make_codes(Result.CONVERGED, codes), codes)
+            grew = active & ~(relative <= allowed * best + 10 * torch.finfo(unit.dtype).eps)
+            best = torch.minimum(best, relative)
+            codes = torch.where(active & (relative <= stopping.target), make_codes(Result.CONVERGED, codes), codes)
             codes = torch.where(grew, make_codes(Result.DIVERGED, codes), codes)
-            active = active & (relative > target) & ~grew
-        bad = ~torch.isfinite(length) | ~torch.isfinite(relative)
-        codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
-        return report(scale(torch.nan_to_num(length, 0, 0, 0), x), codes, steps, relative * length, length)
+            active = active & (relative > stopping.target) & ~grew
+        return Outcome(x, codes, steps, relative)
+
+    def step_limit(self, b: Tensor) -> int:
+        return self.max_steps or 1000
 
     def _step_size(self, operator: Operator, like: Tensor) -> Tensor:
         if self.alpha is not None:

@@ -12,53 +12,41 @@ import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
-from ..solution import Result, Solution, make_codes
-from ..tree import norm, scale
+from ..solution import Result, make_codes
+from ..tree import norm
 from .operator import Operator, to_numpy
-from .solve import check_settings, default_rtol, normalise, relative_tolerance, report
+from .solve import IterativeSolver, Outcome, Precondition, Stopping, default_rtol
 
 
 @dataclass(frozen=True)
-class ScipySolver:
+class ScipySolver(IterativeSolver):
     """Base of the SciPy solvers: a batch is one block-diagonal system of normalised right-hand sides.
 
     SciPy's own verdict is not trusted: the true residual of every problem is computed and compared with the
     tolerance, since several of its solvers report success at saddle points or on inconsistent systems.
 
     Args:
-        rtol, atol: stop at ``||b - A x|| <= max(rtol ||b||, atol)`` in every problem; rtol None: 1e-10
-            (float64) or 1e-5 (float32).
-        max_steps: limit on the iterations; None: ``10 n`` of the whole system, at most 1000. Where rtol is
-            None, reaching a given limit is no failure, as in `CG`.
+        rtol, atol, max_steps: see `IterativeSolver`; the limit is on the iterations of the whole system.
     """
-
-    rtol: float | None = None
-    atol: float = 0.0
-    max_steps: int | None = None
 
     algorithm: ClassVar[Callable[..., Any]]
 
-    def __post_init__(self) -> None:
-        check_settings(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
-
-    def solve(self, operator: Operator, b: Tensor) -> Solution:
-        """Solve ``A x = b``; see `LinearSolver`."""
-        unit, length = normalise(b)
-        rtol = default_rtol(b.dtype) if self.rtol is None else self.rtol
-        target = relative_tolerance(rtol, self.atol, length)
-        x, relative, steps = torch.zeros_like(unit), (length > 0).double(), 0
-        if bool((length > 0).any()) and bool(torch.isfinite(length).all()):
-            tolerance = float(target.min()) / math.sqrt(max(1, length.numel()))
-            flat, steps = self._run(operator, to_numpy(unit), tolerance)
-            x = torch.from_numpy(flat).to(b.device, b.dtype).view_as(b)
-            relative = norm(unit - operator.matvec(x))
-        return report(
-            scale(torch.nan_to_num(length, 0, 0, 0), x),
-            self._judge(x, relative, target, length, steps),
-            torch.full_like(length, steps, dtype=torch.int64),
-            relative * length,
-            length,
-        )
+    def iterate(
+        self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
+    ) -> Outcome:
+        usable = (length > 0) & torch.isfinite(length)
+        x, relative, steps = torch.zeros_like(unit), usable.double(), 0
+        if bool((usable & (stopping.target < 1)).any()):
+            rtol = float(default_rtol(unit.dtype) if stopping.ordered else stopping.target[usable].min())
+            flat, steps = self._run(operator, to_numpy(unit), rtol / math.sqrt(max(1, length.numel())))
+            x = torch.from_numpy(flat).to(unit.device, unit.dtype).view_as(unit)
+            relative = torch.where(usable, norm(unit - operator.matvec(x)), relative)
+        # Half a percent of slack: the tolerance was met by SciPy's residual, which is not this one to the last bit.
+        target = torch.full_like(length, default_rtol(unit.dtype)) if stopping.ordered else stopping.target
+        failure = stopping.initial_codes() if steps >= self._limit(unit.numel()) else Result.STAGNATED
+        codes = torch.where(relative <= 1.005 * target, int(Result.CONVERGED), failure).to(torch.int8)
+        codes = torch.where(torch.isfinite(x).all(-1), codes, make_codes(Result.NONFINITE, codes))
+        return Outcome(x, codes, torch.full_like(length, steps, dtype=torch.int64), relative)
 
     def _run(self, operator: Operator, b: np.ndarray, tolerance: float) -> tuple[np.ndarray, int]:
         """One call of the algorithm: the solution and the number of iterations."""
@@ -78,31 +66,6 @@ class ScipySolver:
 
     def _limit(self, size: int) -> int:
         return self.max_steps or min(10 * size, 1000)
-
-    def _judge(self, x: Tensor, relative: Tensor, target: Tensor, length: Tensor, steps: int) -> Tensor:
-        if steps < self._limit(x.numel()):
-            failure = Result.STAGNATED
-        else:
-            failure = Result.STEPS_DONE if self.rtol is None and self.max_steps is not None else Result.MAX_STEPS
-        # Half a percent of slack: the tolerance was met by SciPy's residual, which is not this one to the last bit.
-        codes = torch.where(relative <= 1.005 * target, int(Result.CONVERGED), int(failure)).to(torch.int8)
-        codes = torch.where(length == 0, make_codes(Result.CONVERGED, codes), codes)
-        finite = torch.isfinite(length) & torch.isfinite(x).all(-1)
-        return torch.where(finite, codes, make_codes(Result.NONFINITE, codes))
-
-
-@dataclass(frozen=True)
-class MINRES(ScipySolver):
-    """Minimal residuals (Paige and Saunders 1975): symmetric matrices, positive definite or not.
-
-    The one to take where `CG` reports negative curvature, as Hessians of networks have it.
-    """
-
-    algorithm: ClassVar[Callable[..., Any]] = staticmethod(scipy.sparse.linalg.minres)
-
-    def _settings(self, tolerance: float, limit: int) -> dict[str, Any]:
-        # Its test divides by an estimate of ||A|| ||x||, which is larger than ||b||: ask for more.
-        return {"rtol": tolerance * 1e-2, "maxiter": limit}
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,152 @@
-"""What all linear solvers share: their protocol, the checks of their settings and their reports."""
+"""What all linear solvers share: their protocol, the stopping rule, the state that they carry, their reports."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from ..solution import Solution
-from ..tree import norm
+from ..solution import Result, Solution, make_codes
+from ..tree import norm, scale
+from .lanczos import Lanczos
 from .operator import Operator
+
+Precondition = Callable[[Tensor], Tensor]
+"""``r -> M^{-1} r``, an approximate inverse, ``[*batch, n] -> [*batch, n]``."""
+
+Preconditioner = Callable[[Operator], Precondition]
+"""Looks at an operator once and returns a `Precondition`."""
+
+
+@dataclass(frozen=True)
+class LinearState:
+    """What a later solve can start from; it is returned as ``Solution.state`` and passed back by the user.
+
+    Attributes:
+        x0: a first guess ``[*batch, n]``; ignored where zero is the better one, or where shapes differ.
+        precondition: built by an earlier solve, and used again instead of building it anew.
+        lanczos: the curvature that the solve saw, where it is a Lanczos process.
+    """
+
+    x0: Tensor | None = None
+    precondition: Precondition | None = None
+    lanczos: Lanczos | None = None
 
 
 class LinearSolver(Protocol):
-    """Solves ``A x = b`` for symmetric A. Frozen settings only: the same object twice gives the same answer."""
+    """Solves ``A x = b``. Frozen settings only: the same object twice gives the same answer."""
 
-    def solve(self, operator: Operator, b: Tensor) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
         """``b`` of shape ``[*batch, n]``; the solution's ``value`` has the same shape."""
         ...
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When a solve ends: ``target`` is the residual norm relative to that at the start, ``[*batch]`` float64.
+
+    ``ordered``: a number of steps was ordered and no tolerance, so making them is no failure.
+    """
+
+    target: Tensor
+    max_steps: int
+    ordered: bool
+
+    def initial_codes(self) -> Tensor:
+        return make_codes(Result.STEPS_DONE if self.ordered else Result.MAX_STEPS, self.target)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an algorithm made of a normalised right-hand side; ``relative`` is its residual norm."""
+
+    x: Tensor
+    codes: Tensor
+    steps: Tensor
+    relative: Tensor
+    lanczos: Lanczos | None = None
+
+
+@dataclass(frozen=True)
+class IterativeSolver(ABC):
+    """Base of the iterative solvers: tolerances, scaling, warm start and report; a subclass writes `iterate`.
+
+    Args:
+        rtol: stop a problem at ``||b - A x|| <= max(rtol ||b||, atol)``. None: 1e-5 (float32) or 1e-10 (float64)
+            where ``max_steps`` is None as well, else make ``max_steps`` steps, which is then no failure.
+        atol: absolute part of the tolerance.
+        max_steps: limit on the steps; None: ``10 n``, at most 1000.
+    """
+
+    rtol: float | None = None
+    atol: float = 0.0
+    max_steps: int | None = None
+
+    symmetric_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_settings(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
+
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+        """Solve ``A x = b``; see `LinearSolver`."""
+        if self.symmetric_only:
+            require_symmetric(operator, type(self).__name__)
+        x0, r0 = first_guess(operator, b, state)
+        unit, length = normalise(r0)
+        size = norm(b) if x0 is not None else length
+        ordered = self.rtol is None and self.max_steps is not None
+        rtol = default_rtol(b.dtype) if self.rtol is None else self.rtol
+        target = relative_tolerance(torch.finfo(b.dtype).eps if ordered else rtol, self.atol, size)
+        if x0 is not None:
+            target = target * torch.where(length > 0, size / length, torch.ones_like(size))
+        stopping = Stopping(target, self.step_limit(unit), ordered)
+        precondition = self.precondition(operator, state)
+        found = self.iterate(operator, unit, length, stopping, precondition)
+        value = scale(torch.where(torch.isfinite(length), length, torch.zeros_like(length)), found.x)
+        codes = torch.where(length == 0, make_codes(Result.CONVERGED, found.codes), found.codes)
+        bad = ~torch.isfinite(length) | ~torch.isfinite(found.relative)
+        codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
+        value = value if x0 is None else x0 + value
+        solution = report(value, codes, found.steps, found.relative * length, size)
+        solution.state = LinearState(value, precondition, found.lanczos)
+        return solution
+
+    @abstractmethod
+    def iterate(
+        self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
+    ) -> Outcome:
+        """Solve ``A x = unit`` from zero; ``unit`` has norm one, or zero where ``length`` is zero or not finite."""
+
+    def precondition(self, operator: Operator, state: LinearState | None) -> Precondition | None:
+        """The preconditioner of an earlier solve, or a new one; subclasses that take none have none."""
+        build: Preconditioner | None = getattr(self, "preconditioner", None)
+        if build is None:
+            return None
+        return state.precondition if state is not None and state.precondition is not None else build(operator)
+
+    def step_limit(self, b: Tensor) -> int:
+        return self.max_steps or min(10 * b.shape[-1], 1000)
+
+
+def require_symmetric(operator: Operator, name: str) -> None:
+    if not operator.symmetric:
+        raise ValueError(
+            f"{name} needs a symmetric matrix, and this {type(operator).__name__} is not one: its answer would be "
+            "wrong. Take GMRES, BiCGSTAB, LSMR, NormalCG, Neumann or LU."
+        )
+
+
+def first_guess(operator: Operator, b: Tensor, state: LinearState | None) -> tuple[Tensor | None, Tensor]:
+    """The guess, zero where zero is better, and its residual; one product where there is a guess."""
+    if state is None or state.x0 is None or state.x0.shape != b.shape or state.x0.dtype != b.dtype:
+        return None, b
+    r0 = b - operator.matvec(state.x0)
+    better = (norm(r0) < norm(b)).unsqueeze(-1)
+    return torch.where(better, state.x0, torch.zeros_like(b)), torch.where(better, r0, b)
 
 
 def default_rtol(dtype: torch.dtype) -> float:

@@ -1,0 +1,70 @@
+"""Conjugate gradients on the normal equations: for any regular matrix, symmetric or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..solution import Result, make_codes
+from ..tree import dot, norm, scale
+from .operator import Operator
+from .solve import IterativeSolver, Outcome, Precondition, Stopping, stop_now
+
+
+@dataclass(frozen=True)
+class NormalCG(IterativeSolver):
+    """CG on ``A^T A x = A^T b`` (Hestenes and Stiefel 1952; the CGLS form of Bjorck 1996), without forming ``A^T A``.
+
+    For matrices that are not symmetric, where `GMRES` would keep too many vectors. Not a default: two products a step
+    (``A v`` and ``A^T v``), and the condition number squared, so the steps are those of `CG` at ``c^2``. On a singular
+    consistent system it finds the solution of least norm; on an inconsistent one the least-squares solution, with
+    `Result.STAGNATED`. The answer is judged by the true residual (one more product).
+
+    Args:
+        rtol, atol, max_steps: see `IterativeSolver`.
+    """
+
+    def iterate(
+        self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
+    ) -> Outcome:
+        target, roundoff = stopping.target, torch.finfo(unit.dtype).eps
+        usable, done = (length > 0) & torch.isfinite(length), stopping.target >= 1
+        relative, active = usable.double(), usable & ~done
+        steps = torch.zeros_like(length, dtype=torch.int64)
+        codes = torch.where(done, make_codes(Result.CONVERGED, length), stopping.initial_codes())
+
+        x, r = torch.zeros_like(unit), unit
+        s = operator.rmatvec(r)
+        p, gamma = s, dot(s, s)
+        steepest = gamma.sqrt()
+        for step in range(stopping.max_steps):
+            if stop_now(active, step):
+                break
+            product = operator.matvec(p)
+            curvature = dot(product, product)
+            finite = torch.isfinite(curvature) & torch.isfinite(gamma)
+            codes = torch.where(active & ~finite, make_codes(Result.NONFINITE, codes), codes)
+            relative = torch.where(active & ~finite, torch.full_like(relative, torch.nan), relative)
+            steps = steps + active
+            # At a least-squares solution the gradient vanishes though the residual does not.
+            flat = active & finite & ((curvature == 0) | (gamma.sqrt() <= 10 * roundoff * steepest))
+            codes = torch.where(flat, make_codes(Result.STAGNATED, codes), codes)
+            active = active & finite & ~flat
+            alpha = torch.where(active, gamma / curvature, torch.zeros_like(gamma))
+            keep = active.unsqueeze(-1)
+            x = torch.where(keep, x + scale(alpha, p), x)
+            r = torch.where(keep, r - scale(alpha, product), r)
+            relative = torch.where(active, norm(r), relative)
+            codes = torch.where(active & (relative <= target), make_codes(Result.CONVERGED, codes), codes)
+            active = active & (relative > target)
+            s = operator.rmatvec(r)
+            gamma_next = dot(s, s)
+            beta = torch.where(active, gamma_next / gamma, torch.zeros_like(gamma))
+            p, gamma = torch.where(keep, s + scale(beta, p), p), torch.where(active, gamma_next, gamma)
+
+        true = norm(unit - operator.matvec(x))
+        relative = torch.where(torch.isfinite(relative), true, relative)
+        drifted = (codes == int(Result.CONVERGED)) & (relative > 1.01 * target)
+        return Outcome(x, torch.where(drifted, make_codes(Result.STAGNATED, codes), codes), steps, relative)

@@ -1,0 +1,69 @@
+"""Diagonal preconditioners for `CG` and `MINRES`: for problems whose parameters have very different curvatures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .operator import Operator
+from .solve import Precondition
+
+
+@dataclass(frozen=True)
+class Jacobi:
+    """The diagonal of ``A``, its entries estimated with Hutchinson probes (Bekas et al. 2007).
+
+    For problems whose parameters have very different curvatures, such as penalties of their own for each.
+
+    Args:
+        num_probes: products that it costs, once for each solve, or once in all where the state is carried on.
+        seed: of the random signs.
+    """
+
+    num_probes: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_probes < 1:
+            raise ValueError(f"num_probes is {self.num_probes}: at least one product is needed.")
+
+    def __call__(self, operator: Operator) -> Precondition:
+        generator = torch.Generator().manual_seed(self.seed)
+        total = torch.zeros(*operator.batch_shape, operator.size, dtype=operator.dtype, device=operator.device)
+        for _ in range(self.num_probes):
+            signs = torch.randint(0, 2, total.shape, generator=generator).to(total) * 2 - 1
+            total = total + signs * operator.matvec(signs)
+        diagonal = total / self.num_probes
+        floor = diagonal.abs().amax(-1, keepdim=True) * 1e-3
+        return _divide_by(torch.maximum(diagonal.abs(), floor))
+
+
+@dataclass(frozen=True, eq=False)
+class AdamPreconditioner:
+    """``sqrt(v) + eps`` of an adaptive optimizer's second moment ``v``, at no product at all.
+
+    For inner problems that Adam or RMSprop solved: its state knows the scales of the gradients, which stand for those
+    of the curvature.
+
+    Args:
+        second_moment: flat, ``[*batch, n]`` or ``[n]``; such as ``fit.state["second_moment"]``.
+        eps: of the optimizer.
+    """
+
+    second_moment: Tensor
+    eps: float = 1e-8
+
+    def __call__(self, operator: Operator) -> Precondition:
+        if self.second_moment.shape[-1:] != (operator.size,):
+            raise ValueError(
+                f"second_moment has shape {tuple(self.second_moment.shape)}: one entry for each of {operator.size} "
+                "unknowns is needed."
+            )
+        return _divide_by(self.second_moment.detach().to(operator.device, operator.dtype).sqrt() + self.eps)
+
+
+def _divide_by(diagonal: Tensor) -> Precondition:
+    inverse = 1 / diagonal.clamp_min(torch.finfo(diagonal.dtype).tiny)
+    return lambda r: r * inverse
