@@ -8,19 +8,24 @@ Outcomes: `Result`, `SolveError`, `SolveWarning`. Trees: `stack`. Optuna: `tunin
 """
 
 from . import problems, tuning
-from .argmin import argmin
+from .argmin import argmin, fixed_point, root
+from .compat import custom_fixed_point, custom_root
 from .hypergrad.implicit import Implicit
 from .hypergrad.unroll import Unroll
+from .inner.fixed_point import Anderson, Picard
 from .inner.gradient_descent import GradientDescent
 from .inner.lbfgs import LBFGS
 from .inner.newton_cg import NewtonCG
+from .inner.roots import Newton, ScipyRoot
 from .inner.scipy import ScipyMinimize
 from .inner.torch_optim import TorchOptim
-from .linalg.cg import CG, Jacobi
+from .linalg.cg import CG
 from .linalg.direct import LU, Cholesky
 from .linalg.identity import Identity
+from .linalg.minres import MINRES
 from .linalg.neumann import Neumann
-from .linalg.scipy import GMRES, LSMR, MINRES, BiCGSTAB
+from .linalg.preconditioners import AdamPreconditioner, Jacobi
+from .linalg.scipy import GMRES, LSMR, BiCGSTAB
 from .solution import Result, Solution, SolveError, SolveWarning
 from .tree import stack
 
@@ -31,6 +36,8 @@ __all__ = [
     "LSMR",
     "LU",
     "MINRES",
+    "AdamPreconditioner",
+    "Anderson",
     "BiCGSTAB",
     "Cholesky",
     "GradientDescent",
@@ -38,16 +45,23 @@ __all__ = [
     "Implicit",
     "Jacobi",
     "Neumann",
+    "Newton",
     "NewtonCG",
+    "Picard",
     "Result",
     "ScipyMinimize",
+    "ScipyRoot",
     "Solution",
     "SolveError",
     "SolveWarning",
     "TorchOptim",
     "Unroll",
     "argmin",
+    "custom_fixed_point",
+    "custom_root",
+    "fixed_point",
     "problems",
+    "root",
     "stack",
     "tuning",
 ]

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .hypergrad.base import Hypergrad, PathMethod
+from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
-from .hypergrad.unroll import Unroll
-from .inner.gradient_descent import GradientDescent
+from .hypergrad.statement import ObjectiveStatement, ResidualStatement
+from .inner.fixed_point import Anderson
 from .inner.lbfgs import LBFGS
-from .inner.minimize import InnerSolver
+from .inner.minimize import INNER_ADVICE, InnerSolver
 from .inner.newton_cg import NewtonCG
-from .linalg.curvature import hessian
-from .problem import Linearization, Objective, Problem, graph_nodes
-from .solution import Result, Solution, Throw, make_codes, settle
-from .tree import Tree, norm
+from .inner.roots import Newton, RootSolver
+from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
+from .solution import Solution, Throw, check_throw, settle
+from .tree import Tree, tree_map
 
-INNER_ADVICE = (
-    "The hypergradient holds at a minimum only: raise max_steps, lower the step size, loosen gtol, or take "
-    "LBFGS or NewtonCG (throw='fallback' does that)"
-)
-ADJOINT_ADVICE = (
-    "The hypergradient is inexact: raise max_steps, loosen rtol, give CG a preconditioner; for negative "
-    "curvature take MINRES, a stronger regularizer, or Implicit(damping=...) (throw='fallback' tries these)"
+ROOT_ADVICE = (
+    "The hypergradient holds at a solution only: raise max_steps, loosen tol, start closer to the solution, or take "
+    "another solver (Newton, Anderson, ScipyRoot)"
 )
 
 
@@ -35,8 +32,9 @@ def argmin(
     init: Tree,
     *args: Any,
     solver: InnerSolver | None = None,
-    hypergrad: Implicit | Unroll | None = Implicit(),  # noqa: B008 (frozen)
+    hypergrad: Hypergrad | PathMethod | None = Implicit(),  # noqa: B008 (frozen)
     throw: Throw = "warn",
+    warm_start: Solution | None = None,
 ) -> Solution:
     """Minimise ``objective(params, *args)`` over ``params``; the solution is differentiable.
 
@@ -67,101 +65,127 @@ def argmin(
         TypeError, ValueError: bad input; the message names the argument.
         SolveError: as ``throw`` says.
     """
-    if throw not in ("raise", "warn", "fallback", "ignore"):
-        raise ValueError(f"throw is {throw!r}: it is 'raise', 'warn', 'fallback' or 'ignore'.")
+    check_throw(throw)
     solver = LBFGS() if solver is None else solver
-    if isinstance(hypergrad, Unroll):
-        return _unrolled(objective, init, args, solver, throw)
-    problem = Problem(objective, init, args)
-    create_graph = hypergrad is not None and torch.is_grad_enabled()
-    found, at = _measure(problem, solver.minimize(problem), create_graph)
-    if throw == "fallback" and not found.result.ok:
-        found, at = _measure(problem, NewtonCG().minimize(problem), create_graph)
-        found.recovered = ("NewtonCG",)
-    settle(found, throw, "The inner solve", INNER_ADVICE)
-    if hypergrad is None or not create_graph or not _reaches_others(at):
-        found.value = problem.raveler.unflatten(problem.raveler.unravel(found.value))
+    if isinstance(hypergrad, PathMethod):
+        return hypergrad.run(objective, init, args, solver, throw)
+
+    def solve(problem: Problem, measure: Callable[[Solution], Solution]) -> Solution:
+        found = measure(solver.minimize(problem))
+        if throw == "fallback" and not found.result.ok:
+            found = measure(NewtonCG().minimize(problem))
+            found.recovered = ("NewtonCG",)
+        settle(found, throw, "The inner solve", INNER_ADVICE)
         return found
-    return _attach(problem, at, found, hypergrad, throw)
+
+    return differentiable_solve(
+        ObjectiveStatement,
+        objective,
+        init,
+        args,
+        build=lambda recorder: Problem(objective, init, args, recorder=recorder),
+        batch_dims_of=_check_loss,
+        solve=solve,
+        hypergrad=hypergrad,
+        throw=throw,
+        minimize=solver.minimize,
+        warm_start=warm_start,
+    )
 
 
-def _measure(problem: Problem, found: Solution, create_graph: bool) -> tuple[Solution, Linearization]:
-    """The gradient at what the solver found, with its graph; its norm joins the stats."""
-    at = problem.linearize(found.value, create_graph=create_graph)
-    size = norm(problem.raveler.ravel([residual.detach() for residual in at.residual]))
-    codes = found.stats["result"]
-    bad = ~(torch.isfinite(size) & torch.isfinite(at.loss.detach()))
-    found.stats["result"] = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
-    found.stats["residual_norm"] = size
-    return found, at
+def root(
+    residual: Callable[..., Tree],
+    init: Tree,
+    *args: Any,
+    solver: RootSolver | None = None,
+    hypergrad: Hypergrad | None = Implicit(),  # noqa: B008 (frozen)
+    batched: bool = False,
+    throw: Throw = "warn",
+    warm_start: Solution | None = None,
+) -> Solution:
+    """Solve ``residual(y, *args) = 0`` for ``y``; the solution is differentiable, as that of `argmin`.
+
+    For square systems of any kind, symmetric or not: optimality conditions, equilibria, implicit layers. The
+    backward pass solves ``J^T u = df/dy`` with ``J = d_y residual``, by `GMRES` unless told otherwise.
+
+    Args:
+        residual: returns a tree of the structure and shapes of ``init``.
+        solver: `Newton` by default; `ScipyRoot`.
+        batched: the first dimension of every leaf counts T independent problems, each with its own stopping; the
+            t-th residual then depends on the t-th unknowns only.
+        init, args, hypergrad, throw, warm_start: as in `argmin`; ``throw="fallback"`` retries the adjoint solve.
+
+    Returns:
+        As `argmin`; ``stats["residual_norm"]`` is ``||residual||`` at the solution.
+    """
+    return _root(residual, init, args, solver or Newton(), hypergrad, batched, throw, warm_start)
 
 
-def _attach(problem: Problem, at: Linearization, found: Solution, hypergrad: Implicit, throw: Throw) -> Solution:
-    """Make the value differentiable: its backward pass solves the adjoint system and feeds the residual."""
-    raveler, cell = problem.raveler, found.adjoint_cell
+def fixed_point(
+    map: Callable[..., Tree],
+    init: Tree,
+    *args: Any,
+    solver: RootSolver | None = None,
+    hypergrad: Hypergrad | None = Implicit(),  # noqa: B008 (frozen)
+    batched: bool = False,
+    throw: Throw = "warn",
+    warm_start: Solution | None = None,
+) -> Solution:
+    """Solve ``y = map(y, *args)``; the solution is differentiable, and memory does not grow with the iterations.
 
-    def adjoint(grads: Sequence[Tensor]) -> list[Tensor]:
-        operator = hessian(problem, at, hypergrad.hessian)
-        b = raveler.ravel(grads)
-        solved = hypergrad.solve(operator, b)
-        if throw == "fallback" and not solved.result.ok:
-            solved = hypergrad.recover(operator, b, solved)
-        u = raveler.unravel(solved.value)
-        cell.solution = dataclasses.replace(solved, value=raveler.unflatten(u))
-        settle(solved, throw, "The adjoint solve of the hypergradient", ADJOINT_ADVICE)
-        return u
+    For equilibrium models, contractions and solvers that are iterations themselves. The backward pass solves
+    ``(I - d_y map)^T u = df/dy``: by `GMRES`, or ``Implicit(Neumann(alpha=1.0))``, the fixed-point adjoint of
+    Grazzi et al. (2020), which converges where the map contracts.
 
-    for leaf in at.leaves:
-        # backward() without inputs= would keep a gradient here that nobody reads.
-        leaf.register_post_accumulate_grad_hook(_drop_grad)
-    value = _ImplicitSolution.apply(adjoint, *raveler.unravel(found.value), *at.residual)
-    found.value = raveler.unflatten(value)
-    return found
+    Args:
+        map: returns a tree of the structure and shapes of ``init``.
+        solver: `Anderson` by default; `Picard`, and every solver of `root`.
+        init, args, hypergrad, batched, throw, warm_start: as in `root`.
 
+    Returns:
+        As `root`; ``stats["residual_norm"]`` is ``||y - map(y)||``.
+    """
 
-class _ImplicitSolution(torch.autograd.Function):
-    """Identity on the solution forward; backward, the cotangent g becomes -H^{-1} g on the residual."""
+    def residual(y: Tree, *args: Any) -> Tree:
+        found = map(y, *args)
+        check_residual(found, y, "map")
+        return tree_map(torch.sub, y, found)
 
-    @staticmethod
-    def forward(ctx: Any, adjoint: Callable[[Sequence[Tensor]], list[Tensor]], *tensors: Tensor) -> tuple[Tensor, ...]:
-        value = tensors[: len(tensors) // 2]
-        ctx.adjoint = adjoint
-        return tuple(leaf.clone() for leaf in value)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "A second derivative through argmin was asked for (create_graph=True): it would have to "
-                "differentiate the linear solve, which is not supported, and would otherwise be silently wrong. "
-                "Use hypergrad=Unroll() with GradientDescent, or a first-order outer optimizer."
-            )
-        u = ctx.adjoint(grads)
-        return (None, *[None] * len(u), *[-part for part in u])
+    return _root(residual, init, args, solver or Anderson(), hypergrad, batched, throw, warm_start)
 
 
-def _drop_grad(leaf: Tensor) -> None:
-    leaf.grad = None
+def _root(
+    residual: Callable[..., Tree],
+    init: Tree,
+    args: tuple[Any, ...],
+    solver: RootSolver,
+    hypergrad: Hypergrad | None,
+    batched: bool,
+    throw: Throw,
+    warm_start: Solution | None,
+) -> Solution:
+    check_throw(throw)
+    check_init(init)
+
+    def solve(problem: RootProblem, measure: Callable[[Solution], Solution]) -> Solution:
+        found = measure(solver.find(problem))
+        settle(found, throw, "The solve of the system", ROOT_ADVICE)
+        return found
+
+    return differentiable_solve(
+        ResidualStatement,
+        residual,
+        init,
+        args,
+        build=lambda recorder: RootProblem(residual, init, args, batch_dims=int(batched), recorder=recorder),
+        batch_dims_of=lambda _, init: len(check_batch(init, int(batched))),
+        solve=solve,
+        hypergrad=hypergrad,
+        throw=throw,
+        warm_start=warm_start,
+    )
 
 
-def _reaches_others(at: Linearization) -> bool:
-    """Whether the residual depends on any tensor besides the solution: if not, there is no hypergradient."""
-    own = {id(leaf) for leaf in at.leaves}
-    variables = (getattr(node, "variable", None) for node in graph_nodes(at.residual))
-    return any(variable is not None and id(variable) not in own for variable in variables)
-
-
-def _unrolled(objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw) -> Solution:
-    """Let the graph of the solver's own steps be the derivative."""
-    if not isinstance(solver, GradientDescent) or solver.line_search:
-        raise TypeError(
-            f"hypergrad=Unroll() cannot differentiate {solver!r}: it needs GradientDescent without line_search. "
-            "Every solver works with hypergrad=Implicit()."
-        )
-    differentiable = torch.is_grad_enabled()
-    problem = Problem(objective, init, args, differentiable=differentiable)
-    found = solver.minimize(problem)
-    found, _ = _measure(problem, found, create_graph=False)
-    settle(found, throw, "The inner solve", INNER_ADVICE)
-    found.value = problem.raveler.unflatten(problem.raveler.unravel(found.value))
-    return found
+def _check_loss(loss: Tensor, init: Tree) -> int:
+    check_loss(loss, init)
+    return loss.dim()

@@ -30,15 +30,20 @@ class Recorder(TorchFunctionMode):
     """Finds the tensors that the operations under it read and none of them made, where a derivative may ask for them.
 
     Those are: tensors that require grad, tensors of a transform that is already open, and dual numbers. Operands of
-    a custom `torch.autograd.Function` are not seen; what they hide is found by `problem.hidden_leaves`.
+    a custom `torch.autograd.Function` and of compiled code are not seen; `problem.refuse_hidden` finds those.
     """
 
-    def __init__(self, known: Sequence[Tensor] = ()):
+    def __init__(self) -> None:
         super().__init__()
         self.level = maybe_current_level() or 0
         # A captured tensor outlives the recording, so the id of one that was made meanwhile is never its id.
-        self.made = {id(tensor) for tensor in known}
+        self.made: set[int] = set()
         self.found: dict[int, Tensor] = {}
+        self.born = _sequence_number()
+
+    def know(self, params: Sequence[Tensor]) -> None:
+        """These are arguments, not captured."""
+        self.made.update(id(tensor) for tensor in params)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -53,10 +58,20 @@ class Recorder(TorchFunctionMode):
     def captured(self) -> list[Tensor]:
         return list(self.found.values())
 
+    @property
+    def resolved(self) -> list[Tensor]:
+        """What stands for the captured tensors here: other tensors where an outer `Substitute` put them."""
+        return [_resolve(tensor) for tensor in self.captured]
+
     def _matters(self, tensor: Tensor) -> bool:
+        if is_functorch_wrapped_tensor(tensor) and maybe_get_level(tensor) > self.level:
+            # Of a transform inside the function; or of one that is left, for which an outer `Substitute` stands in.
+            tensor = _resolve(tensor)
         if is_functorch_wrapped_tensor(tensor):
             return maybe_get_level(tensor) <= self.level
-        return tensor.requires_grad or _is_dual(tensor)
+        # What an operation out of sight made (of a custom Function, of compiled code) is younger than the recording.
+        older = tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self.born
+        return (tensor.requires_grad and older) or _is_dual(tensor)
 
 
 class Substitute(TorchFunctionMode):
@@ -130,6 +145,19 @@ class VmappedClosure:
     def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
         swapped = torch.vmap(lambda p, t: self.inner(p, t), in_dims=(0, list(self.in_dims)))
         return swapped(list(params), list(tensors))
+
+
+def _sequence_number() -> int:
+    """Nodes of autograd graphs that are made from now on have at least this number."""
+    with torch.enable_grad():
+        node = torch.zeros((), requires_grad=True).view(1).grad_fn
+    assert node is not None
+    return node._sequence_nr()
+
+
+def _resolve(tensor: Tensor) -> Tensor:
+    """The tensor itself, through an operation that an outer mode sees."""
+    return tensor.to(tensor.dtype)
 
 
 def _tensors(tree: Tree) -> list[Tensor]:

@@ -85,11 +85,13 @@ class Problem:
                 leaf if differentiable and leaf.requires_grad else leaf.detach().requires_grad_()
                 for leaf in leaves(init)
             ]
+            if recorder:
+                recorder.know(point)
             with self.autocast.entered(), recorder or contextlib.nullcontext():
                 loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
             check_loss(loss, init, max_batch_dims)
-            if recorder:
-                refuse_hidden([loss], [*point, *recorder.captured], "objective")
+            if recorder and not recorder.captured:
+                refuse_hidden(graph_nodes([loss]), point)
             self.raveler = Raveler(init, loss.shape)
             grads = _gradient(loss, point, create_graph=differentiable)
             start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
@@ -156,11 +158,13 @@ class RootProblem:
         self.raveler = Raveler(init, check_batch(init, batch_dims))
         with torch.enable_grad() if recorder else torch.no_grad():
             point = [leaf.detach().requires_grad_(recorder is not None) for leaf in leaves(init)]
+            if recorder:
+                recorder.know(point)
             with self.autocast.entered(), recorder or contextlib.nullcontext():
                 found = residual(self.raveler.unflatten(point), *args)
             check_residual(found, init)
-            if recorder:
-                refuse_hidden(leaves(found), [*point, *recorder.captured], "residual")
+            if recorder and not recorder.captured:
+                refuse_hidden(graph_nodes(leaves(found)), point)
         self.y = self.raveler.ravel(point).detach().clone()
         self.r = self.raveler.ravel(leaves(found)).detach()
         if not bool(torch.isfinite(self.r).all()):
@@ -189,10 +193,10 @@ def linearize_residual(
         return Linearization(free, None, residual_at(free))
 
 
-def graph_nodes(tensors: Iterable[Tensor], stops: Iterable[Node] = ()) -> Iterator[Node]:
-    """Every node of the autograd graphs of these tensors, once; not ``stops`` and what only they lead to."""
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
+    """Every node of the autograd graphs of these tensors, once."""
     stack = [tensor.grad_fn for tensor in tensors]
-    seen: set[Node] = set(stops)
+    seen: set[Node] = set()
     while stack:
         node = stack.pop()
         if node is not None and node not in seen:
@@ -201,17 +205,16 @@ def graph_nodes(tensors: Iterable[Tensor], stops: Iterable[Node] = ()) -> Iterat
             stack.extend(parent for parent, _ in node.next_functions)
 
 
-def refuse_hidden(outputs: Iterable[Tensor], known: Sequence[Tensor], what: str) -> None:
-    """Raise where the graph reaches a tensor that requires grad and that closure conversion has not seen."""
+def refuse_hidden(nodes: Iterable[Node], known: Sequence[Tensor]) -> None:
+    """Raise where a graph reaches a tensor that requires grad and that closure conversion has not seen."""
     own = {id(tensor) for tensor in known}
-    stops = {tensor.grad_fn for tensor in known if tensor.grad_fn is not None}
-    for node in graph_nodes(outputs, stops):
+    for node in nodes:
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in own:
             raise ValueError(
-                f"{what} depends on a tensor of shape {tuple(variable.shape)} that requires grad, in a way that cannot "
-                "be followed (inside a custom autograd Function or compiled code), so its hypergradient would be "
-                f"missing. Pass the tensor to {what} as one of args, or detach it if no gradient is wanted."
+                f"The inner problem depends on a tensor of shape {tuple(variable.shape)} that requires grad, in a way that "
+                "cannot be followed (as operand of a custom autograd Function, or in compiled code), so its hypergradient "
+                "would be missing. Pass the tensor as one of args, or detach it if no gradient is wanted."
             )
 
 
@@ -260,13 +263,13 @@ def check_batch(init: Tree, batch_dims: int) -> torch.Size:
     return torch.Size(shapes.pop())
 
 
-def check_residual(found: Tree, init: Tree) -> None:
+def check_residual(found: Tree, init: Tree, what: str = "residual") -> None:
     same = pytree.tree_structure(found) == pytree.tree_structure(init)
     if not same or any(
         not isinstance(r, Tensor) or r.shape != y.shape for r, y in zip(leaves(found), leaves(init), strict=True)
     ):
         raise ValueError(
-            f"residual returned {_shapes(found)} for init {_shapes(init)}: a square system has as many equations as "
+            f"{what} returned {_shapes(found)} for init {_shapes(init)}: a square system has as many equations as "
             "unknowns, in a tree of the same structure and shapes."
         )
 

@@ -89,6 +89,11 @@ class Solution:
         return self.adjoint_cell.solution
 
 
+def check_throw(throw: str) -> None:
+    if throw not in ("raise", "warn", "fallback", "ignore"):
+        raise ValueError(f"throw is {throw!r}: it is 'raise', 'warn', 'fallback' or 'ignore'.")
+
+
 def make_codes(result: Result, like: Tensor) -> Tensor:
     """A tensor of one result code for each problem."""
     return torch.full_like(like, int(result), dtype=torch.int8)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .linalg.cg import CG, Jacobi
+from .linalg.cg import CG
 from .linalg.identity import Identity
+from .linalg.minres import MINRES
 from .linalg.neumann import Neumann
-from .linalg.scipy import MINRES
+from .linalg.preconditioners import Jacobi
 from .linalg.solve import LinearSolver
 from .solution import Solution
 

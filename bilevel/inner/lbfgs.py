@@ -42,10 +42,10 @@ class LBFGS:
         return descend(problem, gtol, self.max_steps, memory.direction)
 
 
-def default_gtol(problem: Problem) -> float:
-    """A gradient norm that float32 or float64 can reach on a problem of this scale."""
+def default_gtol(problem: Problem) -> Tensor:
+    """A gradient norm that float32 or float64 can reach on problems of these scales, for each."""
     base = 1e-9 if problem.start.g.dtype == torch.float64 else 1e-4
-    return base * max(1.0, float(norm(problem.start.g).max()))
+    return base * norm(problem.start.g).clamp_min(1.0)
 
 
 class _Memory:

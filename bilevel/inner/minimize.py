@@ -15,6 +15,12 @@ from ..solution import Result, Solution, make_codes
 from ..tree import dot, norm, scale
 
 
+INNER_ADVICE = (
+    "The hypergradient holds at a minimum only: raise max_steps, lower the step size, loosen gtol, or take "
+    "LBFGS or NewtonCG (throw='fallback' does that)"
+)
+
+
 class InnerSolver(Protocol):
     """Minimises a `Problem`. Frozen settings only: the same object twice gives the same answer."""
 
@@ -31,6 +37,14 @@ def check_settings(*, max_steps: int, gtol: float | None) -> None:
         raise ValueError(f"gtol is {gtol}: a tolerance on the gradient norm cannot be negative.")
 
 
+def check_tolerance(*, max_steps: int, tol: float | None) -> None:
+    """The same for solvers of systems."""
+    if max_steps < 1:
+        raise ValueError(f"max_steps is {max_steps}: at least one step is needed.")
+    if tol is not None and not tol >= 0:
+        raise ValueError(f"tol is {tol}: a tolerance on the residual norm cannot be negative.")
+
+
 @dataclass
 class Progress:
     """The stopping rule, problem by problem: ``active`` problems go on, the others are frozen.
@@ -39,13 +53,13 @@ class Progress:
         codes, steps, active: of the batch shape; the result, the steps made, and whether to go on.
     """
 
-    gtol: float | None
+    gtol: float | Tensor | None
     codes: Tensor
     steps: Tensor
     active: Tensor
 
     @classmethod
-    def begin(cls, at: Evaluation, gtol: float | None) -> Progress:
+    def begin(cls, at: Evaluation, gtol: float | Tensor | None) -> Progress:
         codes = make_codes(Result.STEPS_DONE if gtol is None else Result.MAX_STEPS, at.f)
         state = cls(gtol, codes, torch.zeros_like(codes, dtype=torch.int64), torch.ones_like(codes, dtype=torch.bool))
         state.look(at)
@@ -123,7 +137,7 @@ def line_search(
 
 def descend(
     problem: Problem,
-    gtol: float | None,
+    gtol: float | Tensor | None,
     max_steps: int,
     direction: Callable[[Evaluation, Tensor], tuple[Tensor, Tensor]],
 ) -> Solution:

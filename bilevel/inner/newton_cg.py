@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.cg import conjugate_gradient
+from ..linalg.cg import truncated_cg
 from ..linalg.curvature import HessianMode, hessian
 from ..problem import Evaluation, Problem
 from ..solution import Solution
@@ -27,13 +27,13 @@ class NewtonCG:
         max_steps: Newton steps at most.
         gtol: stop a problem at this gradient norm; None: as in `LBFGS`, and 0 makes ``max_steps`` steps.
         cg_steps: products for each direction at most; the paper takes 5.
-        hessian: how products are made: ``"graph"`` or ``"func"``.
+        operator: how products are made: ``"graph"`` or ``"func"``.
     """
 
     max_steps: int = 200
     gtol: float | None = None
     cg_steps: int = 50
-    hessian: HessianMode = "graph"
+    operator: HessianMode = "graph"
 
     def __post_init__(self) -> None:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
@@ -44,9 +44,9 @@ class NewtonCG:
         """Minimise; see `InnerSolver`."""
 
         def direction(at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor]:
-            operator = hessian(problem, problem.linearize(at.y), self.hessian)
+            operator = hessian(problem, problem.linearize(at.y), self.operator)
             slack = torch.minimum(torch.full_like(at.f, 0.5), norm(at.g).sqrt())
-            steps = conjugate_gradient(operator, at.g, slack, 0.0, self.cg_steps).value
+            steps = truncated_cg(operator, at.g, slack, self.cg_steps)
             unusable = ~(norm(steps) > 0) | ~torch.isfinite(steps).all(-1)
             return -torch.where(unusable.unsqueeze(-1), at.g, steps), torch.ones_like(at.f)
 

@@ -73,7 +73,7 @@ class ScipyMinimize:
             jac=True,
             hessp=hessp if method in HESSIAN_METHODS else None,
             method=self.method,
-            options=self._options(method, gtol, problem.start),
+            options=self._options(method, float(torch.as_tensor(gtol).min()), problem.start),
         )
         at = problem.evaluate(tensor(outcome.x))
         return self._solution(at, gtol, int(outcome.get("nit", outcome.nfev)))
@@ -84,7 +84,7 @@ class ScipyMinimize:
         tolerance = TOLERANCE_OPTIONS.get(method, lambda gtol: {"gtol": gtol})
         return {**tolerance(entry), "maxiter": self.max_steps}
 
-    def _solution(self, at: Evaluation, gtol: float, steps: int) -> Solution:
+    def _solution(self, at: Evaluation, gtol: float | Tensor, steps: int) -> Solution:
         size = norm(at.g)
         codes = make_codes(Result.MAX_STEPS if steps >= self.max_steps else Result.STAGNATED, at.f)
         codes = torch.where(size <= gtol, make_codes(Result.CONVERGED, codes), codes)
@@ -93,4 +93,4 @@ class ScipyMinimize:
 
 
 def _hessian_at(problem: Problem, y: Tensor) -> GraphHessian:
-    return GraphHessian(problem, problem.linearize(y))
+    return GraphHessian(problem.raveler, problem.linearize(y))

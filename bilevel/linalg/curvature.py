@@ -7,12 +7,16 @@ So ``"graph"`` is the default.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import Node
 
 from ..problem import Linearization, Problem, graph_nodes
+from ..tree import Raveler
 from .operator import Operator
 
 HessianMode = Literal["graph", "func"]
@@ -23,8 +27,7 @@ FUSED_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 class GraphHessian(Operator):
     """``H v`` as one reverse pass over the retained graph of the gradient (Pearlmutter 1994)."""
 
-    def __init__(self, problem: Problem, linearization: Linearization):
-        raveler = problem.raveler
+    def __init__(self, raveler: Raveler, linearization: Linearization):
         super().__init__(raveler.batch_shape, raveler.size, raveler.dtype, raveler.device)
         self.raveler, self.leaves = raveler, linearization.leaves
         self.residual = linearization.residual
@@ -48,32 +51,40 @@ class FuncHessian(Operator):
             wrong by several percent under these transforms (PyTorch issue 196699).
     """
 
-    def __init__(self, problem: Problem, linearization: Linearization):
-        raveler = problem.raveler
+    def __init__(
+        self, raveler: Raveler, linearization: Linearization, sum_loss: Callable[[list[Tensor]], Tensor]
+    ):
         super().__init__(raveler.batch_shape, raveler.size, raveler.dtype, raveler.device)
-        fused = _fused_norm(linearization.loss)
+        assert linearization.loss is not None
+        fused = fused_norm(graph_nodes([linearization.loss]))
         if fused:
             raise NotImplementedError(
-                f"hessian='func' cannot be used: the objective contains the fused {fused}, whose Hessian product "
-                "under torch.func is silently wrong by several percent. Use hessian='graph', or a norm written "
+                f"operator='func' cannot be used: the objective contains the fused {fused}, whose Hessian product "
+                "under torch.func is silently wrong by several percent. Use operator='graph', or a norm written "
                 "with torch.var_mean and rsqrt (as applications/few_shot/models.py does)."
             )
-        self.raveler, self.problem = raveler, problem
-        self.leaves = tuple(leaf.detach() for leaf in linearization.leaves)
+        self.raveler, self.gradient = raveler, torch.func.grad(sum_loss)
+        self.leaves = [leaf.detach() for leaf in linearization.leaves]
 
     def matvec(self, v: Tensor) -> Tensor:
-        gradient = torch.func.grad(self.problem.sum_loss, argnums=tuple(range(len(self.leaves))))
+        direction = self.raveler.unravel(v)
         with torch.no_grad():
-            product = torch.func.jvp(gradient, self.leaves, tuple(self.raveler.unravel(v)))[1]
+            if forward_ad._current_level >= 0:
+                # Inside a forward-mode pass, which does not nest; H is symmetric, so reverse mode gives the same.
+                product = torch.func.vjp(self.gradient, self.leaves)[1](direction)[0]
+            else:
+                product = torch.func.jvp(self.gradient, (self.leaves,), (direction,))[1]
         return self.raveler.ravel(product)
 
 
 def hessian(problem: Problem, linearization: Linearization, mode: HessianMode) -> Operator:
     """The Hessian of ``problem`` at the point of ``linearization``."""
-    return {"graph": GraphHessian, "func": FuncHessian}[mode](problem, linearization)
+    if mode == "graph":
+        return GraphHessian(problem.raveler, linearization)
+    return FuncHessian(problem.raveler, linearization, lambda point: problem.sum_loss(*point))
 
 
-def _fused_norm(loss: Tensor) -> str | None:
-    """The first fused norm in the graph of ``loss``, under which `torch.func` gives wrong products."""
-    names = (node.name() for node in graph_nodes([loss]))
+def fused_norm(nodes: Iterable[Node]) -> str | None:
+    """The first fused norm in a graph, under which `torch.func` gives wrong products."""
+    names = (node.name() for node in nodes)
     return next((name.removesuffix("Backward0") for name in names if name.startswith(FUSED_NORMS)), None)

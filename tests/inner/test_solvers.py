@@ -13,7 +13,7 @@ from tests.conformance import check_inner_solver, randn, relative_error
 SOLVERS = [
     LBFGS(),
     NewtonCG(),
-    NewtonCG(hessian="func"),
+    NewtonCG(operator="func"),
     GradientDescent(lr=0.018, max_steps=5000, gtol=1e-8),
     GradientDescent(lr=0.018, momentum=0.8, max_steps=5000, gtol=1e-8),
     GradientDescent(lr=1.0, max_steps=2000, gtol=1e-6, line_search=True),

@@ -1,0 +1,97 @@
+"""What all hypergradient methods share: what they are given at the solution, and what they give back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..inner.minimize import InnerSolver
+from ..problem import Linearization, Objective, Problem
+from ..solution import Solution, Throw
+from ..tree import Raveler, Tree
+from .statement import Statement, free_leaves, raveler_of
+
+
+@dataclass
+class Point:
+    """A solved problem as a hypergradient method sees it: the solution, the hyperparameters, ways to look again.
+
+    Attributes:
+        params: leaves of the solution, detached. hparams: the tensors that the problem reached, detached.
+        found: the inner solve; its ``stats`` have the batch shape.
+        minimize: solves an objective of the leaves, ``[*batch]`` losses, from ``params``, with the inner solver.
+    """
+
+    statement: Statement
+    params: list[Tensor]
+    hparams: list[Tensor]
+    batch_dims: int
+    throw: Throw
+    minimize: Callable[[Problem], Solution] | None = None
+    found: Solution | None = None
+    state: Any = None
+    _at: Linearization | None = field(default=None, repr=False)
+
+    @property
+    def raveler(self) -> Raveler:
+        return raveler_of(self.params, self.batch_dims)
+
+    def linearization(self) -> Linearization:
+        """The residual with its graph; the one that the solve ended with, where it is still there."""
+        if self._at is None:
+            self._at = self.statement.linearize(self.params, self.hparams)
+        return self._at
+
+    def release(self) -> None:
+        """Drop the graph."""
+        self._at = None
+
+    def loss_gradient(self, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """``d_x g(params, x)``, summed over the problems: one gradient, no second derivative."""
+        free = free_leaves(self.hparams)
+        with torch.enable_grad():
+            loss = self.statement.closure(params, free).sum()
+            wanted = [tensor for tensor in free if tensor.requires_grad]
+            grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [])
+        return [next(grads, None) if tensor.requires_grad else None for tensor in free]
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A cotangent of the solution, pulled back.
+
+    Attributes:
+        hparams: a gradient, or None, for each tensor that the problem reached.
+        start: the same for the leaves of ``init``; None: no gradient flows there.
+        adjoint: how the linear solve went, where there was one; its value is flat.
+    """
+
+    hparams: list[Tensor | None]
+    start: list[Tensor] | None = None
+    adjoint: Solution | None = None
+
+
+class Hypergrad(Protocol):
+    """A method that needs the solution only, whatever solver found it. Frozen settings only.
+
+    ``reaches_init``: a gradient flows to ``init`` as well.
+    """
+
+    reaches_init: ClassVar[bool]
+
+    def pull(self, point: Point, cotangent: Tensor) -> Pulled:
+        """``cotangent`` is ``df/dy``, flat ``[*batch, n]``."""
+        ...
+
+
+@runtime_checkable
+class PathMethod(Protocol):
+    """A method that differentiates the path to the solution, and so runs the solver itself."""
+
+    def run(self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw) -> Solution:
+        """The solution, its value a tree like ``init`` with the graph of the derivative."""
+        ...

@@ -1,0 +1,84 @@
+"""What a differentiable solve is about, apart from how it is solved: pure functions of params and hyperparameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..closure import Closure, VmappedClosure
+from ..problem import Linearization, Problem, RootProblem, linearize_objective, linearize_residual
+from ..tree import Raveler, leaves
+
+
+@dataclass(frozen=True)
+class Statement(ABC):
+    """A problem whose solution is differentiated, as a function of flat lists of params and hparams."""
+
+    closure: Closure | VmappedClosure
+    symmetric: ClassVar[bool]
+
+    @abstractmethod
+    def residual(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor]:
+        """The residual, as `torch.func` differentiates it."""
+
+    @abstractmethod
+    def problem(self, start: list[Tensor], hparams: Sequence[Tensor], batch_dims: int) -> Any:
+        """What solvers see at these hyperparameters."""
+
+    @abstractmethod
+    def linearize(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> Linearization:
+        """The residual with its autograd graph, towards fresh leaves for params and hparams."""
+
+    def vmapped(self, in_dims: tuple[int | None, ...]) -> Statement:
+        """The statement of B problems at once: params have B first, hparams where ``in_dims`` says."""
+        return dataclasses.replace(self, closure=VmappedClosure(self.closure, in_dims))
+
+
+class ObjectiveStatement(Statement):
+    """``grad_y g(y, x) = 0``."""
+
+    symmetric = True
+
+    def residual(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor]:
+        return torch.func.grad(lambda point: self.closure(point, hparams).sum())(list(params))
+
+    def problem(self, start: list[Tensor], hparams: Sequence[Tensor], batch_dims: int) -> Problem:
+        return Problem(lambda point: self.closure(point, hparams), start, max_batch_dims=batch_dims)
+
+    def linearize(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> Linearization:
+        free = free_leaves(hparams)
+        at = linearize_objective(lambda point: self.closure(point, free), params)
+        return dataclasses.replace(at, hparams=free)
+
+
+class ResidualStatement(Statement):
+    """``r(y, x) = 0``."""
+
+    symmetric = False
+
+    def residual(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor]:
+        return leaves(self.closure(params, hparams))
+
+    def problem(self, start: list[Tensor], hparams: Sequence[Tensor], batch_dims: int) -> RootProblem:
+        return RootProblem(lambda point: self.residual(point, hparams), start, batch_dims=batch_dims)
+
+    def linearize(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> Linearization:
+        free = free_leaves(hparams)
+        at = linearize_residual(lambda point: self.residual(point, free), params)
+        return dataclasses.replace(at, hparams=free)
+
+
+def free_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Detached stand-ins that require grad where they can."""
+    return [t.detach().requires_grad_() if t.is_floating_point() else t.detach() for t in tensors]
+
+
+def raveler_of(params: Sequence[Tensor], batch_dims: int) -> Raveler:
+    """The flat vectors of these leaves."""
+    return Raveler(list(params), params[0].shape[:batch_dims])

@@ -1,0 +1,118 @@
+"""Fixed-point iterations ``y = T(y)``, seen as the residual ``y - T(y)``: Picard, and Anderson's acceleration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..linalg.solve import stop_now
+from ..problem import RootProblem
+from ..solution import Result, Solution
+from ..tree import norm
+from .minimize import check_tolerance
+from .roots import RootProgress, default_tol
+
+
+@dataclass(frozen=True)
+class Picard:
+    """``y <- y - damping (y - T(y))``: converges where T is a contraction, at the rate of its constant.
+
+    Args:
+        damping: in (0, 1]; 1 is the plain iteration, less helps maps that oscillate.
+        max_steps: steps at most.
+        tol: stop a problem at this norm of ``y - T(y)``; None: 1e-10 (float64) or 1e-5 (float32), times the norm at
+            the start where that is larger than one.
+    """
+
+    damping: float = 1.0
+    max_steps: int = 1000
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        check_tolerance(max_steps=self.max_steps, tol=self.tol)
+        check_damping(self.damping)
+
+    def find(self, problem: RootProblem) -> Solution:
+        """Iterate; see `RootSolver`."""
+        return Anderson(history=0, damping=self.damping, max_steps=self.max_steps, tol=self.tol).find(problem)
+
+
+@dataclass(frozen=True)
+class Anderson:
+    """Anderson acceleration (1965; Walker and Ni 2011), batched. The default of `fixed_point`.
+
+    The next point mixes the last ``history`` ones with the weights that make the residual smallest: for linear
+    maps it is GMRES. A problem whose residual blows up restarts its memory from the plain iteration.
+
+    Args:
+        history: differences kept, two vectors each.
+        damping: in (0, 1], of the residual that is added.
+        ridge: regularization of the least-squares weights, relative to the size of the residual differences.
+        max_steps: steps at most, one evaluation of the map each.
+        tol: as in `Picard`.
+    """
+
+    history: int = 5
+    damping: float = 1.0
+    ridge: float = 1e-10
+    max_steps: int = 500
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        check_tolerance(max_steps=self.max_steps, tol=self.tol)
+        check_damping(self.damping)
+        if self.history < 0:
+            raise ValueError(f"history is {self.history}: it cannot be negative.")
+        if not self.ridge >= 0:
+            raise ValueError(f"ridge is {self.ridge}: it cannot be negative.")
+
+    def find(self, problem: RootProblem) -> Solution:
+        """Iterate; see `RootSolver`."""
+        y, r = problem.y, problem.r
+        progress = RootProgress.begin(r, default_tol(r) if self.tol is None else self.tol)
+        start = norm(r)
+        steps_back: list[Tensor] = []
+        changes: list[Tensor] = []
+        for step in range(self.max_steps):
+            if stop_now(progress.active, step):
+                break
+            move = -self.damping * r
+            if changes:
+                move = move - self._mixed(r, torch.stack(steps_back, -1), torch.stack(changes, -1))
+            keep = progress.active.unsqueeze(-1)
+            new_y = torch.where(keep, y + move, y)
+            new_r = torch.where(keep, problem.evaluate(new_y), r)
+            if self.history:
+                # A problem that got worse forgets: its differences count as zero and get no weight.
+                worse = (norm(new_r) > 10 * norm(r)).unsqueeze(-1)
+                steps_back, changes = (
+                    [torch.where(worse, torch.zeros_like(d), d) for d in kept] for kept in (steps_back, changes)
+                )
+                steps_back = [*steps_back, new_y - y][-self.history :]
+                changes = [*changes, new_r - r][-self.history :]
+            y, r = new_y, new_r
+            progress.steps = progress.steps + progress.active
+            progress.look(norm(r))
+            progress.end(norm(r) > 1e8 * (1 + start), Result.DIVERGED)
+        return progress.solution(y)
+
+    def _mixed(self, r: Tensor, steps_back: Tensor, changes: Tensor) -> Tensor:
+        """What the weights ``argmin ||r - changes w||`` take off the plain step; ``[*batch, n]``."""
+        f, g = changes.double(), r.double().unsqueeze(-1)
+        gram = f.mT @ f
+        size = torch.diagonal(gram, dim1=-2, dim2=-1)
+        # Unit diagonal first: differences shrink by orders of magnitude along the iteration.
+        length = torch.where(size > 0, size, torch.ones_like(size)).sqrt()
+        unit = gram / (length.unsqueeze(-1) * length.unsqueeze(-2))
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        empty = torch.diag_embed((size == 0).to(gram.dtype))
+        weights, _ = torch.linalg.solve_ex(unit + self.ridge * eye + empty, (f.mT @ g) / length.unsqueeze(-1))
+        weights = torch.nan_to_num(weights / length.unsqueeze(-1), 0, 0, 0)
+        return ((steps_back - self.damping * changes).double() @ weights).squeeze(-1).to(r.dtype)
+
+
+def check_damping(damping: float) -> None:
+    if not 0 < damping <= 1:
+        raise ValueError(f"damping is {damping}: it lies in (0, 1].")
