@@ -1,0 +1,101 @@
+"""Hypergradient estimates by Neumann series of mini-batch Hessian products: what needs no adjoint kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .oracles import Linearized, Oracles
+from .schedule import check_count
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The batches of one estimate, kept so that it can be repeated at another point."""
+
+    outer: Any
+    hessian: tuple[Any, ...]
+    cross: Any
+
+
+class Series(Protocol):
+    """A stochastic approximation of H^-1 b."""
+
+    @property
+    def num_terms(self) -> int: ...
+
+    def draw(self, inner: Iterator[Any], outer: Iterator[Any], step: int) -> Sample: ...
+
+    def invert(self, at: Point, b: Tensor, sample: Sample, lr: float) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class NeumannSum:
+    """``lr sum_{q=0}^{Q} prod_{i=1}^{q} (I - lr H_i) b`` with Q = ``num_terms`` products (Ji et al. 2021).
+
+    For lr at most 1/L its error is (1 - lr mu)^(Q+1), a bias.
+    """
+
+    num_terms: int
+
+    def draw(self, inner: Iterator[Any], outer: Iterator[Any], step: int) -> Sample:
+        return Sample(next(outer), tuple(next(inner) for _ in range(self.num_terms)), next(inner))
+
+    def invert(self, at: Point, b: Tensor, sample: Sample, lr: float) -> Tensor:
+        term = total = b
+        for batch in sample.hessian:
+            term = term - lr * at.linearize(batch).product(term)
+            total = total + term
+        return lr * total
+
+
+@dataclass(frozen=True)
+class NeumannTerm:
+    """One term of that sum at random: ``lr Q prod_{i=1}^{p} (I - lr H_i) b``, p uniform in {0, ..., Q-1}.
+
+    Its mean is the sum of Q terms, at half the products, for much variance (Ghadimi and Wang 2018). p follows
+    from ``seed`` and the step number, so that a resumed run draws the same.
+    """
+
+    num_terms: int
+    seed: int = 0
+
+    def draw(self, inner: Iterator[Any], outer: Iterator[Any], step: int) -> Sample:
+        random = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
+        count = int(torch.randint(self.num_terms, (), generator=random))
+        return Sample(next(outer), tuple(next(inner) for _ in range(count)), next(inner))
+
+    def invert(self, at: Point, b: Tensor, sample: Sample, lr: float) -> Tensor:
+        term = b
+        for batch in sample.hessian:
+            term = term - lr * at.linearize(batch).product(term)
+        return lr * self.num_terms * term
+
+
+@dataclass
+class Point:
+    """(y, x), with the graph of the batch that was asked for last: equal batches in a row are linearized once."""
+
+    oracles: Oracles
+    y: Tensor
+    x: Tensor
+    last: tuple[Any, Linearized] | None = None
+
+    def linearize(self, batch: Any) -> Linearized:
+        if self.last is None or self.last[0] is not batch:
+            self.last = (batch, self.oracles.linearize(self.y, self.x, batch))
+        return self.last[1]
+
+    def hypergradient(self, series: Series, sample: Sample, lr: float) -> tuple[Tensor, Tensor]:
+        """The outer loss, and ``grad_x f - (d_x grad_y g)^T u`` with u the approximation of H^-1 grad_y f."""
+        f = self.oracles.outer_gradients(self.y, self.x, sample.outer)
+        u = series.invert(self, f.inner, sample, lr)
+        return f.loss, f.outer - self.linearize(sample.cross).cross(u)
+
+
+def check_seed(seed: int) -> int:
+    return check_count("seed", seed, least=0)

@@ -1,0 +1,100 @@
+"""VRBO: recursive directions on both levels with an inner loop and a full pass now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from ..tree import Tree
+from .base import Advance, State, Stochastic
+from .neumann import NeumannSum, Point, Sample
+from .oracles import Loss
+from .schedule import StepSize, check_count
+from .two_loops import neumann_step
+
+
+class VRBO(Stochastic):
+    """For finite sums with cheap Hessian products: constant step sizes; `SRBA` does the same with fewer products.
+
+        every ``period`` steps, on all the data:   v = G(y, x),  w = F(y, x)
+        x+ = x - outer_lr w
+        then on a fresh batch, ``num_inner_steps`` + 1 times:
+            v <- v + G_b(y, x+) - G_b(y_old, x_old),    w <- w + F_b(y, x+) - F_b(y_old, x_old)
+            y <- y - inner_lr v                         (not the last time)
+
+    with G = grad_y g and F the estimate of `MRBO` by a Neumann sum; (y_old, x_old) is the point of the estimate before.
+    Pass the full data when ``wants_full_batch`` is true: one draw of each loss then serves for v and w, so that with
+    `Draws` of the full data first and small batches after it the inner loop of that step stays cheap.
+
+    Cost of a step with T = ``num_inner_steps`` and Q = ``num_terms``: (T + 1) times 4 gradients, 2 Q Hessian
+    products and 2 cross products, and a gradient for each change of batch; on a full-batch step 2, Q and 1 more.
+    Independent batches: (T + 1) (Q + 2) of the inner data, T + 1 of the outer data; on a full-batch step one more.
+
+    Args:
+        period: steps from one full batch to the next.
+        neumann_lr: at most 1/L, constant; by default the first of ``inner_lr``.
+
+    Other arguments and errors: `Stochastic`. Source: Yang, Ji, Liang 2021, algorithm 2.
+    """
+
+    def __init__(
+        self,
+        inner_params: Tree,
+        outer_params: Tree,
+        inner_loss: Loss,
+        outer_loss: Loss,
+        *,
+        inner_lr: StepSize,
+        outer_lr: StepSize,
+        period: int,
+        num_inner_steps: int = 3,
+        num_terms: int = 10,
+        neumann_lr: float | None = None,
+    ):
+        super().__init__(inner_params, outer_params, inner_loss, outer_loss, inner_lr=inner_lr, outer_lr=outer_lr)
+        self.period = check_count("period", period)
+        self.num_inner_steps = check_count("num_inner_steps", num_inner_steps)
+        self._series = NeumannSum(check_count("num_terms", num_terms))
+        self.neumann_lr = neumann_step(inner_lr, neumann_lr)
+
+    @property
+    def wants_full_batch(self) -> bool:
+        return self.num_steps % self.period == 0
+
+    @property
+    def inner_draws(self) -> int:  # type: ignore[override]
+        return (self.num_inner_steps + 1) * (self._series.num_terms + 2) + self.wants_full_batch
+
+    @property
+    def outer_draws(self) -> int:  # type: ignore[override]
+        return self.num_inner_steps + 1 + self.wants_full_batch
+
+    def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
+        y, x = now["inner"], now["outer"]
+        inner_lr, outer_lr = self._sizes()
+        losses = None
+        if self.wants_full_batch:
+            batch = next(inner)
+            full = Sample(next(outer), (batch,) * self._series.num_terms, batch)
+            point = Point(self._oracles, y, x)
+            g = point.linearize(batch)
+            outer_loss, direction = point.hypergradient(self._series, full, self.neumann_lr)
+            gradient, losses = g.gradient, (g.loss, outer_loss)
+        else:
+            gradient, direction = now["inner_direction"], now["outer_direction"]
+
+        before, x = (y, x), x - outer_lr * direction
+        for step in range(self.num_inner_steps + 1):
+            batch, sample = next(inner), self._series.draw(inner, outer, self.num_steps)
+            point, old = Point(self._oracles, y, x), Point(self._oracles, *before)
+            g = point.linearize(batch)
+            gradient = gradient + g.gradient - old.linearize(batch).gradient
+            outer_loss, new = point.hypergradient(self._series, sample, self.neumann_lr)
+            direction = direction + new - old.hypergradient(self._series, sample, self.neumann_lr)[1]
+            losses = (g.loss, outer_loss) if losses is None else losses
+            before = (y, x)
+            if step < self.num_inner_steps:
+                y = y - inner_lr * gradient
+        assert losses is not None
+        state = {"inner": y, "outer": x, "inner_direction": gradient, "outer_direction": direction}
+        return Advance(state, *losses, gradient, direction)
