@@ -1,4 +1,4 @@
-"""`custom_root` and `custom_fixed_point` under the names that JAXopt and TorchOpt gave them, for code that comes from there.
+"""`custom_root` and `custom_fixed_point`, as JAXopt and TorchOpt name them, for code that comes from there.
 
 New code says `root`, `fixed_point` or `argmin`, which return a `Solution`; ``docs/migration.md`` has both side by side.
 """
@@ -38,10 +38,10 @@ def custom_root(
     tol: float | None = None,
     throw: Throw = "warn",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a solver ``solver(init_params, *args)`` with implicit differentiation of ``optimality_fun(params, *args)``.
+    """Give a solver ``solver(init_params, *args)`` the implicit derivative of ``optimality_fun(params, *args)``.
 
-    Gradients flow to ``args`` and to whatever else ``optimality_fun`` reaches; none flows to ``init_params``. The solver
-    runs once, without a graph, whatever it does inside. Under `torch.func.vmap` it must itself be vmappable.
+    Gradients flow to ``args`` and to whatever else ``optimality_fun`` reaches; none flows to ``init_params``. The
+    solver runs once, without a graph, whatever it does inside. Under `torch.func.vmap` it must be vmappable itself.
 
     Args:
         optimality_fun: zero at the solution: a tree like the params.
@@ -160,8 +160,7 @@ class _TreeOperator(Operator):
     def rmatvec(self, v: Tensor) -> Tensor:
         if self.symmetric:
             return self.matvec(v)
-        _, pull = torch.func.vjp(self.matvec, torch.zeros_like(v))
-        return pull(v)[0]
+        return torch.func.vjp(self.matvec, torch.zeros_like(v))[1](v)[0]
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,9 @@ class _MatvecSolver:
         unit, length = normalise(b)
         x = self.fn(operator.matvec, unit)
         if not isinstance(x, Tensor) or x.shape != b.shape:
-            raise TypeError(f"solve returned {type(x).__name__}: a tensor of shape {tuple(b.shape)}, like b, is needed.")
+            raise TypeError(
+                f"solve returned {type(x).__name__}: a tensor of shape {tuple(b.shape)}, like b, is needed."
+            )
         relative = norm(unit - operator.matvec(x))
         # JAXopt's own solvers stop at 1e-5 by default; what is above a percent is called what it is.
         codes = torch.where(relative <= 1e-2, int(Result.STEPS_DONE), int(Result.STAGNATED)).to(torch.int8)

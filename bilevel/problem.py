@@ -212,9 +212,9 @@ def refuse_hidden(nodes: Iterable[Node], known: Sequence[Tensor]) -> None:
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in own:
             raise ValueError(
-                f"The inner problem depends on a tensor of shape {tuple(variable.shape)} that requires grad, in a way that "
-                "cannot be followed (as operand of a custom autograd Function, or in compiled code), so its hypergradient "
-                "would be missing. Pass the tensor as one of args, or detach it if no gradient is wanted."
+                f"The inner problem depends on a tensor of shape {tuple(variable.shape)} that requires grad, in a way "
+                "that cannot be followed (as operand of a custom autograd Function, or in compiled code), so its "
+                "hypergradient would be missing. Pass the tensor as one of args, or detach it if no gradient is wanted."
             )
 
 

@@ -94,7 +94,7 @@ def adapt(learner: Learner, x: Tensor, y: Tensor, hypergrad: bl.Implicit | bl.Un
     objective = learner.proximal_loss if proximal else learner.loss
     solver: bl.GradientDescent | bl.NewtonCG
     if config.method == "imaml-hf":
-        solver = bl.NewtonCG(max_steps=config.inner_steps, cg_steps=config.newton_cg_steps, hessian=config.hessian)
+        solver = bl.NewtonCG(max_steps=config.inner_steps, cg_steps=config.newton_cg_steps, operator=config.hessian)
     else:
         solver = bl.GradientDescent(
             config.inner_lr, config.inner_steps, momentum=config.inner_momentum, safeguard=config.safeguard
@@ -113,7 +113,7 @@ def implicit(learner: Learner, episodes: Episodes) -> Outcome:
     """Implicit MAML: query loss at the proximal minimum, differentiated implicitly, ``(I + H / lambda) v = g``."""
     config = learner.config
     linear = bl.CG(max_steps=config.cg_steps) if config.cg_steps else bl.Identity(1 / config.strength)
-    solution = adapt(learner, episodes.support_x, episodes.support_y, bl.Implicit(linear, hessian=config.hessian))
+    solution = adapt(learner, episodes.support_x, episodes.support_y, bl.Implicit(linear, operator=config.hessian))
     return _queried(learner, episodes, solution, solution.value)
 
 

@@ -92,6 +92,8 @@ class Hypergrad(Protocol):
 class PathMethod(Protocol):
     """A method that differentiates the path to the solution, and so runs the solver itself."""
 
-    def run(self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw) -> Solution:
+    def run(
+        self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw
+    ) -> Solution:
         """The solution, its value a tree like ``init`` with the graph of the derivative."""
         ...

@@ -7,6 +7,7 @@ solution u of the linear system J(y*, x)^T u = g. The derivative of each is made
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +75,7 @@ class Call:
     def split(self, tensors: Sequence[Any], num_groups: int = 1) -> list[list[Any]]:
         """Groups of as many tensors as there are leaves, and the rest."""
         cuts = [index * self.num_leaves for index in range(num_groups + 1)]
-        groups = [list(tensors[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+        groups = [list(tensors[a:b]) for a, b in itertools.pairwise(cuts)]
         return [*groups, list(tensors[cuts[-1] :])]
 
     def point(self, params: list[Tensor], hparams: list[Tensor]) -> Point:
@@ -130,7 +131,7 @@ def differentiable_solve(
     if not in_transform():
         problem = build(recorder if differentiable else None)
         batch_dims = len(problem.raveler.batch_shape)
-        if not differentiable or not (recorder.captured or hypergrad.reaches_init):
+        if hypergrad is None or not differentiable or not (recorder.captured or hypergrad.reaches_init):
             found = solve(problem, lambda found: _measure(problem, found))
             found.value = pytree.tree_unflatten(problem.raveler.unravel(found.value), spec)
             return found
@@ -146,12 +147,12 @@ def differentiable_solve(
     )
     start = flat if method.reaches_init else [leaf.detach() for leaf in flat]
     value, stats = _solution(call, start, recorder.resolved)
-    found = call.record.found
-    assert found is not None
+    plain = call.record.found
+    assert plain is not None
     if hypergrad is None:
         value = [leaf.detach() for leaf in value]
     return Solution(
-        pytree.tree_unflatten(value, spec), stats, found.recovered, found.state, adjoint_cell=call.record.adjoint_cell
+        pytree.tree_unflatten(value, spec), stats, plain.recovered, plain.state, adjoint_cell=call.record.adjoint_cell
     )
 
 
@@ -237,10 +238,10 @@ class _Solution(torch.autograd.Function):
         assert implicit
         _refuse_nested_forward_mode()
         params, hparams = call.split(ctx.saved_tensors)
-        _, moved = call.split(tangents)
+        moved = call.split(tangents)[1]
         right = _push(lambda tensors: call.statement.residual(params, tensors), hparams, moved)
-        found = _Adjoint.apply(call, False, *[-r for r in right], *params, *hparams)
-        return (*found, *[None] * len(call.record.names))
+        tangent = _Adjoint.apply(call, False, *[-r for r in right], *params, *hparams)
+        return (*tangent, *[None] * len(call.record.names))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
@@ -287,9 +288,9 @@ class _Adjoint(torch.autograd.Function):
         def bilinear(point: list[Tensor], tensors: list[Tensor]) -> Tensor:
             """``<J^T left, right>``"""
             full = _replaced(hparams, chosen, tensors)
-            _, pull = torch.func.vjp(lambda leaves: call.statement.residual(leaves, full), point)
+            _, pull = _vjp(lambda leaves: call.statement.residual(leaves, full), point)
             (pulled,) = pull(left)
-            return sum((a * b).sum() for a, b in zip(pulled, right, strict=True))  # type: ignore[return-value]
+            return torch.stack([(a * b).sum() for a, b in zip(pulled, right, strict=True)]).sum()
 
         by_params, by_chosen = torch.func.grad(bilinear, argnums=(0, 1))(params, [hparams[i] for i in chosen])
         by_hparams: list[Tensor | None] = [None] * len(hparams)
@@ -309,7 +310,7 @@ class _Adjoint(torch.autograd.Function):
             """``J^T u`` or ``J u`` at these params and hparams."""
             point, full = tensors[: call.num_leaves], tensors[call.num_leaves :]
             if ctx.transpose:
-                _, pull = torch.func.vjp(lambda leaves: call.statement.residual(leaves, full), point)
+                _, pull = _vjp(lambda leaves: call.statement.residual(leaves, full), point)
                 return pull(u)[0]
             return _push(lambda leaves: call.statement.residual(leaves, full), point, u)
 
@@ -352,7 +353,9 @@ class _Pull(torch.autograd.Function):
         first_dims, second_dims, hparam_dims = call.split(in_dims[1:], 2)
         both = zip([*cotangents, *params], [*first_dims, *second_dims], strict=True)
         batched = [_to_front(tensor, dim, info.batch_size) for tensor, dim in both]
-        moved = [_to_front(tensor, dim, info.batch_size).clone() for tensor, dim in zip(hparams, hparam_dims, strict=True)]
+        moved = [
+            _to_front(tensor, dim, info.batch_size).clone() for tensor, dim in zip(hparams, hparam_dims, strict=True)
+        ]
         out = _Pull.apply(call.vmapped([0] * len(hparams)), *batched, *moved)
         return out, (0,) * len(out)
 
@@ -384,16 +387,16 @@ def _differentiable_pull(
         )
     u = _Adjoint.apply(call, True, *cotangents, *params, *hparams)
     chosen = [index for index in _floating(hparams) if needed[index]]
-    grads = [None] * len(hparams)
+    by_hparams: list[Tensor | None] = [None] * len(hparams)
     if chosen:
 
         def residual(tensors: list[Tensor]) -> list[Tensor]:
             return call.statement.residual(params, _replaced(hparams, chosen, tensors))
 
-        _, pull = torch.func.vjp(residual, [hparams[index] for index in chosen])
+        _, pull = _vjp(residual, [hparams[index] for index in chosen])
         for index, grad in zip(chosen, pull([-part for part in u])[0], strict=True):
-            grads[index] = grad
-    return Pulled(grads)
+            by_hparams[index] = grad
+    return Pulled(by_hparams)
 
 
 def _implicit(call: Call, what: str) -> Implicit:
@@ -414,11 +417,16 @@ def _push(
     As the derivative of a vector-Jacobian product by its cotangent: reverse mode nests where forward mode does not.
     """
     chosen = [index for index, tangent in enumerate(tangents) if tangent is not None and at[index].is_floating_point()]
-    out, pull = torch.func.vjp(lambda moved: fn(_replaced(at, chosen, moved)), [at[index] for index in chosen])
+    out, pull = _vjp(lambda moved: fn(_replaced(at, chosen, moved)), [at[index] for index in chosen])
     if not chosen:
         return [torch.zeros_like(o) for o in out]
-    _, push = torch.func.vjp(lambda cotangents: pull(cotangents)[0], [torch.zeros_like(o) for o in out])
+    _, push = _vjp(lambda cotangents: pull(cotangents)[0], [torch.zeros_like(o) for o in out])
     return push([tangents[index] for index in chosen])[0]
+
+
+def _vjp(fn: Callable[..., Any], at: Any) -> tuple[Any, Callable[..., Any]]:
+    out, pull = torch.func.vjp(fn, at)  # type: ignore[misc]
+    return out, pull
 
 
 def _replaced(tensors: Sequence[Tensor], chosen: Sequence[int], new: Sequence[Tensor]) -> list[Tensor]:

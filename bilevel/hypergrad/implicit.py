@@ -111,7 +111,7 @@ def _problem(point: Point) -> Problem:
     closure = point.statement.closure
     if not isinstance(closure, Closure) or not point.statement.symmetric:
         raise NotImplementedError(
-            "A Gauss-Newton or Fisher operator serves argmin outside of torch.func.vmap: give argmin a vector objective."
+            "A Gauss-Newton or Fisher operator serves argmin, outside of torch.func.vmap: give it a vector objective."
         )
     params = pytree.tree_unflatten(point.params, closure.spec)
     return Problem(closure.fn, params, closure.args, max_batch_dims=point.batch_dims)

@@ -14,7 +14,6 @@ from ..problem import Evaluation, Problem
 from ..solution import Result, Solution, make_codes
 from ..tree import dot, norm, scale
 
-
 INNER_ADVICE = (
     "The hypergradient holds at a minimum only: raise max_steps, lower the step size, loosen gtol, or take "
     "LBFGS or NewtonCG (throw='fallback' does that)"

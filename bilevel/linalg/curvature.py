@@ -51,9 +51,7 @@ class FuncHessian(Operator):
             wrong by several percent under these transforms (PyTorch issue 196699).
     """
 
-    def __init__(
-        self, raveler: Raveler, linearization: Linearization, sum_loss: Callable[[list[Tensor]], Tensor]
-    ):
+    def __init__(self, raveler: Raveler, linearization: Linearization, sum_loss: Callable[[list[Tensor]], Tensor]):
         super().__init__(raveler.batch_shape, raveler.size, raveler.dtype, raveler.device)
         assert linearization.loss is not None
         fused = fused_norm(graph_nodes([linearization.loss]))

@@ -208,7 +208,7 @@ class Triple(torch.autograd.Function):
 
 
 def test_custom_functions_inside_the_objective():
-    """As an argument, or behind an operation, their operands can be followed; captured, that is an error, never a None."""
+    """Operands that are arguments, or behind an operation, can be followed; a captured one is an error, never None."""
     x = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
     start = torch.zeros(2, dtype=torch.float64)
     for objective, args in (
