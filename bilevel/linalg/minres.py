@@ -15,10 +15,15 @@ from .operator import Operator
 from .solve import IterativeSolver, Outcome, Precondition, Preconditioner, Stopping, stop_now
 
 RESTARTS = 3
-"""How often MINRES starts again from the true residual where its estimate was too good, as with a preconditioner."""
+"""How often MINRES starts again from the true residual where its estimate was too good or a step was not trusted."""
 
-JUMP = 1e4
-"""A step that makes the iterate grow by this factor and does not halve the residual goes along a null vector."""
+SLACK = 1.005
+"""Half a percent: the estimate and the true residual differ in their last bits."""
+
+RUNAWAY, PROGRESS, JUMP = 1e2, 1e-3, 1e4
+"""Where ``||A r||`` is small beside ``||A|| ||r||``, growth of the iterate by the factor ``RUNAWAY`` that does not take
+the part ``PROGRESS`` off the residual goes along a null vector: the system is inconsistent. Growth by ``JUMP`` in one
+step may do so too, its estimated residual being made of rounding errors; starting again from there tells."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,9 @@ class MINRES(IterativeSolver):
     """Minimal residuals (Paige and Saunders 1975): the residual never grows, whatever the signs of the eigenvalues.
 
     The one to take where `CG` reports negative curvature, as Hessians of networks have it. One product a step, and one
-    more for the true residual at the end. On a consistent singular system it finds the solution of least norm; on an
-    inconsistent one it stops with `Result.STAGNATED` at the last iterate that has not run away along the null space.
+    more for the true residual at the end. On a consistent singular system it finds the solution of least norm; on
+    an inconsistent one it stops with `Result.STAGNATED` near the least-squares solution, before the iterates run away
+    along the null space.
 
     Args:
         rtol, atol, max_steps: see `IterativeSolver`.
@@ -46,25 +52,22 @@ class MINRES(IterativeSolver):
         for attempt in range(RESTARTS + 1):
             if not bool(state.steps.any()):
                 break
-            finite = torch.isfinite(state.relative)
-            residual = unit - operator.matvec(state.x)
-            state.relative = torch.where(finite, norm(residual), state.relative)
-            # Half a percent of slack: the estimate and the true residual differ in their last bits.
-            met = finite & (state.relative <= 1.005 * stopping.target)
-            state.mark(met, Result.CONVERGED)
-            short = ~met & (state.codes == int(Result.CONVERGED)) & (state.steps < stopping.max_steps)
+            short = state.verify(operator, unit, stopping) & (state.steps < stopping.max_steps)
             if stopping.ordered or attempt == RESTARTS or not bool(short.any()):
                 break
-            state.active, state.r = short, residual
+            state.active = short
             _sweep(operator, state, stopping.target, stopping.max_steps - int(state.steps.max()), precondition)
-        unmet = (state.codes == int(Result.CONVERGED)) & ~(state.relative <= 1.005 * stopping.target)
+        unmet = (state.codes == int(Result.CONVERGED)) & ~(state.relative <= SLACK * stopping.target)
         state.mark(unmet, Result.STAGNATED)
         return Outcome(state.x, state.codes, state.steps, state.relative, lanczos)
 
 
 @dataclass
 class _State:
-    """Where each problem stands; ``x``, ``r`` are ``[*batch, n]``, the others ``[*batch]``."""
+    """Where each problem stands; ``x``, ``r`` are ``[*batch, n]``, the others ``[*batch]``.
+
+    ``size`` is about ``||A||``; ``verified`` holds ``x``, its true residual, and the norm of that.
+    """
 
     x: Tensor
     r: Tensor
@@ -72,14 +75,31 @@ class _State:
     active: Tensor
     steps: Tensor
     codes: Tensor
+    size: Tensor
+    verified: tuple[Tensor, Tensor, Tensor]
 
     @classmethod
     def begin(cls, unit: Tensor, length: Tensor, stopping: Stopping) -> _State:
-        usable, done = (length > 0) & torch.isfinite(length), stopping.target >= 1
+        usable, done, zero = (length > 0) & torch.isfinite(length), stopping.target >= 1, torch.zeros_like(unit)
         steps = torch.zeros_like(length, dtype=torch.int64)
-        state = cls(torch.zeros_like(unit), unit, usable.double(), usable & ~done, steps, stopping.initial_codes())
+        size, codes, start = torch.zeros_like(stopping.target), stopping.initial_codes(), (zero, unit, usable.double())
+        state = cls(*start, usable & ~done, steps, codes, size, start)
         state.mark(done, Result.CONVERGED)
         return state
+
+    def verify(self, operator: Operator, unit: Tensor, stopping: Stopping) -> Tensor:
+        """Replace estimates by true residuals, and what became worse by what was before; where to start again."""
+        finite, (x, r, relative) = torch.isfinite(self.relative), self.verified
+        residual = unit - operator.matvec(self.x)
+        worse = finite & ~(norm(residual) < relative)
+        self.x = torch.where(worse.unsqueeze(-1), x, self.x)
+        self.r = torch.where(worse.unsqueeze(-1), r, residual)
+        self.relative = torch.where(worse, relative, torch.where(finite, norm(residual), self.relative))
+        self.verified = self.x, self.r, self.relative
+        met = finite & (self.relative <= SLACK * stopping.target)
+        self.mark(met, Result.CONVERGED)
+        ended = (self.codes == int(Result.CONVERGED)) | (self.codes == int(Result.STAGNATED))
+        return ended & finite & ~met & ~worse
 
     def mark(self, where: Tensor, result: Result) -> None:
         self.codes = torch.where(where, make_codes(result, self.codes), self.codes)
@@ -88,6 +108,27 @@ class _State:
         """Mark those that are active, and let them go."""
         self.mark(self.active & where, result)
         self.active = self.active & ~where
+
+
+@dataclass
+class _Anchor:
+    """The last iterate that made progress: where an inconsistent system is left when its iterates run away."""
+
+    x: Tensor
+    relative: Tensor
+
+    def leaves(self, state: _State, x: Tensor, relative: Tensor, stationary: Tensor, *, may_jump: bool) -> Tensor:
+        """Which problems must not take the step to ``x``; those that have run away by small steps are put back."""
+        better = ~stationary | (state.relative < (1 - PROGRESS) * self.relative)
+        self.x = torch.where(better.unsqueeze(-1), state.x, self.x)
+        self.relative = torch.where(better, state.relative, self.relative)
+        unit = 1 / state.size
+        stuck = stationary & (relative > (1 - PROGRESS) * self.relative)
+        runaway = stuck & (norm(x) > RUNAWAY * torch.fmax(norm(self.x), unit))
+        state.x = torch.where((state.active & runaway).unsqueeze(-1), self.x, state.x)
+        if may_jump:
+            return runaway
+        return runaway | (stationary & (norm(x) > JUMP * torch.fmax(norm(state.x), unit)))
 
 
 def _sweep(
@@ -106,6 +147,7 @@ def _sweep(
     zeros, ones = torch.zeros_like(beta), torch.ones_like(beta)
     left, first, start = beta, beta.clamp_min(torch.finfo(torch.float64).tiny), norm(state.r)
     coupling, d_before, d_last = zeros, torch.zeros_like(state.r), torch.zeros_like(state.r)
+    anchor = _Anchor(state.x, state.relative)
     cosine, sine, cosine_last, sine_last = ones, zeros, ones, zeros
     for step in range(max_steps):
         if stop_now(state.active, step):
@@ -128,8 +170,10 @@ def _sweep(
         epsilon, middle = sine_last * coupling, cosine_last * coupling
         delta, gamma_bar = cosine * middle + sine * alpha, cosine * alpha - sine * middle
         gamma = torch.hypot(gamma_bar, beta_next)
-        size = alpha.abs() + beta_next + coupling
+        state.size = size = torch.where(made, torch.fmax(state.size, alpha.abs() + beta_next + coupling), state.size)
         singular = gamma <= 10 * roundoff * size
+        # ||A r|| <= c ||A|| ||r|| before this step: near a least-squares solution.
+        stationary = torch.hypot(gamma_bar, cosine * beta_next) <= roundoff**0.4 * size
         safe = torch.where(singular, ones, gamma)
         cosine_last, sine_last, cosine, sine = cosine, sine, gamma_bar / safe, beta_next / safe
         d = scale(1 / safe, v - scale(delta, d_last) - scale(epsilon, d_before))
@@ -138,8 +182,8 @@ def _sweep(
         x = state.x + scale(cosine * left, d)
         left = -sine * left
         relative = start * left.abs() / first
-        jumped = (norm(x) > JUMP * (1 + norm(state.x))) & (relative > 0.5 * state.relative)
-        state.end(singular | jumped, Result.STAGNATED)
+        astray = anchor.leaves(state, x, relative, stationary, may_jump=lanczos is None and step == 0)
+        state.end(singular | astray, Result.STAGNATED)
         keep = state.active
         state.x = torch.where(keep.unsqueeze(-1), x, state.x)
         state.relative = torch.where(keep, relative, state.relative)

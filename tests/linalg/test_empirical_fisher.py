@@ -47,7 +47,7 @@ def test_many_problems_conform_to_their_own_dense_matrices():
 
 
 def test_it_is_the_fisher_matrix_of_a_well_specified_gaussian():
-    """With y ~ N(x w, 1) and loss (x w - y)^2 / 2 its mean is x^T x / n; 20,000 examples come within five standard errors."""
+    """With y ~ N(x w, 1) and loss (x w - y)^2 / 2 its mean is x^T x / n: within five standard errors."""
     x, noise, w = randn(20_000, 2, seed=5), randn(20_000, seed=6), randn(2)
 
     def half_squares(params):
