@@ -7,7 +7,7 @@ Linear solvers: `CG`, `Neumann`, `MINRES`, `GMRES`, `BiCGSTAB`, `LSMR`, `Cholesk
 Outcomes: `Result`, `SolveError`, `SolveWarning`. Trees: `stack`. Optuna: `tuning`. Truth: `problems`.
 """
 
-from . import problems, tuning
+from . import diagnostics, problems, tuning
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
 from .hypergrad.implicit import Implicit
@@ -59,6 +59,7 @@ __all__ = [
     "argmin",
     "custom_fixed_point",
     "custom_root",
+    "diagnostics",
     "fixed_point",
     "problems",
     "root",

@@ -84,6 +84,16 @@ class Solution:
         return _BY_CODE[int(self.stats["result"].max())]
 
     @property
+    def curvature(self) -> tuple[Tensor, Tensor] | None:
+        """The smallest and the largest curvature that a `CG` or `MINRES` solve saw, ``[*batch]`` float64; else None.
+
+        Ritz values: they lie inside the spectrum of the matrix (with a preconditioner, of the preconditioned one), so
+        a negative one proves that it is indefinite. Computed when asked for.
+        """
+        lanczos = getattr(self.state, "lanczos", None)
+        return None if lanczos is None else lanczos.extremes()
+
+    @property
     def adjoint(self) -> Solution | None:
         """The linear solve of the last backward pass; None before it. Its ``value`` is the tree u of H u = g."""
         return self.adjoint_cell.solution

@@ -11,7 +11,7 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *("solution", "tree", "closure", "problem", "prox", "linalg", "inner", "hypergrad", "argmin", "compat", "qp"),
+    *("files", "solution", "tree", "closure", "problem", "prox", "linalg", "inner", "hypergrad", "argmin", "compat", "qp"),
     *("problems", "stochastic", "diagnostics", "tuning", "__init__"),
 ]
 

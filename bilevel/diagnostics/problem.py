@@ -1,0 +1,105 @@
+"""A bilevel problem in one object: what diagnostics need to see of it, both levels and the start."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..argmin import argmin, fixed_point, root
+from ..closure import Autocast, Closure
+from ..hypergrad.statement import ObjectiveStatement, ResidualStatement, Statement
+from ..solution import Solution, Throw
+from ..tree import Tree, leaves, tree_map
+
+Kind = Literal["argmin", "root", "fixed_point", "composite"]
+
+
+class Bilevel(Protocol):
+    """What every function of `diagnostics` takes: a `BilevelProblem`, or one of `bilevel.problems`.
+
+    Attributes:
+        kind: what ``inner`` is: an objective for `argmin` (``"composite"``: its smooth part), a residual for `root`, or
+            a map for `fixed_point`.
+    """
+
+    init: Tree
+    hparams: Tree
+    kind: Kind
+
+    def inner(self, params: Tree, hparams: Tree) -> Any:
+        """The loss, residual or map."""
+
+    def outer(self, params: Tree, hparams: Tree) -> Tensor:
+        """A scalar."""
+
+
+@dataclass(frozen=True)
+class BilevelProblem:
+    """``min over hparams of outer(y, hparams)`` where y solves the inner problem.
+
+    Args:
+        inner: ``inner(params, hparams)``, as ``kind`` says; see `Bilevel`.
+        outer: ``outer(params, hparams)``, a scalar.
+        init: where the inner solve starts.
+        hparams: a tree of tensors, where the hypergradient is wanted.
+    """
+
+    inner: Callable[[Tree, Tree], Any]
+    outer: Callable[[Tree, Tree], Tensor]
+    init: Tree
+    hparams: Tree
+    kind: Kind = "argmin"
+
+
+def solve(
+    problem: Bilevel,
+    hparams: Tree | None = None,
+    *,
+    solver: Any = None,
+    hypergrad: Any = None,
+    init: Tree | None = None,
+    throw: Throw = "warn",
+    **settings: Any,
+) -> Solution:
+    """The inner problem solved by `argmin`, `root` or `fixed_point`, as its kind says."""
+    hparams = problem.hparams if hparams is None else hparams
+    init = problem.init if init is None else init
+    given: dict[str, Any] = {"throw": throw, **settings}
+    if hypergrad is not None:
+        given["hypergrad"] = hypergrad
+    if solver is None and problem.kind == "composite":
+        solver = problem.solver  # type: ignore[attr-defined]
+    if problem.kind in ("root", "fixed_point"):
+        given["batched"] = getattr(problem, "batched", False)
+    entry = {"root": root, "fixed_point": fixed_point}.get(problem.kind, argmin)
+    return entry(problem.inner, init, hparams, solver=solver, **given)
+
+
+def leaf_copies(tree: Tree) -> Tree:
+    """Fresh leaves that require grad."""
+    return tree_map(lambda tensor: tensor.detach().clone().requires_grad_(), tree)
+
+
+def statement_of(problem: Bilevel, hparams: Tree) -> tuple[Statement, list[Tensor]]:
+    """The inner problem as a function of params and hparams, and the list of the latter."""
+    flat = leaves(hparams)
+    spec = pytree.tree_structure(problem.init)
+    autocast = Autocast.current(leaves(problem.init)[0].device)
+    if problem.kind == "composite":
+        raise NotImplementedError(
+            "An error estimate of a composite problem would need its curvature on the active set: use "
+            "check_hypergradient, which compares with finite differences."
+        )
+    if problem.kind == "argmin":
+        return ObjectiveStatement(Closure(problem.inner, spec, (hparams,), flat, autocast)), flat
+
+    def residual(params: Tree, hparams: Tree) -> Tree:
+        value = problem.inner(params, hparams)
+        return value if problem.kind == "root" else tree_map(torch.sub, params, value)
+
+    return ResidualStatement(Closure(residual, spec, (hparams,), flat, autocast)), flat

@@ -1,0 +1,150 @@
+"""The error estimate and the bound, against the true error on problems with closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import bilevel as bl
+from bilevel.diagnostics import BilevelProblem, Constants, hypergradient
+from bilevel.problems import Quadratics, Ridge, WeightedRidge
+
+
+class Argmin:
+    kind = "argmin"
+
+
+def with_kind(problem):
+    if not hasattr(problem, "kind"):
+        problem.kind = "argmin"
+    return problem
+
+
+def random_case(seed):
+    """A problem, an inner solver that stops early, and a linear solver that stops early, all at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
+    problems = [
+        lambda: Ridge(seed=seed),
+        lambda: Ridge(per_feature=True, seed=seed),
+        lambda: WeightedRidge(seed=seed),
+        lambda: Quadratics(conditions=(10 ** uniform(0, 3),), size=12, seed=seed),
+        lambda: Quadratics(conditions=(3.0, 10 ** uniform(0, 2)), size=8, seed=seed),
+    ]
+    problem = with_kind(problems[seed % len(problems)]())
+    problem.hparams = problem.hparams + 0.5 * torch.randn(
+        problem.hparams.shape, generator=generator, dtype=torch.float64
+    )
+    solver = bl.LBFGS(gtol=10 ** uniform(-6, -1))
+    hypergrad = bl.Implicit(bl.CG(rtol=10 ** uniform(-6, -1)))
+    return problem, solver, hypergrad
+
+
+def true_error(problem, found):
+    return float((found - problem.hypergradient(problem.hparams)).norm())
+
+
+def test_the_estimate_is_within_a_factor_of_three_in_95_percent_of_200_cases():
+    ratios = []
+    for seed in range(200):
+        problem, solver, hypergrad = random_case(seed)
+        checked = hypergradient(problem, solver=solver, hypergrad=hypergrad, throw="ignore")
+        truth = true_error(problem, checked.value)
+        if truth > 1e-14:
+            ratios.append(float(checked.stats["error"]) / truth)
+    assert len(ratios) >= 190
+    within = sum(1 / 3 <= ratio <= 3 for ratio in ratios) / len(ratios)
+    assert within >= 0.95, sorted(ratios)[:10] + sorted(ratios)[-10:]
+
+
+def ridge_constants(problem, x, checked, found, exact):
+    """Constants of per-feature ridge: H = A'A/m + diag(exp x), d_xy g = diag(exp(x) y), f quadratic."""
+    m, d = problem.a_train.shape
+    penalty = x.exp().expand(d)
+    hessian = problem.a_train.mT @ problem.a_train / m + torch.diag(penalty)
+    outer = problem.a_val.mT @ problem.a_val / m
+    gradients = [problem.a_val.mT @ (problem.a_val @ y - problem.b_val) / m for y in (found, exact)]
+    # Between the two points: the largest of the ends, since the gradient of a quadratic is affine.
+    return Constants(
+        strong_convexity=torch.linalg.eigvalsh(hessian)[0].item(),
+        cross=max((penalty * y).abs().max().item() for y in (found, exact)) * (1 if x.dim() else math.sqrt(d)),
+        cross_lipschitz=penalty.max().item(),
+        outer_gradient=max(g.norm().item() for g in gradients),
+        outer_smoothness=torch.linalg.eigvalsh(outer)[-1].item(),
+    )
+
+
+@pytest.mark.parametrize("per_feature", [True, False])
+def test_the_bound_is_never_violated(per_feature):
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        problem = with_kind(Ridge(per_feature=per_feature, seed=seed))
+        gtol, rtol = (10 ** (-5 * torch.rand((), generator=generator).item()) for _ in range(2))
+        solver, hypergrad = bl.LBFGS(gtol=gtol), bl.Implicit(bl.CG(rtol=0.9 * rtol))
+        fit = bl.argmin(problem.inner, problem.init, problem.hparams, solver=solver, throw="ignore")
+        exact = problem.solution(problem.hparams)
+        constants = ridge_constants(problem, problem.hparams, None, fit.value, exact)
+        checked = hypergradient(problem, solver=solver, hypergrad=hypergrad, constants=constants, throw="ignore")
+        assert true_error(problem, checked.value) <= float(checked.stats["bound"]) * (1 + 1e-9) + 1e-14
+
+
+def test_quadratics_with_a_linear_hyperparameter_have_a_tight_bound():
+    problem = with_kind(Quadratics(conditions=(10.0,)))
+    constants = Constants(strong_convexity=1.0, cross=1.0, outer_smoothness=1.0)
+    for gtol in (1e-1, 1e-3, 1e-6):
+        checked = hypergradient(problem, solver=bl.LBFGS(gtol=gtol), constants=constants)
+        truth, bound = true_error(problem, checked.value), float(checked.stats["bound"])
+        assert truth <= bound <= 1e3 * max(truth, 1e-12)
+
+
+def test_the_correction_is_better_than_what_it_corrects():
+    for problem in (Ridge(per_feature=True), WeightedRidge()):
+        checked = hypergradient(with_kind(problem), solver=bl.LBFGS(gtol=1e-2), throw="ignore")
+        assert true_error(problem, checked.state) <= 0.05 * true_error(problem, checked.value)
+
+
+def test_what_it_carries():
+    problem = with_kind(Quadratics(conditions=(10.0, 100.0)))
+    checked = hypergradient(problem, hypergrad=bl.Implicit(bl.CG(rtol=1e-8)))
+    assert checked.stats["num_steps"].shape == (2,)
+    assert checked.stats["linear_steps"].shape == (2,)
+    assert checked.result is bl.Result.CONVERGED
+    # Ritz values after convergence: the ends of the spectrum, to the accuracy of the solve.
+    torch.testing.assert_close(
+        checked.stats["smallest_curvature"], torch.ones(2, dtype=torch.float64), rtol=0.1, atol=0
+    )
+    expected = torch.tensor([10.0, 100.0], dtype=torch.float64)
+    torch.testing.assert_close(checked.stats["largest_curvature"], expected, rtol=1e-3, atol=0)
+    assert torch.isinf(checked.stats["bound"])
+
+
+def test_a_hypergradient_by_an_approximate_operator_shows_its_error():
+    """Damping is a bias that no residual tells of."""
+    problem = with_kind(Ridge(per_feature=True))
+    damped = hypergradient(problem, solver=bl.NewtonCG(), hypergrad=bl.Implicit(bl.CG(rtol=1e-12), damping=0.1))
+    assert float(damped.stats["error"]) == pytest.approx(true_error(problem, damped.value), rel=1e-2)
+
+
+def test_roots_too():
+    weight = 0.4 * torch.randn(5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    problem = BilevelProblem(
+        inner=lambda z, x: torch.tanh(weight @ z + x),
+        outer=lambda z, x: z.square().sum() + x.sum(),
+        init=torch.zeros(5, dtype=torch.float64),
+        hparams=torch.linspace(-1, 1, 5, dtype=torch.float64),
+        kind="fixed_point",
+    )
+    rough = hypergradient(problem, solver=bl.Picard(tol=1e-2), hypergrad=bl.Implicit(bl.GMRES(rtol=1e-2)))
+    fine = hypergradient(problem, solver=bl.Newton(tol=1e-13), hypergrad=bl.Implicit(bl.LU()))
+    truth = float((rough.value - fine.value).norm())
+    assert 1 / 3 <= float(rough.stats["error"]) / truth <= 3
+
+
+def test_bad_constants():
+    with pytest.raises(ValueError, match="strong_convexity is 0"):
+        Constants(strong_convexity=0.0, cross=1.0)

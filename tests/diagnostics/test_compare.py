@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import bilevel as bl
+from bilevel.diagnostics import BilevelProblem, advise, compare_methods
+from bilevel.problems import Quadratics, Ridge
+from tests.conformance import relative_error
+from tests.diagnostics.test_checked import with_kind
+
+
+def test_every_row_is_measured(tmp_path):
+    problem = with_kind(Ridge(per_feature=True))
+    comparison = compare_methods(problem, repeats=1)
+    rows = {row.method: row for row in comparison.rows}
+    assert rows["CG"].error < 1e-7 < rows["CG, 5 steps"].error < rows["Identity"].error
+    assert rows["LU"].error < 1e-10
+    assert rows["LU"].products == 10
+    assert rows["CG, 5 steps"].products == 5
+    assert rows["Identity"].products == 0
+    assert all(row.evaluations > 0 and row.seconds > 0 and row.peak_mib > 0 for row in comparison.rows)
+    comparison.save(tmp_path)
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert "| CG, 5 steps |" in (tmp_path / "comparison.md").read_text()
+    saved = json.loads((tmp_path / "comparison.json").read_text())
+    assert [row["method"] for row in saved["rows"]] == [row.method for row in comparison.rows]
+
+
+def test_a_method_that_refuses_is_told_not_hidden(tmp_path):
+    problem = with_kind(Ridge())
+    comparison = compare_methods(problem, {"Unroll": (bl.LBFGS(), bl.Unroll()), "CG": bl.Implicit()}, repeats=1)
+    assert "TypeError" in comparison.rows[0].note
+    assert "null" in comparison.to_json()
+    assert comparison.rows[1].error < 1e-7
+    comparison.save(tmp_path)
+
+
+def test_memory_of_unrolling_grows_with_the_steps():
+    problem = with_kind(Ridge(400, 50, per_feature=True))
+    methods = {
+        f"{name} {steps}": (bl.GradientDescent(0.01, steps), method)
+        for steps in (10, 100)
+        for name, method in (("implicit", bl.Implicit(bl.CG(max_steps=3))), ("unrolled", bl.Unroll()))
+    }
+    peak = {row.method: row.peak_mib for row in compare_methods(problem, methods, repeats=1).rows}
+    assert peak["implicit 100"] < 1.2 * peak["implicit 10"]
+    assert peak["unrolled 100"] > 5 * peak["unrolled 10"]
+
+
+def test_without_a_closed_form():
+    problem = BilevelProblem(
+        inner=lambda y, x: (y.exp() - y + x.exp() * y.square()).sum(),
+        outer=lambda y, x: (y - 1).square().sum(),
+        init=torch.zeros(4, dtype=torch.float64),
+        hparams=torch.zeros(4, dtype=torch.float64),
+    )
+    comparison = compare_methods(problem, repeats=1)
+    assert comparison.reference == "an accurate solve of both systems"
+    assert {row.method: row for row in comparison.rows}["CG"].error < 1e-7
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [Ridge(), Ridge(per_feature=True), Quadratics(conditions=(10.0, 1e3)), Quadratics(conditions=(1e4,))],
+    ids=["ridge", "per feature", "two quadratics", "ill-conditioned"],
+)
+@pytest.mark.parametrize("accuracy", [1e-3, 1e-8])
+def test_the_advice_keeps_its_promise(problem, accuracy):
+    problem = with_kind(problem)
+    advice = advise(problem, accuracy=accuracy)
+    x = problem.hparams.clone().requires_grad_()
+    fit = bl.argmin(
+        problem.inner, problem.init, x, solver=bl.NewtonCG(gtol=1e-13), hypergrad=advice.hypergrad, throw="ignore"
+    )
+    (grad,) = torch.autograd.grad(problem.outer(fit.value, x), x)
+    assert relative_error(grad, problem.hypergradient(problem.hparams)) <= 10 * advice.predicted_error
+    assert advice.hypergrad.linear_solver == advice.candidates[0].linear_solver
+    assert repr(advice.hypergrad) in str(advice)
+
+
+def large(spectrum):
+    scales = torch.as_tensor(spectrum, dtype=torch.float64)
+    return BilevelProblem(
+        inner=lambda y, x: (scales * y.square()).sum() / 2 - (x * y).sum(),
+        outer=lambda y, x: (y - 1).square().sum(),
+        init=torch.zeros(len(scales), dtype=torch.float64),
+        hparams=torch.zeros(len(scales), dtype=torch.float64),
+    )
+
+
+def test_the_advice_sees_the_spectrum():
+    definite = advise(large(torch.linspace(1, 50, 5000)), solver=bl.GradientDescent(1e-3, 1))
+    assert isinstance(definite.hypergrad.linear_solver, bl.CG)
+    assert definite.spectrum.largest == pytest.approx(50, rel=0.05)
+    assert not definite.spectrum.indefinite
+    indefinite = advise(large(torch.linspace(-5, 50, 5000)), solver=bl.GradientDescent(1e-3, 1))
+    assert isinstance(indefinite.hypergrad.linear_solver, bl.MINRES)
+    assert indefinite.spectrum.indefinite
+    assert "indefinite Hessian" in str(indefinite)
+
+
+def test_an_impossible_accuracy():
+    with pytest.raises(ValueError, match=r"accuracy is 1e-09: in torch.float32"):
+        advise(with_kind(Ridge(dtype=torch.float32)), accuracy=1e-9)
