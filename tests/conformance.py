@@ -9,7 +9,7 @@ from torch import Tensor
 from bilevel import Result
 from bilevel.inner.minimize import InnerSolver
 from bilevel.linalg.operator import Dense, Operator
-from bilevel.linalg.solve import LinearSolver
+from bilevel.linalg.solve import LinearSolver, LinearState
 from bilevel.problem import Problem
 from bilevel.problems import Quadratics
 
@@ -23,6 +23,12 @@ def spd(size: int, condition: float = 100.0, batch: tuple[int, ...] = (), seed: 
     return basis @ torch.diag(spectrum) @ basis.mT
 
 
+def nonsymmetric(size: int, batch: tuple[int, ...] = (), seed: int = 0) -> Tensor:
+    """``I - J`` with a random J of spectral norm 1/2: condition 3 at most, and Picard iterations contract."""
+    gauss = randn(*batch, size, size, seed=seed)
+    return torch.eye(size, dtype=torch.float64) - 0.5 * gauss / torch.linalg.matrix_norm(gauss, 2)[..., None, None]
+
+
 def randn(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -32,24 +38,31 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def check_operator(operator: Operator, truth: Tensor, tolerance: float = 1e-12) -> None:
-    """Products, symmetry, linearity, shape errors and both exports, against the dense float64 truth."""
+    """Products with A and A^T, linearity, shape errors and both exports, against the dense float64 truth."""
     u, v = randn(*truth.shape[:-1], seed=2), randn(*truth.shape[:-1], seed=3)
-    expected = (truth @ v.unsqueeze(-1)).squeeze(-1)
+    expected, transposed = (truth @ v.unsqueeze(-1)).squeeze(-1), (truth.mT @ v.unsqueeze(-1)).squeeze(-1)
     assert relative_error(operator @ v, expected) <= tolerance
-    left, right = (u * (operator @ v)).sum(), (v * (operator @ u)).sum()
+    assert relative_error(operator.rmatvec(v), transposed) <= tolerance
+    assert relative_error(operator.T @ v, transposed) <= tolerance
+    assert relative_error(operator.T.T @ v, expected) <= tolerance
+    assert operator.T.symmetric == operator.symmetric
+    # Both products are of one matrix: <u, A v> = <A^T u, v>.
+    left, right = (u * (operator @ v)).sum(), (v * operator.rmatvec(u)).sum()
     assert abs(left - right) <= tolerance * u.norm() * (operator @ v).norm()
     combined = operator @ (3 * u + v)
     assert relative_error(3 * (operator @ u) + (operator @ v), combined) <= tolerance
     assert relative_error(operator.to_dense(), truth) <= tolerance
-    flat = torch.from_numpy(operator.to_scipy() @ v.reshape(-1).numpy()).view_as(v)
-    assert relative_error(flat, expected) <= tolerance
+    assert relative_error(operator.T.to_dense(), truth.mT) <= tolerance
+    exported, flat = operator.to_scipy(), v.reshape(-1).numpy()
+    assert relative_error(torch.from_numpy(exported @ flat).view_as(v), expected) <= tolerance
+    assert relative_error(torch.from_numpy(exported.T @ flat).view_as(v), transposed) <= tolerance
     assert operator.shape == truth.shape
     with pytest.raises(ValueError, match="cannot multiply"):
         operator @ v[..., :-1]
 
 
 def check_linear_solver(solver: LinearSolver, tolerance: float = 1e-8) -> None:
-    """Solves SPD systems, alone and batched, and meets the tolerance in each; zero, NaN and tiny inputs."""
+    """Solves SPD systems, alone and batched, meeting the tolerance in each; zero, NaN, tiny inputs; warm starts."""
     matrix, b = spd(12, batch=(3,)), randn(3, 12)
     truth = torch.linalg.solve(matrix, b.unsqueeze(-1)).squeeze(-1)
     solution = solver.solve(Dense(matrix), b)
@@ -63,9 +76,17 @@ def check_linear_solver(solver: LinearSolver, tolerance: float = 1e-8) -> None:
     assert alone.stats["num_steps"].shape == ()
     assert relative_error(alone.value, truth[1]) <= tolerance
 
-    zero = solver.solve(Dense(matrix), torch.zeros(3, 12, dtype=torch.float64))
-    assert zero.result is Result.CONVERGED
-    assert not zero.value.any()
+    assert torch.equal(solution.state.x0, solution.value)
+    warm = solver.solve(Dense(matrix), b, LinearState(truth + 1e-3 * randn(3, 12, seed=4)))
+    assert warm.result is Result.CONVERGED
+    assert relative_error(warm.value, truth) <= tolerance
+    assert (warm.stats["num_steps"] <= solution.stats["num_steps"]).all()
+
+    nothing = torch.zeros(3, 12, dtype=torch.float64)
+    for state in (None, LinearState(truth)):
+        zero = solver.solve(Dense(matrix), nothing, state)
+        assert zero.result is Result.CONVERGED
+        assert not zero.value.any()
 
     tiny = solver.solve(Dense(matrix.float()), (1e-25 * b).float())
     assert relative_error(tiny.value.double() * 1e25, truth) <= 1e-2
@@ -74,6 +95,17 @@ def check_linear_solver(solver: LinearSolver, tolerance: float = 1e-8) -> None:
         poisoned = b.clone()
         poisoned[0, 0] = bad
         assert solver.solve(Dense(matrix), poisoned).result is Result.NONFINITE
+
+
+def check_nonsymmetric_solver(solver: LinearSolver, tolerance: float = 1e-8) -> None:
+    """Solves with A, not with its symmetric part or its transpose; alone and batched."""
+    matrix, b = nonsymmetric(12, batch=(3,)), randn(3, 12)
+    truth = torch.linalg.solve(matrix, b.unsqueeze(-1)).squeeze(-1)
+    solution = solver.solve(Dense(matrix, symmetric=False), b)
+    assert solution.result is Result.CONVERGED
+    assert relative_error(solution.value, truth) <= tolerance
+    alone = solver.solve(Dense(matrix[1], symmetric=False).T, b[1])
+    assert relative_error(alone.value, torch.linalg.solve(matrix[1].mT, b[1])) <= tolerance
 
 
 def check_inner_solver(solver: InnerSolver, tolerance: float = 1e-6) -> None:

@@ -38,7 +38,7 @@ class CG(IterativeSolver):
         self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
     ) -> Outcome:
         state = _State.begin(unit, length, stopping)
-        lanczos = Lanczos()
+        lanczos = Lanczos(length)
         _sweep(operator, state, stopping.target, stopping.max_steps, precondition, lanczos)
         if not stopping.ordered:
             _verify(operator, unit, state, stopping.target, stopping.max_steps, precondition)

@@ -34,4 +34,6 @@ class Identity:
         residual = norm(b - operator.matvec(x)) if self.measure else torch.full_like(length, torch.nan)
         codes = make_codes(Result.STEPS_DONE, length)
         codes = torch.where(torch.isfinite(length), codes, make_codes(Result.NONFINITE, codes))
-        return report(x, codes, torch.zeros_like(length, dtype=torch.int64), residual, length)
+        solution = report(x, codes, torch.zeros_like(length, dtype=torch.int64), residual, length)
+        solution.state = LinearState(x)
+        return solution

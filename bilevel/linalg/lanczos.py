@@ -19,9 +19,11 @@ class Lanczos:
     preconditioned operator. Nothing is computed, and nothing leaves the device, before `ritz_values` is called.
 
     Attributes:
+        like: a float64 tensor of the batch shape.
         diagonal, off_diagonal: one ``[*batch]`` float64 tensor for each step. valid: the steps that each problem made.
     """
 
+    like: Tensor = field(repr=False)
     diagonal: list[Tensor] = field(default_factory=list, repr=False)
     off_diagonal: list[Tensor] = field(default_factory=list, repr=False)
     valid: list[Tensor] = field(default_factory=list, repr=False)
@@ -34,25 +36,20 @@ class Lanczos:
 
     def ritz_values(self) -> list[np.ndarray]:
         """All Ritz values of each problem (flattened over the batch), ascending."""
+        count = self.like.numel()
         if not self.diagonal:
-            return []
-        shape = self.diagonal[0].numel()
+            return [np.empty(0)] * count
         diagonal, off, valid = (
-            torch.stack(kept).reshape(-1, shape).T.cpu().numpy()
+            torch.stack(kept).reshape(-1, count).T.cpu().numpy()
             for kept in (self.diagonal, self.off_diagonal, self.valid)
         )
-        return [_eigenvalues(d, o, v.astype(bool)) for d, o, v in zip(diagonal, off, valid, strict=True)]
+        return [_eigenvalues(d, o, v) for d, o, v in zip(diagonal, off, valid, strict=True)]
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest Ritz value of each problem, ``[*batch]`` float64; NaN where no step was made."""
-        if not self.diagonal:
-            empty = torch.tensor(torch.nan, dtype=torch.float64)
-            return empty, empty
-        values = self.ritz_values()
-        like = self.diagonal[0]
-        ends = [(v[0], v[-1]) if len(v) else (np.nan, np.nan) for v in values]
-        low, high = (torch.tensor(side, dtype=torch.float64, device=like.device) for side in zip(*ends, strict=True))
-        return low.view(like.shape), high.view(like.shape)
+        ends = [(v[0], v[-1]) if len(v) else (np.nan, np.nan) for v in self.ritz_values()]
+        low, high = torch.tensor(ends, dtype=torch.float64, device=self.like.device).T
+        return low.reshape(self.like.shape), high.reshape(self.like.shape)
 
 
 def _eigenvalues(diagonal: np.ndarray, off_diagonal: np.ndarray, valid: np.ndarray) -> np.ndarray:

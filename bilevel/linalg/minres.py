@@ -47,7 +47,7 @@ class MINRES(IterativeSolver):
         self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
     ) -> Outcome:
         state = _State.begin(unit, length, stopping)
-        lanczos = Lanczos()
+        lanczos = Lanczos(length)
         _sweep(operator, state, stopping.target, stopping.max_steps, precondition, lanczos)
         for attempt in range(RESTARTS + 1):
             if not bool(state.steps.any()):

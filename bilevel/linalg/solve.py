@@ -36,6 +36,10 @@ class LinearState:
     precondition: Precondition | None = None
     lanczos: Lanczos | None = None
 
+    def fits(self, operator: Operator) -> bool:
+        """Whether it is of problems of the same number, size and dtype, as far as it shows."""
+        return self.x0 is None or (self.x0.shape == operator.shape[:-1] and self.x0.dtype == operator.dtype)
+
 
 class LinearSolver(Protocol):
     """Solves ``A x = b``. Frozen settings only: the same object twice gives the same answer."""
@@ -126,7 +130,9 @@ class IterativeSolver(ABC):
         build: Preconditioner | None = getattr(self, "preconditioner", None)
         if build is None:
             return None
-        return state.precondition if state is not None and state.precondition is not None else build(operator)
+        if state is None or state.precondition is None or not state.fits(operator):
+            return build(operator)
+        return state.precondition
 
     def step_limit(self, b: Tensor) -> int:
         return self.max_steps or min(10 * b.shape[-1], 1000)
@@ -142,7 +148,7 @@ def require_symmetric(operator: Operator, name: str) -> None:
 
 def first_guess(operator: Operator, b: Tensor, state: LinearState | None) -> tuple[Tensor | None, Tensor]:
     """The guess, zero where zero is better, and its residual; one product where there is a guess."""
-    if state is None or state.x0 is None or state.x0.shape != b.shape or state.x0.dtype != b.dtype:
+    if state is None or state.x0 is None or not state.fits(operator):
         return None, b
     r0 = b - operator.matvec(state.x0)
     better = (norm(r0) < norm(b)).unsqueeze(-1)

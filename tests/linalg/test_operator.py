@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bilevel.linalg.operator import Damped, Dense
-from tests.conformance import check_operator, spd
+from bilevel.linalg.operator import Damped, Dense, Operator
+from tests.conformance import check_operator, nonsymmetric, randn, spd
 
 
 @pytest.mark.parametrize("batch", [(), (3,)])
@@ -22,3 +22,28 @@ def test_damped_conforms(batch):
 def test_dense_refuses_rectangles():
     with pytest.raises(ValueError, match="square matrices"):
         Dense(torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_nonsymmetric_matrices_conform(batch):
+    matrix = nonsymmetric(6, batch)
+    check_operator(Dense(matrix, symmetric=False), matrix)
+    check_operator(Dense(matrix, symmetric=False).T, matrix.mT)
+    shifted = matrix + 0.5 * torch.eye(6, dtype=torch.float64)
+    check_operator(Damped(Dense(matrix, symmetric=False), 0.5), shifted)
+    check_operator(Damped(Dense(matrix, symmetric=False), 0.5).T, shifted.mT)
+
+
+def test_a_symmetric_operator_is_its_own_transpose():
+    operator = Dense(spd(4))
+    assert operator.T is operator
+
+
+def test_a_missing_transposed_product_says_what_to_do():
+    class OneSided(Operator):
+        def matvec(self, v):
+            return v
+
+    operator = OneSided((), 3, torch.float64, torch.device("cpu"), symmetric=False)
+    with pytest.raises(NotImplementedError, match=r"OneSided .* Write rmatvec, or take GMRES"):
+        operator.T @ randn(3)
