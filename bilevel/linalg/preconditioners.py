@@ -55,6 +55,10 @@ class AdamPreconditioner:
     second_moment: Tensor
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        if not self.eps >= 0:
+            raise ValueError(f"eps is {self.eps}: it cannot be negative.")
+
     def __call__(self, operator: Operator) -> Precondition:
         if self.second_moment.shape[-1:] != (operator.size,):
             raise ValueError(

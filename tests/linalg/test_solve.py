@@ -1,0 +1,144 @@
+"""What the iterative solvers share: warm starts, carried preconditioners, the meaning of a number of steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bilevel.linalg.cg import CG
+from bilevel.linalg.direct import LU, Cholesky
+from bilevel.linalg.identity import Identity
+from bilevel.linalg.minres import MINRES
+from bilevel.linalg.neumann import Neumann
+from bilevel.linalg.normal import NormalCG
+from bilevel.linalg.operator import Dense, Operator
+from bilevel.linalg.preconditioners import Jacobi
+from bilevel.linalg.scipy import GMRES, LSMR, BiCGSTAB
+from bilevel.linalg.solve import LinearState
+from bilevel.solution import Result
+from tests.conformance import nonsymmetric, randn, relative_error, spd
+
+NATIVE = [CG, MINRES, NormalCG, Neumann]
+ITERATIVE = [*NATIVE, GMRES, BiCGSTAB, LSMR]
+
+
+class Counted(Operator):
+    def __init__(self, matrix):
+        super().__init__(matrix.shape[:-2], matrix.shape[-1], matrix.dtype, matrix.device)
+        self.matrix, self.products = matrix, 0
+
+    def matvec(self, v):
+        self.products += 1
+        return (self.matrix @ v.unsqueeze(-1)).squeeze(-1)
+
+
+def products_of(solver, matrix, b, state=None):
+    counted = Counted(matrix)
+    solved = solver.solve(counted, b, state)
+    assert solved.result is Result.CONVERGED
+    return counted.products, solved
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_a_warm_start_saves_products_and_gives_the_same_answer(solver):
+    """An outer step moves the system a little: the last solution is a good guess of the next."""
+    before, b = spd(30, 30.0, batch=(2,)), randn(2, 30)
+    after = before + 1e-6 * torch.eye(30, dtype=torch.float64)
+    truth = torch.linalg.solve(after, b.unsqueeze(-1)).squeeze(-1)
+    settings = {"rtol": 1e-8, "max_steps": 2000}
+    state = solver(**settings).solve(Dense(before), b).state
+    cold, alone = products_of(solver(**settings), after, b)
+    warm, found = products_of(solver(**settings), after, b, state)
+    assert warm <= 0.8 * cold
+    for solved in (alone, found):
+        # Condition 30 times the residual.
+        assert relative_error(solved.value, truth) <= 3.1e-7
+    torch.testing.assert_close(
+        found.stats["residual_norm"],
+        (b - (after @ found.value.unsqueeze(-1)).squeeze(-1)).norm(dim=-1),
+        rtol=1e-2,
+        atol=1e-14,
+    )
+
+
+@pytest.mark.parametrize("solver", NATIVE)
+def test_starting_from_the_solution_makes_no_step(solver):
+    matrix, b = spd(10, 10.0), randn(10)
+    found = solver(rtol=1e-8).solve(Dense(matrix), b, LinearState(torch.linalg.solve(matrix, b)))
+    assert found.result is Result.CONVERGED
+    assert found.stats["num_steps"] == 0
+
+
+@pytest.mark.parametrize("solver", NATIVE)
+def test_useless_guesses_are_ignored(solver):
+    """Worse than zero, of another shape or dtype, not finite: as without a guess, to the last bit."""
+    matrix, b = spd(10, 10.0, batch=(2,)), randn(2, 10)
+    cold = solver(rtol=1e-8).solve(Dense(matrix), b)
+    far = torch.full((2, 10), 1e6, dtype=torch.float64)
+    for guess in (far, far[:, :5], far.float(), far * torch.nan):
+        found = solver(rtol=1e-8).solve(Dense(matrix), b, LinearState(guess))
+        assert torch.equal(found.value, cold.value)
+
+
+@pytest.mark.parametrize("solver", [CG, MINRES])
+def test_the_preconditioner_of_the_state_is_not_built_again(solver):
+    scales = torch.logspace(0, 2, 40, dtype=torch.float64).sqrt()
+    matrix, b = scales.unsqueeze(-1) * spd(40, 4.0) * scales, randn(40)
+    built = solver(rtol=1e-10, preconditioner=Jacobi(num_probes=30))
+    first_products, first = products_of(built, matrix, b)
+    again_products, again = products_of(built, matrix, b, LinearState(precondition=first.state.precondition))
+    assert first_products - again_products == 30
+    assert torch.equal(first.value, again.value)
+
+
+@pytest.mark.parametrize("solver", [CG, MINRES])
+def test_a_preconditioner_of_other_problems_is_built_again(solver):
+    few = solver(preconditioner=Jacobi(num_probes=3)).solve(Dense(spd(5)), randn(5))
+    many = solver(preconditioner=Jacobi(num_probes=3)).solve(Dense(spd(8, batch=(2,))), randn(2, 8), few.state)
+    assert many.result is Result.CONVERGED
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_a_number_of_steps_alone_is_an_order(solver):
+    """With a tolerance the same number is a limit, and reaching it is a failure (FACTS 13)."""
+    matrix, b = spd(30, 1e4), randn(30)
+    ordered = solver(max_steps=1).solve(Dense(matrix), b)
+    limited = solver(rtol=1e-10, max_steps=1).solve(Dense(matrix), b)
+    assert ordered.result is Result.STEPS_DONE
+    assert limited.result is Result.MAX_STEPS
+    for solved in (ordered, limited):
+        torch.testing.assert_close(solved.stats["residual_norm"], (b - matrix @ solved.value).norm())
+        torch.testing.assert_close(
+            solved.stats["relative_residual"], solved.stats["residual_norm"] / b.norm(), rtol=1e-12, atol=0
+        )
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+def test_an_absolute_tolerance_holds_in_each_problem(solver):
+    matrix, b = spd(10, 10.0, batch=(2,)), randn(2, 10) * torch.tensor([[1.0], [1e-9]], dtype=torch.float64)
+    found = solver(rtol=0.0, atol=1e-6).solve(Dense(matrix), b)
+    assert found.result is Result.CONVERGED
+    assert (found.stats["residual_norm"] <= 1.01e-6).all()
+    if solver in NATIVE:
+        assert found.stats["num_steps"][1] == 0
+
+
+@pytest.mark.parametrize("solver", [CG(), MINRES(), Cholesky()], ids=repr)
+def test_solvers_for_symmetric_matrices_refuse_others(solver):
+    with pytest.raises(ValueError, match=rf"{type(solver).__name__} needs a symmetric matrix.*Take GMRES"):
+        solver.solve(Dense(nonsymmetric(4), symmetric=False), randn(4))
+
+
+@pytest.mark.parametrize("solver", [*(s() for s in ITERATIVE), Cholesky(), LU(), Identity()], ids=repr)
+def test_the_state_holds_the_answer(solver):
+    found = solver.solve(Dense(spd(5)), randn(5))
+    assert torch.equal(found.state.x0, found.value)
+
+
+@pytest.mark.parametrize("solver", NATIVE)
+def test_the_same_solver_twice_gives_the_same_answer(solver):
+    """Settings only: state is returned, not kept."""
+    matrix, b, method = spd(10), randn(10), solver(rtol=1e-6)
+    first = method.solve(Dense(matrix), b).value
+    method.solve(Dense(spd(7)), randn(7))
+    assert torch.equal(method.solve(Dense(matrix), b).value, first)
