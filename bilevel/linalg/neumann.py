@@ -39,9 +39,9 @@ class Neumann(IterativeSolver):
     def iterate(
         self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
     ) -> Outcome:
-        alpha = self._step_size(operator, length)
         x, r, steps = torch.zeros_like(unit), unit, torch.zeros_like(length, dtype=torch.int64)
         active = (length > 0) & torch.isfinite(length) & (stopping.target < 1)
+        alpha = torch.ones_like(length) if stop_now(active, 0) else self._step_size(operator, length)
         codes = stopping.initial_codes()
         codes = torch.where(stopping.target >= 1, make_codes(Result.CONVERGED, codes), codes)
         relative = ((length > 0) & torch.isfinite(length)).double()

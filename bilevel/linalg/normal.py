@@ -36,6 +36,8 @@ class NormalCG(IterativeSolver):
         codes = torch.where(done, make_codes(Result.CONVERGED, length), stopping.initial_codes())
 
         x, r = torch.zeros_like(unit), unit
+        if stop_now(active, 0):
+            return Outcome(x, codes, steps, relative)
         s = operator.rmatvec(r)
         p, gamma = s, dot(s, s)
         steepest = gamma.sqrt()

@@ -100,7 +100,8 @@ class LSMR(ScipySolver):
     """
 
     def _run(self, operator: Operator, b: np.ndarray, tolerance: float) -> tuple[np.ndarray, int]:
-        outcome = scipy.sparse.linalg.lsmr(
-            operator.to_scipy(), b, atol=tolerance * 1e-2, btol=tolerance, conlim=0, maxiter=self._limit(b.size)
-        )
+        with np.errstate(all="ignore"):
+            outcome = scipy.sparse.linalg.lsmr(
+                operator.to_scipy(), b, atol=tolerance * 1e-2, btol=tolerance, conlim=0, maxiter=self._limit(b.size)
+            )
         return outcome[0], outcome[2]

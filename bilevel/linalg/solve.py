@@ -108,7 +108,8 @@ class IterativeSolver(ABC):
         if x0 is not None:
             target = target * torch.where(length > 0, size / length, torch.ones_like(size))
         stopping = Stopping(target, self.step_limit(unit), ordered)
-        precondition = self.precondition(operator, state)
+        idle = stop_now((length > 0) & torch.isfinite(length) & (target < 1), 0)
+        precondition = None if idle else self.precondition(operator, state)
         found = self.iterate(operator, unit, length, stopping, precondition)
         value = scale(torch.where(torch.isfinite(length), length, torch.zeros_like(length)), found.x)
         codes = torch.where(length == 0, make_codes(Result.CONVERGED, found.codes), found.codes)

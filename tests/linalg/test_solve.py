@@ -142,3 +142,33 @@ def test_the_same_solver_twice_gives_the_same_answer(solver):
     first = method.solve(Dense(matrix), b).value
     method.solve(Dense(spd(7)), randn(7))
     assert torch.equal(method.solve(Dense(matrix), b).value, first)
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+@pytest.mark.parametrize(
+    ("bad", "result"), [(0.0, "CONVERGED"), (float("nan"), "NONFINITE"), (float("inf"), "NONFINITE")]
+)
+def test_nothing_to_solve_costs_no_product(solver, bad, result):
+    """FACTS 9 and 12: zero gives exactly zero in no step; NaN and infinity are found before the first product."""
+    counted = Counted(spd(6))
+    b = torch.zeros(6, dtype=torch.float64)
+    b[2] = bad
+    settings = {"preconditioner": Jacobi()} if solver in (CG, MINRES) else {}
+    found = solver(**settings).solve(counted, b)
+    assert counted.products == 0
+    assert found.result is Result[result]
+    assert found.stats["num_steps"] == 0
+    assert torch.equal(found.value, torch.zeros(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("solver", ITERATIVE)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_nonfinite_product_is_told(solver, bad):
+    """FACTS 12; Neumann's own step size needs its power iterations first."""
+    matrix = spd(6)
+    matrix[1, 1] = bad
+    settings = {"alpha": 0.5} if solver is Neumann else {}
+    found = solver(**settings).solve(Dense(matrix), randn(6))
+    assert found.result is Result.NONFINITE
+    if solver in NATIVE:
+        assert found.stats["num_steps"] <= 1

@@ -5,24 +5,42 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bilevel import GMRES, LSMR, LU, MINRES, BiCGSTAB, Cholesky, Identity, Neumann, Result
-from bilevel.linalg.neumann import largest_eigenvalue
+from bilevel.linalg.cg import CG
+from bilevel.linalg.direct import LU, Cholesky
+from bilevel.linalg.identity import Identity
+from bilevel.linalg.minres import MINRES
+from bilevel.linalg.neumann import Neumann, largest_eigenvalue
+from bilevel.linalg.normal import NormalCG
 from bilevel.linalg.operator import Dense, Operator
-from tests.conformance import check_linear_solver, randn, relative_error, spd
+from bilevel.linalg.scipy import GMRES, LSMR, BiCGSTAB
+from bilevel.solution import Result
+from tests.conformance import (
+    check_linear_solver,
+    check_nonsymmetric_solver,
+    nonsymmetric,
+    randn,
+    relative_error,
+    spd,
+)
 
-SCIPY = [MINRES, GMRES, BiCGSTAB, LSMR]
+SCIPY = [GMRES, BiCGSTAB, LSMR]
 SADDLE = torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
 INCONSISTENT = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
-    "solver", [Neumann(rtol=1e-9, max_steps=20000), Cholesky(), LU(), *(s() for s in SCIPY)], ids=repr
+    "solver", [Neumann(rtol=1e-9, max_steps=20000), NormalCG(), Cholesky(), LU(), *(s() for s in SCIPY)], ids=repr
 )
 def test_conforms(solver):
     check_linear_solver(solver)
 
 
-@pytest.mark.parametrize("solver", [MINRES(), GMRES(), BiCGSTAB(), LSMR(), LU()], ids=repr)
+@pytest.mark.parametrize("solver", [Neumann(alpha=1.0), NormalCG(), LU(), *(s() for s in SCIPY)], ids=repr)
+def test_nonsymmetric_matrices_are_solved(solver):
+    check_nonsymmetric_solver(solver)
+
+
+@pytest.mark.parametrize("solver", [MINRES(), NormalCG(), GMRES(), BiCGSTAB(), LSMR(), LU()], ids=repr)
 def test_indefinite_matrices_are_solved(solver):
     b = torch.tensor([1.0, 2.0], dtype=torch.float64)
     solution = solver.solve(Dense(SADDLE), b)
@@ -37,7 +55,9 @@ def test_cholesky_flags_an_indefinite_matrix_of_a_batch():
     assert torch.isfinite(solution.value).all()
 
 
-@pytest.mark.parametrize("solver", [MINRES(), GMRES(), BiCGSTAB(), LSMR(), LU(), Cholesky(), Neumann()], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [MINRES(), NormalCG(), GMRES(), BiCGSTAB(), LSMR(), LU(), Cholesky(), Neumann()], ids=repr
+)
 def test_inconsistent_systems_are_never_converged(solver):
     """SciPy's minres returns 3e15 with info = 0 there."""
     solution = solver.solve(Dense(INCONSISTENT), torch.ones(3, dtype=torch.float64))
@@ -63,6 +83,7 @@ def test_direct_solvers_refuse_to_form_large_matrices():
 
 
 def test_neumann_is_the_truncated_series():
+    """FACTS 15."""
     matrix, b, alpha, num_terms = spd(8), randn(8), 0.5, 7
     power, total = torch.eye(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
     for _ in range(num_terms):
@@ -75,11 +96,33 @@ def test_neumann_is_the_truncated_series():
 
 @pytest.mark.parametrize("factor", [2.0, 2.5, 1e6])
 def test_neumann_never_diverges_silently(factor):
-    """A default step of 1 gives relative errors of 1e9 in other libraries."""
+    """FACTS 15: a default step of 1 gives relative errors of 1e9 in other libraries."""
     matrix = factor * torch.eye(5, dtype=torch.float64)
     solution = Neumann(alpha=1.0, rtol=1e-8).solve(Dense(matrix), randn(5))
     assert not solution.result.ok
     assert solution.stats["num_steps"] <= (10 if factor > 2 else 1000)
+
+
+@pytest.mark.parametrize("num_terms", [1, 4, 12])
+def test_neumann_with_step_one_is_the_fixed_point_adjoint(num_terms):
+    """Grazzi et al. (2020): u <- J^T u + b on a map with Jacobian J, not symmetric."""
+    matrix, b = nonsymmetric(8), randn(8)
+    transposed = (torch.eye(8, dtype=torch.float64) - matrix).mT
+    u = torch.zeros_like(b)
+    for _ in range(num_terms):
+        u = transposed @ u + b
+    found = Neumann(alpha=1.0, max_steps=num_terms).solve(Dense(matrix, symmetric=False).T, b)
+    assert relative_error(found.value, u) <= 1e-12
+    # It contracts at the rate of the map: the spectral norm of J is one half.
+    truth = torch.linalg.solve(matrix.mT, b)
+    assert (found.value - truth).norm() <= 0.5**num_terms * truth.norm() * (1 + 1e-12)
+
+
+def test_neumann_diverges_on_a_map_that_expands_and_says_so():
+    matrix = torch.eye(6, dtype=torch.float64) - 8 * (torch.eye(6, dtype=torch.float64) - nonsymmetric(6))
+    found = Neumann(alpha=1.0, rtol=1e-8).solve(Dense(matrix, symmetric=False), randn(6))
+    assert found.result is Result.DIVERGED
+    assert found.stats["num_steps"] <= 10
 
 
 def test_neumann_finds_its_own_step_on_badly_scaled_matrices():
@@ -104,7 +147,7 @@ def test_identity_is_first_order():
     assert torch.isnan(Identity().solve(Dense(matrix), b).stats["residual_norm"])
 
 
-@pytest.mark.parametrize("solver", [Neumann, *SCIPY])
+@pytest.mark.parametrize("solver", [CG, MINRES, NormalCG, Neumann, *SCIPY])
 @pytest.mark.parametrize("settings", [{"rtol": 1.5}, {"atol": -1.0}, {"max_steps": 0}])
 def test_bad_settings_name_the_argument(solver, settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
