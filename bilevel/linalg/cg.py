@@ -24,7 +24,8 @@ class CG(IterativeSolver):
 
     The default: one product a step, error after k steps at most ``2 ((sqrt(c) - 1) / (sqrt(c) + 1))^k`` for
     condition number c. Zero or negative curvature ends a problem's solve with `Result.NEGATIVE_CURVATURE` and
-    the iterate so far; the other problems go on. A tolerance is checked with the true residual (one more product).
+    the iterate of least residual so far; the other problems go on. A tolerance is checked with the true residual (one
+    more product).
 
     Args:
         rtol, atol, max_steps: see `IterativeSolver`.
@@ -55,7 +56,10 @@ def truncated_cg(operator: Operator, b: Tensor, rtol: Tensor, max_steps: int) ->
 
 @dataclass
 class _State:
-    """Where each problem stands; ``x``, ``r`` are ``[*batch, n]``, the others ``[*batch]``."""
+    """Where each problem stands; ``x``, ``r``, ``best_x`` are ``[*batch, n]``, the others ``[*batch]``.
+
+    ``size`` is about ``||A||``: curvature is zero where it is below the rounding error of that.
+    """
 
     x: Tensor
     r: Tensor
@@ -63,24 +67,43 @@ class _State:
     active: Tensor
     steps: Tensor
     codes: Tensor
+    size: Tensor
+    best_x: Tensor
+    best_relative: Tensor
 
     @classmethod
     def begin(cls, unit: Tensor, length: Tensor, stopping: Stopping) -> _State:
         usable = (length > 0) & torch.isfinite(length)
         relative, done = usable.double(), stopping.target >= 1
+        zero = torch.zeros_like(unit)
         state = cls(
-            x=torch.zeros_like(unit),
+            x=zero,
             r=unit,
             relative=relative,
             active=usable & ~done,
             steps=torch.zeros_like(length, dtype=torch.int64),
             codes=stopping.initial_codes(),
+            size=torch.zeros_like(length),
+            best_x=zero,
+            best_relative=relative,
         )
         state.mark(done, Result.CONVERGED)
         return state
 
     def mark(self, where: Tensor, result: Result) -> None:
         self.codes = torch.where(where, make_codes(result, self.codes), self.codes)
+
+    def remember(self) -> None:
+        """Keep the iterate of least residual: on an inconsistent system the later ones grow along its null space."""
+        better = self.active & (self.relative < self.best_relative)
+        self.best_x = torch.where(better.unsqueeze(-1), self.x, self.best_x)
+        self.best_relative = torch.where(better, self.relative, self.best_relative)
+
+    def end_nonconvex(self, where: Tensor) -> None:
+        """End with negative curvature, at the best iterate."""
+        self.mark(where, Result.NEGATIVE_CURVATURE)
+        self.x = torch.where(where.unsqueeze(-1), self.best_x, self.x)
+        self.relative = torch.where(where, self.best_relative, self.relative)
 
 
 def _sweep(
@@ -102,9 +125,11 @@ def _sweep(
         product = operator.matvec(p)
         curvature = dot(p, product)
         finite = torch.isfinite(curvature)
-        convex = curvature > roundoff * norm(p) * norm(product)
+        length, stretched = norm(p), norm(product)
+        state.size = torch.where(state.active & finite, torch.fmax(state.size, stretched / length), state.size)
+        convex = curvature > roundoff * length * torch.fmax(stretched, state.size * length)
         state.mark(state.active & ~finite, Result.NONFINITE)
-        state.mark(state.active & finite & ~convex, Result.NEGATIVE_CURVATURE)
+        state.end_nonconvex(state.active & finite & ~convex)
         state.relative = torch.where(state.active & ~finite, torch.full_like(rz, torch.nan), state.relative)
         state.steps = state.steps + state.active
         made = state.active
@@ -114,6 +139,7 @@ def _sweep(
         state.x = torch.where(keep, state.x + scale(alpha, p), state.x)
         state.r = torch.where(keep, state.r - scale(alpha, product), state.r)
         state.relative = torch.where(state.active, norm(state.r), state.relative)
+        state.remember()
         state.mark(state.active & (state.relative <= target), Result.CONVERGED)
         state.active = state.active & (state.relative > target)
         z = precondition(state.r) if precondition else state.r

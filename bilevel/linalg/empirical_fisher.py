@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..problem import Linearization, Objective, Problem
-from .gauss_newton import Sandwich, losses_of
+from .gauss_newton import Sandwich, check_outputs, free_leaves
 from .operator import Operator
 
 
@@ -17,18 +18,30 @@ class EmpiricalFisher:
     """``1/n sum_i g_i g_i^T + H_rest`` with the gradient ``g_i`` of the i-th example's loss.
 
     For log-likelihoods of a well-specified model with much data, where it approaches the Hessian; far from that it can
-    mislead (Kunstner, Hennig and Balles 2019), so prefer `GaussNewton`. It does not depend on the residual's sign and
-    has rank n at most: keep a penalty in ``rest``, or damp. A product costs about three gradients; neither the
-    matrix nor the gradients of single examples are formed.
+    mislead (Kunstner, Hennig and Balles 2019), so prefer `GaussNewton`. It has rank n at most: keep a penalty in
+    ``rest``, or damp. A product costs about three gradients, and one more with ``rest``; neither the matrix nor the
+    gradients of single examples are formed.
 
     Args:
         losses: ``losses(params, *args)``, one for each example: ``[n]``, or ``[T, n]`` of T problems, not reduced.
         rest: ``rest(params, *args)``, the part of the objective whose Hessian is kept exactly, such as the penalty.
+
+    Raises, at the call:
+        ValueError: ``losses`` is reduced, does not depend on params, or does not count the T problems.
     """
 
     losses: Callable[..., Tensor]
     rest: Objective | None = None
 
     def __call__(self, problem: Problem, at: Linearization) -> Operator:
-        free, losses = losses_of(self.losses, problem, at)
+        free = free_leaves(at)
+        with torch.enable_grad(), problem.autocast.entered():
+            losses = self.losses(problem.raveler.unflatten(free), *problem.args)
+        check_outputs("losses", losses, problem)
+        expected = len(problem.raveler.batch_shape) + 1
+        if losses.dim() != expected:
+            raise ValueError(
+                f"losses returned a tensor of shape {tuple(losses.shape)}: one loss for each example is needed, in "
+                f"{expected} dimensions. Take reduction='none'."
+            )
         return Sandwich(problem, free, losses, lambda tangent: tangent / losses.shape[-1], self.rest)

@@ -20,7 +20,7 @@ Middle = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class GaussNewton:
-    """``J^T H_loss J + H_rest`` (Schraudolph 2002): for networks, whose Hessians are indefinite where `CG` needs more.
+    """``J^T H_loss J + H_rest`` (Schraudolph 2002): for networks, whose Hessians are often too indefinite for `CG`.
 
     ``J`` is the Jacobian of ``outputs`` and ``H_loss`` the Hessian of ``loss`` with respect to them. What is left out,
     the curvature of the outputs weighted by the slope of the loss, vanishes where the model fits its data or is linear
@@ -32,6 +32,9 @@ class GaussNewton:
         loss: ``loss(outputs, *args)``, a scalar, or ``[T]``. Convex: the product is positive semi-definite.
         rest: ``rest(params, *args)``, the part of the objective whose Hessian is kept exactly, such as the penalty.
 
+    Raises, at the call:
+        ValueError: ``outputs`` does not depend on params, or it or ``loss`` does not count the T problems.
+
     Example:
         ``Implicit(CG(), operator=GaussNewton(predict, cross_entropy_of_outputs, rest=penalty))``
     """
@@ -41,10 +44,10 @@ class GaussNewton:
     rest: Objective | None = None
 
     def __call__(self, problem: Problem, at: Linearization) -> Operator:
-        free = _free(at)
+        free = free_leaves(at)
         with torch.enable_grad(), problem.autocast.entered():
             outputs = self.outputs(problem.raveler.unflatten(free), *problem.args)
-            _check("outputs", outputs, problem)
+            check_outputs("outputs", outputs, problem)
             point = outputs.detach().requires_grad_()
             loss = self.loss(point, *problem.args)
             if loss.shape != problem.raveler.batch_shape:
@@ -87,26 +90,13 @@ class Sandwich(Operator):
         return product if self.rest is None else product + self.rest.matvec(v)
 
 
-def losses_of(losses: Callable[..., Tensor], problem: Problem, at: Linearization) -> tuple[list[Tensor], Tensor]:
-    """Losses example by example ``[*batch, n]``, and the fresh leaves that they were computed from."""
-    free = _free(at)
-    with torch.enable_grad(), problem.autocast.entered():
-        found = losses(problem.raveler.unflatten(free), *problem.args)
-    _check("losses", found, problem)
-    expected = len(problem.raveler.batch_shape) + 1
-    if found.dim() != expected:
-        raise ValueError(
-            f"losses returned a tensor of shape {tuple(found.shape)}: one loss for each example is needed, in "
-            f"{expected} dimensions. Take reduction='none'."
-        )
-    return free, found
-
-
-def _free(at: Linearization) -> list[Tensor]:
+def free_leaves(at: Linearization) -> list[Tensor]:
+    """The point, apart from the graph of the objective."""
     return [leaf.detach().requires_grad_() for leaf in at.leaves]
 
 
-def _check(name: str, found: Tensor, problem: Problem) -> None:
+def check_outputs(name: str, found: Tensor, problem: Problem) -> None:
+    """Refuse what does not count the problems, or does not depend on the params."""
     batch = problem.raveler.batch_shape
     if found.shape[: len(batch)] != batch:
         raise ValueError(

@@ -71,6 +71,20 @@ def test_singular_consistent_gives_the_minimum_norm_solution():
     assert relative_error(solution.value, torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)) <= 1e-10
 
 
+@pytest.mark.parametrize("max_steps", [None, 60])
+@pytest.mark.parametrize("seed", range(5))
+def test_larger_inconsistent_systems_do_not_run_away(seed, max_steps):
+    """FACTS 11: without a guard the iterates grow to 1e17 here."""
+    eigenvalues = torch.linspace(0.1, 1, 30, dtype=torch.float64)
+    eigenvalues[:6] = 0
+    basis = torch.linalg.qr(randn(30, 30, seed=seed))[0]
+    b = randn(30, seed=seed + 9)
+    found = CG(rtol=1e-10, max_steps=max_steps).solve(Dense(basis @ torch.diag(eigenvalues) @ basis.mT), b)
+    assert found.result is Result.NEGATIVE_CURVATURE
+    assert found.value.norm() <= 1e3 * b.norm()
+    assert found.stats["residual_norm"] <= b.norm()
+
+
 def test_singular_inconsistent_is_never_converged():
     """FACTS 11."""
     matrix = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
