@@ -54,6 +54,7 @@ class VRBO(Stochastic):
         super().__init__(inner_params, outer_params, inner_loss, outer_loss, inner_lr=inner_lr, outer_lr=outer_lr)
         self.period = check_count("period", period)
         self.num_inner_steps = check_count("num_inner_steps", num_inner_steps)
+        self.num_terms = num_terms
         self._series = NeumannSum(check_count("num_terms", num_terms))
         self.neumann_lr = neumann_step(inner_lr, neumann_lr)
 
@@ -63,7 +64,7 @@ class VRBO(Stochastic):
 
     @property
     def inner_draws(self) -> int:  # type: ignore[override]
-        return (self.num_inner_steps + 1) * (self._series.num_terms + 2) + self.wants_full_batch
+        return (self.num_inner_steps + 1) * (self.num_terms + 2) + self.wants_full_batch
 
     @property
     def outer_draws(self) -> int:  # type: ignore[override]
@@ -75,7 +76,7 @@ class VRBO(Stochastic):
         losses = None
         if self.wants_full_batch:
             batch = next(inner)
-            full = Sample(next(outer), (batch,) * self._series.num_terms, batch)
+            full = Sample(next(outer), (batch,) * self.num_terms, batch)
             point = Point(self._oracles, y, x)
             g = point.linearize(batch)
             outer_loss, direction = point.hypergradient(self._series, full, self.neumann_lr)
