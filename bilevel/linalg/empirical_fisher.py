@@ -19,8 +19,8 @@ class EmpiricalFisher:
 
     For log-likelihoods of a well-specified model with much data, where it approaches the Hessian; far from that it can
     mislead (Kunstner, Hennig and Balles 2019), so prefer `GaussNewton`. It has rank n at most: keep a penalty in
-    ``rest``, or damp. A product costs about three gradients, and one more with ``rest``; neither the matrix nor the
-    gradients of single examples are formed.
+    ``rest``, or damp. A product costs about as much as one with the Hessian; neither the matrix nor the gradients of
+    single examples are formed.
 
     Args:
         losses: ``losses(params, *args)``, one for each example: ``[n]``, or ``[T, n]`` of T problems, not reduced.

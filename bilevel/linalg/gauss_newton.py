@@ -25,7 +25,7 @@ class GaussNewton:
     ``J`` is the Jacobian of ``outputs`` and ``H_loss`` the Hessian of ``loss`` with respect to them. What is left out,
     the curvature of the outputs weighted by the slope of the loss, vanishes where the model fits its data or is linear
     in its parameters; elsewhere the hypergradient is biased. The objective must be ``loss(outputs) + rest``. A product
-    runs over retained graphs and costs about three gradients, and one more with ``rest``; no matrix is formed.
+    runs over retained graphs and costs about as much as one with the Hessian; no matrix is formed.
 
     Args:
         outputs: ``outputs(params, *args)``, a tensor such as logits; of T problems its first dimension is T.
