@@ -8,6 +8,7 @@ Outcomes: `Result`, `SolveError`, `SolveWarning`. Trees: `stack`. Optuna: `tunin
 """
 
 from . import diagnostics, problems, tuning
+from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
 from .hypergrad.implicit import Implicit
@@ -24,6 +25,7 @@ from .linalg.direct import LU, Cholesky
 from .linalg.identity import Identity
 from .linalg.minres import MINRES
 from .linalg.neumann import Neumann
+from .linalg.normal import NormalCG
 from .linalg.preconditioners import AdamPreconditioner, Jacobi
 from .linalg.scipy import GMRES, LSMR, BiCGSTAB
 from .solution import Result, Solution, SolveError, SolveWarning
@@ -37,6 +39,7 @@ __all__ = [
     "LU",
     "MINRES",
     "AdamPreconditioner",
+    "Adaptive",
     "Anderson",
     "BiCGSTAB",
     "Cholesky",
@@ -47,6 +50,7 @@ __all__ = [
     "Neumann",
     "Newton",
     "NewtonCG",
+    "NormalCG",
     "Picard",
     "Result",
     "ScipyMinimize",

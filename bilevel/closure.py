@@ -13,7 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level, maybe_get_level
+from torch._C._functorch import (
+    _add_batch_dim,
+    _wrap_for_grad,
+    get_unwrapped,
+    is_batchedtensor,
+    is_dead_tensor_wrapper,
+    is_functorch_wrapped_tensor,
+    maybe_current_level,
+    maybe_get_bdim,
+    maybe_get_level,
+)
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -39,19 +49,34 @@ class Recorder(TorchFunctionMode):
         # A captured tensor outlives the recording, so the id of one that was made meanwhile is never its id.
         self.made: set[int] = set()
         self.found: dict[int, Tensor] = {}
+        self.kept: list[Tensor] = []
         self.born = _sequence_number()
 
     def know(self, params: Sequence[Tensor]) -> None:
         """These are arguments, not captured."""
         self.made.update(id(tensor) for tensor in params)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for tensor in _tensors((args, kwargs)):
+    def note(self, tree: Tree) -> None:
+        """Operands, or arguments of the function."""
+        for tensor in _tensors(tree):
+            if id(tensor) in self.made or id(tensor) in self.found:
+                continue
+            if self._is_inner(tensor) and not self._is_stood_in_for(tensor):
+                # Of a transform inside the function: what counts is the tensor that it wraps.
+                tensor = _peeled(tensor, self.level)
             if id(tensor) not in self.made and id(tensor) not in self.found and self._matters(tensor):
                 self.found[id(tensor)] = tensor
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.note((args, kwargs))
         out = func(*args, **kwargs)
-        self.made.update(id(tensor) for tensor in _tensors(out) if id(tensor) not in self.found)
+        for tensor in _tensors(out):
+            if id(tensor) not in self.found:
+                self.made.add(id(tensor))
+                if self.level and self._is_inner(tensor):
+                    self.kept.append(_peeled(tensor, self.level))
+                    self.made.add(id(self.kept[-1]))
         return out
 
     @property
@@ -63,9 +88,15 @@ class Recorder(TorchFunctionMode):
         """What stands for the captured tensors here: other tensors where an outer `Substitute` put them."""
         return [_resolve(tensor) for tensor in self.captured]
 
+    def _is_inner(self, tensor: Tensor) -> bool:
+        return is_functorch_wrapped_tensor(tensor) and maybe_get_level(tensor) > self.level
+
+    def _is_stood_in_for(self, tensor: Tensor) -> bool:
+        """Whether an outer `Substitute` stands in for it, as it does for tensors of a transform that is left."""
+        return torch._C._len_torch_function_stack() > 0 and not self._is_inner(_resolve(tensor))
+
     def _matters(self, tensor: Tensor) -> bool:
-        if is_functorch_wrapped_tensor(tensor) and maybe_get_level(tensor) > self.level:
-            # Of a transform inside the function; or of one that is left, for which an outer `Substitute` stands in.
+        if self._is_inner(tensor):
             tensor = _resolve(tensor)
         if is_functorch_wrapped_tensor(tensor):
             return maybe_get_level(tensor) <= self.level
@@ -75,18 +106,39 @@ class Recorder(TorchFunctionMode):
 
 
 class Substitute(TorchFunctionMode):
-    """Lets operations that are given ``old[i]`` work on ``new[i]``."""
+    """Lets operations that are given ``old[i]``, or a transform's wrapper of it, work on ``new[i]``."""
 
     def __init__(self, old: Sequence[Tensor], new: Sequence[Tensor]):
         super().__init__()
-        self.new = {id(before): after for before, after in zip(old, new, strict=True)}
+        # A new one may wrap the old one: it stays as it is.
+        self.new = {id(tensor): tensor for tensor in new}
+        self.new |= {id(before): after for before, after in zip(old, new, strict=True)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self.swap((args, kwargs or {}))
         return func(*args, **kwargs)
 
     def swap(self, tree: Tree) -> Tree:
-        return pytree.tree_map_only(Tensor, lambda tensor: self.new.get(id(tensor), tensor), tree)
+        return pytree.tree_map_only(Tensor, self._swapped, tree)
+
+    def _swapped(self, tensor: Tensor) -> Tensor:
+        if id(tensor) in self.new:
+            return self.new[id(tensor)]
+        if not is_functorch_wrapped_tensor(tensor) or is_dead_tensor_wrapper(tensor):
+            return tensor
+        inside = get_unwrapped(tensor)
+        new = self._swapped(inside)
+        if new is inside:
+            return tensor
+        level = maybe_get_level(tensor)
+        if is_batchedtensor(tensor):
+            return _add_batch_dim(new, maybe_get_bdim(tensor), level)
+        if tensor.requires_grad:
+            raise NotImplementedError(
+                f"The inner problem differentiates with torch.func towards a tensor of shape {tuple(tensor.shape)} "
+                "that it captured: such a hyperparameter cannot be followed. Pass it to the solve as one of args."
+            )
+        return _wrap_for_grad(new, level)
 
 
 @dataclass(frozen=True)
@@ -158,6 +210,15 @@ def _sequence_number() -> int:
 def _resolve(tensor: Tensor) -> Tensor:
     """The tensor itself, through an operation that an outer mode sees."""
     return tensor.to(tensor.dtype)
+
+
+def _peeled(tensor: Tensor, level: int) -> Tensor:
+    """What transforms above ``level`` wrapped."""
+    while is_functorch_wrapped_tensor(tensor) and maybe_get_level(tensor) > level:
+        if is_dead_tensor_wrapper(tensor):
+            return tensor
+        tensor = get_unwrapped(tensor)
+    return tensor
 
 
 def _tensors(tree: Tree) -> list[Tensor]:

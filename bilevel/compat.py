@@ -160,7 +160,19 @@ class _TreeOperator(Operator):
     def rmatvec(self, v: Tensor) -> Tensor:
         if self.symmetric:
             return self.matvec(v)
+        if isinstance(self.tree_matvec, _Product):
+            return self.tree_matvec.operator.rmatvec(v)
         return torch.func.vjp(self.matvec, torch.zeros_like(v))[1](v)[0]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """The ``matvec`` that a solve function is given; it knows its transpose."""
+
+    operator: Operator
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.operator.matvec(v)
 
 
 @dataclass(frozen=True)
@@ -185,7 +197,7 @@ class _MatvecSolver:
 
     def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
         unit, length = normalise(b)
-        x = self.fn(operator.matvec, unit)
+        x = self.fn(_Product(operator), unit)
         if not isinstance(x, Tensor) or x.shape != b.shape:
             raise TypeError(
                 f"solve returned {type(x).__name__}: a tensor of shape {tuple(b.shape)}, like b, is needed."

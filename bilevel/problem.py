@@ -87,6 +87,7 @@ class Problem:
             ]
             if recorder:
                 recorder.know(point)
+                recorder.note(args)
             with self.autocast.entered(), recorder or contextlib.nullcontext():
                 loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
             check_loss(loss, init, max_batch_dims)
@@ -160,6 +161,7 @@ class RootProblem:
             point = [leaf.detach().requires_grad_(recorder is not None) for leaf in leaves(init)]
             if recorder:
                 recorder.know(point)
+                recorder.note(args)
             with self.autocast.entered(), recorder or contextlib.nullcontext():
                 found = residual(self.raveler.unflatten(point), *args)
             check_residual(found, init)

@@ -11,8 +11,8 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *("files", "solution", "tree", "closure", "problem", "prox", "linalg", "inner", "hypergrad", "argmin", "compat", "qp"),
-    *("problems", "stochastic", "diagnostics", "tuning", "__init__"),
+    *("files", "solution", "tree", "closure", "problem", "prox", "linalg", "inner", "hypergrad", "argmin"),
+    *("adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "tuning", "__init__"),
 ]
 
 

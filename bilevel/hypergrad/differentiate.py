@@ -138,6 +138,7 @@ def differentiable_solve(
     else:
         start = [leaf.detach() for leaf in flat]
         recorder.know(start)
+        recorder.note(args)
         with recorder:
             batch_dims = batch_dims_of(fn(pytree.tree_unflatten(start, spec), *args), init)
     closure = Closure(fn, spec, args, recorder.captured, Autocast.current(flat[0].device))
