@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
+from torch._C._functorch import (  # type: ignore[attr-defined]
     _add_batch_dim,
     _wrap_for_grad,
     get_unwrapped,

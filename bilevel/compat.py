@@ -161,7 +161,8 @@ class _TreeOperator(Operator):
         if self.symmetric:
             return self.matvec(v)
         if isinstance(self.tree_matvec, _Product):
-            return self.tree_matvec.operator.rmatvec(v)
+            (b,) = self.raveler.unravel(v)
+            return self.raveler.ravel([self.tree_matvec.operator.rmatvec(b)])
         return torch.func.vjp(self.matvec, torch.zeros_like(v))[1](v)[0]
 
 

@@ -92,15 +92,14 @@ class Stochastic(ABC):
     ):
         self._inner = check_params("inner_params", inner_params)
         self._outer = check_params("outer_params", outer_params)
-        own = {id(leaf): "inner_params" for leaf in self._inner}
-        if any(id(leaf) in own for leaf in self._outer):
+        own = {"inner_params": self._inner, "outer_params": self._outer}
+        if {id(leaf) for leaf in self._inner} & {id(leaf) for leaf in self._outer}:
             raise ValueError("outer_params shares a tensor with inner_params: each belongs to one of the two levels.")
         if self._inner[0].device != self._outer[0].device:
             raise ValueError(
                 f"outer_params is on {self._outer[0].device}, inner_params on {self._inner[0].device}: put both on "
                 "one device."
             )
-        own.update({id(leaf): "outer_params" for leaf in self._outer})
         for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
             if not callable(loss):
                 raise TypeError(

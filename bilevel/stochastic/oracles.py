@@ -86,6 +86,7 @@ class Oracles:
 
     Attributes:
         gradients: gradient evaluations since the start, inner and outer, each of one batch.
+        own: the tensors that a method updates, which its losses must not use but through their arguments.
         products: products with the Hessian or the cross derivative, likewise; a joint product counts once.
     """
 
@@ -93,7 +94,7 @@ class Oracles:
     outer: Raveler
     inner_loss: Loss
     outer_loss: Loss
-    own: dict[int, str]
+    own: dict[str, list[Tensor]]
     gradients: int = 0
     products: int = 0
     _checked: set[str] = field(default_factory=set)
@@ -146,11 +147,11 @@ class Oracles:
         return raveler.unflatten(raveler.unravel(flat))
 
 
-def check_loss(what: str, loss: Tensor, y: Tensor, x: Tensor, own: dict[int, str]) -> None:
+def check_loss(what: str, loss: Tensor, y: Tensor, x: Tensor, own: dict[str, list[Tensor]]) -> None:
     """Refuse a loss that is no scalar, ignores what it is given, or reaches tensors that it is not given.
 
     Args:
-        own: ids of the tensors of ``inner_params`` and ``outer_params``, with those names.
+        own: the tensors of ``inner_params`` and ``outer_params``, by these names.
 
     Raises:
         ValueError: with the name of the loss.
@@ -159,10 +160,11 @@ def check_loss(what: str, loss: Tensor, y: Tensor, x: Tensor, own: dict[int, str
         found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"{what} returned {found}: a floating-point scalar is needed, the mean over the batch.")
     reached = {id(node.variable): node.variable for node in graph_nodes([loss]) if hasattr(node, "variable")}
+    names = {id(leaf): name for name, params in own.items() for leaf in params}
     for key, variable in reached.items():
-        if key in own:
+        if key in names:
             raise ValueError(
-                f"{what} uses a tensor of {own[key]} directly (shape {tuple(variable.shape)}), not the one that it is "
+                f"{what} uses a tensor of {names[key]} directly (shape {tuple(variable.shape)}), not the one that it is "
                 "given, so its gradient would be missing. Compute the loss from its arguments: "
                 "functional_call(module, params, ...)."
             )
