@@ -164,8 +164,8 @@ def check_loss(what: str, loss: Tensor, y: Tensor, x: Tensor, own: dict[str, lis
     for key, variable in reached.items():
         if key in names:
             raise ValueError(
-                f"{what} uses a tensor of {names[key]} directly (shape {tuple(variable.shape)}), not the one that it is "
-                "given, so its gradient would be missing. Compute the loss from its arguments: "
+                f"{what} uses a tensor of {names[key]} directly (shape {tuple(variable.shape)}), not the one that it "
+                "is given, so its gradient would be missing. Compute the loss from its arguments: "
                 "functional_call(module, params, ...)."
             )
         if variable is not y and variable is not x:

@@ -1,0 +1,246 @@
+"""What goes in wrong is refused by name; what goes wrong later leaves the last finite state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.func import functional_call
+
+from bilevel import Result, SolveError
+from bilevel.stochastic import F2SA, FSLA, SABA, SOBA, SRBA, TTSA, Decay, Draws
+from tests.stochastic.cases import CASES
+from tests.stochastic.test_conformance import small_settings
+
+
+def vector(*numbers: float, grad: bool = True) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, requires_grad=grad)
+
+
+def inner_loss(y, x, batch):
+    return (y - x).square().sum() + y.square().sum()
+
+
+def outer_loss(y, x, batch):
+    return (y - 1).square().sum()
+
+
+def soba(y=None, x=None, g=inner_loss, f=outer_loss, **settings):
+    y, x = vector(0.0, 0.0) if y is None else y, vector(1.0, 2.0) if x is None else x
+    return SOBA(y, x, g, f, **{"inner_lr": 0.1, "outer_lr": 0.1, **settings})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"y": []}, ValueError, "inner_params is empty"),
+        ({"y": [1.0]}, TypeError, "inner_params contains a float"),
+        ({"x": torch.tensor([1])}, TypeError, "outer_params contains a tensor of torch.int64"),
+        ({"y": vector(0.0, grad=False)}, ValueError, "inner_params.*no leaf that requires grad"),
+        ({"x": vector(1.0) * 2}, ValueError, "outer_params.*no leaf that requires grad"),
+        ({"y": vector(float("nan"))}, ValueError, "inner_params contains NaN"),
+        ({"y": torch.zeros(0, requires_grad=True)}, ValueError, "inner_params holds no numbers"),
+        ({"g": None}, TypeError, "inner_loss is a NoneType"),
+        ({"f": 3.0}, TypeError, "outer_loss is a float"),
+        ({"inner_lr": 0.0}, ValueError, "inner_lr is 0.0"),
+        ({"outer_lr": float("inf")}, ValueError, "outer_lr is inf"),
+        ({"outer_lr": "0.1"}, ValueError, "outer_lr is '0.1'"),
+        ({"linear_lr": -1}, ValueError, "linear_lr is -1"),
+        ({"inner_lr": lambda step: -1.0}, ValueError, "inner_lr is -1.0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        soba(**arguments)
+
+
+def test_shared_and_repeated_tensors_are_refused():
+    shared = vector(0.0)
+    with pytest.raises(ValueError, match="outer_params shares a tensor with inner_params"):
+        soba([shared], {"a": shared})
+    with pytest.raises(ValueError, match="inner_params contains the same tensor twice"):
+        soba([shared, shared])
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (SRBA, {"period": 0}, "period is 0"),
+        (FSLA, {"mixing": 1.5}, "mixing is 1.5"),
+        (F2SA, {"penalty": 0.0}, "penalty is 0.0"),
+        (F2SA, {"penalty_growth": -1.0}, "penalty_growth is -1.0"),
+        (F2SA, {"num_inner_steps": 2.5}, "num_inner_steps is 2.5"),
+        (TTSA, {"seed": -1}, "seed is -1"),
+        (SABA, {"inner_batches": 0, "outer_batches": 1}, "inner_batches is 0"),
+        (SABA, {"inner_batches": 1, "outer_batches": [3, 0]}, "outer_batches is 0"),
+        (SABA, {"inner_batches": [], "outer_batches": 1}, "inner_batches is empty"),
+    ],
+)
+def test_bad_settings_are_named(method, settings, message):
+    with pytest.raises(ValueError, match=message):
+        method(vector(0.0), vector(0.0), inner_loss, outer_loss, inner_lr=0.1, outer_lr=0.1, **settings)
+
+
+def test_saba_wants_indices_in_range():
+    method = SABA(
+        vector(0.0), vector(0.0), inner_loss, outer_loss, inner_lr=0.1, outer_lr=0.1, inner_batches=2, outer_batches=1
+    )
+    with pytest.raises(ValueError, match="inner_index is None"):
+        method.step()
+    with pytest.raises(ValueError, match="inner_index is 2"):
+        method.step(inner_index=2)
+    method.step(inner_index=1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda y, x, b: (y - x).square(), r"inner_loss returned torch.float64 of shape \(2,\)"),
+        (lambda y, x, b: 3.0, "inner_loss returned float"),
+        (lambda y, x, b: (y.detach() - x).square().sum(), "inner_loss does not depend on the params"),
+        (lambda y, x, b: torch.tensor(1.0), "inner_loss does not depend on the params"),
+        (lambda y, x, b: y.square().sum(), "inner_loss does not depend on the hparams"),
+    ],
+)
+@pytest.mark.parametrize("name", CASES)
+def test_bad_losses_are_named_at_the_first_step(name, loss, message):
+    y, x = vector(0.0, 0.0), vector(1.0, 2.0)
+    method = CASES[name].method(y, x, loss, outer_loss, **small_settings(name))
+    with pytest.raises(ValueError, match=message):
+        method.step()
+    assert y.tolist() == [0.0, 0.0]
+    assert method.num_steps == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_captured_tensor_that_requires_grad_is_never_ignored(name):
+    hidden = vector(1.0, 1.0)
+    leaks = {
+        "inner_loss": (lambda y, x, b: inner_loss(y, x, b) + (hidden * y).sum(), outer_loss),
+        "outer_loss": (inner_loss, lambda y, x, b: outer_loss(y, x, b) + (hidden.exp() * y).sum()),
+    }
+    for what, losses in leaks.items():
+        method = CASES[name].method(vector(0.0, 0.0), vector(1.0, 2.0), *losses, **small_settings(name))
+        with pytest.raises(ValueError, match=rf"{what} depends on a tensor of shape \(2,\).*neither"):
+            method.step()
+
+
+def test_the_modules_own_params_in_place_of_the_given_ones_are_refused():
+    net = torch.nn.Linear(2, 1).double()
+    params, x, data = dict(net.named_parameters()), vector(0.0), torch.ones(3, 2, dtype=torch.float64)
+
+    def wrong(params, x, batch):
+        return net(data).square().mean() + x.exp().sum() * sum(p.square().sum() for p in params.values())
+
+    def right(params, x, batch):
+        return functional_call(net, params, (data,)).square().mean()
+
+    with pytest.raises(ValueError, match="inner_loss uses a tensor of inner_params directly"):
+        SOBA(params, x, wrong, right, inner_lr=0.1, outer_lr=0.1).step()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_divergence_raises_and_leaves_the_last_finite_state(name):
+    y, x = vector(1.0, 1.0), vector(1.0, 2.0)
+    settings = {**small_settings(name), "inner_lr": 1e3, "outer_lr": 1e3}
+    method = CASES[name].method(
+        y,
+        x,
+        lambda y, x, b: (x.square() * y.square()).sum() + (x * y).sum(),
+        lambda y, x, b: (y - 1).pow(4).sum(),
+        **settings,
+    )
+    history = []
+
+    def run():
+        for _ in range(2000):
+            history.append(([leaf.detach().clone() for leaf in (y, x)], method.state_dict()))
+            method.step()
+
+    with pytest.raises(SolveError, match=r"met a NaN or an infinity at step \d+") as caught:
+        run()
+    assert caught.value.solution.result is Result.NONFINITE
+    params, state = history[-1]
+    assert torch.equal(y, params[0])
+    assert torch.equal(x, params[1])
+    assert torch.isfinite(y).all()
+    after = method.state_dict()
+    assert after["num_steps"] == state["num_steps"]
+    for part in ("vectors", "memory"):
+        assert all(torch.equal(after[part][key], value) for key, value in state[part].items())
+
+
+def test_a_poisoned_batch_is_blamed_and_the_next_one_goes_on():
+    y = vector(0.5, 0.5)
+    method = soba(y, g=lambda y, x, batch: inner_loss(y, x, None) * batch)
+    method.step(1.0)
+    kept = y.detach().clone()
+    with pytest.raises(SolveError, match="inner_loss is NaN or infinite on this batch"):
+        method.step(float("nan"))
+    assert torch.equal(y, kept)
+    method.step(1.0)
+    assert method.num_steps == 2
+
+
+def test_state_of_other_params_is_refused_and_changes_nothing():
+    state = soba(vector(3.0), vector(3.0)).state_dict()
+    y = vector(0.0, 0.0)
+    method = soba(y)
+    with pytest.raises(ValueError, match="state has inner_params of shapes"):
+        method.load_state_dict(state)
+    with pytest.raises(ValueError, match="state lacks"):
+        method.load_state_dict({"num_steps": 3})
+    assert y.tolist() == [0.0, 0.0]
+
+
+def test_the_record_tells_losses_norms_and_cost():
+    y, x = vector(0.5, 0.5), vector(1.0, 2.0)
+    record = soba(y, x).step()
+    assert float(record.inner_loss) == pytest.approx(0.25 + 2.25 + 0.5)
+    assert float(record.outer_loss) == pytest.approx(0.5)
+    assert float(record.inner_norm) == pytest.approx(2.0)  # 2 (y - x) + 2 y = (0, -2)
+    assert float(record.linear_norm) == pytest.approx(2**0.5)  # u = 0: grad_y f = (-1, -1)
+    assert float(record.outer_norm) == 0.0
+    assert (record.gradients, record.products) == (2, 1)
+    assert record.inner_loss.grad_fn is None
+
+
+def test_params_changed_between_steps_are_read_again():
+    """A projection of the hparams, or a scheduler of one's own."""
+    y, x = vector(0.5, 0.5), vector(1.0, 2.0)
+    method = soba(y, x)
+    method.step()
+    with torch.no_grad():
+        x.clamp_(max=1.5)
+    expected = (y - 0.1 * (4 * y - 2 * x)).detach()
+    method.step()
+    torch.testing.assert_close(y.detach(), expected)
+
+
+def test_schedules():
+    assert [Decay(0.5, 0.5)(t) for t in (0, 3)] == [0.5, 0.25]
+    assert Decay(0.5, 1.0, delay=10)(10) == 0.25
+    for bad, message in (
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"lr": 1.0, "power": 2.0}, "power is 2.0"),
+        ({"lr": 1.0, "delay": 0}, "delay is 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Decay(**bad)
+    sizes = []
+    soba(inner_lr=lambda step: sizes.append(step) or 0.1).step()
+    assert set(sizes) == {0}
+
+
+def test_draws_are_used_in_turn_and_over_again():
+    seen = []
+
+    def recorded(y, x, batch):
+        seen.append(batch)
+        return inner_loss(y, x, batch)
+
+    method = FSLA(vector(0.0), vector(1.0), recorded, outer_loss, inner_lr=0.1, outer_lr=0.1)
+    assert (method.inner_draws, method.outer_draws) == (3, 2)
+    method.step(Draws("ab"), None)
+    assert seen == ["a", "b", "a"]
+    with pytest.raises(ValueError, match="Draws holds no batches"):
+        Draws([])
