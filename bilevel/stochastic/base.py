@@ -115,6 +115,7 @@ class Stochastic(ABC):
 
     @property
     def wants_full_batch(self) -> bool:
+        """Whether the next step should be given all the data; never for most methods."""
         return False
 
     def step(self, inner_batch: Any = None, outer_batch: Any = None) -> Step:

@@ -60,20 +60,19 @@ class F2SA(Stochastic):
         y = now.get("penalised", z)
         penalty = self.penalty + self.penalty_growth * self.num_steps
         inner_lr, outer_lr = self._sizes()
-        losses = None
+        losses = []
         for _ in range(self.num_inner_steps):
             batch = next(inner)
             inner_loss, gradient = self._oracles.inner_gradient(z, x, batch)
             f = self._oracles.outer_gradients(y, x, next(outer))
             _, pull = self._oracles.inner_gradient(y, x, batch)
-            losses = (inner_loss, f.loss) if losses is None else losses
+            losses.append((inner_loss, f.loss))
             z = z - inner_lr * gradient
             y = y - inner_lr * (f.inner / penalty + pull)
-        assert losses is not None
 
         batch = next(inner)
         f = self._oracles.outer_gradients(y, x, next(outer))
         at_y, at_z = (self._oracles.inner_gradients(point, x, batch).outer for point in (y, z))
         direction = f.outer + penalty * (at_y - at_z)
         state = {"inner": z, "outer": x - outer_lr * direction, "penalised": y}
-        return Advance(state, *losses, gradient, direction)
+        return Advance(state, *losses[0], gradient, direction)

@@ -23,7 +23,7 @@ class FSLA(Stochastic):
 
     Both D_x of a step use the same batches; the first step has h+ = D_x. ``mixing`` = 1 is no momentum.
 
-    Cost: 6 gradients and 3 products a step (the first: 4 and 2). Independent batches: 3 of the inner data, 2 of
+    Cost: 7 gradients and 3 products a step (the first: 5 and 2). Independent batches: 3 of the inner data, 2 of
     the outer data, see `Draws`.
 
     Args:

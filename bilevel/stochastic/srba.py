@@ -55,6 +55,7 @@ class SRBA(SOBA):
 
     @property
     def wants_full_batch(self) -> bool:
+        """Whether the next step is the first of a period."""
         return self.num_steps % self.period == 0
 
     def _directions(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Directions:

@@ -46,15 +46,14 @@ class TwoLoops(Stochastic):
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         y, x = now["inner"], now["outer"]
         inner_lr, outer_lr = self._sizes()
-        first_loss = None
+        losses = []
         for _ in range(self.num_inner_steps):
             inner_loss, gradient = self._oracles.inner_gradient(y, x, next(inner))
-            first_loss = inner_loss if first_loss is None else first_loss
+            losses.append(inner_loss)
             y = y - inner_lr * gradient
-        assert first_loss is not None
         found = self._estimate(now, y, inner, outer)
         state = {"inner": y, "outer": x - outer_lr * found.outer, **found.kept}
-        return Advance(state, first_loss, found.outer_loss, gradient, found.outer, found.linear)
+        return Advance(state, losses[0], found.outer_loss, gradient, found.outer, found.linear)
 
     @abstractmethod
     def _estimate(self, now: State, y: Tensor, inner: Iterator[Any], outer: Iterator[Any]) -> Estimate:

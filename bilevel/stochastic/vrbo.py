@@ -60,6 +60,7 @@ class VRBO(Stochastic):
 
     @property
     def wants_full_batch(self) -> bool:
+        """Whether the next step is the first of a period."""
         return self.num_steps % self.period == 0
 
     @property
@@ -73,14 +74,15 @@ class VRBO(Stochastic):
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         y, x = now["inner"], now["outer"]
         inner_lr, outer_lr = self._sizes()
-        losses = None
+        losses = []
         if self.wants_full_batch:
             batch = next(inner)
             full = Sample(next(outer), (batch,) * self.num_terms, batch)
             point = Point(self._oracles, y, x)
             g = point.linearize(batch)
             outer_loss, direction = point.hypergradient(self._series, full, self.neumann_lr)
-            gradient, losses = g.gradient, (g.loss, outer_loss)
+            gradient = g.gradient
+            losses.append((g.loss, outer_loss))
         else:
             gradient, direction = now["inner_direction"], now["outer_direction"]
 
@@ -92,10 +94,9 @@ class VRBO(Stochastic):
             gradient = gradient + g.gradient - old.linearize(batch).gradient
             outer_loss, new = point.hypergradient(self._series, sample, self.neumann_lr)
             direction = direction + new - old.hypergradient(self._series, sample, self.neumann_lr)[1]
-            losses = (g.loss, outer_loss) if losses is None else losses
+            losses.append((g.loss, outer_loss))
             before = (y, x)
             if step < self.num_inner_steps:
                 y = y - inner_lr * gradient
-        assert losses is not None
         state = {"inner": y, "outer": x, "inner_direction": gradient, "outer_direction": direction}
-        return Advance(state, *losses, gradient, direction)
+        return Advance(state, *losses[0], gradient, direction)

@@ -11,8 +11,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from applications.stochastic_curves.methods import Batches, methods
-from applications.stochastic_curves.problems import Logistic, Quadratics
-from bilevel.stochastic import SABA, SOBA
+from applications.stochastic_curves.problems import Logistic, Quadratics, _quadratic
+from bilevel.stochastic import SABA
 from bilevel.tree import Raveler
 from tests.stochastic.cases import CASES
 
@@ -173,12 +173,66 @@ def test_a_network_is_updated_in_place_as_its_flat_vector_would_be(name):
     assert all(leaf.grad is None for leaf in net.parameters())
 
 
-def test_float32_params_stay_float32():
-    y, x = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
-    method = SOBA(
-        y, x, lambda y, x, b: (y - x - 1).square().sum(), lambda y, x, b: y.square().sum(), inner_lr=0.2, outer_lr=0.1
-    )
-    for _ in range(200):
-        method.step()
-    assert y.dtype == torch.float32
-    torch.testing.assert_close(x, -torch.ones(3), rtol=0, atol=1e-5)  # y* = x + 1 = 0; float32 rounding
+# A later step on plain batches, as the docstrings tell: T inner steps, Q terms or linear steps.
+COSTS = {
+    "SOBA": ({}, 2, 1),
+    "SABA": ({}, 2, 1),
+    "SRBA": ({}, 4, 2),
+    "FSLA": ({}, 7, 3),
+    "AmIGO": ({"num_inner_steps": 4, "num_linear_steps": 5}, 4 + 1 + 1, 5 + 1),
+    "stocBiO": ({"num_inner_steps": 4, "num_terms": 5}, 4 + 1 + 1, 5 + 1),
+    "BSA": ({"num_inner_steps": 4, "num_terms": 1}, 4 + 1 + 1, 1),
+    "TTSA": ({"num_terms": 1}, 1 + 1 + 1, 1),
+    "MRBO": ({"num_terms": 5}, 4, 2 * 5 + 2),
+    "SUSTAIN": ({"num_terms": 1}, 4, 2),
+    "VRBO": ({"num_inner_steps": 2, "num_terms": 5}, 3 * 4, 3 * (2 * 5 + 2)),
+    "F2SA": ({"num_inner_steps": 4}, 3 * 4 + 3, 0),
+    "BOME": ({"num_inner_steps": 4}, 4 + 3, 0),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_costs_what_it_says(name):
+    settings, gradients, products = COSTS[name]
+    problem = Quadratics(size=4, outer_size=3, num_samples=8)
+    calls = {"inner": 0, "outer": 0}
+
+    def counted(level, loss):
+        def wrapped(*arguments):
+            calls[level] += 1
+            return loss(*arguments)
+
+        return wrapped
+
+    losses = counted("inner", problem.inner_loss), counted("outer", problem.outer_loss)
+    method = CASES[name].method(*problem.start(), *losses, **{**small_settings(name), **settings})
+    method.step()
+    calls.update(inner=0, outer=0)
+    record = method.step()
+    assert (record.gradients, record.products) == (gradients, products)
+    assert calls["inner"] + calls["outer"] == gradients
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)])
+def test_lower_precision_follows_float64(name, dtypes):
+    """Twenty steps of the same method, params in float32 alone or beside outer params in float64."""
+    problem = Quadratics(size=4, outer_size=3, num_samples=8)
+
+    def run(inner_dtype, outer_dtype):
+        y, x = (
+            v.detach().to(d).requires_grad_() for v, d in zip(problem.start(), (inner_dtype, outer_dtype), strict=True)
+        )
+        single = {level: {key: v.to(inner_dtype) for key, v in problem._data[level].items()} for level in ("g", "f")}
+
+        def loss(level):
+            return lambda y, x, batch: _quadratic(single[level], y, x.to(inner_dtype), batch)
+
+        method = CASES[name].method(y, x, loss("g"), loss("f"), **small_settings(name))
+        for _ in range(20):
+            method.step()
+        assert (y.dtype, x.dtype) == (inner_dtype, outer_dtype)
+        return torch.cat([y.detach().double(), x.detach().double()])
+
+    # Rounding of float32 over 20 steps; the recursive methods add up differences.
+    torch.testing.assert_close(run(*dtypes), run(torch.float64, torch.float64), rtol=1e-3, atol=1e-4)

@@ -308,6 +308,6 @@ def test_f2sa_converges_to_the_minimiser_of_its_penalty_function():
     linear = np.concatenate([f.c + penalty * g.c, f.d + penalty * g.C @ inverse @ g.c])
     truth = np.linalg.solve(hessian, -linear)[5:]
     method = make(F2SA, inner_lr=0.8, outer_lr=0.3, penalty=penalty, num_inner_steps=10)
-    for _ in range(200):
+    for _ in range(320):
         method.step()
     np.testing.assert_allclose(method._outer[0].detach().numpy(), truth, rtol=1e-6, atol=1e-7)
