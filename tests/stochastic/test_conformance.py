@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from functools import cache
 
@@ -236,3 +237,25 @@ def test_lower_precision_follows_float64(name, dtypes):
 
     # Rounding of float32 over 20 steps; the recursive methods add up differences.
     torch.testing.assert_close(run(*dtypes), run(torch.float64, torch.float64), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_steps_leave_no_tensors_behind(name):
+    """With the garbage collector off: a reference cycle through a graph would show at once."""
+    problem = Quadratics(size=4, outer_size=3, num_samples=8)
+    method = CASES[name].method(*problem.start(), problem.inner_loss, problem.outer_loss, **small_settings(name))
+
+    def live():
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    for _ in range(4):
+        method.step()
+    gc.collect()
+    gc.disable()
+    try:
+        before = live()
+        for _ in range(12):
+            method.step()
+        assert live() <= before
+    finally:
+        gc.enable()
