@@ -7,11 +7,19 @@ Linear solvers: `CG`, `Neumann`, `MINRES`, `GMRES`, `BiCGSTAB`, `LSMR`, `Cholesk
 Outcomes: `Result`, `SolveError`, `SolveWarning`. Trees: `stack`. Optuna: `tuning`. Truth: `problems`.
 """
 
-from . import diagnostics, problems, tuning
+from . import diagnostics, problems, stochastic, tuning
 from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
+from .hypergrad.evolution import EvolutionStrategies
+from .hypergrad.finite_difference import FiniteDifference
+from .hypergrad.first_order import FirstOrder
+from .hypergrad.forward import ForwardMode
 from .hypergrad.implicit import Implicit
+from .hypergrad.one_step import OneStep
+from .hypergrad.penalty import Penalty
+from .hypergrad.sama import SAMA
+from .hypergrad.truncated import Truncated
 from .hypergrad.unroll import Unroll
 from .inner.fixed_point import Anderson, Picard
 from .inner.gradient_descent import GradientDescent
@@ -19,13 +27,17 @@ from .inner.lbfgs import LBFGS
 from .inner.newton_cg import NewtonCG
 from .inner.roots import Newton, ScipyRoot
 from .inner.scipy import ScipyMinimize
+from .inner.steps import SGD, Adam, AdamW, RMSprop, Steps
 from .inner.torch_optim import TorchOptim
 from .linalg.cg import CG
 from .linalg.direct import LU, Cholesky
+from .linalg.empirical_fisher import EmpiricalFisher
+from .linalg.gauss_newton import GaussNewton
 from .linalg.identity import Identity
 from .linalg.minres import MINRES
 from .linalg.neumann import Neumann
 from .linalg.normal import NormalCG
+from .linalg.nystrom import Nystrom, NystromPreconditioner
 from .linalg.preconditioners import AdamPreconditioner, Jacobi
 from .linalg.scipy import GMRES, LSMR, BiCGSTAB
 from .solution import Result, Solution, SolveError, SolveWarning
@@ -38,11 +50,21 @@ __all__ = [
     "LSMR",
     "LU",
     "MINRES",
+    "SAMA",
+    "SGD",
+    "Adam",
     "AdamPreconditioner",
+    "AdamW",
     "Adaptive",
     "Anderson",
     "BiCGSTAB",
     "Cholesky",
+    "EmpiricalFisher",
+    "EvolutionStrategies",
+    "FiniteDifference",
+    "FirstOrder",
+    "ForwardMode",
+    "GaussNewton",
     "GradientDescent",
     "Identity",
     "Implicit",
@@ -51,14 +73,21 @@ __all__ = [
     "Newton",
     "NewtonCG",
     "NormalCG",
+    "Nystrom",
+    "NystromPreconditioner",
+    "OneStep",
+    "Penalty",
     "Picard",
+    "RMSprop",
     "Result",
     "ScipyMinimize",
     "ScipyRoot",
     "Solution",
     "SolveError",
     "SolveWarning",
+    "Steps",
     "TorchOptim",
+    "Truncated",
     "Unroll",
     "argmin",
     "custom_fixed_point",
@@ -68,5 +97,6 @@ __all__ = [
     "problems",
     "root",
     "stack",
+    "stochastic",
     "tuning",
 ]

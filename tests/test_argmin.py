@@ -317,7 +317,7 @@ def test_unroll_reaches_init():
 
 
 def test_unroll_needs_gradient_descent():
-    with pytest.raises(TypeError, match="needs GradientDescent"):
+    with pytest.raises(TypeError, match="needs Steps"):
         bl.argmin(lambda y: y.square().sum(), torch.ones(2), solver=bl.LBFGS(), hypergrad=bl.Unroll())
 
 

@@ -214,7 +214,7 @@ def _measure(problem: Bilevel, name: str, method: Any, solver: Any, truth: list[
         _gradient(problem, solver, hypergrad)
         seconds.append(time.perf_counter() - begin)
     worst = fit.result if fit.adjoint is None else max(fit.result, fit.adjoint.result)
-    peak = _peak_mib(lambda: _gradient(problem, solver, hypergrad))
+    peak = peak_mib(lambda: _gradient(problem, solver, hypergrad))
     return Row(name, error, products, evaluations, statistics.median(seconds), peak, worst.name)
 
 
@@ -259,7 +259,7 @@ class _CountingOperator(Operator):
         return self.operator.rmatvec(v)
 
 
-def _peak_mib(run: Any) -> float:
+def peak_mib(run: Any) -> float:
     """Peak of the tensor memory that was live during a run, above that at its start, MiB."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()

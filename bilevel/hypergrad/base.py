@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..inner.minimize import InnerSolver
+from ..inner.minimize import INNER_ADVICE, InnerSolver
 from ..problem import Linearization, Objective, Problem
-from ..solution import Solution, Throw
+from ..solution import Solution, Throw, settle
 from ..tree import Raveler, Tree
 from .statement import Statement, free_leaves, raveler_of
 
@@ -50,11 +50,29 @@ class Point:
         """Drop the graph."""
         self._at = None
 
-    def loss_gradient(self, params: Sequence[Tensor]) -> list[Tensor | None]:
-        """``d_x g(params, x)``, summed over the problems: one gradient, no second derivative."""
+    def require_objective(self, method: str) -> None:
+        """Raise where the problem is not one of `argmin`."""
+        if not self.statement.symmetric or self.minimize is None:
+            raise TypeError(
+                f"{method} needs the objective of an argmin; a root or fixed point has none: use hypergrad=Implicit()."
+            )
+
+    def solve(self, objective: Callable[[list[Tensor]], Tensor], what: str) -> Tensor:
+        """Minimise another objective of the leaves, from the solution, with the user's solver; flat ``[*batch, n]``."""
+        if self.minimize is None:
+            raise TypeError(f"{what} needs an inner solver that can be called again: use argmin.")
+        start = [leaf.detach() for leaf in self.params]
+        found = self.minimize(Problem(objective, start, max_batch_dims=self.batch_dims))
+        found.stats.setdefault("residual_norm", torch.full(self.raveler.batch_shape, torch.nan))
+        settle(found, self.throw, what, INNER_ADVICE)
+        return found.value.detach()
+
+    def loss_gradient(self, params: Sequence[Tensor], weights: Tensor | None = None) -> list[Tensor | None]:
+        """``d_x g(params, x)``, summed over the problems, or their weighted sum: no second derivative."""
         free = free_leaves(self.hparams)
         with torch.enable_grad():
-            loss = self.statement.closure(params, free).sum()
+            losses = self.statement.closure(params, free)
+            loss = losses.sum() if weights is None else (losses.double() * weights).sum()
             wanted = [tensor for tensor in free if tensor.requires_grad]
             grads = iter(torch.autograd.grad(loss, wanted, allow_unused=True) if loss.requires_grad else [])
         return [next(grads, None) if tensor.requires_grad else None for tensor in free]

@@ -2,43 +2,83 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..closure import in_transform
 from ..inner.gradient_descent import GradientDescent
-from ..inner.minimize import INNER_ADVICE, InnerSolver
+from ..inner.minimize import InnerSolver
 from ..problem import Objective, Problem
-from ..solution import Solution, Throw, settle
-from ..tree import Tree, norm
-from .differentiate import measured
+from ..solution import Solution, Throw
+from ..tree import Tree, leaves
+from .path import Path, finish, fixed_steps, unrollable
 
 
 @dataclass(frozen=True)
 class Unroll:
-    """Backpropagate through every step of `GradientDescent`, towards ``init`` as well.
+    """Backpropagate through every step of `GradientDescent` or `Steps`, towards ``init`` as well.
 
-    The exact derivative of what the solver returned, converged or not; memory grows with the steps. MAML
-    (Finn et al. 2017) is this with few steps, and `Implicit` its limit where the solver converges.
+    The exact derivative of what the solver returned, converged or not, towards all that it used: hyperparameters of the
+    objective, step sizes, momentum. Memory grows with the steps. MAML (Finn et al. 2017) is this with few steps,
+    hyperparameter optimization by reversed training (Maclaurin et al. 2015) with many, and `Implicit` its limit where
+    the solver converges. Second derivatives are right.
+
+    Args:
+        checkpoint: keep only every ``sqrt(max_steps)``-th point and compute the others again in the backward pass
+            (Chen et al. 2016): memory of ``2 sqrt(K)`` steps for the time of one more run.
     """
+
+    checkpoint: bool = False
 
     def run(
         self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw
     ) -> Solution:
         """See `PathMethod`."""
-        if not isinstance(solver, GradientDescent) or solver.line_search:
-            raise TypeError(
-                f"hypergrad=Unroll() cannot differentiate {solver!r}: it needs GradientDescent without line_search. "
-                "Every solver works with hypergrad=Implicit()."
-            )
-        if in_transform():
-            raise NotImplementedError("hypergrad=Unroll() does not work under torch.func: use Implicit(), or autograd.")
+        if self.checkpoint and torch.is_grad_enabled():
+            path = Path(objective, init, args, fixed_steps(solver, "Unroll"), "Unroll(checkpoint=True)")
+            return finish(path.problem, _checkpointed(path, init), throw)
+        steps = unrollable(solver, "Unroll")
         problem = Problem(objective, init, args, differentiable=torch.is_grad_enabled())
-        found = solver.minimize(problem)
-        at = problem.evaluate(found.value.detach())
-        measured(found, norm(at.g.detach()), torch.isfinite(at.f.detach()))
-        settle(found, throw, "The inner solve", INNER_ADVICE)
-        found.value = problem.raveler.unflatten(problem.raveler.unravel(found.value))
-        return found
+        found = (solver if isinstance(solver, GradientDescent) else steps).minimize(problem)
+        return finish(problem, found, throw)
+
+
+def _checkpointed(path: Path, init: Tree) -> Solution:
+    steps = path.steps
+    length = math.ceil(math.sqrt(steps.max_steps))
+    y = path.problem.raveler.ravel(leaves(init)).clone()
+    state = steps.rule.init(y)
+    names = list(state)
+
+    def segment(first: int) -> Callable[..., tuple[Tensor, ...]]:
+        def run(y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+            state, hparams = dict(zip(names, rest[: len(names)], strict=True)), list(rest[len(names) :])
+            for index in range(first, min(first + length, steps.max_steps)):
+                y, state = path.step(y, state, hparams, index)
+            return (y, *(state[name] for name in names))
+
+        return run
+
+    for first in range(0, steps.max_steps, length):
+        y, *kept = _Segment.apply(segment(first), y, *state.values(), *path.hparams)
+        state = dict(zip(names, kept, strict=True))
+    return path.solution(y, state)
+
+
+class _Segment(torch.autograd.Function):
+    """A pure function of which only the operands are kept; the backward pass runs it again."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., tuple[Tensor, ...]], *operands: Tensor) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.save_for_backward(*operands)
+        return tuple(out.clone() for out in run(*operands))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _, pull = torch.func.vjp(ctx.run, *ctx.saved_tensors)  # type: ignore[misc]
+        return (None, *pull(grads))

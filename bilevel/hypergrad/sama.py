@@ -1,0 +1,49 @@
+"""SAMA: the identity in place of the inverse Hessian, adapted to the inner optimizer, and a finite difference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..inner.steps import LastStep, Rule
+from .base import Point, Pulled
+from .finite_difference import mixed_difference
+
+
+@dataclass(frozen=True)
+class SAMA:
+    """``u = -(d step / d g)^T grad_y f``, with the derivative of the inner optimizer's own update (Choe et al. 2023).
+
+    For large models trained by Adam: where the solver is ``Steps(rule, ...)``, the last step of its rule says how the
+    params answer to a change of the gradient; with `SGD` it is `FiniteDifference`. First derivatives only: three
+    gradients in all. Biased as every method that replaces the inverse Hessian by one step.
+
+    Args:
+        rule: the rule of the solver.
+        epsilon: how far the params are moved for the difference.
+    """
+
+    rule: Rule
+    epsilon: float = 1e-2
+    reaches_init: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule):
+            raise TypeError(f"rule is {self.rule!r}: it is the step rule of the solver, such as Adam(lr=1e-3).")
+        if not self.epsilon > 0:
+            raise ValueError(f"epsilon is {self.epsilon}: it must be positive.")
+
+    def pull(self, point: Point, cotangent: Tensor) -> Pulled:
+        """See `Hypergrad`."""
+        last = point.found.state if point.found is not None else None
+        if not isinstance(last, LastStep) or last.g is None or last.y is None or last.before is None:
+            raise TypeError("hypergrad=SAMA(rule) needs solver=Steps(rule, ...): it reads the state of its last step.")
+        y, before, index = last.y, last.before, last.index
+        with torch.enable_grad():
+            g = last.g.detach().requires_grad_()
+            moved, _ = self.rule.step(y, g, before, index)
+            (answer,) = torch.autograd.grad(moved, g, cotangent)
+        return Pulled(mixed_difference(point, -answer, self.epsilon))

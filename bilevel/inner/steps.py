@@ -1,0 +1,241 @@
+"""Step rules with a right derivative: SGD, Adam, AdamW and RMSprop, with the iterates of `torch.optim`.
+
+Every setting may be a tensor that requires grad: a hyperparameter, which unrolling differentiates. ``lr`` may be one
+number, or a tensor ``[max_steps]`` with one for each step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Evaluation, Problem
+from ..solution import Solution
+from .minimize import Progress, check_settings, choose
+
+Setting = float | Tensor
+State = dict[str, Tensor]
+"""What a rule carries from step to step, under the names of `torch.optim`; each ``[*batch, n]``."""
+
+
+class Rule(ABC):
+    """A step as a pure function, so that its derivative is that of the formula."""
+
+    @abstractmethod
+    def init(self, y: Tensor) -> State:
+        """The state before the first step."""
+
+    @abstractmethod
+    def step(self, y: Tensor, g: Tensor, state: State, index: int) -> tuple[Tensor, State]:
+        """The next point and state, from the gradient ``g`` at ``y``; ``index`` counts from 0."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Settings that are tensors."""
+        values = [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]
+        flat = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]
+        return [v for v in flat if isinstance(v, Tensor)]
+
+
+@dataclass(frozen=True)
+class SGD(Rule):
+    """``m <- momentum m + (1 - dampening) g``, ``y <- y - lr m``, with Nesterov's variant and weight decay.
+
+    `torch.optim.SGD` itself, unrolled with ``differentiable=True``, detaches its first momentum buffer and is wrong.
+    """
+
+    lr: Setting = 1e-3
+    momentum: Setting = 0.0
+    dampening: Setting = 0.0
+    weight_decay: Setting = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        check_rates(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        if self.nesterov and (_is_zero(self.momentum) or not _is_zero(self.dampening)):
+            raise ValueError("nesterov needs a momentum and no dampening.")
+
+    def init(self, y: Tensor) -> State:
+        return {} if _is_zero(self.momentum) else {"momentum_buffer": torch.zeros_like(y)}
+
+    def step(self, y: Tensor, g: Tensor, state: State, index: int) -> tuple[Tensor, State]:
+        g = _decayed(y, g, self.weight_decay)
+        if not state:
+            return y - at_step(self.lr, index) * g, state
+        buffer = g if index == 0 else self.momentum * state["momentum_buffer"] + (1 - self.dampening) * g
+        direction = g + self.momentum * buffer if self.nesterov else buffer
+        return y - at_step(self.lr, index) * direction, {"momentum_buffer": buffer}
+
+
+@dataclass(frozen=True)
+class Adam(Rule):
+    """Adam (Kingma and Ba 2015), with AMSGrad (Reddi et al. 2018) by option; weight decay enters the gradient."""
+
+    lr: Setting = 1e-3
+    betas: tuple[Setting, Setting] = (0.9, 0.999)
+    eps: Setting = 1e-8
+    weight_decay: Setting = 0.0
+    amsgrad: bool = False
+
+    def __post_init__(self) -> None:
+        check_rates(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        for beta in self.betas:
+            if not 0 <= float(torch.as_tensor(beta).detach()) < 1:
+                raise ValueError(f"betas is {self.betas}: each lies in [0, 1).")
+
+    def init(self, y: Tensor) -> State:
+        state = {"exp_avg": torch.zeros_like(y), "exp_avg_sq": torch.zeros_like(y)}
+        return {**state, "max_exp_avg_sq": torch.zeros_like(y)} if self.amsgrad else state
+
+    def step(self, y: Tensor, g: Tensor, state: State, index: int) -> tuple[Tensor, State]:
+        return self._moved(y, _decayed(y, g, self.weight_decay), state, index)
+
+    def _moved(self, y: Tensor, g: Tensor, state: State, index: int) -> tuple[Tensor, State]:
+        first, second = self.betas
+        mean = first * state["exp_avg"] + (1 - first) * g
+        square = second * state["exp_avg_sq"] + (1 - second) * g * g
+        new = {"exp_avg": mean, "exp_avg_sq": square}
+        if self.amsgrad:
+            new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
+        root = safe_sqrt(new.get("max_exp_avg_sq", square)) / (1 - second ** (index + 1)) ** 0.5
+        return y - at_step(self.lr, index) / (1 - first ** (index + 1)) * mean / (root + self.eps), new
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019): ``y <- (1 - lr weight_decay) y`` first."""
+
+    weight_decay: Setting = 1e-2
+
+    def step(self, y: Tensor, g: Tensor, state: State, index: int) -> tuple[Tensor, State]:
+        return self._moved(y * (1 - at_step(self.lr, index) * self.weight_decay), g, state, index)
+
+
+@dataclass(frozen=True)
+class RMSprop(Rule):
+    """RMSprop (Hinton 2012), centred (Graves 2013) or not, with momentum by option."""
+
+    lr: Setting = 1e-2
+    alpha: Setting = 0.99
+    eps: Setting = 1e-8
+    weight_decay: Setting = 0.0
+    momentum: Setting = 0.0
+    centered: bool = False
+
+    def __post_init__(self) -> None:
+        check_rates(lr=self.lr, alpha=self.alpha, eps=self.eps, weight_decay=self.weight_decay, momentum=self.momentum)
+
+    def init(self, y: Tensor) -> State:
+        names = ["square_avg"] + ["grad_avg"] * self.centered + ["momentum_buffer"] * (not _is_zero(self.momentum))
+        return {name: torch.zeros_like(y) for name in names}
+
+    def step(self, y: Tensor, g: Tensor, state: State, index: int) -> tuple[Tensor, State]:
+        g = _decayed(y, g, self.weight_decay)
+        new = {"square_avg": self.alpha * state["square_avg"] + (1 - self.alpha) * g * g}
+        spread = new["square_avg"]
+        if self.centered:
+            new["grad_avg"] = self.alpha * state["grad_avg"] + (1 - self.alpha) * g
+            spread = spread - new["grad_avg"].square()
+        direction = g / (safe_sqrt(spread) + self.eps)
+        if "momentum_buffer" in state:
+            direction = new["momentum_buffer"] = self.momentum * state["momentum_buffer"] + direction
+        return y - at_step(self.lr, index) * direction, new
+
+
+@dataclass(frozen=True)
+class LastStep:
+    """The last step that a problem made, and what it left: the ``state`` of `Steps` solutions.
+
+    Attributes:
+        rule: the state after it, under the names of `torch.optim`; ``fit.state.rule["exp_avg_sq"]`` serves
+            `AdamPreconditioner`.
+        y, g, before, index: the point, gradient and state that it was made from, and its number. None before the first.
+    """
+
+    rule: State
+    y: Tensor | None = field(default=None, repr=False)
+    g: Tensor | None = field(default=None, repr=False)
+    before: State | None = field(default=None, repr=False)
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Run a step rule: the inner solver for unrolling with momentum, Adam, schedules, learned step sizes.
+
+    Args:
+        rule: `SGD`, `Adam`, `AdamW`, `RMSprop`.
+        max_steps: steps at most. Where ``gtol`` is None, exactly this many.
+        gtol: stop a problem at this gradient norm; None: no check, no synchronisation with a GPU.
+    """
+
+    rule: Rule
+    max_steps: int = 100
+    gtol: float | None = None
+
+    def __post_init__(self) -> None:
+        check_settings(max_steps=self.max_steps, gtol=self.gtol)
+        lr = getattr(self.rule, "lr", 0.0)
+        if isinstance(lr, Tensor) and lr.dim() == 1 and len(lr) < self.max_steps:
+            raise ValueError(f"lr has {len(lr)} step sizes for max_steps = {self.max_steps}: give one for each step.")
+
+    def minimize(self, problem: Problem) -> Solution:
+        """Minimise; see `InnerSolver`."""
+        return self.resume(problem, self.rule.init(problem.start.y), 0)
+
+    def resume(self, problem: Problem, state: State, first: int) -> Solution:
+        """The steps from number ``first`` on, from the start of ``problem`` and a state."""
+        at, last = problem.start, LastStep(state)
+        progress = Progress.begin(at, self.gtol)
+        for index in range(first, self.max_steps):
+            if progress.done(index):
+                break
+            y, state = self.rule.step(at.y, at.g, last.rule, index)
+            if self.gtol is not None:
+                keep = progress.active.unsqueeze(-1)
+                y = torch.where(keep, y, at.y)
+                state = {name: torch.where(keep, new, last.rule[name]) for name, new in state.items()}
+            last = LastStep(state, at.y, at.g, last.rule, index)
+            progress.count()
+            if self.gtol is None and index == self.max_steps - 1:
+                at = Evaluation(y, at.f, at.g)  # nothing asks for the last gradient: argmin measures it once
+                break
+            new = problem.evaluate(y)
+            at = choose(progress.active, new, at) if self.gtol is not None else new
+            if self.gtol is not None:
+                progress.look(at)
+        found = progress.solution(at.y)
+        found.state = last
+        return found
+
+
+def at_step(lr: Setting, index: int) -> Setting:
+    """The step size of step ``index``; a one-dimensional tensor is a schedule."""
+    return lr[index] if isinstance(lr, Tensor) and lr.dim() == 1 else lr
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """The square root, with derivative 0 in place of infinity at 0: where no gradient ever was, none changes."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))
+
+
+def check_rates(**settings: Any) -> None:
+    """Refuse negative and non-finite settings, naming them."""
+    for name, value in settings.items():
+        tensor = torch.as_tensor(value).detach()
+        if not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
+            raise ValueError(f"{name} is {value}: it must be finite and not negative.")
+
+
+def _decayed(y: Tensor, g: Tensor, weight_decay: Setting) -> Tensor:
+    return g if _is_zero(weight_decay) else g + weight_decay * y
+
+
+def _is_zero(setting: Setting) -> bool:
+    """Switched off; a tensor never is, since it may be learned."""
+    return not isinstance(setting, Tensor) and setting == 0
