@@ -11,7 +11,7 @@ from torch import Tensor
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
-from .hypergrad.statement import ObjectiveStatement, ResidualStatement
+from .hypergrad.statement import ObjectiveStatement, ResidualStatement, SymmetricResidualStatement
 from .inner.fixed_point import Anderson
 from .inner.lbfgs import LBFGS
 from .inner.minimize import INNER_ADVICE, InnerSolver
@@ -100,6 +100,7 @@ def root(
     solver: RootSolver | None = None,
     hypergrad: Hypergrad | None = Implicit(),  # noqa: B008 (frozen)
     batched: bool = False,
+    symmetric: bool = False,
     throw: Throw = "warn",
     warm_start: Solution | None = None,
 ) -> Solution:
@@ -113,12 +114,14 @@ def root(
         solver: `Newton` by default; `ScipyRoot`.
         batched: the first dimension of every leaf counts T independent problems, each with its own stopping; the
             t-th residual then depends on the t-th unknowns only.
+        symmetric: the Jacobian is symmetric, as that of a gradient is: `CG`, `MINRES` and `Cholesky` may be used.
         init, args, hypergrad, throw, warm_start: as in `argmin`; ``throw="fallback"`` retries the adjoint solve.
 
     Returns:
         As `argmin`; ``stats["residual_norm"]`` is ``||residual||`` at the solution.
     """
-    return _root(residual, init, args, solver or Newton(), hypergrad, batched, throw, warm_start)
+    kind = SymmetricResidualStatement if symmetric else ResidualStatement
+    return _root(kind, residual, init, args, solver or Newton(), hypergrad, batched, throw, warm_start)
 
 
 def fixed_point(
@@ -151,10 +154,11 @@ def fixed_point(
         check_residual(found, y, "map")
         return tree_map(torch.sub, y, found)
 
-    return _root(residual, init, args, solver or Anderson(), hypergrad, batched, throw, warm_start)
+    return _root(ResidualStatement, residual, init, args, solver or Anderson(), hypergrad, batched, throw, warm_start)
 
 
 def _root(
+    kind: type[ResidualStatement],
     residual: Callable[..., Tree],
     init: Tree,
     args: tuple[Any, ...],
@@ -173,7 +177,7 @@ def _root(
         return found
 
     return differentiable_solve(
-        ResidualStatement,
+        kind,
         residual,
         init,
         args,

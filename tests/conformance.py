@@ -34,7 +34,7 @@ def randn(*shape: int, seed: int = 1) -> Tensor:
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
+    return float((found.detach() - truth.detach()).norm() / truth.detach().norm())
 
 
 def check_operator(operator: Operator, truth: Tensor, tolerance: float = 1e-12) -> None:

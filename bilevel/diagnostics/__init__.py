@@ -4,6 +4,7 @@ from .advise import Advice, Spectrum, advise
 from .check import HypergradientCheck, HypergradientError, check_hypergradient
 from .checked import Constants, hypergradient
 from .compare import Comparison, compare_methods
+from .methods import Method, all_methods, methods_for
 from .problem import BilevelProblem, solve
 
 __all__ = [
@@ -13,10 +14,13 @@ __all__ = [
     "Constants",
     "HypergradientCheck",
     "HypergradientError",
+    "Method",
     "Spectrum",
     "advise",
+    "all_methods",
     "check_hypergradient",
     "compare_methods",
     "hypergradient",
+    "methods_for",
     "solve",
 ]

@@ -19,19 +19,16 @@ from torch import Tensor
 
 from ..files import write_atomically
 from ..hypergrad.implicit import Implicit
-from ..inner.newton_cg import NewtonCG
-from ..inner.roots import Newton
 from ..linalg.cg import CG
 from ..linalg.direct import LU
-from ..linalg.identity import Identity
 from ..linalg.minres import MINRES
-from ..linalg.neumann import Neumann
 from ..linalg.operator import Operator
 from ..linalg.scipy import GMRES
 from ..linalg.solve import LinearSolver, LinearState
 from ..solution import Solution
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
+from .methods import accurate_solver, methods_for
 from .problem import Bilevel, leaf_copies, solve
 
 MEBIBYTE = 2**20
@@ -131,13 +128,14 @@ def compare_methods(
     Args:
         problem: with both levels; see `Bilevel`. Its own ``hypergradient`` is the reference where it has one, else an
             accurate solve.
-        methods: from a name to a hypergradient method, or to a pair of inner solver and method; None: linear solvers
-            that fit the problem.
+        methods: from a name to a hypergradient method, or to a pair of inner solver and method; None: all that suit
+            the problem.
         solver: the inner solver of those that do not bring their own; None: an accurate one.
         repeats: runs for the median time; memory is measured in one more.
     """
-    methods = default_methods(problem) if methods is None else methods
     solver = solver or accurate_solver(problem)
+    if methods is None:
+        methods = {method.name: (method.solver or solver, method.hypergrad) for method in methods_for(problem)}
     truth, name = _reference(problem)
     rows = [_measure(problem, label, method, solver, truth, repeats) for label, method in methods.items()]
     where = leaves(problem.init)[0].device
@@ -151,27 +149,6 @@ def compare_methods(
 
 def _put(content: bytes, file: BinaryIO) -> None:
     file.write(content)
-
-
-def accurate_solver(problem: Bilevel) -> Any:
-    """An inner solver that goes as far as the precision allows; None where the problem has one of its own."""
-    tight = 1e-13 if leaves(problem.init)[0].dtype is torch.float64 else 1e-6
-    if problem.kind == "composite":
-        return None
-    return NewtonCG(gtol=tight) if problem.kind == "argmin" else Newton(tol=tight)
-
-
-def default_methods(problem: Bilevel) -> dict[str, Any]:
-    """Linear solvers that fit the kind and the size of the problem."""
-    rtol = 1e-8 if leaves(problem.init)[0].dtype is torch.float64 else 1e-5
-    symmetric = problem.kind in ("argmin", "composite")
-    solvers: dict[str, LinearSolver] = {"GMRES": GMRES(rtol=rtol), "Neumann": Neumann(rtol=rtol, max_steps=2000)}
-    if symmetric:
-        solvers = {"CG": CG(rtol=rtol), "CG, 5 steps": CG(max_steps=5), "MINRES": MINRES(rtol=rtol), **solvers}
-        solvers["Identity"] = Identity()
-    if sum(leaf.numel() for leaf in leaves(problem.init)) <= LARGEST_DENSE:
-        solvers["LU"] = LU()
-    return {name: Implicit(linear) for name, linear in solvers.items()}
 
 
 def _reference(problem: Bilevel) -> tuple[list[Tensor], str]:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..argmin import argmin, fixed_point, root
 from ..closure import Autocast, Closure
-from ..hypergrad.statement import ObjectiveStatement, ResidualStatement, Statement
+from ..hypergrad.statement import ObjectiveStatement, ResidualStatement, Statement, SymmetricResidualStatement
 from ..solution import Solution, Throw
 from ..tree import Tree, leaves, tree_map
 
@@ -72,11 +72,12 @@ def solve(
     given: dict[str, Any] = {"throw": throw, **settings}
     if hypergrad is not None:
         given["hypergrad"] = hypergrad
-    if solver is None and problem.kind == "composite":
-        solver = problem.solver  # type: ignore[attr-defined]
-    if problem.kind in ("root", "fixed_point"):
-        given["batched"] = getattr(problem, "batched", False)
-    entry = {"root": root, "fixed_point": fixed_point}.get(problem.kind, argmin)
+    if problem.kind == "composite":
+        solver = problem.solver(hparams)  # type: ignore[attr-defined]
+    if problem.kind == "root":
+        given["symmetric"] = getattr(problem, "symmetric", False)
+    entries: dict[str, Callable[..., Solution]] = {"root": root, "fixed_point": fixed_point}
+    entry = entries.get(problem.kind, argmin)
     return entry(problem.inner, init, hparams, solver=solver, **given)
 
 
@@ -102,4 +103,5 @@ def statement_of(problem: Bilevel, hparams: Tree) -> tuple[Statement, list[Tenso
         value = problem.inner(params, hparams)
         return value if problem.kind == "root" else tree_map(torch.sub, params, value)
 
-    return ResidualStatement(Closure(residual, spec, (hparams,), flat, autocast)), flat
+    kind = SymmetricResidualStatement if getattr(problem, "symmetric", False) else ResidualStatement
+    return kind(Closure(residual, spec, (hparams,), flat, autocast)), flat

@@ -13,7 +13,7 @@ from ..inner.minimize import INNER_ADVICE, InnerSolver
 from ..problem import Linearization, Objective, Problem
 from ..solution import Solution, Throw, settle
 from ..tree import Raveler, Tree
-from .statement import Statement, free_leaves, raveler_of
+from .statement import ResidualStatement, Statement, free_leaves, raveler_of
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Point:
 
     def require_objective(self, method: str) -> None:
         """Raise where the problem is not one of `argmin`."""
-        if not self.statement.symmetric or self.minimize is None:
+        if isinstance(self.statement, ResidualStatement) or self.minimize is None:
             raise TypeError(
                 f"{method} needs the objective of an argmin; a root or fixed point has none: use hypergrad=Implicit()."
             )

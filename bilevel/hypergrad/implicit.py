@@ -21,6 +21,7 @@ from ..linalg.solve import LinearSolver, LinearState
 from ..problem import Linearization, Problem
 from ..solution import Result, Solution
 from .base import Point, Pulled
+from .statement import ResidualStatement
 
 OperatorFactory = Callable[[Problem, Linearization], Operator]
 
@@ -74,8 +75,8 @@ class Implicit:
         at, raveler = point.linearization(), point.raveler
         if callable(self.operator):
             return self.operator(_problem(point), at)
-        if not point.statement.symmetric:
-            return GraphJacobian(raveler, at)
+        if isinstance(point.statement, ResidualStatement):
+            return GraphJacobian(raveler, at, point.statement.symmetric)
         if self.operator == "graph":
             return GraphHessian(raveler, at)
         assert at.loss is not None
@@ -109,7 +110,7 @@ FALLBACK_RTOL = 1e-4
 def _problem(point: Point) -> Problem:
     """The problem as operator factories see it: the user's own objective and args."""
     closure = point.statement.closure
-    if not isinstance(closure, Closure) or not point.statement.symmetric:
+    if not isinstance(closure, Closure) or isinstance(point.statement, ResidualStatement):
         raise NotImplementedError(
             "A Gauss-Newton or Fisher operator serves argmin, outside of torch.func.vmap: give it a vector objective."
         )

@@ -74,6 +74,12 @@ class ResidualStatement(Statement):
         return dataclasses.replace(at, hparams=free)
 
 
+class SymmetricResidualStatement(ResidualStatement):
+    """``r(y, x) = 0`` with a symmetric Jacobian, as its author says."""
+
+    symmetric = True
+
+
 def free_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Detached stand-ins that require grad where they can."""
     return [t.detach().requires_grad_() if t.is_floating_point() else t.detach() for t in tensors]

@@ -18,6 +18,7 @@ from ..tree import norm
 from .lbfgs import default_gtol
 from .minimize import check_settings
 
+DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 HESSIAN_METHODS = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
 TOLERANCE_OPTIONS = {
     "l-bfgs-b": lambda gtol: {"gtol": gtol, "ftol": 0.0, "maxfun": 10**9},
@@ -67,10 +68,11 @@ class ScipyMinimize:
             return to_numpy(_hessian_at(problem, tensor(x)).matvec(tensor(v)))
 
         method = self.method.lower()
+        free = method in DERIVATIVE_FREE
         outcome = scipy.optimize.minimize(
-            value_and_grad,
+            (lambda x: value_and_grad(x)[0]) if free else value_and_grad,
             to_numpy(problem.start.y),
-            jac=True,
+            jac=None if free else True,
             hessp=hessp if method in HESSIAN_METHODS else None,
             method=self.method,
             options=self._options(method, float(torch.as_tensor(gtol).min()), problem.start),

@@ -13,11 +13,11 @@ from .operator import Operator
 class GraphJacobian(Operator):
     """``J = d_y r``: ``J^T u`` is one reverse pass, ``J v`` one reverse pass over the graph of such a pass.
 
-    Not symmetric. One problem's residual must not depend on another's unknowns.
+    One problem's residual must not depend on another's unknowns. Where J is declared symmetric, both are one pass.
     """
 
-    def __init__(self, raveler: Raveler, at: Linearization):
-        super().__init__(raveler.batch_shape, raveler.size, raveler.dtype, raveler.device, symmetric=False)
+    def __init__(self, raveler: Raveler, at: Linearization, symmetric: bool = False):
+        super().__init__(raveler.batch_shape, raveler.size, raveler.dtype, raveler.device, symmetric)
         self.raveler, self.at = raveler, at
         self._transposed: tuple[list[Tensor], list[Tensor]] | None = None
 
@@ -25,6 +25,8 @@ class GraphJacobian(Operator):
         return self._reverse(self.at.residual, self.at.leaves, self.raveler.unravel(v))
 
     def matvec(self, v: Tensor) -> Tensor:
+        if self.symmetric:
+            return self.rmatvec(v)
         # J^T w is linear in w: differentiating it with respect to w, along v, gives J v.
         if self._transposed is None:
             with torch.enable_grad():

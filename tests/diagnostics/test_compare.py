@@ -16,15 +16,15 @@ def test_every_row_is_measured(tmp_path):
     problem = with_kind(Ridge(per_feature=True))
     comparison = compare_methods(problem, repeats=1)
     rows = {row.method: row for row in comparison.rows}
-    assert rows["CG"].error < 1e-7 < rows["CG, 5 steps"].error < rows["Identity"].error
-    assert rows["LU"].error < 1e-10
-    assert rows["LU"].products == 10
-    assert rows["CG, 5 steps"].products == 5
-    assert rows["Identity"].products == 0
+    assert rows["implicit, CG"].error < 1e-7 < rows["implicit, 2 CG steps"].error
+    assert rows["implicit, LU"].error < 1e-10
+    assert rows["implicit, LU"].products == 10
+    assert rows["implicit, 2 CG steps"].products == 2
+    assert rows["implicit, identity (T1-T2)"].products == 0
     assert all(row.evaluations > 0 and row.seconds > 0 and row.peak_mib > 0 for row in comparison.rows)
     comparison.save(tmp_path)
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
-    assert "| CG, 5 steps |" in (tmp_path / "comparison.md").read_text()
+    assert "| implicit, 2 CG steps |" in (tmp_path / "comparison.md").read_text()
     saved = json.loads((tmp_path / "comparison.json").read_text())
     assert [row["method"] for row in saved["rows"]] == [row.method for row in comparison.rows]
 
@@ -59,7 +59,7 @@ def test_without_a_closed_form():
     )
     comparison = compare_methods(problem, repeats=1)
     assert comparison.reference == "an accurate solve of both systems"
-    assert {row.method: row for row in comparison.rows}["CG"].error < 1e-7
+    assert {row.method: row for row in comparison.rows}["implicit, CG"].error < 1e-7
 
 
 @pytest.mark.parametrize(

@@ -8,35 +8,57 @@ import pytest
 import torch
 
 import bilevel as bl
+from bilevel.diagnostics import all_methods, solve
 from bilevel.diagnostics.compare import peak_mib
-from bilevel.problems import Quadratics, Ridge, WeightedRidge
+from bilevel.diagnostics.methods import DEFINITE, accurate_solver
+from bilevel.problems import Quadratics, Ridge, collection
 from tests.conformance import randn, relative_error
-from tests.hypergrad.methods import EXACT, LONG, METHODS
 
-PROBLEMS = [Ridge(), Ridge(per_feature=True), WeightedRidge(), Quadratics(conditions=(3.0, 10.0), size=8)]
+EXACT = bl.NewtonCG(gtol=1e-13)
+LONG = bl.GradientDescent(lr=0.15, max_steps=400)
+METHODS = all_methods()
+COLLECTION = {dtype: collection(dtype) for dtype in (torch.float64, torch.float32)}
+DESCENT = {"logistic": {"lr": 1.0, "max_steps": 600}}
+"""Of the unrolled methods, where the defaults converge too slowly."""
+CASES = [
+    (m, name)
+    for name, problem in collection().items()
+    for m in all_methods(**DESCENT.get(name, {}))
+    if m.suits(problem) and not (m.solver and name in ("ill-conditioned", "kernel ridge"))
+]
 
 
 def hypergradient(problem, method, solver=EXACT):
     x = problem.hparams.clone().requires_grad_()
-    fit = bl.argmin(problem.inner, problem.init, x, solver=solver, hypergrad=method, throw="ignore")
+    fit = solve(problem, x, solver=solver, hypergrad=method, throw="ignore")
     (grad,) = torch.autograd.grad(problem.outer(fit.value, x), x, allow_unused=True)
     return torch.zeros_like(x) if grad is None else grad
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_stated_accuracy(method, problem):
+@pytest.mark.parametrize(("method", "name"), CASES, ids=[f"{m.name}-{name}" for m, name in CASES])
+def test_stated_accuracy(method, name):
+    """The suite that every method inherits by its line in `all_methods`."""
+    problem = COLLECTION[torch.float64][name]
+    x = problem.hparams.clone().requires_grad_()
+    solver = method.solver or accurate_solver(problem)
+    fit = solve(problem, x, solver=solver, hypergrad=method.hypergrad, throw="ignore")
+    (grad,) = torch.autograd.grad(problem.outer(fit.value, x), x, allow_unused=True)
     truth = problem.hypergradient(problem.hparams)
-    error = relative_error(hypergradient(problem, method.hypergrad, method.solver), truth)
-    if method.tolerance is not None:
-        assert error <= method.tolerance
+    error = relative_error(torch.zeros_like(x) if grad is None else grad, truth)
+    if method.tolerance is None:
+        assert error < 5 or name == "ill-conditioned"  # biased or noisy, but no nonsense
+    elif fit.adjoint is not None and not fit.adjoint.result.ok:
+        assert name == "ill-conditioned"  # and it says so
     else:
-        assert error < 2  # biased or noisy, but no nonsense
+        # An iterative solver stops at a residual; its error may exceed that by the condition number.
+        assert error <= method.tolerance * (1e4 if name == "ill-conditioned" else 1.0)
     assert hash(method.hypergrad) == hash(method.hypergrad)
     assert "object at" not in repr(method.hypergrad)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.name != "FirstOrder"], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [m for m in METHODS if DEFINITE in m.solves and m.name != "first order"], ids=lambda m: m.name
+)
 def test_every_kind_of_hyperparameter(method):
     """An argument, a captured leaf, a captured non-leaf, 0-d and vector, all in one: each as if it were alone."""
     vector = randn(3, seed=1)
@@ -52,7 +74,7 @@ def test_every_kind_of_hyperparameter(method):
         inner,
         torch.zeros(3, dtype=torch.float64),
         shift,
-        solver=method.solver,
+        solver=method.solver or EXACT,
         hypergrad=method.hypergrad,
         throw="ignore",
     )
@@ -63,7 +85,7 @@ def test_every_kind_of_hyperparameter(method):
         if method.tolerance is not None:
             assert relative_error(one, other) <= 10 * method.tolerance
         else:
-            assert (one * other).sum() > 0 or method.name == "EvolutionStrategies"
+            assert (one * other).sum() > 0 or method.name == "evolution strategies"
 
 
 def test_unroll_is_autograd_of_the_loop():
@@ -266,7 +288,7 @@ def test_evolution_strategies_through_a_derivative_free_solver():
     fit = bl.argmin(
         lambda y: (y - x).square().sum() + 0.1 * y.pow(4).sum(),
         torch.zeros(1, dtype=torch.float64),
-        solver=bl.ScipyMinimize("Nelder-Mead", gtol=1e-4),
+        solver=bl.ScipyMinimize("COBYQA", gtol=1e-4),
         hypergrad=bl.EvolutionStrategies(32, 0.05),
     )
     y = fit.value.detach()

@@ -1,46 +1,11 @@
-"""Bilevel problems whose solution and hypergradient are known in closed form: the truth that methods are held to.
-
-Each has ``init``, ``hparams``, ``inner(params, hparams)``, ``outer(params, hparams)``, and the exact ``solution``
-and ``hypergradient`` at given hyperparameters, by dense linear algebra in the problem's own dtype.
-"""
+"""Ridge regressions: the classic of hyperparameter optimization, with closed forms."""
 
 from __future__ import annotations
-
-from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
-
-class ClosedFormProblem(ABC):
-    """A quadratic inner problem, ``1/2 y^T A(x) y - c(x)^T y``, under an outer loss; T of them or one."""
-
-    init: Tensor
-    hparams: Tensor
-
-    @abstractmethod
-    def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
-        """Inner loss(es) of the batch shape."""
-
-    @abstractmethod
-    def outer(self, params: Tensor, hparams: Tensor) -> Tensor:
-        """Outer loss, a scalar."""
-
-    @abstractmethod
-    def system(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
-        """``A`` of shape ``[*batch, n, n]`` and ``c`` of shape ``[*batch, n]``, differentiable in hparams."""
-
-    def solution(self, hparams: Tensor) -> Tensor:
-        """``A^{-1} c``, ``[*batch, n]``."""
-        matrix, c = self.system(hparams)
-        return torch.linalg.solve(matrix, c.unsqueeze(-1)).squeeze(-1)
-
-    def hypergradient(self, hparams: Tensor) -> Tensor:
-        """The exact gradient of the outer loss, through the dense solve."""
-        x = hparams.detach().clone().requires_grad_()
-        with torch.enable_grad():
-            (grad,) = torch.autograd.grad(self.outer(self.solution(x), x), x)
-        return grad
+from .base import ClosedFormProblem, generator_of, randn
 
 
 class Ridge(ClosedFormProblem):
@@ -109,42 +74,34 @@ class WeightedRidge(Ridge):
         return self.a_train.mT @ weighted / m + ridge, weighted.mT @ self.b_train / m
 
 
-class Quadratics(ClosedFormProblem):
-    """T quadratics of condition numbers of your choice, coupled by one hyperparameter vector ``[n]``.
+class KernelRidge(ClosedFormProblem):
+    """Kernel ridge regression with a Gaussian kernel: ``hparams = (log width, log penalty)``.
 
-    inner: ``1/2 y^T A_t y - (c_t + x)^T y``; outer: ``sum_t ||y_t - target||^2 / 2``.
-
-    Args:
-        conditions: one condition number for each problem; the smallest eigenvalue is 1.
-        size: n.
+    inner (in the dual): ``1/2 a^T (K + m exp(penalty) I) a - b^T a``; outer: squared error on validation data.
     """
 
-    def __init__(
-        self,
-        conditions: tuple[float, ...] = (1.0, 10.0, 100.0, 1e3, 1e4),
-        size: int = 20,
-        *,
-        dtype: torch.dtype = torch.float64,
-        seed: int = 0,
-    ):
-        generator = torch.Generator().manual_seed(seed)
-        num_tasks = len(conditions)
+    def __init__(self, num_examples: int = 20, *, dtype: torch.dtype = torch.float64, seed: int = 0):
+        generator = generator_of(seed)
+        points = [2 * randn(num_examples, 1, generator=generator) for _ in range(2)]
+        self.x_train, self.x_val = (x.to(dtype) for x in points)
+        self.b_train, self.b_val = (
+            (torch.sin(2 * x) + 0.1 * randn(num_examples, 1, generator=generator)).squeeze(-1).to(dtype) for x in points
+        )
+        self.init = torch.zeros(num_examples, dtype=dtype)
+        self.hparams = torch.tensor([-0.5, -3.0], dtype=dtype)
 
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        basis, _ = torch.linalg.qr(randn(num_tasks, size, size))
-        spectrum = torch.stack([torch.logspace(0, float(torch.tensor(c).log10()), size) for c in conditions]).double()
-        self.matrix = (basis @ torch.diag_embed(spectrum) @ basis.mT).to(dtype)
-        self.c, self.target = randn(num_tasks, size).to(dtype), randn(size).to(dtype)
-        self.init, self.hparams = torch.zeros(num_tasks, size, dtype=dtype), randn(size).to(dtype)
+    def kernel(self, a: Tensor, b: Tensor, hparams: Tensor) -> Tensor:
+        """``exp(-(a - b)^2 / 2 width^2)``"""
+        return torch.exp(-(a - b.mT).square() / (2 * (2 * hparams[0]).exp()))
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
-        product = (self.matrix @ params.unsqueeze(-1)).squeeze(-1)
-        return (params * product).sum(-1) / 2 - ((self.c + hparams) * params).sum(-1)
+        matrix, b = self.system(hparams)
+        return params @ matrix @ params / 2 - b @ params
 
     def outer(self, params: Tensor, hparams: Tensor) -> Tensor:
-        return (params - self.target).square().sum() / 2
+        return (self.kernel(self.x_val, self.x_train, hparams) @ params - self.b_val).square().mean() / 2
 
     def system(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
-        return self.matrix, self.c + hparams
+        m = len(self.b_train)
+        eye = torch.eye(m, dtype=self.b_train.dtype)
+        return self.kernel(self.x_train, self.x_train, hparams) + m * hparams[1].exp() * eye, self.b_train
