@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from applications.errors import UserError
-from applications.files import write_atomically
+from bilevel import files
 
 
 class RunFolder:
@@ -61,7 +61,7 @@ class RunFolder:
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a whole file atomically: after a crash there is the old one or the new one."""
         with _told(f"{self.path / name} could not be written; its earlier version is untouched"):
-            write_atomically(self.path / name, lambda file: file.write(content))
+            files.write_atomically(self.path / name, lambda file: file.write(content))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """One line of ``metrics.jsonl``, at once."""

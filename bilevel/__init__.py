@@ -7,7 +7,7 @@ Linear solvers: `CG`, `Neumann`, `MINRES`, `GMRES`, `BiCGSTAB`, `LSMR`, `Cholesk
 Outcomes: `Result`, `SolveError`, `SolveWarning`. Trees: `stack`. Optuna: `tuning`. Truth: `problems`.
 """
 
-from . import diagnostics, problems, stochastic, tuning
+from . import diagnostics, files, problems, stochastic, tuning
 from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
@@ -93,6 +93,7 @@ __all__ = [
     "custom_fixed_point",
     "custom_root",
     "diagnostics",
+    "files",
     "fixed_point",
     "problems",
     "root",

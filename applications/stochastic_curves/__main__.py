@@ -14,11 +14,10 @@ import torch
 import tyro
 
 from applications.errors import UserError
-from applications.files import write_atomically
 from applications.stochastic_curves import plots
 from applications.stochastic_curves.methods import Batches, methods
 from applications.stochastic_curves.problems import Logistic, Problem, Quadratics
-from bilevel import SolveError, stochastic
+from bilevel import SolveError, files, stochastic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +75,10 @@ def run(options: Options) -> None:
     record = {"settings": settings, "torch": torch.__version__, "curves": curves}
     picture = plots.curves(curves, titles[options.problem].format(options.batches))
     try:
-        write_atomically(options.out / "curves.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
-        write_atomically(options.out / "curves.png", lambda file: file.write(picture))
+        files.write_atomically(
+            options.out / "curves.json", lambda file: file.write(json.dumps(record, indent=1).encode())
+        )
+        files.write_atomically(options.out / "curves.png", lambda file: file.write(picture))
     except OSError as error:
         raise UserError(f"--out {options.out} cannot be written: {error}. Choose another folder.") from error
     print(f"Wrote {options.out / 'curves.json'} and {options.out / 'curves.png'}.")

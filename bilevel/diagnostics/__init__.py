@@ -4,11 +4,12 @@ from .advise import Advice, Spectrum, advise
 from .check import HypergradientCheck, HypergradientError, check_hypergradient
 from .checked import Constants, hypergradient
 from .compare import Comparison, compare_methods
-from .methods import Method, all_methods, methods_for
-from .problem import BilevelProblem, solve
+from .methods import Method, accurate_solver, all_methods, methods_for
+from .problem import Bilevel, BilevelProblem, solve
 
 __all__ = [
     "Advice",
+    "Bilevel",
     "BilevelProblem",
     "Comparison",
     "Constants",
@@ -16,6 +17,7 @@ __all__ = [
     "HypergradientError",
     "Method",
     "Spectrum",
+    "accurate_solver",
     "advise",
     "all_methods",
     "check_hypergradient",

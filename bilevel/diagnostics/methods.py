@@ -73,6 +73,7 @@ def all_methods(rtol: float = 1e-8, lr: float = 0.15, max_steps: int = 400) -> l
     """
     descent = GradientDescent(lr=lr, max_steps=max_steps)
     iterative = 1e-6
+    strength = 1e3 if rtol < 1e-7 else 200.0  # its difference of gradients loses digits to rounding
     every = {DEFINITE, SYMMETRIC, SINGULAR, GENERAL, CONTRACTION}
     regular = every - {SINGULAR}
     return [
@@ -89,11 +90,11 @@ def all_methods(rtol: float = 1e-8, lr: float = 0.15, max_steps: int = 400) -> l
         _implicit("Cholesky", Cholesky(), 1e-10),
         _implicit("LU", LU(), 1e-10, regular),
         Method("implicit, CG by torch.func", Implicit(CG(rtol=rtol), operator="func"), iterative),
-        Method("unrolled", Unroll(), iterative, solver=descent),
-        Method("unrolled, checkpoints", Unroll(checkpoint=True), iterative, solver=descent),
+        Method("unrolled", Unroll(), 1e-10, solver=descent),
+        Method("unrolled, checkpoints", Unroll(checkpoint=True), 1e-10, solver=descent),
         Method("truncated, last half", Truncated(max_steps // 2), iterative, solver=descent),
-        Method("forward mode", ForwardMode(), iterative, solver=descent),
-        Method("penalty, symmetric", Penalty(strength=1e3), 1e-4),
+        Method("forward mode", ForwardMode(), 1e-10, solver=descent),
+        Method("penalty, symmetric", Penalty(strength), 1e-4),
         Method("evolution strategies", EvolutionStrategies(num_samples=16), None),
         Method("implicit, Nystrom of rank 5", Implicit(Nystrom(5, damping=1.0)), None),
         Method("implicit, 2 CG steps", Implicit(CG(max_steps=2)), None),

@@ -27,15 +27,22 @@ class Bilevel(Protocol):
             a map for `fixed_point`.
     """
 
-    init: Tree
-    hparams: Tree
-    kind: Kind
+    @property
+    def init(self) -> Tree: ...
+
+    @property
+    def hparams(self) -> Tree: ...
+
+    @property
+    def kind(self) -> str: ...
 
     def inner(self, params: Tree, hparams: Tree) -> Any:
         """The loss, residual or map."""
+        ...
 
     def outer(self, params: Tree, hparams: Tree) -> Tensor:
         """A scalar."""
+        ...
 
 
 @dataclass(frozen=True)

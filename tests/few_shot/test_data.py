@@ -21,7 +21,7 @@ from applications.errors import UserError
 from applications.few_shot.data import ImageClasses, Splits, cifar_fs, data_root, glyphs, load, with_rotations
 from applications.few_shot.data import mini_imagenet as mini
 from applications.few_shot.data import omniglot as omni
-from applications.files import write_atomically
+from bilevel import files
 
 SHARED = Path(os.environ.get("BILEVEL_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 REAL = SHARED / "omniglot" / "omniglot28.npz"
@@ -130,7 +130,7 @@ def test_interrupted_writing_keeps_the_old_file(tmp_path: Path) -> None:
 
     (tmp_path / "data.npz").write_bytes(b"old")
     with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "data.npz", fail)
+        files.write_atomically(tmp_path / "data.npz", fail)
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 
 

@@ -25,7 +25,7 @@ from applications.errors import UserError
 from applications.few_shot.data.classes import ImageClasses, Splits
 from applications.few_shot.data.drawing import SIDE, Face, draw
 from applications.few_shot.data.files import read_npz
-from applications.files import write_atomically
+from bilevel import files
 
 SEED = 2024
 INSTANCES = 20
@@ -67,7 +67,7 @@ def load(root: Path) -> Splits:
     except (UserError, IndexError):  # there is none yet, or it is damaged
         images, names = build()
     try:
-        write_atomically(path, lambda file: np.savez_compressed(file, images=images, names=names))
+        files.write_atomically(path, lambda file: np.savez_compressed(file, images=images, names=names))
     except OSError as error:
         warnings.warn(f"the glyphs can't be cached in {path} ({error}); they are drawn anew each time")
     return _splits(images, names)

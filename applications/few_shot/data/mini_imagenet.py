@@ -16,7 +16,7 @@ from PIL import Image
 
 from applications.errors import UserError
 from applications.few_shot.data.classes import ImageClasses, Splits
-from applications.files import write_atomically
+from bilevel import files
 
 SIDE = 84
 LEAST = 20  # images of a class
@@ -122,6 +122,6 @@ def _cached(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 def _write(path: Path, pixels: np.ndarray) -> None:
     try:
-        write_atomically(path, lambda file: np.save(file, pixels))
+        files.write_atomically(path, lambda file: np.save(file, pixels))
     except OSError as error:
         warnings.warn(f"the pixels can't be cached in {path} ({error}); the images are read anew each time")

@@ -18,7 +18,7 @@ from PIL import Image
 from applications.errors import UserError
 from applications.few_shot.data.classes import ImageClasses, Splits, with_rotations
 from applications.few_shot.data.files import read_npz, torchvision_datasets, unusable
-from applications.files import write_atomically
+from bilevel import files
 
 SEED = 0  # of both splits
 CHARACTERS, BACKGROUND, INSTANCES, SIDE = 1623, 964, 20, 28
@@ -97,7 +97,7 @@ def _make(path: Path, root: Path, download: bool) -> None:
         arrays = convert(
             {b: Path(datasets.Omniglot(root, background=b, download=True).target_folder) for b in (True, False)}
         )
-        write_atomically(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+        files.write_atomically(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
     # The network's errors are OSErrors too; torchvision raises RuntimeError for a wrong checksum.
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
         raise UserError(
