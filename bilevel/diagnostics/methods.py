@@ -73,7 +73,7 @@ def all_methods(rtol: float = 1e-8, lr: float = 0.15, max_steps: int = 400) -> l
     """
     descent = GradientDescent(lr=lr, max_steps=max_steps)
     iterative = 1e-6
-    strength = 1e3 if rtol < 1e-7 else 200.0  # its difference of gradients loses digits to rounding
+    strength = 1e3 if rtol < 1e-7 else 100.0  # its difference of gradients loses digits to rounding
     every = {DEFINITE, SYMMETRIC, SINGULAR, GENERAL, CONTRACTION}
     regular = every - {SINGULAR}
     return [

@@ -23,9 +23,9 @@ class CG(IterativeSolver):
     """Conjugate gradients (Hestenes and Stiefel 1952) for symmetric positive definite ``A``.
 
     The default: one product a step, error after k steps at most ``2 ((sqrt(c) - 1) / (sqrt(c) + 1))^k`` for
-    condition number c. Zero or negative curvature ends a problem's solve with `Result.NEGATIVE_CURVATURE` and
-    the iterate of least residual so far; the other problems go on. A tolerance is checked with the true residual (one
-    more product).
+    condition number c. Negative curvature ends a problem's solve with `Result.NEGATIVE_CURVATURE` and the iterate
+    so far (Steihaug 1983), vanishing curvature with the iterate of least residual so far; the other problems go on. A
+    tolerance is checked with the true residual (one more product).
 
     Args:
         rtol, atol, max_steps: see `IterativeSolver`.
@@ -99,11 +99,11 @@ class _State:
         self.best_x = torch.where(better.unsqueeze(-1), self.x, self.best_x)
         self.best_relative = torch.where(better, self.relative, self.best_relative)
 
-    def end_nonconvex(self, where: Tensor) -> None:
-        """End with negative curvature, at the best iterate."""
+    def end_nonconvex(self, where: Tensor, flat: Tensor) -> None:
+        """End with negative curvature; where it vanishes, at the best iterate: the last ones may have run away."""
         self.mark(where, Result.NEGATIVE_CURVATURE)
-        self.x = torch.where(where.unsqueeze(-1), self.best_x, self.x)
-        self.relative = torch.where(where, self.best_relative, self.relative)
+        self.x = torch.where((where & flat).unsqueeze(-1), self.best_x, self.x)
+        self.relative = torch.where(where & flat, self.best_relative, self.relative)
 
 
 def _sweep(
@@ -127,9 +127,10 @@ def _sweep(
         finite = torch.isfinite(curvature)
         length, stretched = norm(p), norm(product)
         state.size = torch.where(state.active & finite, torch.fmax(state.size, stretched / length), state.size)
-        convex = curvature > roundoff * length * torch.fmax(stretched, state.size * length)
+        zero = roundoff * length * torch.fmax(stretched, state.size * length)
+        convex = curvature > zero
         state.mark(state.active & ~finite, Result.NONFINITE)
-        state.end_nonconvex(state.active & finite & ~convex)
+        state.end_nonconvex(state.active & finite & ~convex, curvature >= -zero)
         state.relative = torch.where(state.active & ~finite, torch.full_like(rz, torch.nan), state.relative)
         state.steps = state.steps + state.active
         made = state.active
