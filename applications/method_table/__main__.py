@@ -82,7 +82,7 @@ def _cell(
     error = float((found.double() - exact).norm() / exact.norm())
     stated = method.tolerance
     if stated is not None:
-        stated = ILL_CONDITIONED.get(name, 1.0) * (stated if precision == "float64" else max(stated, 1e-4))
+        stated = ILL_CONDITIONED.get(name, 1.0) * (stated if precision == "float64" else method.single)
     told = fit.adjoint is not None and not fit.adjoint.result.ok
     return Cell(precision, method.name, name, error, stated, told)
 

@@ -65,6 +65,7 @@ class Implicit:
         """Solve ``J^T u = b`` or ``J u = b`` at the solution, with the fallbacks that were allowed."""
         operator = self.operator_at(point)
         operator = operator.T if transpose else operator
+        b = _without_unused(point, b)
         solver = self.linear_solver or (CG() if operator.symmetric else GMRES())
         state = point.state if isinstance(point.state, LinearState) else None
         solved = solver.solve(self._damped(operator, 0.0), b, state)
@@ -105,6 +106,15 @@ class Implicit:
 
 
 FALLBACK_RTOL = 1e-4
+
+
+def _without_unused(point: Point, b: Tensor) -> Tensor:
+    """Zero where a leaf has no residual: it stays at its start whatever the hyperparameters are."""
+    used = [r.requires_grad for r in point.linearization().residual]
+    if all(used):
+        return b
+    parts = point.raveler.unravel(b)
+    return point.raveler.ravel([p if use else torch.zeros_like(p) for p, use in zip(parts, used, strict=True)])
 
 
 def _problem(point: Point) -> Problem:
