@@ -7,7 +7,7 @@ Linear solvers: `CG`, `Neumann`, `MINRES`, `GMRES`, `BiCGSTAB`, `LSMR`, `Cholesk
 Outcomes: `Result`, `SolveError`, `SolveWarning`. Trees: `stack`. Optuna: `tuning`. Truth: `problems`.
 """
 
-from . import diagnostics, files, problems, stochastic, tuning
+from . import compat, diagnostics, files, problems, prox, stochastic, tuning
 from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
@@ -25,6 +25,7 @@ from .inner.fixed_point import Anderson, Picard
 from .inner.gradient_descent import GradientDescent
 from .inner.lbfgs import LBFGS
 from .inner.newton_cg import NewtonCG
+from .inner.proximal import ProximalGradient
 from .inner.roots import Newton, ScipyRoot
 from .inner.scipy import ScipyMinimize
 from .inner.steps import SGD, Adam, AdamW, RMSprop, Steps
@@ -78,6 +79,7 @@ __all__ = [
     "OneStep",
     "Penalty",
     "Picard",
+    "ProximalGradient",
     "RMSprop",
     "Result",
     "ScipyMinimize",
@@ -90,12 +92,14 @@ __all__ = [
     "Truncated",
     "Unroll",
     "argmin",
+    "compat",
     "custom_fixed_point",
     "custom_root",
     "diagnostics",
     "files",
     "fixed_point",
     "problems",
+    "prox",
     "root",
     "stack",
     "stochastic",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from .closure import Closure, Recorder
 from .hypergrad.base import Hypergrad, PathMethod
+from .hypergrad.composite import CompositeStatement, prox_residual
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
 from .hypergrad.statement import ObjectiveStatement, ResidualStatement, SymmetricResidualStatement
@@ -16,10 +20,11 @@ from .inner.fixed_point import Anderson
 from .inner.lbfgs import LBFGS
 from .inner.minimize import INNER_ADVICE, InnerSolver
 from .inner.newton_cg import NewtonCG
+from .inner.proximal import ProximalGradient
 from .inner.roots import Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
 from .solution import Solution, Throw, check_throw, settle
-from .tree import Tree, tree_map
+from .tree import Tree, leaves, tree_map
 
 ROOT_ADVICE = (
     "The hypergradient holds at a solution only: raise max_steps, loosen tol, start closer to the solution, or take "
@@ -50,7 +55,8 @@ def argmin(
         objective: differentiable twice; written with ``params``, its first argument.
         init: where to start: any tree of floating-point tensors. With `Implicit`, no gradient flows to it.
         args: passed on to the objective.
-        solver: `LBFGS` by default; `GradientDescent`, `NewtonCG`, `TorchOptim`, `ScipyMinimize`.
+        solver: `LBFGS` by default; `GradientDescent`, `NewtonCG`, `TorchOptim`, `ScipyMinimize`, `Steps`; with
+            `ProximalGradient` the minimum is that of ``objective + prox.value``.
         hypergrad: `Implicit` or `Unroll`; None: the value is detached.
         throw: what a failed solve does, here and in the backward pass: ``"raise"`` a `SolveError`, ``"warn"``
             (a `SolveWarning`; non-finite solves still raise), ``"fallback"`` (retry with `NewtonCG`, and MINRES
@@ -69,6 +75,8 @@ def argmin(
     solver = LBFGS() if solver is None else solver
     if isinstance(hypergrad, PathMethod):
         return hypergrad.run(objective, init, args, solver, throw)
+    if isinstance(solver, ProximalGradient):
+        return _composite(objective, init, args, solver, hypergrad, throw, warm_start)
 
     def solve(problem: Problem, measure: Callable[[Solution], Solution]) -> Solution:
         found = measure(solver.minimize(problem))
@@ -89,6 +97,55 @@ def argmin(
         hypergrad=hypergrad,
         throw=throw,
         minimize=solver.minimize,
+        warm_start=warm_start,
+    )
+
+
+def _composite(
+    objective: Objective,
+    init: Tree,
+    args: tuple[Any, ...],
+    solver: ProximalGradient,
+    hypergrad: Hypergrad | None,
+    throw: Throw,
+    warm_start: Solution | None,
+) -> Solution:
+    """``min objective + prox.value``, through the residual of its fixed point."""
+    check_init(init)
+    prox, spec = solver.prox, pytree.tree_structure(init)
+    residual = prox_residual(objective, prox)
+    pair = pytree.tree_structure((torch.empty(0), torch.empty(0)))
+
+    def build(recorder: Recorder | None) -> Problem:
+        problem = Problem(objective, init, args)
+        problem.shrink = prox.prox
+        if recorder:
+            start = [leaf.detach() for leaf in leaves(init)]
+            recorder.know(start)
+            recorder.note((args, prox.tensors))
+            with recorder:
+                residual(pytree.tree_unflatten(start, spec), *args)
+        return problem
+
+    def statement(closure: Closure) -> CompositeStatement:
+        parts = (replace(closure, fn=objective), replace(closure, fn=lambda pair, *_: prox.prox(*pair), spec=pair))
+        return CompositeStatement(closure, *parts, prox.separable)
+
+    def solve(problem: Problem, measure: Callable[[Solution], Solution]) -> Solution:
+        found = measure(solver.minimize(problem))
+        settle(found, throw, "The inner solve", INNER_ADVICE)
+        return found
+
+    return differentiable_solve(
+        statement,
+        residual,
+        init,
+        args,
+        build=build,
+        batch_dims_of=lambda _, init: _check_loss(objective(init, *args), init),
+        solve=solve,
+        hypergrad=hypergrad,
+        throw=throw,
         warm_start=warm_start,
     )
 

@@ -18,6 +18,9 @@ from .tree import Raveler, Tree, leaves
 Objective = Callable[..., Tensor]
 """``objective(params, *args)``: a scalar for one problem, a vector ``[T]`` for T independent problems."""
 
+Shrink = Callable[[Tensor, Tensor], Tensor]
+"""``(z [*batch, n], step [*batch]) -> prox(z, step)``."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -97,6 +100,7 @@ class Problem:
             grads = _gradient(loss, point, create_graph=differentiable)
             start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
         self.start = start if differentiable else start.detach()
+        self.shrink: Shrink | None = None  # the prox of a composite problem
         if not bool(torch.isfinite(self.start.f).all()):
             raise ValueError(blame_nonfinite("objective", init, args))
 

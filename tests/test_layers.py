@@ -11,7 +11,7 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *("files", "solution", "tree", "closure", "problem", "prox", "linalg", "inner", "hypergrad", "argmin"),
+    *("files", "solution", "tree", "closure", "prox", "problem", "linalg", "inner", "hypergrad", "argmin"),
     *("adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "tuning", "__init__"),
 ]
 

@@ -105,7 +105,7 @@ class Call:
 
 
 def differentiable_solve(
-    kind: type[Statement],
+    kind: Callable[[Closure], Statement],
     fn: Callable[..., Any],
     init: Tree,
     args: tuple[Any, ...],
@@ -121,7 +121,7 @@ def differentiable_solve(
     """Solve a problem, and make its solution a function of every tensor that ``fn`` reached.
 
     Args:
-        build: the problem at ``init``, recorded.
+        kind: makes the statement of a closure. build: the problem at ``init``, recorded.
         batch_dims_of: from what ``fn`` returned and ``init`` to the number of leading dimensions that count problems.
         solve, minimize: as in `Call` and `Point`.
     """
@@ -165,6 +165,10 @@ def _measure(problem: Any, found: Solution) -> Solution:
     """The norm of the residual at what a solver found joins its stats."""
     if isinstance(problem, Problem):
         at = problem.evaluate(found.value)
+        if problem.shrink is not None:
+            with torch.no_grad():
+                moved = problem.shrink(at.y - at.g, torch.ones_like(at.f))
+            return measured(found, norm(at.y - moved), torch.isfinite(at.f))
         return measured(found, norm(at.g), torch.isfinite(at.f))
     size = norm(problem.evaluate(found.value))
     return measured(found, size, torch.isfinite(size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -21,6 +22,7 @@ from ..linalg.solve import LinearSolver, LinearState
 from ..problem import Linearization, Problem
 from ..solution import Result, Solution
 from .base import Point, Pulled
+from .composite import CompositeStatement
 from .statement import ResidualStatement
 
 OperatorFactory = Callable[[Problem, Linearization], Operator]
@@ -63,9 +65,13 @@ class Implicit:
 
     def solve_at(self, point: Point, b: Tensor, *, transpose: bool) -> Solution:
         """Solve ``J^T u = b`` or ``J u = b`` at the solution, with the fallbacks that were allowed."""
-        operator = self.operator_at(point)
-        operator = operator.T if transpose else operator
         b = _without_unused(point, b)
+        if isinstance(point.statement, CompositeStatement) and point.statement.separable:
+            return point.statement.solve(point, b, transpose, partial(self._solve, point))
+        operator = self.operator_at(point)
+        return self._solve(point, operator.T if transpose else operator, b)
+
+    def _solve(self, point: Point, operator: Operator, b: Tensor) -> Solution:
         solver = self.linear_solver or (CG() if operator.symmetric else GMRES())
         state = point.state if isinstance(point.state, LinearState) else None
         solved = solver.solve(self._damped(operator, 0.0), b, state)

@@ -1,0 +1,220 @@
+"""Proximal operators and projections, for inner problems with a penalty or a constraint that is not smooth.
+
+Each works on flat vectors ``[*batch, n]`` and is differentiable towards the vector and its own settings, which may be
+tensors that require grad: hyperparameters like others. ``prox(y, step) = argmin_z ||z - y||^2 / 2 + step * value(z)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+Setting = float | Tensor
+
+
+class Prox(ABC):
+    """A closed convex function with a prox.
+
+    ``separable``: it acts on each coordinate by itself, so that its Jacobian is diagonal.
+    """
+
+    separable: ClassVar[bool] = False
+
+    @abstractmethod
+    def prox(self, y: Tensor, step: Setting) -> Tensor:
+        """``[*batch, n] -> [*batch, n]``; ``step`` a number, or one for each problem ``[*batch]``."""
+
+    @abstractmethod
+    def value(self, y: Tensor) -> Tensor:
+        """``[*batch, n] -> [*batch]``; of a constraint 0 inside (to rounding) and inf outside."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Settings that are tensors."""
+        values = [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]
+        return [value for value in values if isinstance(value, Tensor)]
+
+
+@dataclass(frozen=True, eq=False)
+class L1(Prox):
+    """``sum strength |y|``: the lasso. ``strength`` a number, or one for each coordinate ``[n]``."""
+
+    strength: Setting = 1.0
+    separable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_not_negative(strength=self.strength)
+
+    def prox(self, y: Tensor, step: Setting) -> Tensor:
+        return soft_threshold(y, per_problem(step, y) * self.strength)
+
+    def value(self, y: Tensor) -> Tensor:
+        return (self.strength * y.abs()).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class ElasticNet(Prox):
+    """``sum l1 |y| + l2 y^2 / 2``."""
+
+    l1: Setting = 1.0
+    l2: Setting = 1.0
+    separable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_not_negative(l1=self.l1, l2=self.l2)
+
+    def prox(self, y: Tensor, step: Setting) -> Tensor:
+        step = per_problem(step, y)
+        return soft_threshold(y, step * self.l1) / (1 + step * self.l2)
+
+    def value(self, y: Tensor) -> Tensor:
+        return (self.l1 * y.abs() + self.l2 * y.square() / 2).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLasso(Prox):
+    """``sum_g strength_g ||y_g||``.
+
+    Args:
+        groups: the group of each coordinate, int64 ``[n]``, counted from 0.
+        strength: a number, or one for each group.
+    """
+
+    groups: Tensor
+    strength: Setting = 1.0
+
+    def __post_init__(self) -> None:
+        check_not_negative(strength=self.strength)
+        if self.groups.dtype != torch.int64 or self.groups.dim() != 1 or bool((self.groups < 0).any()):
+            raise ValueError("groups is a vector of int64 that names the group of each coordinate, counted from 0.")
+
+    def prox(self, y: Tensor, step: Setting) -> Tensor:
+        size = self._sizes(y)
+        alive = size > 0
+        safe = torch.where(alive, size, torch.ones_like(size))
+        factor = torch.where(alive, 1 - per_problem(step, y) * self.strength / safe, torch.zeros_like(size))
+        factor = torch.where(factor > 0, factor, torch.zeros_like(factor))
+        return y * factor[..., self.groups]
+
+    def value(self, y: Tensor) -> Tensor:
+        return (self.strength * self._sizes(y)).sum(-1)
+
+    def _sizes(self, y: Tensor) -> Tensor:
+        count = int(self.groups.max()) + 1
+        squares = y.new_zeros(*y.shape[:-1], count).index_add(-1, self.groups, y.square())
+        alive = squares > 0
+        return torch.where(
+            alive, torch.where(alive, squares, torch.ones_like(squares)).sqrt(), torch.zeros_like(squares)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Box(Prox):
+    """``lower <= y <= upper``: numbers, or one for each coordinate."""
+
+    lower: Setting = 0.0
+    upper: Setting = 1.0
+    separable: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        low, high = torch.as_tensor(self.lower).detach(), torch.as_tensor(self.upper).detach()
+        hidden = is_functorch_wrapped_tensor(low) or is_functorch_wrapped_tensor(high)
+        if not hidden and not bool((low <= high).all()):
+            raise ValueError(f"lower is {self.lower} and upper {self.upper}: the box is empty.")
+
+    def prox(self, y: Tensor, step: Setting) -> Tensor:
+        # By choices, not clamps: a clamp halves the derivative on the boundary.
+        low, high = (torch.as_tensor(bound, dtype=y.dtype, device=y.device) for bound in (self.lower, self.upper))
+        return torch.where(y < low, low, torch.where(y > high, high, y))
+
+    def value(self, y: Tensor) -> Tensor:
+        slack = 1e-6 if y.dtype == torch.float32 else 1e-12
+        inside = ((y >= self.lower - slack) & (y <= self.upper + slack)).all(-1)
+        return torch.where(inside, 0.0, torch.inf).to(y.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class NonNegative(Prox):
+    """``y >= 0``."""
+
+    separable: ClassVar[bool] = True
+
+    def prox(self, y: Tensor, step: Setting) -> Tensor:
+        return torch.where(y > 0, y, torch.zeros_like(y))
+
+    def value(self, y: Tensor) -> Tensor:
+        return torch.where((y >= 0).all(-1), 0.0, torch.inf).to(y.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Simplex(Prox):
+    """``y >= 0, sum y = total`` (Held, Wolfe, Crowder 1974; by sorting)."""
+
+    total: Setting = 1.0
+
+    def __post_init__(self) -> None:
+        check_not_negative(total=self.total)
+
+    def prox(self, y: Tensor, step: Setting) -> Tensor:
+        with torch.no_grad():
+            ordered = y.sort(-1, descending=True).values
+            count = torch.arange(1, y.shape[-1] + 1, device=y.device)
+            kept = (ordered * count > ordered.cumsum(-1) - self.total).sum(-1, keepdim=True)
+            support = y >= ordered.gather(-1, kept - 1)
+        inside = torch.where(support, y, torch.zeros_like(y))
+        shift = (inside.sum(-1, keepdim=True) - self.total) / support.sum(-1, keepdim=True)
+        return torch.where(support, y - shift, torch.zeros_like(y))
+
+    def value(self, y: Tensor) -> Tensor:
+        slack = (1e-5 if y.dtype == torch.float32 else 1e-10) * (1 + abs(float(self.total)))
+        inside = (y >= -slack).all(-1) & ((y.sum(-1) - self.total).abs() <= slack)
+        return torch.where(inside, 0.0, torch.inf).to(y.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class L2Ball(Prox):
+    """``||y|| <= radius``."""
+
+    radius: Setting = 1.0
+
+    def __post_init__(self) -> None:
+        check_not_negative(radius=self.radius)
+
+    def prox(self, y: Tensor, step: Setting) -> Tensor:
+        size = torch.linalg.vector_norm(y.detach(), dim=-1, keepdim=True)
+        outside = size > self.radius
+        safe = torch.where(outside, y, torch.ones_like(y))
+        return torch.where(outside, self.radius * y / torch.linalg.vector_norm(safe, dim=-1, keepdim=True), y)
+
+    def value(self, y: Tensor) -> Tensor:
+        inside = torch.linalg.vector_norm(y, dim=-1) <= self.radius * (1 + 1e-6)
+        return torch.where(inside, 0.0, torch.inf).to(y.dtype)
+
+
+def soft_threshold(y: Tensor, threshold: Setting) -> Tensor:
+    """``sign(y) max(|y| - threshold, 0)``"""
+    return torch.where(y > threshold, y - threshold, torch.where(y < -threshold, y + threshold, torch.zeros_like(y)))
+
+
+def per_problem(step: Setting, y: Tensor) -> Setting:
+    """A step for each problem, ready to multiply vectors."""
+    return (
+        step.to(y.dtype).unsqueeze(-1)
+        if isinstance(step, Tensor) and step.dim() == y.dim() - 1 and step.dim()
+        else step
+    )
+
+
+def check_not_negative(**settings: Setting) -> None:
+    """Refuse negative settings, naming them."""
+    for name, value in settings.items():
+        # Under torch.func a value cannot be looked at.
+        if not is_functorch_wrapped_tensor(torch.as_tensor(value)) and not bool(
+            (torch.as_tensor(value).detach() >= 0).all()
+        ):
+            raise ValueError(f"{name} is {value}: it cannot be negative.")

@@ -1,0 +1,189 @@
+"""Composite problems: solutions against scikit-learn and SciPy, derivatives against weak ones and differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import lsq_linear
+from sklearn.linear_model import ElasticNet as SklearnElasticNet
+from sklearn.linear_model import Lasso
+
+import bilevel as bl
+from bilevel import prox
+from tests.conformance import randn, relative_error
+
+X, TARGET = randn(40, 12, seed=1), randn(40, seed=2) + 2 * randn(40, 12, seed=1)[:, :3].sum(-1)
+START = torch.zeros(12, dtype=torch.float64)
+
+
+def least_squares(y, x=X):
+    return (x @ y - TARGET).square().mean() / 2
+
+
+def fit(penalty, objective=least_squares, start=START, hypergrad=bl.Implicit(bl.CG(rtol=1e-12)), **settings):  # noqa: B008
+    solver = bl.ProximalGradient(penalty, tol=1e-12, **settings)
+    return bl.argmin(objective, start, solver=solver, hypergrad=hypergrad, throw="ignore")
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+def test_lasso_and_elastic_net_are_scikit_learns(accelerated):
+    for strength in (0.05, 0.3, 1.0) if accelerated else (0.5,):
+        ours = fit(prox.L1(strength), accelerated=accelerated)
+        theirs = Lasso(strength, fit_intercept=False, tol=1e-14, max_iter=100000).fit(X.numpy(), TARGET.numpy())
+        np.testing.assert_allclose(ours.value.numpy(), theirs.coef_, atol=1e-8)
+        assert ours.stats["residual_norm"] <= 1e-8
+    ours = fit(prox.ElasticNet(0.2 * 0.7, 0.2 * 0.3))
+    net = SklearnElasticNet(0.2, l1_ratio=0.7, fit_intercept=False, tol=1e-14, max_iter=100000)
+    np.testing.assert_allclose(ours.value.numpy(), net.fit(X.numpy(), TARGET.numpy()).coef_, atol=1e-8)
+
+
+def test_box_is_scipys():
+    ours = fit(prox.Box(-0.2, 0.5))
+    theirs = lsq_linear(X.numpy(), TARGET.numpy(), (-0.2, 0.5), tol=1e-14).x
+    np.testing.assert_allclose(ours.value.numpy(), theirs, atol=1e-7)
+
+
+LINEAR = [bl.CG(rtol=1e-12), bl.MINRES(rtol=1e-12), bl.Cholesky(), bl.GMRES(rtol=1e-12), None]
+
+
+@pytest.mark.parametrize("linear", LINEAR, ids=repr)
+def test_the_weak_derivative_of_the_lasso(linear):
+    """d y_S / d strength = -(X_S'X_S / m)^{-1} sign(y_S), zero off the support (Bertrand et al. 2020)."""
+    strength = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    found = fit(prox.L1(strength), hypergrad=bl.Implicit(linear))
+    support = found.value.detach() != 0
+    assert 0 < support.sum() < 12
+    weights = randn(12, seed=3)
+    (grad,) = torch.autograd.grad((found.value * weights).sum(), strength)
+    reduced = X[:, support].mT @ X[:, support] / 40
+    truth = -torch.linalg.solve(reduced, found.value.detach()[support].sign()) @ weights[support]
+    assert grad.item() == pytest.approx(truth.item(), rel=1e-8)
+    assert found.adjoint.result is bl.Result.CONVERGED
+
+
+def derivative_and_difference(penalty_of, hparam, objective=least_squares, hypergrad=bl.Implicit()):  # noqa: B008
+    """Hypergradient of a fixed outer loss along a random direction, and its central difference."""
+    x = hparam.clone().requires_grad_()
+
+    def loss(x):
+        found = fit(penalty_of(x), lambda y: objective(y), hypergrad=hypergrad, max_steps=50000)
+        return (found.value - randn(12, seed=4)).square().sum()
+
+    (grad,) = torch.autograd.grad(loss(x), x)
+    direction = randn(*hparam.shape, seed=5) if hparam.dim() else torch.ones_like(hparam)
+    step = 1e-6
+    with torch.no_grad():
+        slope = (loss(hparam + step * direction) - loss(hparam - step * direction)) / (2 * step)
+    return (grad * direction).sum().item(), slope.item()
+
+
+GROUPS = torch.arange(12) // 3
+
+
+@pytest.mark.parametrize(
+    ("penalty_of", "hparam"),
+    [
+        (lambda x: prox.L1(x.exp()), torch.full((12,), -1.0)),
+        (lambda x: prox.ElasticNet(x[0].exp(), x[1].exp()), torch.tensor([-1.0, -2.0])),
+        (lambda x: prox.GroupLasso(GROUPS, x.exp()), torch.tensor([-1.0, -0.5, -1.0, -0.2])),
+        (lambda x: prox.Box(-x[0].exp(), x[1]), torch.tensor([-1.0, 0.4])),
+        (lambda x: prox.Simplex(x), torch.tensor(1.3)),
+        (lambda x: prox.L2Ball(x), torch.tensor(0.8)),
+    ],
+    ids=["L1 each", "elastic net", "group lasso", "box", "simplex", "ball"],
+)
+def test_settings_of_every_prox_are_hyperparameters(penalty_of, hparam):
+    found, difference = derivative_and_difference(penalty_of, hparam.double())
+    assert found == pytest.approx(difference, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "penalty", [prox.L1(0.3), prox.NonNegative(), prox.L2Ball(0.7)], ids=lambda p: type(p).__name__
+)
+def test_hyperparameters_of_the_smooth_part(penalty):
+    weights = randn(40, seed=6)
+
+    def loss(weights):
+        def objective(y):
+            return (weights.exp() * (X @ y - TARGET).square()).mean() / 2
+
+        return (fit(penalty, objective, hypergrad=bl.Implicit(), max_steps=50000).value - 1).square().sum()
+
+    x = weights.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(loss(x), x)
+    direction, step = randn(40, seed=7), 1e-6
+    with torch.no_grad():
+        slope = (loss(weights + step * direction) - loss(weights - step * direction)) / (2 * step)
+    assert (grad * direction).sum().item() == pytest.approx(slope.item(), rel=1e-5)
+
+
+def test_second_derivatives_and_transforms_on_the_active_set():
+    def solve(log_strength, target):
+        def objective(y, target):
+            return (X @ y - target).square().mean() / 2 + y.pow(4).sum() / 10
+
+        solver = bl.ProximalGradient(prox.L1(log_strength.exp()), tol=1e-11, max_steps=2000)
+        return bl.argmin(
+            objective, START, target, solver=solver, hypergrad=bl.Implicit(bl.Cholesky()), throw="ignore"
+        ).value
+
+    strength = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+    target = TARGET.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: solve(s, target.detach()), (strength,), check_forward_ad=True, rtol=1e-5)
+    assert torch.autograd.gradgradcheck(lambda s: solve(s, target.detach()), (strength,), rtol=1e-4, atol=1e-6)
+
+    def total(s):
+        return solve(s, TARGET).square().sum()
+
+    many = torch.tensor([-2.0, -1.0, -0.5], dtype=torch.float64)
+    each = torch.stack([torch.func.grad(total)(s) for s in many])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(total))(many), each, rtol=1e-6, atol=1e-9)
+
+
+def test_a_batch_is_its_problems():
+    """Sixteen strengths at once, each with its own step size and stopping."""
+    targets = TARGET + randn(4, 40, seed=8)
+    strengths = torch.logspace(-2, 0, 4, dtype=torch.float64).unsqueeze(-1).requires_grad_()
+
+    def objective(y):
+        return ((X @ y.unsqueeze(-1)).squeeze(-1) - targets).square().mean(-1) / 2
+
+    together = fit(prox.L1(strengths), objective, START.expand(4, -1))
+    assert together.stats["num_steps"].shape == (4,)
+    assert len(set(together.stats["num_steps"].tolist())) > 1
+    (grads,) = torch.autograd.grad(together.value.square().sum(), strengths)
+    for task in range(4):
+        strength = strengths[task].detach().squeeze().requires_grad_()
+        alone = fit(prox.L1(strength), lambda y, t=task: (X @ y - targets[t]).square().mean() / 2)
+        assert relative_error(together.value[task], alone.value) <= 1e-8
+        (grad,) = torch.autograd.grad(alone.value.square().sum(), strength)
+        assert grads[task].item() == pytest.approx(grad.item(), rel=1e-6)
+
+
+def test_trees_and_module_parameters():
+    model = torch.nn.Linear(12, 1).double()
+    strength = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+
+    def objective(params):
+        return (torch.func.functional_call(model, params, (X,)).squeeze(-1) - TARGET).square().mean() / 2
+
+    found = fit(prox.L1(strength), objective, dict(model.named_parameters()))
+    assert (found.value["weight"] == 0).any()
+    (grad,) = torch.autograd.grad(found.value["weight"].square().sum(), strength)
+    assert grad < 0
+
+
+def test_outcomes_and_bad_input():
+    solver = bl.ProximalGradient(prox.L1(0.1), max_steps=2)
+    with pytest.warns(bl.SolveWarning, match=r"inner solve: the step limit"):
+        bl.argmin(least_squares, START, solver=solver)
+    plain = bl.argmin(least_squares, START, solver=bl.ProximalGradient(prox.L1(0.1)), hypergrad=None)
+    assert not plain.value.requires_grad
+    assert plain.result is bl.Result.CONVERGED
+    with pytest.raises(TypeError, match=r"prox is 0\.1"):
+        bl.ProximalGradient(0.1)
+    with pytest.raises(ValueError, match="step_size"):
+        bl.ProximalGradient(prox.L1(), step_size=0.0)
+    with pytest.raises(TypeError, match="needs Steps"):
+        bl.argmin(least_squares, START, solver=solver, hypergrad=bl.Unroll())

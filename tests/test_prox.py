@@ -1,0 +1,124 @@
+"""Proximal operators against their definition, and against each other."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+import scipy.optimize
+import torch
+from hypothesis import given, settings
+
+from bilevel.prox import L1, Box, ElasticNet, GroupLasso, L2Ball, NonNegative, Simplex
+from tests.conformance import randn
+
+GROUPS = torch.tensor([0, 0, 1, 1, 2, 0])
+CATALOGUE = [
+    L1(0.7),
+    L1(torch.linspace(0, 1, 6, dtype=torch.float64)),
+    ElasticNet(0.5, 2.0),
+    GroupLasso(GROUPS, 0.8),
+    GroupLasso(GROUPS, torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)),
+    Box(-0.5, 0.3),
+    NonNegative(),
+    Simplex(1.5),
+    L2Ball(0.9),
+]
+
+
+@pytest.mark.parametrize("prox", CATALOGUE, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("step", [0.3, 1.0])
+def test_it_is_the_minimiser(prox, step):
+    """||z - y||^2 / 2 + step value(z) is no smaller anywhere near, and no smaller at random feasible points."""
+    y = randn(20, 6, seed=1)
+    z = prox.prox(y, step)
+    best = (z - y).square().sum(-1) / 2 + step * prox.value(z)
+    assert torch.isfinite(best).all()
+    for seed in range(200):
+        other = z + randn(20, 6, seed=seed) * 10.0 ** (-(seed % 5))
+        other = prox.prox(other, 0.0) if seed % 2 else other  # a projection lands inside; step 0 leaves penalties alone
+        assert ((other - y).square().sum(-1) / 2 + step * prox.value(other) >= best - 1e-9).all()
+
+
+@pytest.mark.parametrize("prox", CATALOGUE, ids=lambda p: type(p).__name__)
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), step=st.floats(0.01, 3.0))
+def test_it_is_firmly_non_expansive(prox, seed, step):
+    a, b = 2 * randn(6, seed=seed), 2 * randn(6, seed=seed + 1)
+    moved = prox.prox(a, step) - prox.prox(b, step)
+    assert moved.square().sum() <= (moved * (a - b)).sum() + 1e-10
+
+
+@pytest.mark.parametrize("prox", CATALOGUE, ids=lambda p: type(p).__name__)
+def test_a_batch_is_its_rows_and_steps_are_per_problem(prox):
+    y, steps = randn(5, 6, seed=3), torch.linspace(0.1, 2, 5, dtype=torch.float64)
+    together = prox.prox(y, steps)
+    for row in range(5):
+        torch.testing.assert_close(together[row], prox.prox(y[row], steps[row]))
+    assert prox.value(together).shape == (5,)
+
+
+def away_from_kinks(seed):
+    return (randn(6, seed=seed) * 2).requires_grad_()
+
+
+def test_derivatives_towards_vector_and_settings():
+    strength = torch.linspace(0.2, 0.9, 6, dtype=torch.float64).requires_grad_()
+    one, two = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.6, 1.2))
+    per_group = torch.tensor([0.5, 0.7, 0.2], dtype=torch.float64, requires_grad=True)
+    low, high = -strength.detach().requires_grad_(), strength
+    for fn, inputs in (
+        (lambda y, s: L1(s).prox(y, 0.5), (away_from_kinks(1), strength)),
+        (lambda y, a, b: ElasticNet(a, b).prox(y, 0.5), (away_from_kinks(2), one, two)),
+        (lambda y, s: GroupLasso(GROUPS, s).prox(y, 0.5), (away_from_kinks(3), per_group)),
+        (lambda y, a, b: Box(a, b).prox(y, 0.5), (away_from_kinks(4), low, high)),
+        (lambda y: NonNegative().prox(y, 0.5), (away_from_kinks(5),)),
+        (lambda y, t: Simplex(t).prox(y, 0.5), (away_from_kinks(6), one)),
+        (lambda y, r: L2Ball(r).prox(y, 0.5), (away_from_kinks(7), one)),
+    ):
+        assert torch.autograd.gradcheck(fn, inputs)
+
+
+def test_zero_vectors_have_finite_derivatives():
+    for prox in CATALOGUE:
+        y = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+        (grad,) = torch.autograd.grad(prox.prox(y, 1.0).sum(), y)
+        assert torch.isfinite(grad).all(), prox
+
+
+def test_projections_against_scipy():
+    y = 2 * randn(6, seed=9)
+    for prox, constraints in (
+        (Simplex(1.5), [{"type": "eq", "fun": lambda z: z.sum() - 1.5}]),
+        (L2Ball(0.9), [{"type": "ineq", "fun": lambda z: 0.81 - z @ z}]),
+    ):
+        bounds = [(0, None)] * 6 if isinstance(prox, Simplex) else None
+        truth = scipy.optimize.minimize(
+            lambda z: ((z - y.numpy()) ** 2).sum() / 2, [0.25] * 6, bounds=bounds, constraints=constraints, tol=1e-12
+        ).x
+        torch.testing.assert_close(prox.prox(y, 1.0), torch.from_numpy(truth), rtol=0, atol=1e-5)
+
+
+def test_values():
+    y = torch.tensor([1.0, -2.0, 0.0, 3.0, -1.0, 0.5], dtype=torch.float64)
+    assert L1(2.0).value(y) == 15.0
+    assert ElasticNet(1.0, 2.0).value(y) == 7.5 + 15.25
+    expected = (1 + 4 + 0.25) ** 0.5 + 3.0 + 1.0
+    assert GroupLasso(GROUPS, 1.0).value(y).item() == pytest.approx(expected)
+    for prox in (Box(0, 1), NonNegative(), Simplex(), L2Ball()):
+        assert torch.isinf(prox.value(y))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: L1(-1.0), "strength"),
+        (lambda: ElasticNet(1.0, -2.0), "l2"),
+        (lambda: Box(1.0, 0.0), "lower is 1.0 and upper 0.0"),
+        (lambda: Simplex(-1.0), "total"),
+        (lambda: L2Ball(-1.0), "radius"),
+        (lambda: GroupLasso(torch.tensor([0.0, 1.0])), "groups"),
+    ],
+)
+def test_bad_settings_name_the_argument(make, name):
+    with pytest.raises(ValueError, match=name):
+        make()
