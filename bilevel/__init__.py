@@ -41,6 +41,7 @@ from .linalg.normal import NormalCG
 from .linalg.nystrom import Nystrom, NystromPreconditioner
 from .linalg.preconditioners import AdamPreconditioner, Jacobi
 from .linalg.scipy import GMRES, LSMR, BiCGSTAB
+from .qp import QPSolution, quadratic_program
 from .solution import Result, Solution, SolveError, SolveWarning
 from .tree import stack
 
@@ -80,6 +81,7 @@ __all__ = [
     "Penalty",
     "Picard",
     "ProximalGradient",
+    "QPSolution",
     "RMSprop",
     "Result",
     "ScipyMinimize",
@@ -100,6 +102,7 @@ __all__ = [
     "fixed_point",
     "problems",
     "prox",
+    "quadratic_program",
     "root",
     "stack",
     "stochastic",

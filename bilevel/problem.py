@@ -171,6 +171,7 @@ class RootProblem:
             check_residual(found, init)
             if recorder and not recorder.captured:
                 refuse_hidden(graph_nodes(leaves(found)), point)
+        self.data: Any = None  # what a solver of a special form needs beside the residual
         self.y = self.raveler.ravel(point).detach().clone()
         self.r = self.raveler.ravel(leaves(found)).detach()
         if not bool(torch.isfinite(self.r).all()):

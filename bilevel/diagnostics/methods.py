@@ -35,6 +35,7 @@ from ..tree import leaves
 from .problem import Bilevel
 
 DEFINITE, SYMMETRIC, SINGULAR, GENERAL, CONTRACTION = "definite", "symmetric", "singular", "general", "contraction"
+COMPOSITE, PROGRAM = "composite", "qp"
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,18 @@ def all_methods(rtol: float = 1e-8, lr: float = 0.15, max_steps: int = 400) -> l
     every = {DEFINITE, SYMMETRIC, SINGULAR, GENERAL, CONTRACTION}
     regular = every - {SINGULAR}
     return [
-        _implicit("CG", CG(rtol=rtol), iterative, {DEFINITE, SINGULAR}),
+        _implicit("CG", CG(rtol=rtol), iterative, {DEFINITE, SINGULAR, COMPOSITE}),
         _implicit("CG + Jacobi", CG(rtol=rtol, preconditioner=Jacobi()), iterative),
         _implicit("CG + Nystrom", CG(rtol=rtol, preconditioner=NystromPreconditioner(5)), iterative),
-        _implicit("MINRES", MINRES(rtol=rtol), iterative, {DEFINITE, SYMMETRIC, SINGULAR}),
+        _implicit("MINRES", MINRES(rtol=rtol), iterative, {DEFINITE, SYMMETRIC, SINGULAR, COMPOSITE}),
         _implicit("Neumann", Neumann(rtol=rtol, max_steps=20000), iterative),
         _implicit("fixed-point adjoint", Neumann(rtol=rtol, alpha=1.0), iterative, {CONTRACTION}),
-        _implicit("GMRES", GMRES(rtol=rtol), iterative, regular),
+        _implicit("GMRES", GMRES(rtol=rtol), iterative, regular | {COMPOSITE, PROGRAM}),
         _implicit("BiCGSTAB", BiCGSTAB(rtol=rtol), iterative, regular),
         _implicit("LSMR", LSMR(rtol=rtol), iterative, every),
         _implicit("normal-equation CG", NormalCG(rtol=rtol), iterative, regular),
-        _implicit("Cholesky", Cholesky(), 1e-10),
-        _implicit("LU", LU(), 1e-10, regular),
+        _implicit("Cholesky", Cholesky(), 1e-10, {DEFINITE, COMPOSITE}),
+        _implicit("LU", LU(), 1e-10, regular | {COMPOSITE, PROGRAM}),
         Method("implicit, CG by torch.func", Implicit(CG(rtol=rtol), operator="func"), iterative),
         Method("unrolled", Unroll(), 1e-10, solver=descent),
         Method("unrolled, checkpoints", Unroll(checkpoint=True), 1e-10, solver=descent),

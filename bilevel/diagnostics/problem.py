@@ -16,15 +16,15 @@ from ..hypergrad.statement import ObjectiveStatement, ResidualStatement, Stateme
 from ..solution import Solution, Throw
 from ..tree import Tree, leaves, tree_map
 
-Kind = Literal["argmin", "root", "fixed_point", "composite"]
+Kind = Literal["argmin", "root", "fixed_point"]
 
 
 class Bilevel(Protocol):
     """What every function of `diagnostics` takes: a `BilevelProblem`, or one of `bilevel.problems`.
 
     Attributes:
-        kind: what ``inner`` is: an objective for `argmin` (``"composite"``: its smooth part), a residual for `root`, or
-            a map for `fixed_point`.
+        kind: what ``inner`` is: an objective for `argmin`, a residual for `root`, or a map for `fixed_point`; a problem
+            of another kind brings ``solve_inner(hparams, solver=, hypergrad=, throw=)``.
     """
 
     @property
@@ -73,14 +73,15 @@ def solve(
     throw: Throw = "warn",
     **settings: Any,
 ) -> Solution:
-    """The inner problem solved by `argmin`, `root` or `fixed_point`, as its kind says."""
+    """The inner problem solved by `argmin`, `root` or `fixed_point`, as its kind says; or by its ``solve_inner``."""
     hparams = problem.hparams if hparams is None else hparams
     init = problem.init if init is None else init
     given: dict[str, Any] = {"throw": throw, **settings}
     if hypergrad is not None:
         given["hypergrad"] = hypergrad
-    if problem.kind == "composite":
-        solver = problem.solver(hparams)  # type: ignore[attr-defined]
+    own = getattr(problem, "solve_inner", None)
+    if own is not None:
+        return own(hparams, solver=solver, **given)
     if problem.kind == "root":
         given["symmetric"] = getattr(problem, "symmetric", False)
     entries: dict[str, Callable[..., Solution]] = {"root": root, "fixed_point": fixed_point}
@@ -98,10 +99,10 @@ def statement_of(problem: Bilevel, hparams: Tree) -> tuple[Statement, list[Tenso
     flat = leaves(hparams)
     spec = pytree.tree_structure(problem.init)
     autocast = Autocast.current(leaves(problem.init)[0].device)
-    if problem.kind == "composite":
+    if problem.kind not in ("argmin", "root", "fixed_point"):
         raise NotImplementedError(
-            "An error estimate of a composite problem would need its curvature on the active set: use "
-            "check_hypergradient, which compares with finite differences."
+            f"An error estimate or advice for a problem of kind {problem.kind!r} would need its curvature on the "
+            "active set: use check_hypergradient, which compares with finite differences."
         )
     if problem.kind == "argmin":
         return ObjectiveStatement(Closure(problem.inner, spec, (hparams,), flat, autocast)), flat

@@ -1,123 +1,187 @@
-"""Composite problems: the solution of ``min g + h`` as the root of ``y - prox_h(y - grad g(y))``.
+"""Composite problems: the solution of ``min g + h`` as the root of ``(y - prox_h(y - eta grad g(y), eta)) / eta``.
 
-Its Jacobian is ``J = I - D (I - H)``, with D the Jacobian of the prox and H the Hessian of g. Where D is diagonal
-(lasso, elastic net, box), J is not symmetric, but the systems reduce exactly to the active set ``S = {D_ii > 0}``:
+Any ``eta > 0`` has the same roots and derivatives; about one over the curvature, both terms have the same scale, whatever
+that of the loss is. With D the Jacobian of the prox and H the Hessian of g, that of the residual is
+``J = (I - D (I - eta H)) / eta``: H where the prox does nothing, but not symmetric.
 
-    J^T u = b   with s = D u:  (H_SS + D_SS^{-1} - I) s_S = b_S,  s = 0 off S,  u = b + s - H s
-    J w = c                 :  w = c off S,  (H_SS + D_SS^{-1} - I) w_S = (D^{-1} c)_S - H_{S, not S} c
+Where D is diagonal (lasso, elastic net, box), the systems reduce exactly to the active set ``S = {D_ii > 0}``, where
+``E = (D_SS^{-1} - I) / eta`` is the curvature of the penalty:
+
+    J^T u = b   with s = D u:  (H_SS + E) s_S = b_S,  s = 0 off S,  u = eta b + s - eta H s
+    J w = c                 :  w = eta c off S,  (H_SS + E) w_S = (D^{-1} c)_S - H_{S, not S} w_{not S}
 
 a symmetric system, positive definite where g is strongly convex on S, as large as the support is (Bertrand et al. 2020
 for the lasso). It is the derivative of the solution where the support does not change under small changes of the
 hyperparameters (strict complementarity: no coordinate sits on the edge of its threshold); on an edge, one of the
-one-sided derivatives.
+one-sided derivatives. A penalty or constraint that is not separable has no such form: J itself, by `GMRES`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..closure import Closure, VmappedClosure
-from ..linalg.curvature import GraphHessian
+from ..inner.proximal import inverse_curvature
 from ..linalg.operator import Operator
-from ..problem import Problem, linearize_objective
-from ..prox import Prox
+from ..problem import Linearization, Problem, linearize_objective
 from ..solution import Solution
-from ..tree import Raveler, Tree, leaves
+from ..tree import Raveler, scale
 from .base import Point
-from .statement import ResidualStatement
+from .statement import ObjectiveStatement, ResidualStatement, free_leaves
 
-AnyClosure = Closure | VmappedClosure
+Solve = Callable[[Operator, Tensor], Solution]
+
+
+@dataclass(frozen=True)
+class CompositeLinearization(Linearization):
+    """The residual with its graph, and what it is made of.
+
+    Attributes:
+        smooth: the gradient of g with its graph, towards the same leaves.
+        shrunk: ``prox(z, eta)`` with its graph towards ``z`` alone. step: eta, ``[*batch]``.
+    """
+
+    smooth: Linearization = field(kw_only=True)
+    z: Tensor = field(kw_only=True)
+    shrunk: Tensor = field(kw_only=True)
+    step: Tensor = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class CompositeStatement(ResidualStatement):
-    """``y = prox(y - grad g(y))``.
+    """``y = prox(y - eta grad g(y), eta)``.
 
     Attributes:
-        objective: g as a closure. shrink: ``(z, step) -> prox(z, step)`` on flat vectors, as a closure.
+        closure: g. shrink: ``(z, step) -> prox(z, step)`` on flat vectors, as a closure.
         separable: D is diagonal.
     """
 
-    objective: AnyClosure
-    shrink: AnyClosure
+    shrink: Closure | VmappedClosure
     separable: bool
 
+    def residual(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor]:
+        def gradient(point: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+            return torch.func.grad(lambda p: _summed(self.closure(p, hparams)), has_aux=True)(point)
+
+        g, losses = gradient(list(params))
+        raveler = Raveler(list(params), losses.shape)
+        y, flat = raveler.ravel(params), raveler.ravel(g)
+        step = inverse_curvature(lambda y: raveler.ravel(gradient(raveler.unravel(y))[0]), y, flat)
+        shrunk = self.shrink([y - scale(step, flat), step.to(y.dtype)], hparams)
+        return raveler.unravel(scale(1 / step, y - shrunk))
+
     def problem(self, start: list[Tensor], hparams: Sequence[Tensor], batch_dims: int) -> Problem:  # type: ignore[override]
-        problem = Problem(lambda point: self.objective(point, hparams), start, max_batch_dims=batch_dims)
-        problem.shrink = lambda z, step: self.shrink([z, step], hparams)
+        problem = Problem(lambda point: self.closure(point, hparams), start, max_batch_dims=batch_dims)
+        problem.shrink = lambda z, step: self.shrink([z, step.to(z.dtype)], hparams)
         return problem
+
+    def linearize(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> CompositeLinearization:
+        free = free_leaves(hparams)
+
+        def gradient(point: Sequence[Tensor], create_graph: bool) -> Linearization:
+            return linearize_objective(lambda p: self.closure(p, free), point, create_graph=create_graph)
+
+        at = gradient(params, True)
+        assert at.loss is not None
+        raveler = Raveler(at.leaves, at.loss.shape)
+        with torch.enable_grad():
+            y, g = raveler.ravel(at.leaves), raveler.ravel(at.residual)
+            step = inverse_curvature(lambda y: raveler.ravel(gradient(raveler.unravel(y), False).residual), y, g)
+            moved = y - scale(step, g)
+            shrunk = self.shrink([moved, step.to(y.dtype)], free)
+            residual = raveler.unravel(scale(1 / step, y - shrunk))
+            z = moved.detach().requires_grad_()
+            alone = self.shrink([z, step.to(y.dtype)], [tensor.detach() for tensor in hparams])
+        smooth = dataclasses.replace(at, hparams=free)
+        return CompositeLinearization(
+            at.leaves, at.loss, residual, free, smooth=smooth, z=z, shrunk=alone, step=step
+        )
 
     def vmapped(self, in_dims: tuple[int | None, ...]) -> CompositeStatement:
         return dataclasses.replace(
-            self,
-            closure=VmappedClosure(self.closure, in_dims),
-            objective=VmappedClosure(self.objective, in_dims),
-            shrink=VmappedClosure(self.shrink, in_dims),
+            self, closure=VmappedClosure(self.closure, in_dims), shrink=VmappedClosure(self.shrink, in_dims)
         )
 
-    def active_set(self, point: Point) -> ActiveSet:
-        """The reduced operator at a solution, with the diagonal of D."""
-        raveler = point.raveler
-        at = linearize_objective(lambda params: self.objective(params, point.hparams), point.params)
-        g = raveler.ravel([r.detach() for r in at.residual])
-        z = (raveler.ravel(point.params) - g).requires_grad_()
-        with torch.enable_grad():
-            one = torch.ones(raveler.batch_shape, dtype=z.dtype, device=z.device)
-            (diagonal,) = torch.autograd.grad(self.shrink([z, one], point.hparams).sum(), z)
-        return ActiveSet(GraphHessian(raveler, at), diagonal)
+    def smooth(self, point: Point) -> Point:
+        """The same point as one of the smooth part alone, whose operator is the Hessian of g."""
+        at = self._at(point)
+        statement = ObjectiveStatement(self.closure)
+        return dataclasses.replace(point, statement=statement, state=None, _at=at.smooth)
 
-    def solve(
-        self, point: Point, b: Tensor, transpose: bool, solve: Callable[[Operator, Tensor], Solution]
-    ) -> Solution:
-        """``J^T u = b`` or ``J w = b`` by one symmetric solve on the active set."""
-        reduced = self.active_set(point)
-        hessian, support, diagonal = reduced.hessian, reduced.support, reduced.diagonal
-        on, off = (torch.where(where, b, torch.zeros_like(b)) for where in (support, ~support))
+    def solve(self, point: Point, hessian: Operator, b: Tensor, transpose: bool, solve: Solve) -> Solution:
+        """``J^T u = b`` or ``J w = b``, by one symmetric solve on the active set where D is diagonal."""
+        at = self._at(point)
+        if not self.separable:
+            jacobian = ProxJacobian(hessian, at)
+            return solve(jacobian.T if transpose else jacobian, b)
+        reduced = ActiveSet(hessian, _shrinkage(at, torch.ones_like(b)), at.step)
         if transpose:
-            found = solve(reduced, on)
-            s = torch.where(support, found.value, torch.zeros_like(b))
-            value = b + s - hessian.matvec(s)
+            found = solve(reduced, reduced.restrict(_without_flat(point, at, reduced, b)))
+            s = reduced.restrict(found.value)
+            value = scale(at.step, b) + s - scale(at.step, hessian.matvec(s))
         else:
-            right = torch.where(support, on / diagonal - hessian.matvec(off), torch.zeros_like(b))
-            found = solve(reduced, right)
-            value = torch.where(support, found.value, off)
+            off = scale(at.step, b - reduced.restrict(b))
+            found = solve(reduced, reduced.restrict(b / reduced.diagonal - hessian.matvec(off)))
+            value = reduced.restrict(found.value) + off
         return dataclasses.replace(found, value=value)
+
+    def _at(self, point: Point) -> CompositeLinearization:
+        at = point.linearization()
+        assert isinstance(at, CompositeLinearization)
+        return at
 
 
 class ActiveSet(Operator):
-    """``H_SS + D_SS^{-1} - I`` on the support S, the identity elsewhere; symmetric."""
+    """``H_SS + E`` on the support S, and off it ``1 / eta``, which is of the same scale; symmetric."""
 
-    def __init__(self, hessian: Operator, diagonal: Tensor):
+    def __init__(self, hessian: Operator, diagonal: Tensor, step: Tensor):
         super().__init__(hessian.batch_shape, hessian.size, hessian.dtype, hessian.device)
         self.hessian, self.support = hessian, diagonal > 0
         self.diagonal = torch.where(self.support, diagonal, torch.ones_like(diagonal))
+        outside = scale(1 / step, torch.ones_like(diagonal))
+        self.extra = torch.where(self.support, scale(1 / step, 1 / self.diagonal - 1), outside)
+
+    def restrict(self, v: Tensor) -> Tensor:
+        """Zero off the support."""
+        return torch.where(self.support, v, torch.zeros_like(v))
 
     def matvec(self, v: Tensor) -> Tensor:
-        inside = torch.where(self.support, v, torch.zeros_like(v))
-        product = self.hessian.matvec(inside) + (1 / self.diagonal - 1) * inside
-        return torch.where(self.support, product, v)
+        return self.restrict(self.hessian.matvec(self.restrict(v))) + self.extra * v
 
 
-def prox_residual(objective: Callable[..., Tensor], prox: Prox) -> Callable[..., Tree]:
-    """``y - prox(y - grad g(y))`` as a function of the tree y and of what g takes."""
+class ProxJacobian(Operator):
+    """``J = (I - D (I - eta H)) / eta``, one Hessian product each way; D is symmetric, J is not."""
 
-    def residual(params: Tree, *args: Any) -> Tree:
-        flat = leaves(params)
+    def __init__(self, hessian: Operator, at: CompositeLinearization):
+        super().__init__(hessian.batch_shape, hessian.size, hessian.dtype, hessian.device, symmetric=False)
+        self.hessian, self.at = hessian, at
 
-        def loss(point: list[Tensor]) -> tuple[Tensor, Tensor]:
-            value = objective(torch.utils._pytree.tree_unflatten(point, spec), *args)
-            return value.sum(), value
+    def matvec(self, v: Tensor) -> Tensor:
+        step = self.at.step
+        return scale(1 / step, v - _shrinkage(self.at, v - scale(step, self.hessian.matvec(v))))
 
-        spec = torch.utils._pytree.tree_structure(params)
-        grads, value = torch.func.grad(loss, has_aux=True)(flat)
-        raveler = Raveler(params, value.shape)
-        y = raveler.ravel(flat)
-        return raveler.unflatten(raveler.unravel(y - prox.prox(y - raveler.ravel(grads), 1.0)))
+    def rmatvec(self, v: Tensor) -> Tensor:
+        step, shrunk = self.at.step, _shrinkage(self.at, v)
+        return scale(1 / step, v - shrunk) + self.hessian.matvec(shrunk)
 
-    return residual
+
+def _shrinkage(at: CompositeLinearization, v: Tensor) -> Tensor:
+    """``D v``; the diagonal itself for a vector of ones, where there is one."""
+    if not at.shrunk.requires_grad:
+        return torch.zeros_like(v)
+    return torch.autograd.grad(at.shrunk, at.z, v, retain_graph=True)[0]
+
+
+def _without_flat(point: Point, at: CompositeLinearization, reduced: ActiveSet, b: Tensor) -> Tensor:
+    """Zero where neither g nor the penalty curves: there the solution stays at its start, whatever x is."""
+    used = [torch.full_like(leaf, float(r.requires_grad)) for r, leaf in zip(at.smooth.residual, at.leaves, strict=True)]
+    return torch.where((point.raveler.ravel(used) > 0) | (reduced.extra > 0), b, torch.zeros_like(b))
+
+
+def _summed(losses: Tensor) -> tuple[Tensor, Tensor]:
+    return losses.sum(), losses

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from .base import BilevelTestProblem, ClosedFormProblem, NewtonProblem
+from .constrained import LassoPath, Portfolio
 from .logistic import Logistic
 from .quadratics import Quadratics, Saddle, Singular
 from .ridge import KernelRidge, Ridge, WeightedRidge
@@ -18,10 +19,12 @@ __all__ = [
     "BilevelTestProblem",
     "ClosedFormProblem",
     "KernelRidge",
+    "LassoPath",
     "LinearFixedPoint",
     "Logistic",
     "NewtonProblem",
     "NonSymmetricRoot",
+    "Portfolio",
     "Quadratics",
     "Ridge",
     "Saddle",
@@ -45,4 +48,6 @@ def collection(dtype: torch.dtype = torch.float64) -> dict[str, BilevelTestProbl
         "logistic": Logistic(dtype=dtype),
         "linear fixed point": LinearFixedPoint(dtype=dtype),
         "non-symmetric root": NonSymmetricRoot(dtype=dtype),
+        "lasso path": LassoPath(dtype=dtype),
+        "quadratic program": Portfolio(dtype=dtype),
     }

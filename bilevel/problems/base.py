@@ -8,18 +8,21 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+Kind = Literal["argmin", "root", "fixed_point", "composite", "qp"]
+
 
 class BilevelTestProblem(ABC):
     """A bilevel problem whose solution is known to machine precision.
 
     Attributes:
         kind: what ``inner`` is: a loss for `argmin`, a residual for `root` (``symmetric``: with a symmetric Jacobian),
-            a map for `fixed_point`, or the smooth part of a ``"composite"`` loss.
+            a map for `fixed_point`, the smooth part of a ``"composite"`` loss, or the loss of a ``"qp"``; the last two
+            bring ``solve_inner(hparams, **settings)``.
         matrix_kind: of the adjoint system, where the kind does not tell: ``"symmetric"`` (indefinite), ``"singular"``.
         init, hparams: where the inner solve starts, and where the hypergradient is asked for.
     """
 
-    kind: ClassVar[Literal["argmin", "root", "fixed_point", "composite", "qp"]] = "argmin"
+    kind: ClassVar[Kind] = "argmin"
     symmetric: ClassVar[bool] = False
     matrix_kind: ClassVar[str | None] = None
     init: Tensor

@@ -43,7 +43,9 @@ def test_the_hypergradient_is_a_finite_difference(name):
 def test_the_library_finds_it(name):
     problem = PROBLEMS[name]
     x = problem.hparams.clone().requires_grad_()
-    hypergrad = bl.Implicit(bl.MINRES(rtol=1e-10) if problem.kind == "argmin" or problem.symmetric else bl.LU())
+    hypergrad = bl.Implicit(
+        bl.MINRES(rtol=1e-10) if problem.kind in ("argmin", "composite") or problem.symmetric else bl.LU()
+    )
     solver = {"argmin": bl.NewtonCG(gtol=1e-11)}.get(problem.kind, bl.Newton(tol=1e-12))
     fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw="ignore")
     assert relative_error(fit.value, problem.solution(x)) <= 1e-6

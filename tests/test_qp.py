@@ -1,0 +1,185 @@
+"""Quadratic programs: solutions against closed forms and SciPy, derivatives by gradcheck, and what cannot be solved."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+
+import bilevel as bl
+from bilevel import prox, quadratic_program
+from tests.conformance import randn, relative_error
+
+
+def program(n=6, me=2, mi=5, seed=0):
+    """A random strictly convex program with a point inside its inequalities."""
+    root, inside = randn(n, n, seed=seed), randn(n, seed=seed + 1)
+    A, G = randn(me, n, seed=seed + 2), randn(mi, n, seed=seed + 3)
+    margin = torch.linspace(0.01, 0.4, mi, dtype=torch.float64)
+    Q = root @ root.mT + torch.eye(n, dtype=torch.float64)
+    return Q, randn(n, seed=seed + 4), A, A @ inside, G, G @ inside + margin
+
+
+@pytest.mark.parametrize("seed", range(0, 100, 10))
+def test_random_programs_against_scipy(seed):
+    Q, c, A, b, G, h = (t.numpy() for t in program(seed=seed))
+    theirs = scipy.optimize.minimize(
+        lambda z: z @ Q @ z / 2 + c @ z,
+        np.linalg.lstsq(A, b)[0],
+        jac=lambda z: Q @ z + c,
+        constraints=[
+            {"type": "eq", "fun": lambda z: A @ z - b, "jac": lambda z: A},
+            {"type": "ineq", "fun": lambda z: h - G @ z, "jac": lambda z: -G},
+        ],
+        method="SLSQP",
+        options={"ftol": 1e-15, "maxiter": 500},
+    )
+    fit = quadratic_program(*program(seed=seed))
+    np.testing.assert_allclose(fit.value.primal.numpy(), theirs.x, atol=1e-6)
+    assert fit.result is bl.Result.CONVERGED
+    assert fit.stats["residual_norm"] <= 1e-12
+    assert (fit.value.inequality >= 0).all()
+
+
+def test_projections_are_quadratic_programs():
+    y, eye = 2 * randn(4, 6, seed=1), torch.eye(6, dtype=torch.float64)
+    ones = torch.ones(1, 6, dtype=torch.float64)
+    simplex = quadratic_program(eye, -y, ones, ones[:, 0] * 1.5, -eye, torch.zeros(6, dtype=torch.float64))
+    torch.testing.assert_close(simplex.value.primal, prox.Simplex(1.5).prox(y, 1.0))
+    limits = torch.full((12,), 0.5, dtype=torch.float64)
+    box = quadratic_program(eye, -y, G=torch.cat([eye, -eye]), h=limits)
+    torch.testing.assert_close(box.value.primal, prox.Box(-0.5, 0.5).prox(y, 1.0))
+    free = quadratic_program(2 * eye, -y)
+    torch.testing.assert_close(free.value.primal, y / 2)
+
+
+def test_equality_constraints_have_a_closed_form():
+    Q, c, A, b, _, _ = (t.requires_grad_() for t in program())
+    fit = quadratic_program(Q, c, A, b)
+    zero = torch.zeros(2, 2, dtype=torch.float64)
+    symmetric = (Q + Q.mT) / 2
+    matrix = torch.cat([torch.cat([symmetric, A.mT], -1), torch.cat([A, zero], -1)])
+    exact = torch.linalg.solve(matrix, torch.cat([-c, b]))
+    torch.testing.assert_close(fit.value.primal, exact[:6])
+    torch.testing.assert_close(fit.value.equality, exact[6:])
+    weights = randn(6, seed=9)
+    found = torch.autograd.grad(fit.value.primal @ weights, (Q, c, A, b))
+    for one, other in zip(found, torch.autograd.grad(exact[:6] @ weights, (Q, c, A, b)), strict=True):
+        assert relative_error(one, other) <= 1e-10
+
+
+def test_gradcheck_towards_all_data():
+    data = tuple(t.requires_grad_() for t in program(seed=20))
+    assert (quadratic_program(*data).value.inequality > 0).sum() >= 1
+
+    def solve(*data):
+        return tuple(quadratic_program(*data, throw="ignore").value)
+
+    assert torch.autograd.gradcheck(solve, data, rtol=1e-5, atol=1e-7)
+
+
+def test_second_derivatives_and_transforms():
+    Q, c, A, b, G, h = program(seed=20)
+
+    def solve(c, h):
+        return quadratic_program(Q, c, A, b, G, h, throw="ignore").value.primal
+
+    inputs = (c.clone().requires_grad_(), h.clone().requires_grad_())
+    assert torch.autograd.gradgradcheck(solve, inputs, rtol=1e-4, atol=1e-6)
+    jacobian = torch.func.jacrev(solve)(c, h)
+    torch.testing.assert_close(torch.func.jacfwd(solve)(c, h), jacobian)
+    costs = c + 0.1 * randn(3, 6, seed=5)
+    each = torch.stack([torch.func.jacrev(solve)(cost, h) for cost in costs])
+    torch.testing.assert_close(torch.vmap(torch.func.jacrev(solve), in_dims=(0, None))(costs, h), each)
+
+
+def test_a_batch_is_its_programs():
+    many = [program(seed=s) for s in (0, 10, 20)]
+    together = quadratic_program(*(torch.stack(parts) for parts in zip(*many, strict=True)))
+    for index, data in enumerate(many):
+        assert relative_error(together.value.primal[index], quadratic_program(*data).value.primal) <= 1e-10
+    assert together.stats["num_steps"].shape == (3,)
+    Q, c, A, b, G, h = many[0]
+    shared = quadratic_program(Q, torch.stack([c, 2 * c]), A, b, G, h)  # what is the same needs no T
+    assert relative_error(shared.value.primal[0], quadratic_program(*many[0]).value.primal) <= 1e-10
+
+
+def test_a_portfolio_learns_its_risk_aversion():
+    """The weights of least risk, whose outer loss prefers a return: the risk aversion falls."""
+    root, gain = randn(5, 5, seed=3), randn(5, seed=4)
+    risk = root @ root.mT + 0.1 * torch.eye(5, dtype=torch.float64)
+    ones, eye = torch.ones(1, 5, dtype=torch.float64), torch.eye(5, dtype=torch.float64)
+    aversion = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    nothing = torch.zeros(5, dtype=torch.float64)
+    fit = quadratic_program(aversion.exp() * risk, -gain, ones, ones[0, :1], -eye, nothing)
+    (grad,) = torch.autograd.grad(-(gain * fit.value.primal).sum(), aversion)
+    assert fit.value.primal.sum().item() == pytest.approx(1.0)
+    assert (fit.value.primal >= -1e-12).all()
+    assert grad > 0
+
+
+def test_float32_and_asymmetric_matrices():
+    double = quadratic_program(*program())
+    single = quadratic_program(*(t.float() for t in program()))
+    assert single.value.primal.dtype is torch.float32
+    assert relative_error(single.value.primal.double(), double.value.primal) <= 1e-5
+    Q, *rest = program()
+    twisted = Q + torch.triu(torch.ones_like(Q), 1) - torch.tril(torch.ones_like(Q), -1)
+    assert relative_error(quadratic_program(twisted, *rest).value.primal, double.value.primal) <= 1e-10
+
+
+def test_degenerate_programs_are_flagged():
+    """min (z - 1)^2 with z <= 1: the constraint touches, and pushes with no force."""
+    one = torch.ones(1, dtype=torch.float64)
+    c = (-one).requires_grad_()
+    with pytest.warns(bl.SolveWarning, match="degenerate"):
+        fit = quadratic_program(one.unsqueeze(0), c, G=one.unsqueeze(0), h=one)
+    assert fit.stats["degenerate"]
+    assert not quadratic_program(one.unsqueeze(0), c, G=one.unsqueeze(0), h=2 * one).stats["degenerate"]
+
+
+def test_what_cannot_be_solved_is_told():
+    one, eye = torch.ones(1, dtype=torch.float64), torch.eye(1, dtype=torch.float64)
+    infeasible = {"G": torch.cat([eye, -eye]), "h": torch.tensor([-1.0, -1.0], dtype=torch.float64)}
+    with pytest.raises(bl.SolveError, match=r"quadratic program: .*feasible point"):
+        quadratic_program(eye, one, **infeasible, throw="raise")
+    with pytest.raises(bl.SolveError, match="quadratic program"):
+        quadratic_program(0 * eye, one, G=eye, h=one, throw="raise")  # unbounded below
+    batch = quadratic_program(
+        eye,
+        torch.stack([one, one]),
+        G=torch.cat([eye, -eye]),
+        h=torch.tensor([[-1.0, -1.0], [1.0, 1.0]]).double(),
+        throw="ignore",
+        hypergrad=None,
+    )
+    assert [int(code) == 0 for code in batch.stats["result"]] == [False, True]
+
+
+def test_a_linear_program():
+    """Q = 0: the vertex of least cost."""
+    cost = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
+    eye, ones = torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    fit = quadratic_program(0 * eye, cost, G=torch.cat([eye, -eye]), h=torch.cat([ones, 0 * ones]))
+    torch.testing.assert_close(fit.value.primal, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"Q": torch.eye(5)}, r"Q has shape \(5, 5\)"),
+        ({"c": torch.tensor(1.0)}, r"c has shape \(\)"),
+        ({"b": None}, "A and b belong together"),
+        ({"G": torch.ones(5, 4)}, r"G has shape \(5, 4\)"),
+        ({"h": torch.full((5,), torch.inf)}, "h contains NaN or infinite"),
+        ({"Q": -torch.eye(6)}, r"smallest eigenvalue is -1"),
+        ({"c": torch.ones(2, 6), "b": torch.ones(3, 2)}, "the data are for"),
+        ({"tol": 0.0}, "tol is 0"),
+        ({"max_steps": 0}, "max_steps is 0"),
+    ],
+)
+def test_bad_input_names_the_argument(change, message):
+    given = dict(zip(("Q", "c", "A", "b", "G", "h"), (t.float() for t in program()), strict=True))
+    with pytest.raises(ValueError, match=message):
+        quadratic_program(**{**given, **change})
