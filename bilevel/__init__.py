@@ -21,6 +21,7 @@ from .hypergrad.penalty import Penalty
 from .hypergrad.sama import SAMA
 from .hypergrad.truncated import Truncated
 from .hypergrad.unroll import Unroll
+from .inner.external import External
 from .inner.fixed_point import Anderson, Picard
 from .inner.gradient_descent import GradientDescent
 from .inner.lbfgs import LBFGS
@@ -63,6 +64,7 @@ __all__ = [
     "Cholesky",
     "EmpiricalFisher",
     "EvolutionStrategies",
+    "External",
     "FiniteDifference",
     "FirstOrder",
     "ForwardMode",

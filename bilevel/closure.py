@@ -194,6 +194,11 @@ class VmappedClosure:
     inner: Closure | VmappedClosure
     in_dims: tuple[int | None, ...]
 
+    @property
+    def spec(self) -> pytree.TreeSpec:
+        """The tree of ``params``."""
+        return self.inner.spec
+
     def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
         swapped = torch.vmap(lambda p, t: self.inner(p, t), in_dims=(0, list(self.in_dims)))
         return swapped(list(params), list(tensors))

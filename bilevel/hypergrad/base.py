@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..inner.minimize import INNER_ADVICE, InnerSolver
 from ..problem import Linearization, Objective, Problem
 from ..solution import Solution, Throw, settle
-from ..tree import Raveler, Tree
+from ..tree import Raveler, Tree, leaves
 from .statement import ResidualStatement, Statement, free_leaves, raveler_of
 
 
@@ -61,8 +62,9 @@ class Point:
         """Minimise another objective of the leaves, from the solution, with the user's solver; flat ``[*batch, n]``."""
         if self.minimize is None:
             raise TypeError(f"{what} needs an inner solver that can be called again: use argmin.")
-        start = [leaf.detach() for leaf in self.params]
-        found = self.minimize(Problem(objective, start, max_batch_dims=self.batch_dims))
+        start = pytree.tree_unflatten([leaf.detach() for leaf in self.params], self.statement.closure.spec)
+        problem = Problem(lambda tree: objective(leaves(tree)), start, max_batch_dims=self.batch_dims)
+        found = self.minimize(problem)
         found.stats.setdefault("residual_norm", torch.full(self.raveler.batch_shape, torch.nan))
         settle(found, self.throw, what, INNER_ADVICE)
         return found.value.detach()

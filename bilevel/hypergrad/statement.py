@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..closure import Closure, VmappedClosure
 from ..problem import Linearization, Problem, RootProblem, linearize_objective, linearize_residual
@@ -49,7 +50,8 @@ class ObjectiveStatement(Statement):
         return torch.func.grad(lambda point: self.closure(point, hparams).sum())(list(params))
 
     def problem(self, start: list[Tensor], hparams: Sequence[Tensor], batch_dims: int) -> Problem:
-        return Problem(lambda point: self.closure(point, hparams), start, max_batch_dims=batch_dims)
+        params = pytree.tree_unflatten(start, self.closure.spec)
+        return Problem(lambda tree: self.closure(leaves(tree), hparams), params, max_batch_dims=batch_dims)
 
     def linearize(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> Linearization:
         free = free_leaves(hparams)

@@ -1,0 +1,59 @@
+"""Any function as inner solver: a black box that is asked for params and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..problem import Problem
+from ..solution import Result, Solution, make_codes
+from ..tree import Tree, leaves, norm
+from .minimize import check_settings
+
+
+@dataclass(frozen=True)
+class External:
+    """``solve(loss, start) -> params``: another library's optimizer, a simulation, an exhaustive search.
+
+    With `Implicit` its solution is differentiated like any other; with `EvolutionStrategies` it is only ever asked
+    again, at other hyperparameters, so that it may be as rough as it likes.
+
+    Args:
+        solve: called with a function from params to losses (without a graph) and with the params to start from, a tree
+            like ``init``; returns such a tree.
+        gtol: the gradient norm that counts as a minimum; None: whatever it returns is what was ordered.
+    """
+
+    solve: Callable[[Callable[[Tree], Tensor], Tree], Tree]
+    gtol: float | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.solve):
+            raise TypeError(f"solve is {self.solve!r}: a function (loss, start) -> params is needed.")
+        check_settings(max_steps=1, gtol=self.gtol)
+
+    def minimize(self, problem: Problem) -> Solution:
+        """Ask once; see `InnerSolver`."""
+        raveler = problem.raveler
+
+        def loss(params: Tree) -> Tensor:
+            with torch.no_grad():
+                return problem.objective(params, *problem.args)
+
+        start = raveler.unflatten(raveler.unravel(problem.start.y.clone()))
+        with torch.no_grad():
+            found = self.solve(loss, start)
+        if pytree.tree_structure(found) != raveler.spec or [t.shape for t in leaves(found)] != raveler.shapes:
+            raise TypeError(
+                "External: solve returned something that is not a tree like init, of the same structure and shapes."
+            )
+        y = raveler.ravel([leaf.detach() for leaf in leaves(found)])
+        codes = make_codes(Result.STEPS_DONE, problem.start.f)
+        if self.gtol is not None:
+            short = norm(problem.evaluate(y).g) > self.gtol
+            codes = torch.where(short, int(Result.STAGNATED), int(Result.CONVERGED)).to(torch.int8)
+        return Solution(y, {"num_steps": torch.ones_like(codes, dtype=torch.int64), "result": codes})

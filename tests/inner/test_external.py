@@ -1,0 +1,62 @@
+"""A black box as inner solver: another library's optimizer, and a search that knows no gradient."""
+
+from __future__ import annotations
+
+import pytest
+import scipy.optimize
+import torch
+
+import bilevel as bl
+from bilevel.problems import Ridge
+from tests.conformance import check_inner_solver, relative_error
+
+
+def by_scipy(loss, start):
+    """A library that takes and returns arrays."""
+    found = scipy.optimize.minimize(
+        lambda y: float(loss(torch.from_numpy(y).view_as(start)).sum()),
+        start.flatten().numpy(),
+        method="COBYQA",
+        options={"final_tr_radius": 1e-9, "maxfev": 100000},
+    )
+    return torch.from_numpy(found.x).view_as(start)
+
+
+def grid(loss, start):
+    """An exhaustive search over a dict of one number."""
+    points = torch.linspace(-2, 2, 401, dtype=torch.float64)
+    values = torch.stack([loss({"w": point}) for point in points])
+    return {"w": points[values.argmin()]}
+
+
+def test_conforms():
+    check_inner_solver(bl.External(by_scipy, gtol=1e-4), tolerance=1e-4)
+
+
+def test_implicit_differentiation_of_a_black_box():
+    problem = Ridge(num_features=4)
+    x = problem.hparams.clone().requires_grad_()
+    fit = bl.argmin(problem.inner, problem.init, x, solver=bl.External(by_scipy))
+    (grad,) = torch.autograd.grad(problem.outer(fit.value, x), x)
+    assert relative_error(grad, problem.hypergradient(x)) <= 1e-4
+    assert fit.result is bl.Result.STEPS_DONE
+
+
+def test_evolution_strategies_ask_the_black_box_again():
+    """A grid's answers are steps; smoothed by noise as wide as the steps, they have a slope."""
+    x = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    start = {"w": torch.zeros((), dtype=torch.float64)}
+    hypergrad = bl.EvolutionStrategies(num_samples=200, sigma=0.2)
+    fit = bl.argmin(lambda p: (p["w"] - 2 * x).square(), start, solver=bl.External(grid), hypergrad=hypergrad)
+    (grad,) = torch.autograd.grad(fit.value["w"], x)
+    assert grad.item() == pytest.approx(2.0, rel=0.3)
+
+
+def test_outcomes_and_bad_input():
+    start = torch.ones(2, dtype=torch.float64)
+    with pytest.warns(bl.SolveWarning, match="inner solve"):
+        bl.argmin(lambda y: y.square().sum(), start, solver=bl.External(lambda loss, y: y, gtol=1e-3))
+    with pytest.raises(TypeError, match="not a tree like init"):
+        bl.argmin(lambda y: y.square().sum(), start, solver=bl.External(lambda loss, y: y[:1]))
+    with pytest.raises(TypeError, match="solve is 3"):
+        bl.External(3)
