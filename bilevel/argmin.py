@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .closure import Closure, Recorder
 from .hypergrad.base import Hypergrad, PathMethod
-from .hypergrad.composite import CompositeStatement, prox_residual
+from .hypergrad.composite import CompositeStatement
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
 from .hypergrad.statement import ObjectiveStatement, ResidualStatement, SymmetricResidualStatement
@@ -24,11 +24,14 @@ from .inner.proximal import ProximalGradient
 from .inner.roots import Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
 from .solution import Solution, Throw, check_throw, settle
-from .tree import Tree, leaves, tree_map
+from .tree import Raveler, Tree, leaves, tree_map
 
 ROOT_ADVICE = (
     "The hypergradient holds at a solution only: raise max_steps, loosen tol, start closer to the solution, or take "
     "another solver (Newton, Anderson, ScipyRoot)"
+)
+COMPOSITE_ADVICE = (
+    "The hypergradient holds at a minimum only: raise max_steps, loosen tol, or start closer to the solution"
 )
 
 
@@ -111,38 +114,44 @@ def _composite(
     warm_start: Solution | None,
 ) -> Solution:
     """``min objective + prox.value``, through the residual of its fixed point."""
-    check_init(init)
-    prox, spec = solver.prox, pytree.tree_structure(init)
-    residual = prox_residual(objective, prox)
+    prox = solver.prox
     pair = pytree.tree_structure((torch.empty(0), torch.empty(0)))
 
+    def reached(params: Tree, *args: Any) -> Tensor:
+        """The loss; on its way, everything that objective and prox reach."""
+        losses = objective(params, *args)
+        check_loss(losses, params)
+        prox.prox(Raveler(params, losses.shape).ravel(leaves(params)), torch.ones_like(losses))
+        return losses
+
     def build(recorder: Recorder | None) -> Problem:
-        problem = Problem(objective, init, args)
+        problem = Problem(objective, init, args, recorder=recorder)
         problem.shrink = prox.prox
         if recorder:
-            start = [leaf.detach() for leaf in leaves(init)]
-            recorder.know(start)
-            recorder.note((args, prox.tensors))
+            recorder.note(prox.tensors)
             with recorder:
-                residual(pytree.tree_unflatten(start, spec), *args)
+                prox.prox(problem.start.y, torch.ones_like(problem.start.f))
         return problem
 
     def statement(closure: Closure) -> CompositeStatement:
-        parts = (replace(closure, fn=objective), replace(closure, fn=lambda pair, *_: prox.prox(*pair), spec=pair))
-        return CompositeStatement(closure, *parts, prox.separable)
+        shrink = replace(closure, fn=lambda pair, *_: prox.prox(*pair), spec=pair)
+        return CompositeStatement(replace(closure, fn=objective), shrink, prox.separable)
 
     def solve(problem: Problem, measure: Callable[[Solution], Solution]) -> Solution:
-        found = measure(solver.minimize(problem))
-        settle(found, throw, "The inner solve", INNER_ADVICE)
+        found = solver.minimize(problem)
+        size = found.stats["residual_norm"]
+        found = measure(found)
+        found.stats["residual_norm"] = size  # at the solver's own step, as it was judged
+        settle(found, throw, "The inner solve", COMPOSITE_ADVICE)
         return found
 
     return differentiable_solve(
         statement,
-        residual,
+        reached,
         init,
         args,
         build=build,
-        batch_dims_of=lambda _, init: _check_loss(objective(init, *args), init),
+        batch_dims_of=_check_loss,
         solve=solve,
         hypergrad=hypergrad,
         throw=throw,

@@ -2,6 +2,7 @@
 
 Each works on flat vectors ``[*batch, n]`` and is differentiable towards the vector and its own settings, which may be
 tensors that require grad: hyperparameters like others. ``prox(y, step) = argmin_z ||z - y||^2 / 2 + step * value(z)``.
+Settings broadcast against ``[*batch, n]`` (those that are one number for a problem: ``[T, 1]`` for T problems).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Setting = float | Tensor
 class Prox(ABC):
     """A closed convex function with a prox.
 
-    ``separable``: it acts on each coordinate by itself, so that its Jacobian is diagonal.
+    ``separable``: it acts on each coordinate by itself, so that its Jacobian is diagonal. Two are equal where their
+    numbers are, and their tensors are the same tensors.
     """
 
     separable: ClassVar[bool] = False
@@ -36,8 +38,19 @@ class Prox(ABC):
     @property
     def tensors(self) -> list[Tensor]:
         """Settings that are tensors."""
-        values = [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]
-        return [value for value in values if isinstance(value, Tensor)]
+        return [value for value in self._settings() if isinstance(value, Tensor)]
+
+    def _settings(self) -> list[Setting]:
+        return [getattr(self, f.name) for f in fields(self)]  # type: ignore[arg-type]
+
+    def _key(self) -> tuple[object, ...]:
+        return (type(self), *[id(value) if isinstance(value, Tensor) else value for value in self._settings()])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Prox) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +118,8 @@ class GroupLasso(Prox):
         return (self.strength * self._sizes(y)).sum(-1)
 
     def _sizes(self, y: Tensor) -> Tensor:
+        if y.shape[-1:] != self.groups.shape:
+            raise ValueError(f"groups names {len(self.groups)} coordinates: there are {y.shape[-1]}.")
         count = int(self.groups.max()) + 1
         squares = y.new_zeros(*y.shape[:-1], count).index_add(-1, self.groups, y.square())
         alive = squares > 0
@@ -171,8 +186,9 @@ class Simplex(Prox):
         return torch.where(support, y - shift, torch.zeros_like(y))
 
     def value(self, y: Tensor) -> Tensor:
-        slack = (1e-5 if y.dtype == torch.float32 else 1e-10) * (1 + abs(float(self.total)))
-        inside = (y >= -slack).all(-1) & ((y.sum(-1) - self.total).abs() <= slack)
+        total = torch.as_tensor(self.total, dtype=y.dtype, device=y.device)
+        slack = (1e-5 if y.dtype == torch.float32 else 1e-10) * (1 + total)
+        inside = ((y >= -slack) & ((y.sum(-1, keepdim=True) - total).abs() <= slack)).all(-1)
         return torch.where(inside, 0.0, torch.inf).to(y.dtype)
 
 
@@ -192,7 +208,7 @@ class L2Ball(Prox):
         return torch.where(outside, self.radius * y / torch.linalg.vector_norm(safe, dim=-1, keepdim=True), y)
 
     def value(self, y: Tensor) -> Tensor:
-        inside = torch.linalg.vector_norm(y, dim=-1) <= self.radius * (1 + 1e-6)
+        inside = (torch.linalg.vector_norm(y, dim=-1, keepdim=True) <= self.radius * (1 + 1e-6)).squeeze(-1)
         return torch.where(inside, 0.0, torch.inf).to(y.dtype)
 
 

@@ -122,3 +122,29 @@ def test_values():
 def test_bad_settings_name_the_argument(make, name):
     with pytest.raises(ValueError, match=name):
         make()
+
+
+def test_settings_of_each_problem():
+    """``[T, 1]``: a number for each of T problems, in prox and value."""
+    sizes, y = torch.tensor([[0.5], [2.0]], dtype=torch.float64), 3 * randn(2, 6, seed=4)
+    for make in (L1, Simplex, L2Ball):
+        together = make(sizes)
+        moved = together.prox(y, 1.0)
+        for task in range(2):
+            alone = make(sizes[task, 0])
+            torch.testing.assert_close(moved[task], alone.prox(y[task], 1.0))
+            torch.testing.assert_close(together.value(moved)[task], alone.value(moved[task]))
+
+
+def test_equality_is_of_numbers_and_of_tensors_themselves():
+    strength = torch.ones(3)
+    assert L1(0.1) == L1(0.1)
+    assert L1(0.1) != L1(0.2)
+    assert L1(strength) == L1(strength)
+    assert L1(strength) != L1(strength.clone())
+    assert len({L1(0.1), L1(0.1), Box(), NonNegative()}) == 3
+
+
+def test_groups_of_another_size():
+    with pytest.raises(ValueError, match="groups names 6 coordinates: there are 5"):
+        GroupLasso(GROUPS).prox(randn(5), 1.0)

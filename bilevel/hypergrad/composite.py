@@ -1,7 +1,7 @@
 """Composite problems: the solution of ``min g + h`` as the root of ``(y - prox_h(y - eta grad g(y), eta)) / eta``.
 
-Any ``eta > 0`` has the same roots and derivatives; about one over the curvature, both terms have the same scale, whatever
-that of the loss is. With D the Jacobian of the prox and H the Hessian of g, that of the residual is
+Any ``eta > 0`` has the same roots and derivatives; with one over the curvature, y and ``eta grad g`` are of one scale,
+whatever that of the loss is. With D the Jacobian of the prox and H the Hessian of g, that of the residual is
 ``J = (I - D (I - eta H)) / eta``: H where the prox does nothing, but not symmetric.
 
 Where D is diagonal (lasso, elastic net, box), the systems reduce exactly to the active set ``S = {D_ii > 0}``, where
@@ -98,9 +98,7 @@ class CompositeStatement(ResidualStatement):
             z = moved.detach().requires_grad_()
             alone = self.shrink([z, step.to(y.dtype)], [tensor.detach() for tensor in hparams])
         smooth = dataclasses.replace(at, hparams=free)
-        return CompositeLinearization(
-            at.leaves, at.loss, residual, free, smooth=smooth, z=z, shrunk=alone, step=step
-        )
+        return CompositeLinearization(at.leaves, at.loss, residual, free, smooth=smooth, z=z, shrunk=alone, step=step)
 
     def vmapped(self, in_dims: tuple[int | None, ...]) -> CompositeStatement:
         return dataclasses.replace(
@@ -179,8 +177,9 @@ def _shrinkage(at: CompositeLinearization, v: Tensor) -> Tensor:
 
 def _without_flat(point: Point, at: CompositeLinearization, reduced: ActiveSet, b: Tensor) -> Tensor:
     """Zero where neither g nor the penalty curves: there the solution stays at its start, whatever x is."""
-    used = [torch.full_like(leaf, float(r.requires_grad)) for r, leaf in zip(at.smooth.residual, at.leaves, strict=True)]
-    return torch.where((point.raveler.ravel(used) > 0) | (reduced.extra > 0), b, torch.zeros_like(b))
+    pairs = zip(at.smooth.residual, at.leaves, strict=True)
+    curved = point.raveler.ravel([torch.full_like(leaf, float(r.requires_grad)) for r, leaf in pairs])
+    return torch.where((curved > 0) | (reduced.extra > 0), b, torch.zeros_like(b))
 
 
 def _summed(losses: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,9 +65,10 @@ class Implicit:
 
     def solve_at(self, point: Point, b: Tensor, *, transpose: bool) -> Solution:
         """Solve ``J^T u = b`` or ``J u = b`` at the solution, with the fallbacks that were allowed."""
+        if isinstance(point.statement, CompositeStatement):
+            hessian = self.operator_at(point.statement.smooth(point))
+            return point.statement.solve(point, hessian, b, transpose, partial(self._solve, point))
         b = _without_unused(point, b)
-        if isinstance(point.statement, CompositeStatement) and point.statement.separable:
-            return point.statement.solve(point, b, transpose, partial(self._solve, point))
         operator = self.operator_at(point)
         return self._solve(point, operator.T if transpose else operator, b)
 

@@ -129,9 +129,8 @@ def _step(
         trial = problem.evaluate(torch.where(pending.unsqueeze(-1), y, best.y))
         move = trial.y - at.y
         bound = norm(move).square() / step
-        # Where losses differ by rounding only, the slopes tell instead.
-        rounding = 1e3 * torch.finfo(at.g.dtype).eps * torch.maximum(at.f.abs(), trial.f.abs())
-        flat = (trial.f - at.f).abs() <= rounding
+        # Where the rounding of the losses hides what is compared, the slopes tell instead.
+        flat = bound <= 1e3 * torch.finfo(at.g.dtype).eps * torch.maximum(at.f.abs(), trial.f.abs())
         below = trial.f <= at.f + dot(at.g, move) + bound / 2
         accepted = pending & torch.where(flat, dot(trial.g - at.g, move) <= bound, below)
         best = choose(accepted, trial, best)

@@ -11,7 +11,12 @@ from sklearn.linear_model import Lasso
 
 import bilevel as bl
 from bilevel import prox
-from tests.conformance import randn, relative_error
+from bilevel.closure import Autocast, Closure
+from bilevel.hypergrad.base import Point
+from bilevel.hypergrad.composite import ActiveSet, CompositeStatement, ProxJacobian
+from bilevel.linalg.operator import Dense
+from bilevel.problem import Problem
+from tests.conformance import check_operator, randn, relative_error
 
 X, TARGET = randn(40, 12, seed=1), randn(40, seed=2) + 2 * randn(40, 12, seed=1)[:, :3].sum(-1)
 START = torch.zeros(12, dtype=torch.float64)
@@ -187,3 +192,209 @@ def test_outcomes_and_bad_input():
         bl.ProximalGradient(prox.L1(), step_size=0.0)
     with pytest.raises(TypeError, match="needs Steps"):
         bl.argmin(least_squares, START, solver=solver, hypergrad=bl.Unroll())
+
+
+def at_solution(penalty):
+    """A statement without hyperparameters, at its solution, and the dense Jacobian of its residual."""
+    value = fit(penalty, max_steps=50000, hypergrad=None).value
+    spec, pair = (torch.utils._pytree.tree_structure(tree) for tree in ([value], [value, value]))
+    closures = [
+        Closure(fn, of, (), [], Autocast.current(value.device))
+        for fn, of in ((lambda params: least_squares(params[0]), spec), (lambda both: penalty.prox(*both), pair))
+    ]
+    point = Point(CompositeStatement(*closures, penalty.separable), [value], [], 0, "raise")
+    jacobian = torch.func.jacrev(lambda y: point.statement.residual([y], [])[0])(value)
+    return point, jacobian
+
+
+HESSIAN = X.mT @ X / 40
+PENALTIES = [
+    prox.L1(0.3),
+    prox.ElasticNet(0.3, 0.5),
+    prox.Box(-0.2, 0.5),
+    prox.GroupLasso(GROUPS, 0.4),
+    prox.Simplex(1.3),
+    prox.L2Ball(0.7),
+]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("transpose", [True, False])
+def test_systems_are_those_of_the_whole_jacobian(penalty, transpose):
+    """On the active set or not, ``J^T u = b`` and ``J w = b`` are solved, by one operator of the smooth part."""
+    point, jacobian = at_solution(penalty)
+    assert not torch.allclose(jacobian, jacobian.mT, atol=1e-3)
+    b, seen = randn(12, seed=3), []
+
+    def solve(operator, right):
+        seen.append(operator)
+        return bl.LU().solve(operator, right)
+
+    found = point.statement.solve(point, Dense(HESSIAN), b, transpose, solve).value
+    truth = torch.linalg.solve(jacobian.mT if transpose else jacobian, b)
+    assert relative_error(found, truth) <= 1e-10
+    assert isinstance(seen[0], ActiveSet) == penalty.separable
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=lambda p: type(p).__name__)
+def test_operators_conform(penalty):
+    point, jacobian = at_solution(penalty)
+    at = point.linearization()
+    check_operator(ProxJacobian(Dense(HESSIAN), at), jacobian)
+    if penalty.separable:
+        (diagonal,) = torch.autograd.grad(at.shrunk.sum(), at.z, retain_graph=True)
+        support = diagonal > 0
+        assert 0 < support.sum() < 12
+        truth = torch.where(support & support[:, None], HESSIAN, 0.0)
+        extra = torch.where(support, (1 / diagonal.clamp_min(1e-9) - 1) / at.step, 1 / at.step)
+        check_operator(ActiveSet(Dense(HESSIAN), diagonal, at.step), truth + torch.diag(extra))
+
+
+SCALED = [
+    (lambda x, scale: prox.L1(x * scale), 1e-6),
+    (lambda x, scale: prox.Box(-x, x), 1e-6),
+    (lambda x, scale: prox.GroupLasso(GROUPS, x * scale), 1e-4),
+    (lambda x, scale: prox.Simplex(x), 1e-4),
+]
+
+
+@pytest.mark.parametrize(("penalty_of", "tolerance"), SCALED, ids=["L1", "box", "group lasso", "simplex"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_scale_of_the_loss_does_not_matter(penalty_of, tolerance, dtype):
+    """As small as 1e-25 in float32: the same steps, the same derivative, by default settings."""
+    data, target = X.to(dtype), TARGET.to(dtype)
+
+    def derivative(scale):
+        x = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+        found = bl.argmin(
+            lambda y: scale * ((data @ y - target).square().mean() / 2),
+            START.to(dtype),
+            solver=bl.ProximalGradient(penalty_of(x, scale)),
+            throw="raise",
+        )
+        (grad,) = torch.autograd.grad((found.value - 1).square().sum(), x)
+        return grad.double(), found.stats["num_steps"]
+
+    (base, steps), exact = derivative(1.0), tolerance if dtype == torch.float32 else 1e-9
+    for scale in (1e-25, 1e-12, 1e6):
+        grad, more = derivative(scale)
+        assert relative_error(grad, base) <= max(exact, tolerance if dtype == torch.float32 else 1e-8)
+        assert abs(int(more) - int(steps)) <= 2
+
+
+def test_steps_do_not_collapse_at_rounding():
+    """The linear part of the loss does not vanish at a composite minimum, so its rounding must not reject steps."""
+    found = fit(prox.ElasticNet(0.3679, 0.1353))
+    assert found.result is bl.Result.CONVERGED
+    assert found.stats["num_steps"] < 100  # thousands, where they were rejected
+    assert found.stats["step_size"] > 0.1
+
+
+def test_a_warm_start_makes_no_step():
+    first = fit(prox.L1(0.3))
+    again = bl.argmin(least_squares, first.value, solver=bl.ProximalGradient(prox.L1(0.3)))
+    assert again.stats["num_steps"] == 0
+    assert torch.equal(again.value, first.value)
+
+
+@pytest.mark.parametrize(
+    "operator", ["func", bl.GaussNewton(lambda y: X @ y, lambda p: (p - TARGET).square().mean() / 2)]
+)
+@pytest.mark.parametrize("penalty_of", [prox.L1, lambda s: prox.GroupLasso(GROUPS, s)], ids=["L1", "group lasso"])
+def test_operators_of_the_smooth_part(operator, penalty_of):
+    """Least squares is its own Gauss-Newton approximation, so every way to the Hessian gives the same."""
+    strength = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    grads = []
+    for implicit in (bl.Implicit(), bl.Implicit(operator=operator)):
+        found = fit(penalty_of(strength), hypergrad=implicit)
+        grads.append(torch.autograd.grad(found.value.square().sum(), strength)[0])
+    assert relative_error(*grads) <= 1e-8
+    damped = fit(penalty_of(strength), hypergrad=bl.Implicit(operator=operator, damping=1.0))
+    assert relative_error(torch.autograd.grad(damped.value.square().sum(), strength)[0], grads[0]) > 1e-2
+
+
+def test_leaves_that_the_objective_does_not_use():
+    upper = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    start = {"used": torch.zeros(2, dtype=torch.float64), "unused": torch.full((2,), 0.5, dtype=torch.float64)}
+    found = fit(prox.Box(0.0, 2.0), lambda params: (params["used"] - upper).square().sum(), start)
+    total = found.value["used"].sum() + found.value["unused"].square().sum()
+    assert torch.autograd.grad(total, upper)[0].item() == pytest.approx(2)
+    assert found.adjoint.result is bl.Result.CONVERGED
+
+
+class Product(torch.autograd.Function):
+    """Old style: without ``setup_context``, so that `torch.func` cannot pass it."""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        return grad * b, grad * a
+
+
+def test_custom_functions_as_in_smooth_problems():
+    """Followed as an argument; refused where captured, since the hypergradient would silently be missing."""
+    factor = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def objective(y, factor):
+        return (Product.apply(y, factor) - 1).square().sum() / 2
+
+    start, solver = torch.zeros(2, dtype=torch.float64), bl.ProximalGradient(prox.L1(0.1), tol=1e-12)
+    found = bl.argmin(objective, start, factor, solver=solver)
+    # y = (f - 0.1) / f^2
+    (grad,) = torch.autograd.grad(found.value.sum(), factor)
+    torch.testing.assert_close(grad, -1 / factor.detach() ** 2 + 0.2 / factor.detach() ** 3)
+    with pytest.raises(ValueError, match="cannot be followed"):
+        bl.argmin(lambda y: objective(y, factor), start, solver=solver)
+
+
+def test_fallback_where_the_support_is_not_convex():
+    """A saddle of g on the support: CG says so, and MINRES solves what is regular all the same."""
+    strength = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    start = torch.tensor([0.9, 1.1], dtype=torch.float64)  # the stationary point, found at once
+
+    def objective(y):
+        return (signs * (y - 1).square()).sum() / 2
+
+    solver = bl.ProximalGradient(prox.L1(strength))
+    with pytest.raises(bl.SolveError, match="negative curvature"):
+        bl.argmin(objective, start, solver=solver, throw="raise").value.sum().backward()
+    found = bl.argmin(objective, start, solver=solver, throw="fallback")
+    weights = torch.tensor([3.0, 5.0], dtype=torch.float64)
+    (grad,) = torch.autograd.grad(found.value @ weights, strength)
+    assert found.adjoint.recovered == ("MINRES",)
+    assert grad.item() == pytest.approx(-3.0 + 5.0, rel=1e-3)
+
+
+def test_second_derivative_through_a_prox_that_is_not_separable():
+    """Towards the radius of the ball: the smooth part has a third derivative, so that all terms count."""
+
+    def solve(radius):
+        def objective(y):
+            return (X[:, :4] @ y - TARGET).square().mean() / 2 + y.pow(4).sum() / 10
+
+        solver = bl.ProximalGradient(prox.L2Ball(radius), tol=1e-12, max_steps=2000)
+        return bl.argmin(objective, START[:4], solver=solver, hypergrad=bl.Implicit(bl.LU()), throw="ignore").value
+
+    radius = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(solve, (radius,), rtol=1e-4, atol=1e-6)
+
+
+def test_solves_inside_a_batch_are_independent():
+    """Other problems beside it change no bit of a solution."""
+    targets = TARGET + randn(3, 40, seed=8)
+
+    def minimize(targets):
+        def objective(y):
+            return ((X @ y.unsqueeze(-1)).squeeze(-1) - targets).square().mean(-1) / 2
+
+        return bl.ProximalGradient(prox.L1(0.3)).minimize(Problem(objective, START.expand(len(targets), -1)))
+
+    together, alone = minimize(targets), minimize(targets[1:])
+    assert torch.equal(together.value[1:], alone.value)
+    assert torch.equal(together.stats["num_steps"][1:], alone.stats["num_steps"])
