@@ -77,10 +77,10 @@ class Advice:
     candidates: list[Candidate]
 
     def __str__(self) -> str:
-        seen = "non-symmetric Jacobian"
+        seen = "The Jacobian is not symmetric"
         if self.spectrum is not None:
             kind = "indefinite" if self.spectrum.indefinite else "positive definite"
-            seen = f"{kind} Hessian, condition at least {self.spectrum.condition:.3g}"
+            seen = f"The Hessian is {kind}, its condition number at least {self.spectrum.condition:.3g}"
         return (
             f"Take {self.hypergrad!r}: {self.candidates[0].why}. {seen}; one product costs "
             f"{self.product_seconds / self.gradient_seconds:.1f} gradients. Predicted: relative error "

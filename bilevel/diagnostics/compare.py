@@ -73,7 +73,7 @@ class Comparison:
             error = "" if math.isnan(row.error) else f"{row.error:.1e}"
             lines.append(
                 f"| {row.method} | {error} | {products} | {row.evaluations} | {1e3 * row.seconds:.2f} | "
-                f"{row.peak_mib:.2f} | {row.note or row.result} |"
+                f"{row.peak_mib:.2g} | {row.note or row.result} |"
             )
         return "\n".join([*lines, "", f"Relative to {self.reference}. {self.machine}."])
 
