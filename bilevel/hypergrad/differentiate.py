@@ -165,10 +165,6 @@ def _measure(problem: Any, found: Solution) -> Solution:
     """The norm of the residual at what a solver found joins its stats."""
     if isinstance(problem, Problem):
         at = problem.evaluate(found.value)
-        if problem.shrink is not None:
-            with torch.no_grad():
-                moved = problem.shrink(at.y - at.g, torch.ones_like(at.f))
-            return measured(found, norm(at.y - moved), torch.isfinite(at.f))
         return measured(found, norm(at.g), torch.isfinite(at.f))
     size = norm(problem.evaluate(found.value))
     return measured(found, size, torch.isfinite(size))
