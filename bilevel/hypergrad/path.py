@@ -16,7 +16,7 @@ from ..linalg.curvature import fused_norm
 from ..problem import Objective, Problem, graph_nodes
 from ..solution import Solution, Throw, settle
 from ..tree import Tree, norm
-from .differentiate import measured
+from .call import measured
 
 
 class Path:

@@ -1,0 +1,323 @@
+"""The two functions that carry every derivative, of any order, in both modes, and under `torch.func`.
+
+The solution y*(x), and the solution u of the linear system J(y*, x)^T u = g: the derivative of each is made of the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
+
+from ..closure import in_transform
+from ..solution import Solution
+from ..tree import norm
+from .base import Pulled
+from .call import Call, inspect, measured
+from .implicit import Implicit
+
+
+def solution(call: Call, start: list[Tensor], hparams: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Leaves of the solution, differentiable, and the stats of the solve."""
+    out = _Solution.apply(call, *start, *hparams)
+    return list(out[: call.num_leaves]), dict(zip(call.record.names, out[call.num_leaves :], strict=True))
+
+
+class _Solution(torch.autograd.Function):
+    """``y*(x)``. Backward: ``u = J^{-T} g``, then ``-(d_x r)^T u``. Forward mode: ``-J^{-1} d_x r t``."""
+
+    @staticmethod
+    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        start, hparams = call.split(tensors)
+        problem = call.problem or call.statement.problem(start, hparams, call.batch_dims)
+        record = call.record
+
+        def measure(found: Solution) -> Solution:
+            params = [leaf.clone() for leaf in problem.raveler.unravel(found.value.detach())]
+            record.found = found
+            record.point = point = call.point(params, [tensor.detach() for tensor in hparams])
+            at = point.linearization()
+            size = norm(point.raveler.ravel([r.detach() for r in at.residual]))
+            return measured(found, size, torch.isfinite(size if at.loss is None else at.loss.detach()))
+
+        found = call.solve(problem, measure)
+        assert record.point is not None
+        record.found, record.names = found, sorted(found.stats)
+        inspect(record, record.point.linearization())
+        value = [leaf.clone() for leaf in record.point.params]
+        return (*value, *[found.stats[name].clone() for name in record.names])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        call, *tensors = inputs
+        ctx.call = call
+        _, hparams = call.split(tensors)
+        kept = (*output[: call.num_leaves], *hparams)
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+        ctx.mark_non_differentiable(*output[call.num_leaves :])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        params, hparams = call.split(ctx.saved_tensors)
+        cotangents = _filled(grads[: call.num_leaves], params)
+        _refuse_legacy_vmap(cotangents)
+        if torch.is_grad_enabled() or in_transform():
+            pulled = _differentiable_pull(call, params, hparams, cotangents, ctx.needs_input_grad[-len(hparams) :])
+        else:
+            pulled = _plain_pull(call, params, hparams, cotangents)
+        none: list[Tensor | None] = [None] * call.num_leaves
+        return (None, *(pulled.start or none), *pulled.hparams)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        implicit = _implicit(call, "a forward-mode derivative")
+        assert implicit
+        _refuse_nested_forward_mode()
+        params, hparams = call.split(ctx.saved_tensors)
+        moved = call.split(tangents)[1]
+        right = _push(lambda tensors: call.statement.residual(params, tensors), hparams, moved)
+        tangent = _Adjoint.apply(call, False, *[-r for r in right], *params, *hparams)
+        return (*tangent, *[None] * len(call.record.names))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
+        dims = in_dims[1:]
+        start_dims, hparam_dims = call.split(dims)
+        start, hparams = call.split(tensors)
+        batched = [_to_front(leaf, dim, info.batch_size) for leaf, dim in zip(start, start_dims, strict=True)]
+        out = _Solution.apply(call.vmapped(hparam_dims), *batched, *hparams)
+        return out, (0,) * len(out)
+
+
+class _Adjoint(torch.autograd.Function):
+    """``u`` of ``J^T u = g`` (transpose) or ``J u = g``, as a function of g, y and x."""
+
+    @staticmethod
+    def forward(call: Call, transpose: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        right, params, hparams = call.split(tensors, 2)
+        point = call.point([leaf.detach() for leaf in params], [tensor.detach() for tensor in hparams])
+        point.state = None
+        implicit = _implicit(call, "a linear solve")
+        raveler = point.raveler
+        solved = implicit.solve_at(point, raveler.ravel([r.detach() for r in right]), transpose=transpose)
+        call.keep(solved, point)
+        return tuple(leaf.clone() for leaf in raveler.unravel(solved.value))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, ctx.transpose, *tensors = inputs
+        _, params, hparams = ctx.call.split(tensors, 2)
+        kept = (*output, *params, *hparams)
+        ctx.save_for_backward(*kept)
+        ctx.save_for_forward(*kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: Call = ctx.call
+        _refuse_layer_norm(call)
+        u, params, hparams = call.split(ctx.saved_tensors, 2)
+        cotangents = _filled(grads, u)
+        w = list(_Adjoint.apply(call, not ctx.transpose, *cotangents, *params, *hparams))
+        left, right = (u, w) if ctx.transpose else (w, u)
+        chosen = _floating(hparams)
+
+        def bilinear(point: list[Tensor], tensors: list[Tensor]) -> Tensor:
+            """``<J^T left, right>``"""
+            full = _replaced(hparams, chosen, tensors)
+            _, pull = _vjp(lambda leaves: call.statement.residual(leaves, full), point)
+            (pulled,) = pull(left)
+            return torch.stack([(a * b).sum() for a, b in zip(pulled, right, strict=True)]).sum()
+
+        by_params, by_chosen = torch.func.grad(bilinear, argnums=(0, 1))(params, [hparams[i] for i in chosen])
+        by_hparams: list[Tensor | None] = [None] * len(hparams)
+        for index, grad in zip(chosen, by_chosen, strict=True):
+            by_hparams[index] = -grad
+        return (None, None, *w, *[-grad for grad in by_params], *by_hparams)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        call: Call = ctx.call
+        _refuse_layer_norm(call)
+        _refuse_nested_forward_mode()
+        u, params, hparams = call.split(ctx.saved_tensors, 2)
+        by_right, by_params, by_hparams = call.split(tangents, 2)
+
+        def product(tensors: list[Tensor]) -> list[Tensor]:
+            """``J^T u`` or ``J u`` at these params and hparams."""
+            point, full = tensors[: call.num_leaves], tensors[call.num_leaves :]
+            if ctx.transpose:
+                _, pull = _vjp(lambda leaves: call.statement.residual(leaves, full), point)
+                return pull(u)[0]
+            return _push(lambda leaves: call.statement.residual(leaves, full), point, u)
+
+        moved = _push(product, [*params, *hparams], [*by_params, *by_hparams])
+        right = [m if r is None else r - m for r, m in zip(_filled(by_right, u), moved, strict=True)]
+        return _Adjoint.apply(call, ctx.transpose, *right, *params, *hparams)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, transpose: bool, *tensors: Tensor) -> tuple[Any, Any]:
+        right, params, hparams = call.split(tensors, 2)
+        right_dims, params_dims, hparam_dims = call.split(in_dims[2:], 2)
+        both = zip([*right, *params], [*right_dims, *params_dims], strict=True)
+        batched = [_to_front(tensor, dim, info.batch_size) for tensor, dim in both]
+        out = _Adjoint.apply(call.vmapped(hparam_dims), transpose, *batched, *hparams)
+        return out, (0,) * len(out)
+
+
+class _Pull(torch.autograd.Function):
+    """The backward pass of a method that has no derivative of its own."""
+
+    @staticmethod
+    def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        cotangents, params, hparams = call.split(tensors, 2)
+        pulled = _plain_pull(call, params, hparams, cotangents)
+        grads = [torch.zeros_like(h) if g is None else g for g, h in zip(pulled.hparams, hparams, strict=True)]
+        return (*(pulled.start or [torch.zeros_like(leaf) for leaf in params]), *grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _implicit(ctx.call, "a second derivative")
+        raise AssertionError("unreachable")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
+        cotangents, params, hparams = call.split(tensors, 2)
+        first_dims, second_dims, hparam_dims = call.split(in_dims[1:], 2)
+        both = zip([*cotangents, *params], [*first_dims, *second_dims], strict=True)
+        batched = [_to_front(tensor, dim, info.batch_size) for tensor, dim in both]
+        moved = [
+            _to_front(tensor, dim, info.batch_size).clone() for tensor, dim in zip(hparams, hparam_dims, strict=True)
+        ]
+        out = _Pull.apply(call.vmapped([0] * len(hparams)), *batched, *moved)
+        return out, (0,) * len(out)
+
+
+def _plain_pull(call: Call, params: list[Tensor], hparams: list[Tensor], cotangents: list[Tensor]) -> Pulled:
+    """The pull of the method, outside of all transforms; the graph that the solve ended with serves once."""
+    point = call.record.point
+    if point is None or point.params[0].shape != params[0].shape or not _same(point.hparams, hparams):
+        point = call.point([leaf.detach() for leaf in params], [tensor.detach() for tensor in hparams])
+    pulled = call.hypergrad.pull(point, point.raveler.ravel([g.detach() for g in cotangents]))
+    point.release()
+    call.keep(pulled.adjoint, point)
+    return pulled
+
+
+def _differentiable_pull(
+    call: Call, params: list[Tensor], hparams: list[Tensor], cotangents: list[Tensor], needed: Sequence[bool]
+) -> Pulled:
+    """The same as a composition of differentiable functions."""
+    if not isinstance(call.hypergrad, Implicit):
+        out = list(_Pull.apply(call, *cotangents, *params, *hparams))
+        start, grads = call.split(out)
+        return Pulled(grads, start if call.hypergrad.reaches_init else None)
+    if call.record.fused:
+        raise NotImplementedError(
+            f"A derivative under torch.func, or a second one, was asked for through the fused {call.record.fused} in "
+            "training mode, where PyTorch is silently wrong by several percent. Write the norm with torch.var_mean "
+            "and rsqrt (as applications/few_shot/models.py does)."
+        )
+    u = _Adjoint.apply(call, True, *cotangents, *params, *hparams)
+    chosen = [index for index in _floating(hparams) if needed[index]]
+    by_hparams: list[Tensor | None] = [None] * len(hparams)
+    if chosen:
+
+        def residual(tensors: list[Tensor]) -> list[Tensor]:
+            return call.statement.residual(params, _replaced(hparams, chosen, tensors))
+
+        _, pull = _vjp(residual, [hparams[index] for index in chosen])
+        for index, grad in zip(chosen, pull([-part for part in u])[0], strict=True):
+            by_hparams[index] = grad
+    return Pulled(by_hparams)
+
+
+def _implicit(call: Call, what: str) -> Implicit:
+    if isinstance(call.hypergrad, Implicit):
+        return call.hypergrad
+    name = type(call.hypergrad).__name__
+    raise NotImplementedError(
+        f"{what} was asked for through hypergrad={name}(...), which gives first derivatives in reverse mode only. "
+        "Use hypergrad=Implicit(), which has all of them, or Unroll() outside of torch.func."
+    )
+
+
+def _push(
+    fn: Callable[[list[Tensor]], list[Tensor]], at: list[Tensor], tangents: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """The derivative of ``fn`` along tangents; None stands for zero.
+
+    As the derivative of a vector-Jacobian product by its cotangent: reverse mode nests where forward mode does not.
+    """
+    chosen = [index for index, tangent in enumerate(tangents) if tangent is not None and at[index].is_floating_point()]
+    out, pull = _vjp(lambda moved: fn(_replaced(at, chosen, moved)), [at[index] for index in chosen])
+    if not chosen:
+        return [torch.zeros_like(o) for o in out]
+    _, push = _vjp(lambda cotangents: pull(cotangents)[0], [torch.zeros_like(o) for o in out])
+    return push([tangents[index] for index in chosen])[0]
+
+
+def _vjp(fn: Callable[..., Any], at: Any) -> tuple[Any, Callable[..., Any]]:
+    out, pull = torch.func.vjp(fn, at)  # type: ignore[misc]
+    return out, pull
+
+
+def _replaced(tensors: Sequence[Tensor], chosen: Sequence[int], new: Sequence[Tensor]) -> list[Tensor]:
+    full = list(tensors)
+    for index, tensor in zip(chosen, new, strict=True):
+        full[index] = tensor
+    return full
+
+
+def _floating(tensors: Sequence[Tensor]) -> list[int]:
+    return [index for index, tensor in enumerate(tensors) if tensor.is_floating_point()]
+
+
+def _filled(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, like, strict=True)]
+
+
+def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    """Whether these are the same memory, so that a kept graph still belongs to them."""
+    return len(a) == len(b) and all(
+        x.data_ptr() == y.data_ptr() and x.shape == y.shape and x._version == y._version
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _refuse_layer_norm(call: Call) -> None:
+    if call.record.layer_norm:
+        raise NotImplementedError(
+            "A second derivative was asked for through layer_norm, whose third derivative is silently wrong by "
+            "several percent in PyTorch. Use group_norm, rms_norm, or a norm written with torch.var_mean and rsqrt."
+        )
+
+
+def _refuse_nested_forward_mode() -> None:
+    stack = get_interpreter_stack() or []
+    if sum(interpreter.key() == TransformType.Jvp for interpreter in stack) > 1:
+        raise NotImplementedError(
+            "Forward mode over forward mode was asked for (jacfwd of jacfwd, jvp of jvp): PyTorch is silently wrong "
+            "there for every custom function. Use torch.func.hessian, which is jacfwd of jacrev, or jacrev of jacfwd."
+        )
+
+
+def _refuse_legacy_vmap(tensors: Sequence[Tensor]) -> None:
+    if any(is_legacy_batchedtensor(tensor) for tensor in tensors):
+        raise NotImplementedError(
+            "A backward pass over several gradients at once (is_grads_batched=True, or torch.autograd.functional with "
+            "vectorize=True) does not work here: use torch.func.jacrev or torch.func.vmap."
+        )
