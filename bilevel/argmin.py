@@ -47,8 +47,9 @@ def argmin(
     """Minimise ``objective(params, *args)`` over ``params``; the solution is differentiable.
 
     Gradients flow from ``solution.value`` to every tensor that the objective used: captured ones, module
-    parameters, non-leaf tensors, ``args``. First derivatives by ``backward()`` or `torch.autograd.grad`; a
-    second derivative is refused with `NotImplementedError`.
+    parameters, non-leaf tensors, ``args``. By ``backward()``, `torch.autograd.grad`, with ``create_graph`` for
+    higher derivatives, in forward mode, and under `torch.func.grad`, ``vmap``, ``jvp``, ``jacrev``, ``jacfwd``
+    and ``hessian``; also from inside the objective of another `argmin`.
 
     An objective that returns a scalar is one problem. One that returns a vector ``[T]`` is T independent
     problems (the t-th loss depends on the t-th slice of ``params`` only, as `torch.vmap` gives it); every leaf
@@ -60,10 +61,12 @@ def argmin(
         args: passed on to the objective.
         solver: `LBFGS` by default; `GradientDescent`, `NewtonCG`, `TorchOptim`, `ScipyMinimize`, `Steps`; with
             `ProximalGradient` the minimum is that of ``objective + prox.value``.
-        hypergrad: `Implicit` or `Unroll`; None: the value is detached.
+        hypergrad: `Implicit` by default; `Unroll` and the others of ``docs/methods.md``, of which some give first
+            derivatives in reverse mode only, and say so; None: the value is detached.
         throw: what a failed solve does, here and in the backward pass: ``"raise"`` a `SolveError`, ``"warn"``
             (a `SolveWarning`; non-finite solves still raise), ``"fallback"`` (retry with `NewtonCG`, and MINRES
             or damped CG, then warn), ``"ignore"`` (the stats alone tell).
+        warm_start: an earlier solution: its adjoint is the first guess of the next, with its preconditioner.
 
     Returns:
         A `Solution` whose value is a tree like ``init``. Its stats have the batch shape: ``num_steps``,
@@ -71,7 +74,9 @@ def argmin(
         ``solution.adjoint`` tells how the linear solve went.
 
     Raises:
-        TypeError, ValueError: bad input; the message names the argument.
+        TypeError, ValueError: bad input; the message names the argument. A tensor that requires grad and cannot be
+            followed is bad input.
+        NotImplementedError: a derivative that PyTorch would get wrong (``docs/choosing.md``).
         SolveError: as ``throw`` says.
     """
     check_throw(throw)
