@@ -1,13 +1,14 @@
 """Hyperparameter and bilevel optimization in PyTorch: hypergradients through the solution of an inner problem.
 
 The differentiable solves: `argmin`, `root`, `fixed_point`, `quadratic_program`, which return a `Solution`.
-Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `Steps` (`SGD`, `Adam`, `AdamW`, `RMSprop`), `ProximalGradient` (with
-`prox`), `TorchOptim`, `ScipyMinimize`, `External`; of systems `Newton`, `ScipyRoot`, `Anderson`, `Picard`.
+Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `Steps` (`SGD`, `Adam`, `AdamW`, `RMSprop`), `ProximalGradient`
+(with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of systems `Newton`, `ScipyRoot`, `Anderson`, `Picard`.
 Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `ForwardMode`, `OneStep`, `FirstOrder`,
 `FiniteDifference`, `SAMA`, `Penalty`, `EvolutionStrategies`; on mini-batches `stochastic`.
-Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalCG`, `Cholesky`, `LU`, `Nystrom`, `Identity`;
-preconditioners `Jacobi`, `NystromPreconditioner`, `AdamPreconditioner`; operators `GaussNewton`, `EmpiricalFisher`.
-How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`. Tolerances: `Adaptive`.
+Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalCG`, `Cholesky`, `LU`, `Nystrom`,
+`Identity`; preconditioners `Jacobi`, `NystromPreconditioner`, `AdamPreconditioner`; operators `GaussNewton`,
+`EmpiricalFisher`. Tolerances: `Adaptive`.
+How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
 From JAXopt: `custom_root`, `custom_fixed_point`, `compat`. Trees: `stack`. Optuna: `tuning`. Files: `files`.
 """
 

@@ -14,14 +14,17 @@ from .closure import Closure, Recorder, VmappedClosure, in_transform
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
 from .hypergrad.statement import ResidualStatement
+from .inner.interior_point import InteriorPoint, mul
 from .linalg.direct import LU
 from .problem import RootProblem
-from .solution import Result, Solution, SolveWarning, Throw, check_throw, make_codes, settle
+from .solution import Solution, SolveWarning, Throw, check_throw, settle
 
-ADVICE = (
-    "Check that the constraints can be met (a feasible point exists) and that the objective is bounded below on them; "
-    "otherwise raise max_steps or loosen tol"
+INFEASIBLE = "It is infeasible: no point meets all its constraints (a feasible point is needed). Relax A, b, G or h"
+UNBOUNDED = (
+    "It is unbounded: its objective falls for ever along a direction that the constraints allow. Bound z, or add a "
+    "multiple of the identity to Q"
 )
+ADVICE = "Raise max_steps, loosen tol, or look for constraints that can hardly be met"
 
 
 class QPSolution(NamedTuple):
@@ -87,7 +90,7 @@ def quadratic_program(
 
     def solve(problem: RootProblem, measure: Callable[[Solution], Solution]) -> Solution:
         found = measure(method.find(problem))
-        settle(found, throw, "The quadratic program", ADVICE)
+        settle(found, throw, "The quadratic program", _advice(found))
         if throw != "ignore" and bool(found.stats["degenerate"].any()):
             warnings.warn(
                 "The quadratic program is degenerate: a constraint is active with a multiplier of zero, so its "
@@ -125,184 +128,19 @@ class QPStatement(ResidualStatement):
         return replace(self, closure=VmappedClosure(self.closure, in_dims), data=VmappedClosure(self.data, in_dims))
 
 
-@dataclass(frozen=True)
-class InteriorPoint:
-    """Mehrotra's predictor-corrector on dense, batched programs; a `RootSolver` of the KKT conditions."""
-
-    tol: float
-    max_steps: int = 50
-
-    def __post_init__(self) -> None:
-        if not self.tol > 0:
-            raise ValueError(f"tol is {self.tol}: it must be positive.")
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps is {self.max_steps}: at least one step is needed.")
-
-    @torch.no_grad()
-    def find(self, problem: RootProblem) -> Solution:
-        """The solution of the KKT conditions, flat."""
-        program = _Program(*(d.detach().double() for d in problem.data))
-        z, nu, s, lam = program.start()
-        shape = z.shape[:-1]
-        steps = torch.zeros(shape, dtype=torch.int64, device=z.device)
-        active = torch.ones(shape, dtype=torch.bool, device=z.device)
-        codes = make_codes(Result.MAX_STEPS, steps)
-        best: tuple[Tensor, ...] = (z, nu, s, lam)
-        best_error = torch.full(shape, torch.inf, dtype=torch.float64, device=z.device)
-        for _ in range(self.max_steps + 1):
-            error = program.error(z, nu, s, lam)
-            codes = torch.where(active & (error <= self.tol), make_codes(Result.CONVERGED, codes), codes)
-            better = active & (error < best_error)
-            best = _chosen(better, (z, nu, s, lam), best)
-            # Past the tolerance, as far as it goes: the active set shows ever more clearly.
-            active = (
-                active & torch.isfinite(error) & ((error > self.tol) | (error < 0.5 * best_error)) & (error > 1e-14)
-            )
-            best_error = torch.where(better, error, best_error)
-            if not bool(active.any()):
-                break
-            z, nu, s, lam = _chosen(active, program.step(z, nu, s, lam), (z, nu, s, lam))
-            steps = steps + active
-        z, nu, s, lam = best
-        z, nu, lam, solved = program.polished(z, nu, s, lam, self.tol)
-        codes = torch.where(solved, make_codes(Result.CONVERGED, codes), codes)
-        grown = z.abs().amax(-1) > 1e12 * (1 + program.scale)
-        codes = torch.where(grown & (codes != 0), make_codes(Result.DIVERGED, codes), codes)
-        codes = torch.where(torch.isfinite(z).all(-1), codes, make_codes(Result.NONFINITE, codes))
-        flat = problem.raveler.ravel(
-            [part.to(like.dtype) for part, like in zip((z, nu, lam), _like(problem), strict=True)]
-        )
-        degenerate = program.degenerate(z, lam) & (codes == int(Result.CONVERGED))
-        return Solution(flat, {"num_steps": steps, "result": codes, "degenerate": degenerate})
-
-
-def _chosen(where: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.where(where.unsqueeze(-1), n, o) for n, o in zip(new, old, strict=True))
-
-
-@dataclass
-class _Program:
-    """The data in float64, and the pieces of the algorithm; all with the same leading dimensions."""
-
-    Q: Tensor
-    c: Tensor
-    A: Tensor
-    b: Tensor
-    G: Tensor
-    h: Tensor
-
-    def __post_init__(self) -> None:
-        self.Q = (self.Q + self.Q.mT) / 2
-        parts = torch.cat([self.c, self.b, self.h], -1)
-        self.scale = 1 + parts.abs().amax(-1)
-
-    def start(self) -> tuple[Tensor, ...]:
-        """The least-squares start of Vandenberghe (2010), pushed into the interior."""
-        z, nu, lam = self._solve(torch.ones_like(self.h), -self.c, self.b, self.h)
-        slack, lam = -lam, lam
-        for_slack, for_lam = ((-x).amax(-1, keepdim=True) if x.shape[-1] else None for x in (slack, lam))
-        if for_slack is not None and for_lam is not None:
-            slack = torch.where(for_slack < 0, slack, slack + 1 + for_slack)
-            lam = torch.where(for_lam < 0, lam, lam + 1 + for_lam)
-        return z, nu, slack, lam
-
-    def residuals(self, z: Tensor, nu: Tensor, s: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dual = _mul(self.Q, z) + self.c + _mul(self.A.mT, nu) + _mul(self.G.mT, lam)
-        return dual, _mul(self.A, z) - self.b, _mul(self.G, z) + s - self.h
-
-    def error(self, z: Tensor, nu: Tensor, s: Tensor, lam: Tensor) -> Tensor:
-        """The largest violation of the KKT conditions, relative to the data, ``[*batch]``."""
-        parts = torch.cat([*self.residuals(z, nu, s, lam), s * lam], -1)
-        return parts.abs().amax(-1) / self.scale
-
-    def step(self, z: Tensor, nu: Tensor, s: Tensor, lam: Tensor) -> tuple[Tensor, ...]:
-        dual, equal, unequal = self.residuals(z, nu, s, lam)
-        weight = lam / s
-
-        def towards(complement: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            dz, dnu, dlam = self._solve(1 / weight, -dual, -equal, -unequal + complement / lam)
-            return dz, dnu, -(complement + s * dlam) / lam, dlam
-
-        affine = towards(s * lam)
-        count = max(self.h.shape[-1], 1)
-        mu = (s * lam).sum(-1, keepdim=True) / count
-        length = torch.minimum(_longest(s, affine[2]), _longest(lam, affine[3]))
-        after = ((s + length * affine[2]) * (lam + length * affine[3])).sum(-1, keepdim=True) / count
-        sigma = (after / mu.clamp_min(1e-300)).clamp(0, 1) ** 3
-        dz, dnu, ds, dlam = towards(s * lam + affine[2] * affine[3] - sigma * mu)
-        length = 0.99 * torch.minimum(_longest(s, ds), _longest(lam, dlam))
-        length = torch.where(length >= 0.99, torch.ones_like(length), length) if not self.h.shape[-1] else length
-        return z + length * dz, nu + length * dnu, s + length * ds, lam + length * dlam
-
-    def polished(self, z: Tensor, nu: Tensor, s: Tensor, lam: Tensor, tol: float) -> tuple[Tensor, ...]:
-        """The exact solution on the active set, where it is one; and whether it is."""
-        active = lam > s
-        row = torch.where(active, self.h, torch.zeros_like(self.h))
-        n, me, mi = self.c.shape[-1], self.b.shape[-1], self.h.shape[-1]
-        top = torch.cat([self.Q, self.A.mT, self.G.mT], -1)
-        middle = torch.cat([self.A, self.A.new_zeros(*self.A.shape[:-1], me + mi)], -1)
-        chosen = torch.where(active.unsqueeze(-1), self.G, torch.zeros_like(self.G))
-        idle = torch.diag_embed((~active).to(self.h.dtype))
-        bottom = torch.cat([chosen, self.G.new_zeros(*self.G.shape[:-1], me), idle], -1)
-        right = torch.cat([-self.c, self.b, row], -1)
-        found, info = torch.linalg.solve_ex(torch.cat([top, middle, bottom], -2), right.unsqueeze(-1))
-        new_z, new_nu, new_lam = found.squeeze(-1).split([n, me, mi], -1)
-        slack = self.h - _mul(self.G, new_z)
-        error = self.error(new_z, new_nu, slack, new_lam)
-        slackness = torch.cat([slack, new_lam, torch.ones_like(new_z[..., :1])], -1).amin(-1)
-        feasible = slackness >= -tol * self.scale
-        better = (info == 0) & torch.isfinite(error) & feasible & (error <= tol)
-        keep = better.unsqueeze(-1)
-        return (
-            torch.where(keep, new_z, z),
-            torch.where(keep, new_nu, nu),
-            torch.where(keep, new_lam, lam),
-            better,
-        )
-
-    def degenerate(self, z: Tensor, lam: Tensor) -> Tensor:
-        """Whether a constraint is active with a multiplier of zero."""
-        small = 1e-7 * self.scale.unsqueeze(-1)
-        slack = (self.h - _mul(self.G, z)).abs()
-        return ((slack <= small) & (lam.abs() <= small)).any(-1)
-
-    def _solve(self, damping: Tensor, p: Tensor, q: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``[Q A' G'; A 0 0; G 0 -damping] [z, nu, lam] = [p, q, r]`` by eliminating lam."""
-        n, me = self.c.shape[-1], self.b.shape[-1]
-        weighted = self.G / damping.unsqueeze(-1)
-        top = torch.cat([self.Q + self.G.mT @ weighted, self.A.mT], -1)
-        bottom = torch.cat([self.A, self.A.new_zeros(*self.A.shape[:-1], me)], -1)
-        matrix = torch.cat([top, bottom], -2)
-        # A touch of regularization, far below the tolerance: A may have dependent rows, Q a null space.
-        size = matrix.abs().amax((-2, -1), keepdim=True)
-        signs = torch.cat([torch.ones(n), -torch.ones(me)]).to(matrix)
-        right = torch.cat([p + _mul(weighted.mT, r), q], -1)
-        found, _ = torch.linalg.solve_ex(matrix + 1e-13 * size * torch.diag(signs), right.unsqueeze(-1))
-        z, nu = found.squeeze(-1).split([n, me], -1)
-        return z, nu, (_mul(self.G, z) - r) / damping
+def _advice(found: Solution) -> str:
+    for flag, advice in (("infeasible", INFEASIBLE), ("unbounded", UNBOUNDED)):
+        if bool(found.stats[flag].any()):
+            return advice
+    return ADVICE
 
 
 def _kkt(point: QPSolution, *data: Tensor) -> QPSolution:
     """The conditions that vanish at the solution."""
     Q, c, A, b, G, h = data
     z, nu, lam = point
-    dual = _mul((Q + Q.mT) / 2, z) + c + _mul(A.mT, nu) + _mul(G.mT, lam)
-    return QPSolution(dual, _mul(A, z) - b, lam * (_mul(G, z) - h))
-
-
-def _mul(matrix: Tensor, vector: Tensor) -> Tensor:
-    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
-
-
-def _longest(x: Tensor, dx: Tensor) -> Tensor:
-    """The largest step up to one that keeps ``x`` positive, ``[*batch, 1]``."""
-    ratio = torch.where(dx < 0, -x / dx, torch.full_like(x, torch.inf))
-    ones = torch.ones_like(x[..., :1]) if x.shape[-1] else x.new_ones(*x.shape[:-1], 1)
-    return torch.cat([ratio, ones], -1).amin(-1, keepdim=True)
-
-
-def _like(problem: RootProblem) -> list[Tensor]:
-    return problem.raveler.unravel(problem.y)
+    dual = mul((Q + Q.mT) / 2, z) + c + mul(A.mT, nu) + mul(G.mT, lam)
+    return QPSolution(dual, mul(A, z) - b, lam * (mul(G, z) - h))
 
 
 def _checked(
