@@ -14,7 +14,7 @@ from .closure import Closure, Recorder, VmappedClosure, in_transform
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
 from .hypergrad.statement import ResidualStatement
-from .inner.interior_point import InteriorPoint, mul
+from .inner.interior_point import InteriorPoint, mul, scaled
 from .linalg.direct import LU
 from .problem import RootProblem
 from .solution import Solution, SolveWarning, Throw, check_throw, settle
@@ -56,8 +56,8 @@ def quadratic_program(
 
         Q z + c + A'nu + G'lambda = 0,   A z = b,   lambda (G z - h) = 0,
 
-    by one LU solve of ``n + m`` unknowns; any order, both modes, under `torch.func`. Only the symmetric part of Q
-    matters. Without constraints `argmin` is the simpler way.
+    by one LU solve of ``n + m`` unknowns; any order, both modes, under `torch.func`. The data are scaled first, so that
+    their units do not matter. Only the symmetric part of Q does. Without constraints `argmin` is the simpler way.
 
     Args:
         Q, c, A, b, G, h: of shapes ``[n, n], [n], [me, n], [me], [mi, n], [mi]``, or with T in front: T programs at
@@ -68,23 +68,24 @@ def quadratic_program(
         throw: as in `argmin`.
 
     Returns:
-        A `Solution` whose value is a `QPSolution`. Its stats: ``num_steps``, ``residual_norm`` (of the KKT conditions),
-        ``result``, and ``degenerate``: whether a constraint is active with a multiplier of zero, so that the solution
-        has one-sided derivatives only, and the one returned is not unique.
+        A `Solution` whose value is a `QPSolution`. Its stats: ``num_steps``, ``residual_norm`` (of the KKT conditions,
+        in scaled data), ``result``, and ``degenerate``: whether a constraint is active with a multiplier of zero, so
+        that the solution has one-sided derivatives only, and the one returned is not unique; ``infeasible`` and
+        ``unbounded``: whether that was proved.
 
     Raises:
         ValueError: shapes, NaN, or a Q that is not positive semi-definite; the message names the argument.
-        SolveError, SolveWarning: infeasible, unbounded or unsolved programs, as ``throw`` says; so do degenerate ones.
+        SolveError, SolveWarning: infeasible, unbounded or unsolved programs, as ``throw`` says; degenerate ones warn.
     """
     check_throw(throw)
-    data = _checked(Q, c, A, b, G, h)
+    data, units = scaled(*_checked(Q, c, A, b, G, h))
     batch = data[1].shape[:-1]
     init = QPSolution(*(torch.zeros_like(d) for d in (data[1], data[3], data[5])))
     base = 1e-9 if data[1].dtype == torch.float64 else 1e-5
     method = InteriorPoint(base if tol is None else tol, max_steps)
 
     def build(recorder: Recorder | None) -> RootProblem:
-        problem = RootProblem(_kkt, init, data, batch_dims=len(batch), recorder=recorder)
+        problem = RootProblem(_kkt, init, tuple(data), batch_dims=len(batch), recorder=recorder)
         problem.data = data
         return problem
 
@@ -100,17 +101,19 @@ def quadratic_program(
             )
         return found
 
-    return differentiable_solve(
+    found = differentiable_solve(
         lambda closure: QPStatement(closure, replace(closure, fn=lambda _, *data: data)),
         _kkt,
         init,
-        data,
+        tuple(data),
         build=build,
         batch_dims_of=lambda _, init: len(batch),
         solve=solve,
         hypergrad=hypergrad,
         throw=throw,
     )
+    found.value = QPSolution(*(part * unit for part, unit in zip(found.value, units, strict=True)))
+    return found
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def _kkt(point: QPSolution, *data: Tensor) -> QPSolution:
     """The conditions that vanish at the solution."""
     Q, c, A, b, G, h = data
     z, nu, lam = point
-    dual = mul((Q + Q.mT) / 2, z) + c + mul(A.mT, nu) + mul(G.mT, lam)
+    dual = mul(Q, z) + c + mul(A.mT, nu) + mul(G.mT, lam)
     return QPSolution(dual, mul(A, z) - b, lam * (mul(G, z) - h))
 
 
