@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..argmin import argmin
 from ..inner.proximal import ProximalGradient
-from ..prox import L1
+from ..prox import L1, Simplex
 from ..qp import quadratic_program
 from ..solution import Solution
 from .base import BilevelTestProblem, Kind, generator_of, randn
@@ -59,21 +59,25 @@ class LassoPath(BilevelTestProblem):
         return argmin(self.inner, self.init, hparams, solver=ProximalGradient(L1(hparams.exp()), tol=tol), **settings)
 
     def _descended(self, hparams: Tensor) -> Tensor:
-        """Coordinate descent until the signs stand for 100 sweeps."""
+        """Coordinate descent to rounding."""
         gram = (self.a_train.mT @ self.a_train / len(self.b_train)).double()
         right = (self.a_train.mT @ self.b_train / len(self.b_train)).double()
         y, strength = torch.zeros_like(right), float(hparams.exp())
         for _ in range(1000):
+            last = y.clone()
             for j in range(len(y)):
                 free = right[j] - gram[j] @ y + gram[j, j] * y[j]
                 y[j] = torch.sign(free) * max(abs(float(free)) - strength, 0.0) / gram[j, j]
+            if (y - last).norm() <= 1e-15 * y.norm():
+                break
         return y
 
 
 class Portfolio(BilevelTestProblem):
-    """``min y'Q y / 2 - (gain + x)'y`` with ``sum y = 1, y >= 0``: a quadratic program. ``hparams``: one shift each.
+    """``min y'Q y / 2 - (gain + x)'y`` with ``sum y = 1 + t, y >= l``: a quadratic program.
 
-    The exact solution is that of its KKT system on the active set, found by enumeration.
+    ``hparams = (x, t, l)``, ``[2 n + 1]``: the linear cost and both right-hand sides. The exact solution is that of its
+    KKT system on the active set, found by enumeration.
     """
 
     kind: ClassVar[Kind] = "qp"
@@ -84,45 +88,51 @@ class Portfolio(BilevelTestProblem):
         root = randn(size, size, generator=generator)
         self.risk = (root @ root.mT / size + torch.eye(size, dtype=torch.float64)).to(dtype)
         self.gain, self.target = ((0.3 * randn(size, generator=generator)).to(dtype) for _ in range(2))
-        self.init, self.hparams = torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)
+        self.init, self.hparams = torch.zeros(size, dtype=dtype), torch.zeros(2 * size + 1, dtype=dtype)
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
-        return params @ self.risk @ params / 2 - (self.gain + hparams) @ params
+        return params @ self.risk @ params / 2 - self._data(hparams)[0] @ params
 
     def outer(self, params: Tensor, hparams: Tensor) -> Tensor:
         return (params - self.target).square().sum() / 2
 
     def residual(self, params: Tensor, hparams: Tensor) -> Tensor:
-        """Of the active set's KKT system."""
-        return params - self.solution(hparams)
+        """``y - P(y - grad g(y))`` with the projection P onto the constraints."""
+        _, total, low = self._data(hparams)
+        moved = params - torch.func.grad(self.inner)(params, hparams)
+        return params - low - Simplex(total - low.sum()).prox(moved - low, 1.0)
 
     def solution(self, hparams: Tensor) -> Tensor:
         size, best = len(self.init), None
         for code in range(1, 2**size):
             active = torch.tensor([bool(code >> i & 1) for i in range(size)])
             y, multipliers = self._on(active, hparams.detach())
-            if bool((y >= 0).all()) and bool((multipliers >= 0).all()):
+            if bool((y >= self._data(hparams)[2]).all()) and bool((multipliers >= 0).all()):
                 best = active
         assert best is not None
         return self._on(best, hparams)[0]
 
     def solve_inner(self, hparams: Tensor, *, solver: Any = None, **settings: Any) -> Solution:
         """By interior point; the value is the primal solution."""
-        size, dtype = len(self.init), self.init.dtype
-        eye, ones = torch.eye(size, dtype=dtype), torch.ones(1, size, dtype=dtype)
-        found = quadratic_program(
-            self.risk, -(self.gain + hparams), ones, ones[:, 0], -eye, torch.zeros(size, dtype=dtype), **settings
-        )
+        cost, total, low = self._data(hparams)
+        ones = torch.ones_like(self.init)
+        found = quadratic_program(self.risk, -cost, ones[None], total[None], -torch.diag(ones), -low, **settings)
         found.value = found.value.primal
         return found
 
-    def _on(self, positive: Tensor, hparams: Tensor) -> tuple[Tensor, Tensor]:
-        """The solution where only these are positive, and the multipliers of the others."""
-        size, count = len(self.init), int(positive.sum())
+    def _data(self, hparams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gains, the total and the lower bounds."""
+        size = len(self.init)
+        return self.gain + hparams[:size], 1 + hparams[size], hparams[size + 1 :]
+
+    def _on(self, free: Tensor, hparams: Tensor) -> tuple[Tensor, Tensor]:
+        """The solution where all but these are at their bounds, and the multipliers of those."""
+        (cost, total, low), count = self._data(hparams), int(free.sum())
         ones = torch.ones(count, 1, dtype=self.risk.dtype)
-        top = torch.cat([self.risk[positive][:, positive], ones], 1)
+        top = torch.cat([self.risk[free][:, free], ones], 1)
         matrix = torch.cat([top, torch.cat([ones.mT, torch.zeros(1, 1, dtype=ones.dtype)], 1)])
-        cost = self.gain + hparams
-        found = torch.linalg.solve(matrix, torch.cat([cost[positive], ones[0]]))
-        y = torch.zeros(size, dtype=ones.dtype).masked_scatter(positive, found[:count])
-        return y, (self.risk @ y - cost + found[count])[~positive]
+        bound = torch.where(free, 0, low)
+        right = torch.cat([(cost - self.risk @ bound)[free], (total - bound.sum())[None]])
+        found = torch.linalg.solve(matrix, right)
+        y = bound.masked_scatter(free, found[:count])
+        return y, (self.risk @ y - cost + found[count])[~free]
