@@ -79,6 +79,26 @@ def test_gradcheck_towards_all_data():
     assert torch.autograd.gradcheck(solve, data, rtol=1e-5, atol=1e-7)
 
 
+UNITS = [(1e-25, 1, 1), (1e12, 1, 1), (1, 1e-12, 1), (1, 1e12, 1), (1, 1, 1e-12), (1, 1, 1e12), (1e-6, 1e6, 1e-6)]
+
+
+@pytest.mark.parametrize(("objective", "rows", "length"), UNITS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
+def test_units_do_not_matter(objective, rows, length, dtype, tolerance):
+    """The objective, the constraints and z measured in other units: the same solution, and the same derivatives."""
+
+    def solve(objective, rows, length):
+        Q, c, A, b, G, h = data = [t.to(dtype).requires_grad_() for t in program()]
+        measured = [objective * Q, objective * length * c, rows * A, rows * length * b, rows * G, rows * length * h]
+        fit = quadratic_program(*measured, throw="raise")
+        assert not fit.stats["degenerate"]
+        z = fit.value.primal / length
+        return [z, *torch.autograd.grad(z @ randn(6, seed=9).to(dtype), data)]
+
+    for found, truth in zip(solve(objective, rows, length), solve(1, 1, 1), strict=True):
+        assert relative_error(found, truth) <= tolerance
+
+
 def test_second_derivatives_and_transforms():
     Q, c, A, b, G, h = program(seed=20)
 
@@ -142,10 +162,11 @@ def test_degenerate_programs_are_flagged():
 def test_what_cannot_be_solved_is_told():
     one, eye = torch.ones(1, dtype=torch.float64), torch.eye(1, dtype=torch.float64)
     infeasible = {"G": torch.cat([eye, -eye]), "h": torch.tensor([-1.0, -1.0], dtype=torch.float64)}
-    with pytest.raises(bl.SolveError, match=r"quadratic program: .*feasible point"):
+    with pytest.raises(bl.SolveError, match=r"quadratic program: .*infeasible"):
         quadratic_program(eye, one, **infeasible, throw="raise")
-    with pytest.raises(bl.SolveError, match="quadratic program"):
-        quadratic_program(0 * eye, one, G=eye, h=one, throw="raise")  # unbounded below
+    for bound in ({"G": eye, "h": one}, {}):
+        with pytest.raises(bl.SolveError, match=r"quadratic program: .*unbounded"):
+            quadratic_program(0 * eye, one, **bound, throw="raise")
     batch = quadratic_program(
         eye,
         torch.stack([one, one]),
