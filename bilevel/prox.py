@@ -112,20 +112,20 @@ class GroupLasso(Prox):
         safe = torch.where(alive, size, torch.ones_like(size))
         factor = torch.where(alive, 1 - per_problem(step, y) * self.strength / safe, torch.zeros_like(size))
         factor = torch.where(factor > 0, factor, torch.zeros_like(factor))
-        return y * factor[..., self.groups]
+        return y * factor[..., self.groups].to(y.dtype)
 
     def value(self, y: Tensor) -> Tensor:
-        return (self.strength * self._sizes(y)).sum(-1)
+        return (self.strength * self._sizes(y)).sum(-1).to(y.dtype)
 
     def _sizes(self, y: Tensor) -> Tensor:
         if y.shape[-1:] != self.groups.shape:
             raise ValueError(f"groups names {len(self.groups)} coordinates: there are {y.shape[-1]}.")
         count = int(self.groups.max()) + 1
-        squares = y.new_zeros(*y.shape[:-1], count).index_add(-1, self.groups, y.square())
+        # In float64: the squares of a float32 may under- or overflow.
+        wide = y.double()
+        squares = wide.new_zeros(*y.shape[:-1], count).index_add(-1, self.groups, wide.square())
         alive = squares > 0
-        return torch.where(
-            alive, torch.where(alive, squares, torch.ones_like(squares)).sqrt(), torch.zeros_like(squares)
-        )
+        return torch.where(alive, torch.where(alive, squares, torch.ones_like(squares)).sqrt(), squares)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,10 +176,12 @@ class Simplex(Prox):
         check_not_negative(total=self.total)
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
+        # Moving all coordinates by one number changes nothing, and keeps what is compared small.
+        y = y - y.detach().amax(-1, keepdim=True)
         with torch.no_grad():
             ordered = y.sort(-1, descending=True).values
             count = torch.arange(1, y.shape[-1] + 1, device=y.device)
-            kept = (ordered * count > ordered.cumsum(-1) - self.total).sum(-1, keepdim=True)
+            kept = (ordered * count > ordered.cumsum(-1) - self.total).sum(-1, keepdim=True).clamp_min(1)
             support = y >= ordered.gather(-1, kept - 1)
         inside = torch.where(support, y, torch.zeros_like(y))
         shift = (inside.sum(-1, keepdim=True) - self.total) / support.sum(-1, keepdim=True)
@@ -202,14 +204,17 @@ class L2Ball(Prox):
         check_not_negative(radius=self.radius)
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
-        size = torch.linalg.vector_norm(y.detach(), dim=-1, keepdim=True)
-        outside = size > self.radius
+        outside = self._size(y.detach()) > self.radius
         safe = torch.where(outside, y, torch.ones_like(y))
-        return torch.where(outside, self.radius * y / torch.linalg.vector_norm(safe, dim=-1, keepdim=True), y)
+        return torch.where(outside, (self.radius / self._size(safe)).to(y.dtype) * y, y)
 
     def value(self, y: Tensor) -> Tensor:
-        inside = (torch.linalg.vector_norm(y, dim=-1, keepdim=True) <= self.radius * (1 + 1e-6)).squeeze(-1)
+        inside = (self._size(y) <= self.radius * (1 + 1e-6)).squeeze(-1)
         return torch.where(inside, 0.0, torch.inf).to(y.dtype)
+
+    def _size(self, y: Tensor) -> Tensor:
+        # In float64: the squares of a float32 may under- or overflow.
+        return torch.linalg.vector_norm(y.double(), dim=-1, keepdim=True)
 
 
 def soft_threshold(y: Tensor, threshold: Setting) -> Tensor:

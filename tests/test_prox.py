@@ -98,6 +98,29 @@ def test_projections_against_scipy():
         torch.testing.assert_close(prox.prox(y, 1.0), torch.from_numpy(truth), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-25, 1.0, 1e25])
+def test_any_size_in_float32(size):
+    """Squares of 1e-25 underflow and those of 1e25 overflow: the operators and their derivatives do not care."""
+    y, groups = torch.tensor([3.0, 4.0, 1.0]), torch.tensor([0, 0, 1])
+    weights = torch.tensor([1.0, 2.0, 3.0])
+    for make in (lambda s: L2Ball(2 * s), lambda s: GroupLasso(groups, 2 * s), lambda s: Simplex(2 * s)):
+        results = []
+        for scale, at in ((1.0, y.double()), (size, y)):
+            at = (scale * at).requires_grad_()
+            moved = make(scale).prox(at, 1.0)
+            (grad,) = torch.autograd.grad(moved @ weights.to(at), at)
+            results.append((moved.detach().double() / scale, grad.double()))
+        (truth, slope), (found, grad) = results
+        torch.testing.assert_close(found, truth, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad, slope, rtol=1e-5, atol=1e-6)
+
+
+def test_the_simplex_far_away_and_empty():
+    far = torch.tensor([1e9, 1e9 - 64, 0.0])  # in float32 beside 1e9, a total of 1 is nothing
+    torch.testing.assert_close(Simplex(1.0).prox(far, 1.0), torch.tensor([1.0, 0.0, 0.0]))
+    assert not Simplex(0.0).prox(torch.tensor([3.0, 1.0, 3.0]), 1.0).any()
+
+
 def test_values():
     y = torch.tensor([1.0, -2.0, 0.0, 3.0, -1.0, 0.5], dtype=torch.float64)
     assert L1(2.0).value(y) == 15.0
