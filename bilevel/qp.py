@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .closure import Closure, Recorder, VmappedClosure, in_transform
+from .hypergrad.base import PathMethod
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
 from .hypergrad.statement import ResidualStatement
 from .inner.interior_point import InteriorPoint, mul, scaled
 from .linalg.direct import LU
 from .problem import RootProblem
-from .solution import Solution, SolveWarning, Throw, check_throw, settle
+from .solution import Result, Solution, SolveWarning, Throw, check_throw, settle
 
 INFEASIBLE = "It is infeasible: no point meets all its constraints (a feasible point is needed). Relax A, b, G or h"
 UNBOUNDED = (
@@ -25,6 +27,14 @@ UNBOUNDED = (
     "multiple of the identity to Q"
 )
 ADVICE = "Raise max_steps, loosen tol, or look for constraints that can hardly be met"
+DEGENERATE = (
+    "The quadratic program is degenerate: a constraint is active with a multiplier of zero, so that its derivative is "
+    "one-sided; or active constraints depend on each other, or the solution is not unique, so that its KKT matrix is "
+    "singular. Drop redundant constraints, or take hypergrad=Implicit(GMRES()): right towards Q and c if nothing else "
+    "is wrong; perturb the data; or pass throw='ignore'."
+)
+SINGULAR = 1e13
+"""A KKT matrix of this condition is singular: in float64 rounding alone makes it regular."""
 
 
 class QPSolution(NamedTuple):
@@ -62,22 +72,26 @@ def quadratic_program(
     Args:
         Q, c, A, b, G, h: of shapes ``[n, n], [n], [me, n], [me], [mi, n], [mi]``, or with T in front: T programs at
             once. What is the same for all needs no T.
-        hypergrad: the linear solver of the adjoint; None: the value is detached.
+        hypergrad: the linear solver of the adjoint; `GMRES` where constraints may be redundant, as in transport, whose
+            KKT matrix is singular; None: the value is detached.
         tol: of the KKT residual, relative to the data; None: 1e-9 (float64) or 1e-5 (float32).
         max_steps: of the interior point.
         throw: as in `argmin`.
 
     Returns:
         A `Solution` whose value is a `QPSolution`. Its stats: ``num_steps``, ``residual_norm`` (of the KKT conditions,
-        in scaled data), ``result``, and ``degenerate``: whether a constraint is active with a multiplier of zero, so
-        that the solution has one-sided derivatives only, and the one returned is not unique; ``infeasible`` and
-        ``unbounded``: whether that was proved.
+        in scaled data), ``result``, and ``degenerate``: whether the derivative is not unique, because a constraint is
+        active with a multiplier of zero, active constraints depend on each other, or there are other solutions;
+        ``infeasible`` and ``unbounded``: whether that was proved.
 
     Raises:
-        ValueError: shapes, NaN, or a Q that is not positive semi-definite; the message names the argument.
-        SolveError, SolveWarning: infeasible, unbounded or unsolved programs, as ``throw`` says; degenerate ones warn.
+        TypeError, ValueError: shapes, NaN, or a Q that is not positive semi-definite; the message names the argument.
+        SolveError, SolveWarning: infeasible, unbounded or unsolved programs, as ``throw`` says; degenerate ones that
+            are differentiated warn.
     """
     check_throw(throw)
+    if isinstance(hypergrad, PathMethod):
+        raise TypeError(f"hypergrad is {hypergrad!r}: a quadratic program takes Implicit(linear_solver), or None.")
     data, units = scaled(*_checked(Q, c, A, b, G, h))
     batch = data[1].shape[:-1]
     init = QPSolution(*(torch.zeros_like(d) for d in (data[1], data[3], data[5])))
@@ -91,14 +105,11 @@ def quadratic_program(
 
     def solve(problem: RootProblem, measure: Callable[[Solution], Solution]) -> Solution:
         found = measure(method.find(problem))
+        solved = found.stats["result"] == int(Result.CONVERGED)
+        found.stats["degenerate"] = found.stats["degenerate"] | (solved & _singular(found.value, problem.data))
         settle(found, throw, "The quadratic program", _advice(found))
-        if throw != "ignore" and bool(found.stats["degenerate"].any()):
-            warnings.warn(
-                "The quadratic program is degenerate: a constraint is active with a multiplier of zero, so its "
-                "derivative is one-sided. Perturb the data, or pass throw='ignore'.",
-                SolveWarning,
-                stacklevel=2,
-            )
+        if throw != "ignore" and hypergrad is not None and bool(found.stats["degenerate"].any()):
+            warnings.warn(DEGENERATE, SolveWarning, stacklevel=2)
         return found
 
     found = differentiable_solve(
@@ -146,13 +157,30 @@ def _kkt(point: QPSolution, *data: Tensor) -> QPSolution:
     return QPSolution(dual, mul(A, z) - b, lam * (mul(G, z) - h))
 
 
+@torch.no_grad()
+def _singular(point: Tensor, data: Sequence[Tensor]) -> Tensor:
+    """Whether ``[Q R'; R 0]``, with R the active constraints, is singular at ``point [*batch, n + m]``."""
+    Q, c, A, b, G, h = (d.detach().double() for d in data)
+    z, _, lam = point.double().split([c.shape[-1], b.shape[-1], h.shape[-1]], -1)
+    active = lam > h - mul(G, z)
+    rows = torch.cat([A, torch.where(active.unsqueeze(-1), G, torch.zeros_like(G))], -2)
+    idle = torch.diag_embed(torch.cat([torch.zeros_like(b), (~active).to(h.dtype)], -1))
+    matrix = torch.cat([torch.cat([Q, rows.mT], -1), torch.cat([rows, idle], -1)], -2)
+    inverse, info = torch.linalg.inv_ex(matrix)
+    condition = torch.linalg.matrix_norm(matrix, 1) * torch.linalg.matrix_norm(inverse, 1)
+    return (info != 0) | ~(condition < SINGULAR)
+
+
 def _checked(
     Q: Tensor, c: Tensor, A: Tensor | None, b: Tensor | None, G: Tensor | None, h: Tensor | None
 ) -> tuple[Tensor, ...]:
     """All data with the same leading dimensions; absent constraints as empty ones."""
-    for name, tensor in (("Q", Q), ("c", c)):
+    for name, tensor in (("Q", Q), ("c", c), ("A", A), ("b", b), ("G", G), ("h", h)):
+        if tensor is None and name not in ("Q", "c"):
+            continue
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(f"{name} is {type(tensor).__name__}: a tensor of floating point is needed.")
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} is {kind}: a tensor of floating point is needed.")
     n = c.shape[-1] if c.dim() else 0
     if n == 0:
         raise ValueError(f"c has shape {tuple(c.shape)}: a vector [n] or [T, n] is needed.")
@@ -162,6 +190,8 @@ def _checked(
     empty = [c.new_zeros(0, n), c.new_zeros(0)]
     given = [Q, c, *([A, b] if A is not None else empty), *([G, h] if G is not None else empty)]
     tensors = [tensor for tensor in given if tensor is not None]
+    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    tensors = [tensor.to(dtype) for tensor in tensors]
     rows = (n, None, tensors[3].shape[-1], None, tensors[5].shape[-1], None)
     for name, tensor, height in zip(("Q", "c", "A", "b", "G", "h"), tensors, rows, strict=True):
         wanted = (height, n) if height is not None else tensor.shape[-1:]

@@ -144,6 +144,9 @@ def test_float32_and_asymmetric_matrices():
     single = quadratic_program(*(t.float() for t in program()))
     assert single.value.primal.dtype is torch.float32
     assert relative_error(single.value.primal.double(), double.value.primal) <= 1e-5
+    mixed = quadratic_program(*(t.float() if i % 2 else t for i, t in enumerate(program())))
+    assert mixed.value.primal.dtype is torch.float64
+    assert relative_error(mixed.value.primal, double.value.primal) <= 1e-5  # half of the data are rounded
     Q, *rest = program()
     twisted = Q + torch.triu(torch.ones_like(Q), 1) - torch.tril(torch.ones_like(Q), -1)
     assert relative_error(quadratic_program(twisted, *rest).value.primal, double.value.primal) <= 1e-10
@@ -157,6 +160,35 @@ def test_degenerate_programs_are_flagged():
         fit = quadratic_program(one.unsqueeze(0), c, G=one.unsqueeze(0), h=one)
     assert fit.stats["degenerate"]
     assert not quadratic_program(one.unsqueeze(0), c, G=one.unsqueeze(0), h=2 * one).stats["degenerate"]
+    # Every point of an edge is a solution of this linear program.
+    eye, ones = torch.eye(2, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    edge = quadratic_program(0 * eye, eye[0], G=torch.cat([eye, -eye]), h=ones, throw="ignore")
+    assert edge.stats["degenerate"]
+
+
+def test_only_degenerate_programs_that_are_differentiated_warn(recwarn):
+    one = torch.ones(1, dtype=torch.float64)
+    assert quadratic_program(one.unsqueeze(0), -one, G=one.unsqueeze(0), h=one, hypergrad=None).stats["degenerate"]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["equality", "inequality"])
+def test_redundant_constraints(kind):
+    """The solution is that without them; the derivative towards Q and c too, by a solver for singular systems."""
+    Q, c, A, b, G, h = program(seed=20)
+    Q, c, weights = Q.requires_grad_(), c.requires_grad_(), randn(6, seed=9)
+    once = quadratic_program(Q, c, A, b, G, h)
+    twice = [A, b, G, h]
+    for i in (0, 1) if kind == "equality" else (2, 3):
+        twice[i] = torch.cat([twice[i], 3 * twice[i]])
+    with pytest.warns(bl.SolveWarning, match="depend on each other"):
+        fit = quadratic_program(Q, c, *twice, hypergrad=bl.Implicit(bl.GMRES()))
+    assert fit.stats["degenerate"]
+    assert not once.stats["degenerate"]
+    assert relative_error(fit.value.primal, once.value.primal) <= 1e-10
+    found = torch.autograd.grad(fit.value.primal @ weights, (Q, c))
+    for one, other in zip(found, torch.autograd.grad(once.value.primal @ weights, (Q, c)), strict=True):
+        assert relative_error(one, other) <= 1e-8  # that of GMRES in float64
 
 
 def test_what_cannot_be_solved_is_told():
@@ -167,6 +199,10 @@ def test_what_cannot_be_solved_is_told():
     for bound in ({"G": eye, "h": one}, {}):
         with pytest.raises(bl.SolveError, match=r"quadratic program: .*unbounded"):
             quadratic_program(0 * eye, one, **bound, throw="raise")
+    with pytest.raises(bl.SolveError, match="infeasible"):  # equations that contradict each other
+        quadratic_program(eye, one, torch.ones(2, 1).double(), torch.tensor([0.0, 1.0]).double(), throw="raise")
+    with pytest.warns(bl.SolveWarning, match="step limit"):
+        assert quadratic_program(*program(), max_steps=1).result is bl.Result.MAX_STEPS
     batch = quadratic_program(
         eye,
         torch.stack([one, one]),
@@ -203,4 +239,18 @@ def test_a_linear_program():
 def test_bad_input_names_the_argument(change, message):
     given = dict(zip(("Q", "c", "A", "b", "G", "h"), (t.float() for t in program()), strict=True))
     with pytest.raises(ValueError, match=message):
+        quadratic_program(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"Q": torch.eye(6, dtype=torch.int64)}, "Q is torch.int64"),
+        ({"A": [[1.0] * 6] * 2}, "A is list"),
+        ({"hypergrad": bl.Unroll()}, "hypergrad is Unroll"),
+    ],
+)
+def test_bad_types_name_the_argument(change, message):
+    given = dict(zip(("Q", "c", "A", "b", "G", "h"), program(), strict=True))
+    with pytest.raises(TypeError, match=message):
         quadratic_program(**{**given, **change})
