@@ -15,7 +15,7 @@ from ..inner.steps import State
 from ..problem import Objective
 from ..solution import Solution, Throw
 from ..tree import Tree
-from .path import Path, finish, fixed_steps
+from .path import Path, Randomness, finish, fixed_steps
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ def _follow(path: Path) -> tuple[Tensor, State, Tensor]:
     with torch.no_grad():
         for index in range(path.steps.max_steps):
             step = partial(path.step, index=index)
-            push = partial(_push, step, (y, state, hparams))
-            by_next, by_state = torch.vmap(push)(by_y, by_state, directions)
+            push = torch.vmap(partial(_push, step, (y, state, hparams)), randomness="same")
+            with Randomness.now(y).again():
+                by_next, by_state = push(by_y, by_state, directions)
             (y, state), by_y = step(y, state, hparams), by_next
     return y, state, by_y
 
@@ -89,7 +90,7 @@ class _Linear(torch.autograd.Function):
                 "Implicit() or Unroll()."
             )
         (cotangent,) = grads
-        slopes = (ctx.tangents * cotangent).flatten(1).sum(-1)
+        slopes = (ctx.tangents * cotangent).sum(tuple(range(1, ctx.tangents.dim())))
         sizes = [shape.numel() for shape in ctx.shapes]
         return (None, None, *(part.view(shape) for part, shape in zip(slopes.split(sizes), ctx.shapes, strict=True)))
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from ..closure import Autocast, Closure, Recorder, Substitute, in_transform
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import INNER_ADVICE, InnerSolver, Progress
 from ..inner.steps import SGD, LastStep, State, Steps
 from ..linalg.curvature import fused_norm
-from ..problem import Objective, Problem, graph_nodes
+from ..problem import Objective, Problem, graph_nodes, refuse_hidden
 from ..solution import Solution, Throw, settle
 from ..tree import Tree, norm
 from .call import measured
+from .statement import free_leaves
 
 
 class Path:
@@ -24,6 +30,7 @@ class Path:
 
     Raises:
         NotImplementedError: the objective uses a fused batch norm, whose derivatives under `torch.func` are wrong.
+        ValueError: a hyperparameter that closure conversion cannot follow.
     """
 
     def __init__(self, objective: Objective, init: Tree, args: tuple[Any, ...], steps: Steps, method: str):
@@ -33,11 +40,15 @@ class Path:
         self.steps, self.hparams = steps, recorder.resolved
         autocast = Autocast.current(self.problem.start.y.device)
         self.closure = Closure(objective, pytree.tree_structure(init), args, recorder.captured, autocast)
-        loss = self.problem.linearize(self.problem.start.y, create_graph=False).loss
-        fused = None if loss is None else fused_norm(graph_nodes([loss]))
+        point, free = free_leaves(self.problem.raveler.unravel(self.problem.start.y)), free_leaves(self.hparams)
+        with torch.enable_grad():
+            nodes = list(graph_nodes([self.closure(point, free)]))
+        refuse_hidden(nodes, [*point, *free])
+        self.layer_norm = has_layer_norm(nodes)
+        fused = fused_norm(nodes)
         if fused:
             raise NotImplementedError(
-                f"hypergrad={method}(...) cannot be used: the objective contains the fused {fused}, whose derivatives "
+                f"hypergrad={method} cannot be used: the objective contains the fused {fused}, whose derivatives "
                 "under torch.func are silently wrong. Use Unroll(), or a norm written with torch.var_mean and rsqrt."
             )
 
@@ -55,6 +66,15 @@ class Path:
         found = progress.solution(y)
         found.state = LastStep(state)
         return found
+
+
+def eager_problem(objective: Objective, init: Tree, args: tuple[Any, ...]) -> tuple[Problem, bool]:
+    """A problem whose steps leave a graph, where gradients are on, and whether its objective has a layer norm."""
+    if not torch.is_grad_enabled():
+        return Problem(objective, init, args), False
+    born = Recorder().born
+    problem = Problem(objective, init, args, differentiable=True)
+    return problem, has_layer_norm(_nodes_since(problem.start.f, born))
 
 
 def unrollable(solver: InnerSolver, method: str) -> Steps:
@@ -82,10 +102,73 @@ def fixed_steps(solver: InnerSolver, method: str) -> Steps:
     return steps
 
 
-def finish(problem: Problem, found: Solution, throw: Throw) -> Solution:
-    """Measure what was found, let a failure be heard, and give the value the shape of ``init``."""
+def finish(problem: Problem, found: Solution, throw: Throw, layer_norm: bool = False) -> Solution:
+    """Measure what was found, let a failure be heard, and give the value the shape of ``init``.
+
+    Args:
+        layer_norm: the objective uses one, so that second derivatives are refused.
+    """
     at = problem.evaluate(found.value.detach())
     measured(found, norm(at.g.detach()), torch.isfinite(at.f.detach()))
     settle(found, throw, "The inner solve", INNER_ADVICE)
-    found.value = problem.raveler.unflatten(problem.raveler.unravel(found.value))
+    value = _FirstOrderOnly.apply(found.value) if layer_norm and found.value.requires_grad else found.value
+    found.value = problem.raveler.unflatten(problem.raveler.unravel(value))
     return found
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """The state of the random number generators, so that a step made again draws the same (dropout, noise)."""
+
+    host: Tensor
+    devices: list[int]
+    states: list[Tensor]
+    kind: str
+
+    @classmethod
+    def now(cls, like: Tensor) -> Randomness:
+        devices, states = get_device_states(like)
+        return cls(torch.get_rng_state(), devices, states, like.device.type)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Draw from this state, and leave no trace."""
+        kind = self.kind if self.devices else "cuda"
+        with torch.random.fork_rng(self.devices, device_type=kind):
+            torch.set_rng_state(self.host)
+            set_device_states(self.devices, self.states, device_type=kind)
+            yield
+
+
+def has_layer_norm(nodes: Iterable[Node]) -> bool:
+    """Whether a graph has a fused layer norm, whose third derivative is wrong."""
+    return any(node.name().startswith("NativeLayerNorm") for node in nodes)
+
+
+def _nodes_since(loss: Tensor, born: int) -> Iterator[Node]:
+    """The nodes of a graph that were made since then: not those of what was computed before."""
+    stack, seen = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen and node._sequence_nr() >= born:
+            seen.add(node)
+            yield node
+            stack.extend(parent for parent, _ in node.next_functions)
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """The value itself; refuses the second derivatives that PyTorch gets wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "A second derivative (create_graph=True) was asked for through the unrolled steps of an objective with "
+                "layer_norm, whose third derivative is silently wrong by several percent in PyTorch. Use group_norm, "
+                "rms_norm, or a norm written with torch.var_mean and rsqrt."
+            )
+        return grads[0]

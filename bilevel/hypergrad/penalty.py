@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..linalg.solve import normalise
+from ..solution import Result, Solution, make_codes, settle
+from ..tree import norm
 from .base import Point, Pulled
+
+NUDGE_ADVICE = (
+    "The params moved by no more than their precision, so the hypergradient is noise or zero: lower strength, scale "
+    "the inner loss down, use a more accurate solver, or float64"
+)
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,8 @@ class Penalty:
         strength: in units of the norm of the outer gradient: the params move by about ``1 / (strength curvature)``.
             Error O(1/strength), or O(1/strength^2) symmetric; the solver has to be more accurate than that.
         symmetric: nudge both ways and take the difference: two solves, one order more.
+
+    A nudge that moves the params by no more than their rounding is a failed solve, as ``throw`` says.
     """
 
     strength: float = 100.0
@@ -54,4 +64,11 @@ class Penalty:
             return loss + sign / self.strength * (raveler.ravel(params) * unit).sum(-1)
 
         found = point.solve(nudged, "The nudged inner solve of Penalty")
+        base = raveler.ravel(point.params)
+        rounding = 10 * torch.finfo(base.dtype).eps * norm(base)
+        moved = norm(found - base)
+        lost = (length > 0) & (moved <= rounding)
+        codes = torch.where(lost, make_codes(Result.STAGNATED, moved), make_codes(Result.CONVERGED, moved))
+        stats = {"result": codes, "residual_norm": moved, "num_steps": torch.ones_like(codes, dtype=torch.int64)}
+        settle(Solution(found, stats), point.throw, "The nudge of Penalty is lost in rounding", NUDGE_ADVICE)
         return point.loss_gradient(raveler.unravel(found), weights=length * self.strength)

@@ -22,28 +22,35 @@ class SAMA:
     gradients in all. Biased as every method that replaces the inverse Hessian by one step.
 
     Args:
-        rule: the rule of the solver.
+        rule: the step rule whose update is differentiated; None: the one that the solver made its last step with.
         epsilon: how far the params are moved for the difference.
     """
 
-    rule: Rule
+    rule: Rule | None = None
     epsilon: float = 1e-2
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rule, Rule):
-            raise TypeError(f"rule is {self.rule!r}: it is the step rule of the solver, such as Adam(lr=1e-3).")
+        if self.rule is not None and not isinstance(self.rule, Rule):
+            raise TypeError(f"rule is {self.rule!r}: it is the step rule of the solver, as Adam(lr=1e-3), or None.")
         if not self.epsilon > 0:
             raise ValueError(f"epsilon is {self.epsilon}: it must be positive.")
 
     def pull(self, point: Point, cotangent: Tensor) -> Pulled:
         """See `Hypergrad`."""
         last = point.found.state if point.found is not None else None
-        if not isinstance(last, LastStep) or last.g is None or last.y is None or last.before is None:
-            raise TypeError("hypergrad=SAMA(rule) needs solver=Steps(rule, ...): it reads the state of its last step.")
-        y, before, index = last.y, last.before, last.index
+        if not isinstance(last, LastStep):
+            raise TypeError("hypergrad=SAMA() needs solver=Steps(rule, ...): it reads the state of its last step.")
+        if last.g is None or last.y is None or last.before is None:
+            raise ValueError(
+                "hypergrad=SAMA() needs the last step of the solver, which made none: init met its gtol already. Leave "
+                "gtol away, or use Implicit()."
+            )
+        rule, y, before, index = self.rule or last.by, last.y, last.before, last.index
+        if rule is None or rule.init(y).keys() != before.keys():
+            raise TypeError(f"hypergrad=SAMA({self.rule!r}) does not fit the solver, whose rule was {last.by!r}.")
         with torch.enable_grad():
             g = last.g.detach().requires_grad_()
-            moved, _ = self.rule.step(y, g, before, index)
+            moved, _ = rule.step(y, g, before, index)
             (answer,) = torch.autograd.grad(moved, g, cotangent)
         return Pulled(mixed_difference(point, -answer, self.epsilon))

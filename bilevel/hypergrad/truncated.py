@@ -11,8 +11,8 @@ from ..inner.minimize import InnerSolver
 from ..inner.steps import LastStep
 from ..problem import Objective, Problem
 from ..solution import Solution, Throw
-from ..tree import Tree
-from .path import finish, fixed_steps
+from ..tree import Tree, tree_map
+from .path import eager_problem, finish, fixed_steps
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,14 @@ class Truncated:
         steps = fixed_steps(solver, "Truncated")
         first = max(0, steps.max_steps - self.last)
         if first == 0:
-            problem = Problem(objective, init, args, differentiable=torch.is_grad_enabled())
-            return finish(problem, steps.minimize(problem), throw)
+            problem, layer_norm = eager_problem(objective, init, args)
+            return finish(problem, steps.minimize(problem), throw, layer_norm)
         before = Problem(objective, init, args)
         with torch.no_grad():
             start = replace(steps, max_steps=first).minimize(before)
         assert isinstance(start.state, LastStep)
-        kept = {name: tensor.detach() for name, tensor in start.state.rule.items()}
-        reached = before.raveler.unflatten(before.raveler.unravel(start.value.detach()))
-        problem = Problem(objective, reached, args, differentiable=torch.is_grad_enabled())
-        found = steps.resume(problem, kept, first)
-        found.stats["num_steps"] = found.stats["num_steps"] + first
-        return finish(problem, found, throw)
+        detached = tree_map(torch.Tensor.detach, init)
+        problem, layer_norm = eager_problem(objective, detached, args)
+        found = steps.resume(problem, problem.evaluate(start.value), start.state.rule, first)
+        found.stats["num_steps"] = torch.full_like(found.stats["num_steps"], steps.max_steps)
+        return finish(problem, found, throw, layer_norm)

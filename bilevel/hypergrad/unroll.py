@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import InnerSolver
-from ..problem import Objective, Problem
+from ..problem import Objective
 from ..solution import Solution, Throw
 from ..tree import Tree, leaves
-from .path import Path, finish, fixed_steps, unrollable
+from .path import Path, Randomness, eager_problem, finish, fixed_steps, unrollable
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,12 @@ class Unroll:
     The exact derivative of what the solver returned, converged or not, towards all that it used: hyperparameters of the
     objective, step sizes, momentum. Memory grows with the steps. MAML (Finn et al. 2017) is this with few steps,
     hyperparameter optimization by reversed training (Maclaurin et al. 2015) with many, and `Implicit` its limit where
-    the solver converges. Second derivatives are right.
+    the solver converges. Second derivatives are right, or refused (fused norms, whose third ones PyTorch gets wrong).
 
     Args:
         checkpoint: keep only every ``sqrt(max_steps)``-th point and compute the others again in the backward pass
-            (Chen et al. 2016): memory of ``2 sqrt(K)`` steps for the time of one more run.
+            (Chen et al. 2016): memory of ``2 sqrt(K)`` steps for the time of one more run. Dropout and noise from the
+            default generators are drawn again as they were.
     """
 
     checkpoint: bool = False
@@ -40,11 +41,11 @@ class Unroll:
         """See `PathMethod`."""
         if self.checkpoint and torch.is_grad_enabled():
             path = Path(objective, init, args, fixed_steps(solver, "Unroll"), "Unroll(checkpoint=True)")
-            return finish(path.problem, _checkpointed(path, init), throw)
+            return finish(path.problem, _checkpointed(path, init), throw, path.layer_norm)
         steps = unrollable(solver, "Unroll")
-        problem = Problem(objective, init, args, differentiable=torch.is_grad_enabled())
+        problem, layer_norm = eager_problem(objective, init, args)
         found = (solver if isinstance(solver, GradientDescent) else steps).minimize(problem)
-        return finish(problem, found, throw)
+        return finish(problem, found, throw, layer_norm)
 
 
 def _checkpointed(path: Path, init: Tree) -> Solution:
@@ -74,11 +75,12 @@ class _Segment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Callable[..., tuple[Tensor, ...]], *operands: Tensor) -> tuple[Tensor, ...]:
-        ctx.run = run
+        ctx.run, ctx.randomness = run, Randomness.now(operands[0])
         ctx.save_for_backward(*operands)
         return tuple(out.clone() for out in run(*operands))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _, pull = torch.func.vjp(ctx.run, *ctx.saved_tensors)  # type: ignore[misc]
+        with ctx.randomness.again():
+            _, pull = torch.func.vjp(ctx.run, *ctx.saved_tensors)  # type: ignore[misc]
         return (None, *pull(grads))

@@ -65,10 +65,10 @@ class SGD(Rule):
     def step(self, y: Tensor, g: Tensor, state: State, index: int) -> tuple[Tensor, State]:
         g = _decayed(y, g, self.weight_decay)
         if not state:
-            return y - at_step(self.lr, index) * g, state
+            return y - at_step(self.lr, index, y) * g, state
         buffer = g if index == 0 else self.momentum * state["momentum_buffer"] + (1 - self.dampening) * g
         direction = g + self.momentum * buffer if self.nesterov else buffer
-        return y - at_step(self.lr, index) * direction, {"momentum_buffer": buffer}
+        return y - at_step(self.lr, index, y) * direction, {"momentum_buffer": buffer}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Adam(Rule):
         if self.amsgrad:
             new["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], square)
         root = safe_sqrt(new.get("max_exp_avg_sq", square)) / (1 - second ** (index + 1)) ** 0.5
-        return y - at_step(self.lr, index) / (1 - first ** (index + 1)) * mean / (root + self.eps), new
+        return y - at_step(self.lr, index, y) / (1 - first ** (index + 1)) * mean / (root + self.eps), new
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class AdamW(Adam):
     weight_decay: Setting = 1e-2
 
     def step(self, y: Tensor, g: Tensor, state: State, index: int) -> tuple[Tensor, State]:
-        return self._moved(y * (1 - at_step(self.lr, index) * self.weight_decay), g, state, index)
+        return self._moved(y * (1 - at_step(self.lr, index, y) * self.weight_decay), g, state, index)
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class RMSprop(Rule):
         direction = g / (safe_sqrt(spread) + self.eps)
         if "momentum_buffer" in state:
             direction = new["momentum_buffer"] = self.momentum * state["momentum_buffer"] + direction
-        return y - at_step(self.lr, index) * direction, new
+        return y - at_step(self.lr, index, y) * direction, new
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class LastStep:
         rule: the state after it, under the names of `torch.optim`; ``fit.state.rule["exp_avg_sq"]`` serves
             `AdamPreconditioner`.
         y, g, before, index: the point, gradient and state that it was made from, and its number. None before the first.
+        by: the step rule that made it.
     """
 
     rule: State
@@ -161,6 +162,7 @@ class LastStep:
     g: Tensor | None = field(default=None, repr=False)
     before: State | None = field(default=None, repr=False)
     index: int = -1
+    by: Rule | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -185,11 +187,11 @@ class Steps:
 
     def minimize(self, problem: Problem) -> Solution:
         """Minimise; see `InnerSolver`."""
-        return self.resume(problem, self.rule.init(problem.start.y), 0)
+        return self.resume(problem, problem.start, self.rule.init(problem.start.y), 0)
 
-    def resume(self, problem: Problem, state: State, first: int) -> Solution:
-        """The steps from number ``first`` on, from the start of ``problem`` and a state."""
-        at, last = problem.start, LastStep(state)
+    def resume(self, problem: Problem, at: Evaluation, state: State, first: int) -> Solution:
+        """The steps from number ``first`` on, from a point of ``problem`` and a state."""
+        last = LastStep(state, by=self.rule)
         progress = Progress.begin(at, self.gtol)
         for index in range(first, self.max_steps):
             if progress.done(index):
@@ -199,7 +201,7 @@ class Steps:
                 keep = progress.active.unsqueeze(-1)
                 y = torch.where(keep, y, at.y)
                 state = {name: torch.where(keep, new, last.rule[name]) for name, new in state.items()}
-            last = LastStep(state, at.y, at.g, last.rule, index)
+            last = LastStep(state, at.y, at.g, last.rule, index, self.rule)
             progress.count()
             if self.gtol is None and index == self.max_steps - 1:
                 at = Evaluation(y, at.f, at.g)  # nothing asks for the last gradient: argmin measures it once
@@ -213,9 +215,11 @@ class Steps:
         return found
 
 
-def at_step(lr: Setting, index: int) -> Setting:
-    """The step size of step ``index``; a one-dimensional tensor is a schedule."""
-    return lr[index] if isinstance(lr, Tensor) and lr.dim() == 1 else lr
+def at_step(lr: Setting, index: int, like: Tensor) -> Setting:
+    """The step size of step ``index``; a one-dimensional tensor is a schedule, ``[T, 1]`` one for each problem."""
+    if not isinstance(lr, Tensor) or lr.dim() == 0:
+        return lr
+    return lr[index] if lr.dim() == 1 else lr.to(like)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

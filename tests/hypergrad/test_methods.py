@@ -249,8 +249,13 @@ def test_sama_uses_the_derivative_of_the_update():
     jacobian = torch.func.jacrev(lambda g: rule.step(last.y, g, last.before, last.index)[0])(last.g)
     mixed = torch.func.jacrev(torch.func.grad(problem.inner), argnums=1)(y.detach(), x.detach())
     assert relative_error(found, mixed.mT @ (jacobian.mT @ v)) <= 1e-5
+    assert torch.equal(hypergradient(problem, bl.SAMA(epsilon=1e-4), solver), found)  # the solver knows its rule
     with pytest.raises(TypeError, match=r"needs solver=Steps"):
         hypergradient(problem, bl.SAMA(rule), EXACT)
+    with pytest.raises(TypeError, match=r"does not fit the solver"):
+        hypergradient(problem, bl.SAMA(bl.SGD(0.05)), solver)
+    with pytest.raises(ValueError, match=r"made none"):
+        hypergradient(problem, bl.SAMA(), bl.Steps(rule, gtol=1e9))
 
 
 @pytest.mark.parametrize(("symmetric", "order"), [(False, 1), (True, 2)])
@@ -271,6 +276,28 @@ def test_penalty_error_shrinks_at_its_order(symmetric, order):
     errors = [relative_error(gradient(bl.Penalty(s, symmetric)), truth) for s in (10.0, 20.0, 40.0)]
     for earlier, later in itertools.pairwise(errors):
         assert earlier / later == pytest.approx(2**order, rel=0.15)
+
+
+@pytest.mark.parametrize("throw", ["raise", "warn", "ignore"])
+def test_a_nudge_below_the_precision_is_heard(throw):
+    """A curvature of 4e8 in float32: the params cannot move by 2.5e-11, and the gradient would be zero."""
+    x = torch.tensor([0.1, 0.2, 0.3], requires_grad=True)
+    fit = bl.argmin(
+        lambda y: 1e8 * ((y - x).square().sum() + y.square().sum()),
+        torch.ones(3),
+        solver=bl.GradientDescent(1e-9, max_steps=80),
+        hypergrad=bl.Penalty(),
+        throw=throw,
+    )
+    if throw == "raise":
+        with pytest.raises(bl.SolveError, match="lost in rounding"):
+            fit.value.sum().backward()
+    elif throw == "warn":
+        with pytest.warns(bl.SolveWarning, match="lower strength"):
+            fit.value.sum().backward()
+    else:
+        fit.value.sum().backward()
+        assert x.grad.tolist() == [0.0, 0.0, 0.0]  # why it has to be heard
 
 
 def test_evolution_strategies_are_unbiased():
