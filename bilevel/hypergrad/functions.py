@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack, is_legacy_batchedtensor
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
 
 from ..closure import in_transform
 from ..solution import Solution
@@ -66,7 +71,9 @@ class _Solution(torch.autograd.Function):
         params, hparams = call.split(ctx.saved_tensors)
         cotangents = _filled(grads[: call.num_leaves], params)
         _refuse_legacy_vmap(cotangents)
-        if torch.is_grad_enabled() or in_transform():
+        # The pull of a torch.func.vjp may be called when its transform is left, and without grad.
+        wrapped = any(is_functorch_wrapped_tensor(tensor) for tensor in (*params, *hparams, *cotangents))
+        if torch.is_grad_enabled() or in_transform() or wrapped:
             pulled = _differentiable_pull(call, params, hparams, cotangents, ctx.needs_input_grad[-len(hparams) :])
         else:
             pulled = _plain_pull(call, params, hparams, cotangents)

@@ -190,6 +190,15 @@ def test_three_levels(captured):
     assert relative_error(func.grad(outer)(x.detach()), by_autograd) <= 1e-9
 
 
+@pytest.mark.parametrize("solve", WAYS)
+def test_a_pull_called_without_grad(solve):
+    h = torch.tensor(1.0, dtype=torch.float64)
+    _, pull = func.vjp(solve, h)
+    with torch.no_grad():
+        (slope,) = pull(torch.ones((), dtype=torch.float64))
+    assert slope.item() == pytest.approx(exact_derivatives(1.0)[1], rel=1e-8)
+
+
 def test_a_captured_tensor_and_its_ancestor_are_not_counted_twice():
     a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     b = a * 3
