@@ -93,7 +93,7 @@ class Anderson:
                 steps_back = [*steps_back, new_y - y][-self.history :]
                 changes = [*changes, new_r - r][-self.history :]
             y, r = new_y, new_r
-            progress.steps = progress.steps + progress.active
+            progress.count()
             progress.look(norm(r))
             progress.end(norm(r) > 1e8 * (1 + start), Result.DIVERGED)
         return progress.solution(y)

@@ -45,22 +45,39 @@ def check_tolerance(*, max_steps: int, tol: float | None) -> None:
 
 
 @dataclass
-class Progress:
-    """The stopping rule, problem by problem: ``active`` problems go on, the others are frozen.
+class Ends:
+    """How the problems of a batch stand: ``active`` ones go on, the others are frozen, and ``codes`` say why.
 
     Attributes:
         codes, steps, active: of the batch shape; the result, the steps made, and whether to go on.
     """
 
-    gtol: float | Tensor | None
     codes: Tensor
     steps: Tensor
     active: Tensor
 
+    def end(self, where: Tensor, result: Result) -> None:
+        """End the active problems of a mask with this result."""
+        self.codes = torch.where(self.active & where, make_codes(result, self.codes), self.codes)
+        self.active = self.active & ~where
+
+    def count(self) -> None:
+        self.steps = self.steps + self.active
+
+    def solution(self, y: Tensor, **stats: Tensor) -> Solution:
+        return Solution(y, {"num_steps": self.steps, "result": self.codes, **stats})
+
+
+@dataclass
+class Progress(Ends):
+    """The stopping rule of minimisers, problem by problem."""
+
+    gtol: float | Tensor | None
+
     @classmethod
     def begin(cls, at: Evaluation, gtol: float | Tensor | None) -> Progress:
         codes = make_codes(Result.STEPS_DONE if gtol is None else Result.MAX_STEPS, at.f)
-        state = cls(gtol, codes, torch.zeros_like(codes, dtype=torch.int64), torch.ones_like(codes, dtype=torch.bool))
+        state = cls(codes, torch.zeros_like(codes, dtype=torch.int64), torch.ones_like(codes, dtype=torch.bool), gtol)
         state.look(at)
         return state
 
@@ -71,20 +88,9 @@ class Progress:
             self.end(size <= self.gtol, Result.CONVERGED)
         self.end(~(torch.isfinite(size) & torch.isfinite(at.f)), Result.NONFINITE)
 
-    def end(self, where: Tensor, result: Result) -> None:
-        """End the active problems of a mask with this result."""
-        self.codes = torch.where(self.active & where, make_codes(result, self.codes), self.codes)
-        self.active = self.active & ~where
-
-    def count(self) -> None:
-        self.steps = self.steps + self.active
-
     def done(self, step: int) -> bool:
         """Whether all have ended; without a tolerance it does not ask."""
         return self.gtol is not None and stop_now(self.active, step)
-
-    def solution(self, y: Tensor, **stats: Tensor) -> Solution:
-        return Solution(y, {"num_steps": self.steps, "result": self.codes, **stats})
 
 
 def choose(where: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:

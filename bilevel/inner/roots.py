@@ -19,7 +19,7 @@ from ..linalg.solve import LinearSolver
 from ..problem import RootProblem
 from ..solution import Result, Solution, make_codes
 from ..tree import norm, scale
-from .minimize import check_tolerance
+from .minimize import Ends, check_tolerance
 
 
 class RootSolver(Protocol):
@@ -31,19 +31,16 @@ class RootSolver(Protocol):
 
 
 @dataclass
-class RootProgress:
-    """The stopping rule, problem by problem; see `bilevel.inner.minimize.Progress`."""
+class RootProgress(Ends):
+    """The stopping rule of root solvers, problem by problem."""
 
     tol: float | Tensor
-    codes: Tensor
-    steps: Tensor
-    active: Tensor
 
     @classmethod
     def begin(cls, r: Tensor, tol: float | Tensor) -> RootProgress:
         size = norm(r)
         codes = make_codes(Result.MAX_STEPS, size)
-        progress = cls(tol, codes, torch.zeros_like(codes, dtype=torch.int64), torch.ones_like(codes, dtype=torch.bool))
+        progress = cls(codes, torch.zeros_like(codes, dtype=torch.int64), torch.ones_like(codes, dtype=torch.bool), tol)
         progress.look(size)
         return progress
 
@@ -51,13 +48,6 @@ class RootProgress:
         """End the problems whose residual norm is small enough, or not finite."""
         self.end(size <= self.tol, Result.CONVERGED)
         self.end(~torch.isfinite(size), Result.NONFINITE)
-
-    def end(self, where: Tensor, result: Result) -> None:
-        self.codes = torch.where(self.active & where, make_codes(result, self.codes), self.codes)
-        self.active = self.active & ~where
-
-    def solution(self, y: Tensor) -> Solution:
-        return Solution(y, {"num_steps": self.steps, "result": self.codes})
 
 
 def default_tol(r: Tensor) -> Tensor:
@@ -98,7 +88,7 @@ class Newton:
             operator = GraphJacobian(problem.raveler, problem.linearize(y))
             wanted = torch.where(progress.active.unsqueeze(-1), -r, torch.zeros_like(r))
             y, r, moved = _backtrack(problem, y, r, solver.solve(operator, wanted).value, progress.active)
-            progress.steps = progress.steps + progress.active
+            progress.count()
             progress.look(norm(r))
             progress.end(~moved, Result.STAGNATED)
         return progress.solution(y)
