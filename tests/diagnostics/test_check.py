@@ -6,14 +6,13 @@ import torch
 import bilevel as bl
 from bilevel.diagnostics import BilevelProblem, HypergradientError, check_hypergradient
 from bilevel.problems import Quadratics, Ridge
-from tests.diagnostics.test_checked import with_kind
 
 EXACT = bl.NewtonCG(gtol=1e-13)
 
 
 @pytest.mark.parametrize("problem", [Ridge(), Ridge(per_feature=True), Quadratics(conditions=(3.0, 30.0))])
 def test_a_right_one_passes(problem):
-    report = check_hypergradient(with_kind(problem), solver=EXACT, throw="ignore")
+    report = check_hypergradient(problem, solver=EXACT, throw="ignore")
     assert report.ok
     assert report.relative_error < 1e-6
     assert report.exact_error < 1e-9
@@ -21,7 +20,7 @@ def test_a_right_one_passes(problem):
 
 
 def test_a_wrong_one_is_an_error_with_both_slopes():
-    problem = with_kind(Quadratics(conditions=(1.0, 30.0)))
+    problem = Quadratics(conditions=(1.0, 30.0))
     identity = bl.Implicit(bl.Identity())
     with pytest.raises(HypergradientError, match=r"WRONG: .* Slopes along 3 random directions"):
         check_hypergradient(problem, solver=EXACT, hypergrad=identity, throw="ignore")
@@ -44,7 +43,7 @@ def test_a_detached_objective_is_found_out():
 
 def test_an_inaccurate_solver_is_told_by_the_uncertainty():
     report = check_hypergradient(
-        with_kind(Ridge(per_feature=True)), solver=bl.GradientDescent(0.1, 3), throw="ignore", raise_exception=False
+        Ridge(per_feature=True), solver=bl.GradientDescent(0.1, 3), throw="ignore", raise_exception=False
     )
     assert not report.ok
 
@@ -62,6 +61,6 @@ def test_trees_and_roots():
 
 
 def test_float32_knows_its_limits():
-    problem = with_kind(Ridge(per_feature=True, dtype=torch.float32))
+    problem = Ridge(per_feature=True, dtype=torch.float32)
     report = check_hypergradient(problem, solver=bl.NewtonCG(gtol=1e-6), tolerance=1e-2, throw="ignore")
     assert report.exact_error < 1e-4

@@ -12,16 +12,6 @@ from bilevel.diagnostics import BilevelProblem, Constants, hypergradient
 from bilevel.problems import Quadratics, Ridge, WeightedRidge
 
 
-class Argmin:
-    kind = "argmin"
-
-
-def with_kind(problem):
-    if not hasattr(problem, "kind"):
-        problem.kind = "argmin"
-    return problem
-
-
 def random_case(seed):
     """A problem, an inner solver that stops early, and a linear solver that stops early, all at random."""
     generator = torch.Generator().manual_seed(seed)
@@ -36,7 +26,7 @@ def random_case(seed):
         lambda: Quadratics(conditions=(10 ** uniform(0, 3),), size=12, seed=seed),
         lambda: Quadratics(conditions=(3.0, 10 ** uniform(0, 2)), size=8, seed=seed),
     ]
-    problem = with_kind(problems[seed % len(problems)]())
+    problem = problems[seed % len(problems)]()
     problem.hparams = problem.hparams + 0.5 * torch.randn(
         problem.hparams.shape, generator=generator, dtype=torch.float64
     )
@@ -83,7 +73,7 @@ def ridge_constants(problem, x, checked, found, exact):
 def test_the_bound_is_never_violated(per_feature):
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
-        problem = with_kind(Ridge(per_feature=per_feature, seed=seed))
+        problem = Ridge(per_feature=per_feature, seed=seed)
         gtol, rtol = (10 ** (-5 * torch.rand((), generator=generator).item()) for _ in range(2))
         solver, hypergrad = bl.LBFGS(gtol=gtol), bl.Implicit(bl.CG(rtol=0.9 * rtol))
         fit = bl.argmin(problem.inner, problem.init, problem.hparams, solver=solver, throw="ignore")
@@ -94,7 +84,7 @@ def test_the_bound_is_never_violated(per_feature):
 
 
 def test_quadratics_with_a_linear_hyperparameter_have_a_tight_bound():
-    problem = with_kind(Quadratics(conditions=(10.0,)))
+    problem = Quadratics(conditions=(10.0,))
     constants = Constants(strong_convexity=1.0, cross=1.0, outer_smoothness=1.0)
     for gtol in (1e-1, 1e-3, 1e-6):
         checked = hypergradient(problem, solver=bl.LBFGS(gtol=gtol), constants=constants)
@@ -104,12 +94,12 @@ def test_quadratics_with_a_linear_hyperparameter_have_a_tight_bound():
 
 def test_the_correction_is_better_than_what_it_corrects():
     for problem in (Ridge(per_feature=True), WeightedRidge()):
-        checked = hypergradient(with_kind(problem), solver=bl.LBFGS(gtol=1e-2), throw="ignore")
+        checked = hypergradient(problem, solver=bl.LBFGS(gtol=1e-2), throw="ignore")
         assert true_error(problem, checked.state) <= 0.05 * true_error(problem, checked.value)
 
 
 def test_what_it_carries():
-    problem = with_kind(Quadratics(conditions=(10.0, 100.0)))
+    problem = Quadratics(conditions=(10.0, 100.0))
     checked = hypergradient(problem, hypergrad=bl.Implicit(bl.CG(rtol=1e-8)))
     assert checked.stats["num_steps"].shape == (2,)
     assert checked.stats["linear_steps"].shape == (2,)
@@ -125,7 +115,7 @@ def test_what_it_carries():
 
 def test_a_hypergradient_by_an_approximate_operator_shows_its_error():
     """Damping is a bias that no residual tells of."""
-    problem = with_kind(Ridge(per_feature=True))
+    problem = Ridge(per_feature=True)
     damped = hypergradient(problem, solver=bl.NewtonCG(), hypergrad=bl.Implicit(bl.CG(rtol=1e-12), damping=0.1))
     assert float(damped.stats["error"]) == pytest.approx(true_error(problem, damped.value), rel=1e-2)
 

@@ -9,11 +9,10 @@ import bilevel as bl
 from bilevel.diagnostics import BilevelProblem, advise, compare_methods, methods_for
 from bilevel.problems import Quadratics, Ridge
 from tests.conformance import relative_error
-from tests.diagnostics.test_checked import with_kind
 
 
 def test_every_row_is_measured(tmp_path):
-    problem = with_kind(Ridge(per_feature=True))
+    problem = Ridge(per_feature=True)
     names = ("implicit, CG", "implicit, 2 CG steps", "implicit, LU", "implicit, identity (T1-T2)", "penalty, symmetric")
     assert {m.name for m in methods_for(problem)} > set(names)
     chosen = {m.name: m.hypergrad for m in methods_for(problem) if m.name in names}
@@ -33,7 +32,7 @@ def test_every_row_is_measured(tmp_path):
 
 
 def test_a_method_that_refuses_is_told_not_hidden(tmp_path):
-    problem = with_kind(Ridge())
+    problem = Ridge()
     comparison = compare_methods(problem, {"Unroll": (bl.LBFGS(), bl.Unroll()), "CG": bl.Implicit()}, repeats=1)
     assert "TypeError" in comparison.rows[0].note
     assert "null" in comparison.to_json()
@@ -42,7 +41,7 @@ def test_a_method_that_refuses_is_told_not_hidden(tmp_path):
 
 
 def test_memory_of_unrolling_grows_with_the_steps():
-    problem = with_kind(Ridge(400, 50, per_feature=True))
+    problem = Ridge(400, 50, per_feature=True)
     methods = {
         f"{name} {steps}": (bl.GradientDescent(0.01, steps), method)
         for steps in (10, 100)
@@ -72,7 +71,6 @@ def test_without_a_closed_form():
 )
 @pytest.mark.parametrize("accuracy", [1e-3, 1e-8])
 def test_the_advice_keeps_its_promise(problem, accuracy):
-    problem = with_kind(problem)
     advice = advise(problem, accuracy=accuracy)
     x = problem.hparams.clone().requires_grad_()
     fit = bl.argmin(
@@ -107,4 +105,4 @@ def test_the_advice_sees_the_spectrum():
 
 def test_an_impossible_accuracy():
     with pytest.raises(ValueError, match=r"accuracy is 1e-09: in torch.float32"):
-        advise(with_kind(Ridge(dtype=torch.float32)), accuracy=1e-9)
+        advise(Ridge(dtype=torch.float32), accuracy=1e-9)
