@@ -23,7 +23,7 @@ RTOL, MAX_STEPS = 1e-6, 50
 """Of the conjugate gradients of every contestant."""
 GTOL = 1e-4
 """Of the inner problem, which is solved once for all of them."""
-MEAN_LOG_PENALTY, SPREAD_LOG_PENALTY, STRENGTH = -2.0, 0.85, 3.0
+MEAN_LOG_PENALTY, SPREAD_LOG_PENALTY, STRENGTH = -2.0, 0.75, 3.0
 """How the problem is drawn; see `Hyperparameters`."""
 
 
