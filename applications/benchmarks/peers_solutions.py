@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -90,7 +91,7 @@ def hypertorch(task: Task, method: str) -> Begin:
     if folder and folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        import hypergrad
+        hypergrad = importlib.import_module("hypergrad")
     except ImportError as error:
         raise NotHere(
             "prolearner/hypertorch is not on PyPI: clone it and set BILEVEL_BENCH_HYPERTORCH to its folder"
@@ -126,7 +127,7 @@ def torchopt_root(task: Task) -> Begin:
 
     solve = torchopt.linear_solve.solve_cg(rtol=RTOL, maxiter=CG_STEPS)
 
-    @torchopt.diff.implicit.custom_root(optimality, argnums=1, solve=solve)  # type: ignore[untyped-decorator]
+    @torchopt.diff.implicit.custom_root(optimality, argnums=1, solve=solve)
     def solution(params: Tensor, x: Tensor) -> Tensor:
         return lbfgs(task, params, x)
 
@@ -211,8 +212,6 @@ def jaxopt_implicit(task: Task) -> Begin:
 
 def load(name: str) -> Any:
     """An optional library, or why it is not here."""
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:
