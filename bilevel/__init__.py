@@ -9,10 +9,11 @@ Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalC
 `Identity`; preconditioners `Jacobi`, `NystromPreconditioner`, `AdamPreconditioner`; operators `GaussNewton`,
 `EmpiricalFisher`. Tolerances: `Adaptive`.
 How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
-From JAXopt: `custom_root`, `custom_fixed_point`, `compat`. Trees: `stack`. Optuna: `tuning`. Files: `files`.
+Many tasks: `stack`, `map_tasks`, `mean_over_tasks`, `losses_of_tasks`; layers made for Hessian products: `nn`.
+From JAXopt: `custom_root`, `custom_fixed_point`, `compat`. Optuna: `tuning`. Files: `files`.
 """
 
-from . import compat, diagnostics, files, problems, prox, stochastic, tuning
+from . import compat, diagnostics, files, nn, problems, prox, stochastic, tuning
 from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
@@ -49,6 +50,7 @@ from .linalg.preconditioners import AdamPreconditioner, Jacobi
 from .linalg.scipy import GMRES, LSMR, BiCGSTAB
 from .qp import QPSolution, quadratic_program
 from .solution import Result, Solution, SolveError, SolveWarning
+from .tasks import losses_of_tasks, map_tasks, mean_over_tasks
 from .tree import stack
 
 __all__ = [
@@ -107,6 +109,10 @@ __all__ = [
     "diagnostics",
     "files",
     "fixed_point",
+    "losses_of_tasks",
+    "map_tasks",
+    "mean_over_tasks",
+    "nn",
     "problems",
     "prox",
     "quadratic_program",

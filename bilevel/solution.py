@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 Throw = Literal["raise", "warn", "fallback", "ignore"]
 
@@ -92,6 +94,18 @@ class Solution:
         """
         lanczos = getattr(self.state, "lanczos", None)
         return None if lanczos is None else lanczos.extremes()
+
+    @classmethod
+    def joined(cls, parts: Sequence[Solution]) -> Solution:
+        """Batches of problems as one batch: values (detached), stats and adjoints, in order; states are dropped."""
+        adjoints = [part.adjoint for part in parts]
+        known = [adjoint for adjoint in adjoints if adjoint is not None]
+        return cls(
+            pytree.tree_map(lambda *leaves: torch.cat(leaves).detach(), *(part.value for part in parts)),
+            {name: torch.cat([part.stats[name] for part in parts]) for name in parts[0].stats},
+            tuple(dict.fromkeys(name for part in parts for name in part.recovered)),
+            adjoint_cell=AdjointCell(cls.joined(known) if len(known) == len(parts) else None),
+        )
 
     @property
     def adjoint(self) -> Solution | None:

@@ -11,8 +11,8 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *("files", "solution", "tree", "closure", "prox", "problem", "linalg", "inner", "hypergrad", "argmin"),
-    *("adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "tuning", "__init__"),
+    *("files", "solution", "tree", "nn", "closure", "tasks", "prox", "problem", "linalg", "inner", "hypergrad"),
+    *("argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "tuning", "__init__"),
 ]
 
 

@@ -79,6 +79,10 @@ class Config:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto takes the GPU where there is one."""
+    threads: int | None = None
+    """Tasks that are worked on side by side on a CPU; None: as many as PyTorch has threads."""
+    chunk_size: int | None = None
+    """Tasks in one tensor program; None: a few on a CPU, so that their tensors stay in the cache, all on a GPU."""
     precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
     """Arithmetic: tf32 and bf16 are for GPUs."""
 
@@ -107,12 +111,20 @@ class Config:
             raise UserError(f"--eval-steps is {self.eval_steps}: at least 1 is needed.")
         if not 0 <= self.inner_momentum < 1:
             raise UserError(f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
+        for name in ("threads", "chunk_size"):
+            if (getattr(self, name) or 1) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: at least 1 is needed.")
         if self.cg_steps < 0 or self.validate_every < 0:
             raise UserError("--cg-steps and --validate-every cannot be negative.")
         if self.learn_strength != "no" and not self.method.startswith("imaml"):
             raise UserError(f"--learn-strength needs an imaml method: {self.method} has no proximal term.")
         if self.norm == "image" and self.width % 8:
             raise UserError(f"--width is {self.width}: with --norm image it must be a multiple of 8.")
+
+    @property
+    def num_threads(self) -> int:
+        """Tasks side by side."""
+        return self.threads or (1 if self.device == "cuda" else torch.get_num_threads())
 
     @property
     def dtype(self) -> torch.dtype:

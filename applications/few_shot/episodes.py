@@ -21,6 +21,10 @@ class Episodes:
     query_x: Tensor
     query_y: Tensor
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """In the order of the fields."""
+        return self.support_x, self.support_y, self.query_x, self.query_y
+
 
 class Sampler:
     """Draws episodes from classes whose images stay on the device as bytes.

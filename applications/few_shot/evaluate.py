@@ -58,17 +58,31 @@ def settings(learner: Learner) -> Iterator[tuple[str, Classifier]]:
     if learner.config.eval_steps is not None:
         learner = replace(learner, config=replace(learner.config, inner_steps=learner.config.eval_steps))
     if not any(isinstance(module, BatchStatNorm) for module in learner.net.modules()):
-        yield "inductive: no query sees another", lambda episodes: transductive(learner, episodes)
+        yield "inductive: no query sees another", _adapted(learner, transductive)
         return
-    yield "transductive: batch statistics of all queries", lambda episodes: transductive(learner, episodes)
-    yield "not transductive: each query by itself", lambda episodes: each_by_itself(learner, episodes)
+    yield "transductive: batch statistics of all queries", _adapted(learner, transductive)
+    yield "not transductive: each query by itself", _adapted(learner, each_by_itself)
+
+
+def _adapted(learner: Learner, classify: Callable[[Learner, Episodes], Tensor]) -> Classifier:
+    config = learner.config
+
+    def classifier(episodes: Episodes) -> Tensor:
+        return bl.map_tasks(
+            lambda *tensors: classify(learner, Episodes(*tensors)),
+            *episodes.tensors(),
+            chunk_size=learner.chunk_size(episodes),
+            num_threads=config.num_threads,
+        )
+
+    return classifier
 
 
 def transductive(learner: Learner, episodes: Episodes) -> Tensor:
     """Labels ``[T, n]`` where the queries of a task are one batch of the network."""
     adapted = adapt(learner, episodes.support_x, episodes.support_y).value
     with torch.no_grad():
-        return torch.vmap(learner.predict)(adapted, episodes.query_x).argmax(-1)
+        return learner.predict(adapted, episodes.query_x).argmax(-1)
 
 
 def each_by_itself(learner: Learner, episodes: Episodes) -> Tensor:
@@ -76,8 +90,8 @@ def each_by_itself(learner: Learner, episodes: Episodes) -> Tensor:
     adapted = adapt(learner, episodes.support_x, episodes.support_y).value
     num_support = episodes.support_x.shape[1]
     images = torch.cat([episodes.support_x, episodes.query_x], 1)
-    with torch.no_grad(), inductive(learner.net, num_support):
-        return torch.vmap(learner.predict)(adapted, images)[:, num_support:].argmax(-1)
+    with torch.no_grad(), inductive(num_support):
+        return learner.predict(adapted, images)[:, num_support:].argmax(-1)
 
 
 def nearest_neighbour(episodes: Episodes) -> Tensor:

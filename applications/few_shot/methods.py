@@ -1,17 +1,17 @@
 """Five ways to a meta-gradient on the same episodes: implicit MAML (two inner solvers), MAML, FOMAML, Reptile.
 
-Each adapts T copies of the meta-parameters as one tensor program and returns a scalar whose backward pass leaves the
-meta-gradient in the meta-parameters.
+Each adapts copies of the meta-parameters to tasks as one tensor program, and gives the objectives of the tasks, whose
+mean has the meta-gradient as its gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
@@ -19,6 +19,10 @@ from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes
 
 Params = dict[str, Tensor]
+
+IMAGES_AT_ONCE = 20
+"""Support images in one tensor program on a CPU: fewer, and the dispatch of operations takes the time; more, and their
+tensors leave the cache."""
 
 
 @dataclass(frozen=True)
@@ -50,26 +54,48 @@ class Learner:
         learned = [param for name, param in self.meta.items() if fixed is None or not name.startswith(fixed)]
         return [*learned, *(s for s in self.log_strength.values() if s.requires_grad)]
 
+    def chunk_size(self, episodes: Episodes) -> int | None:
+        """Tasks in one tensor program; see `Config.chunk_size`."""
+        if self.config.chunk_size is not None or episodes.support_x.device.type != "cpu":
+            return self.config.chunk_size
+        return max(1, IMAGES_AT_ONCE // episodes.support_x.shape[1])
+
     def predict(self, params: Params, x: Tensor) -> Tensor:
-        """Logits ``[n, ways]`` of one task's images ``[n, channels, size, size]``."""
+        """Logits ``[n, ways]`` of one task's images ``[n, channels, size, size]``; with T in front, of T tasks."""
+        call: Callable[..., Tensor] = partial(bl.nn.functional_call, self.net)
+        if x.dim() == 5 and not getattr(self.net, "takes_tasks", False):
+            call = torch.vmap(call)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            return functional_call(self.net, params, (x,)).to(x.dtype)
+            return call(params, x).to(x.dtype)
 
     def loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy of one task, the mean over its images."""
-        return cross_entropy(self.predict(params, x), y)
+        """Cross-entropy, the mean over the images of a task; ``[T]`` for T tasks."""
+        return task_cross_entropy(self.predict(params, x), y)
 
     def proximal_loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
         """The inner objective of implicit MAML: ``loss + lambda / 2 ||params - meta||^2``."""
         return self.loss(params, x, y) + self.proximal_term(params)
 
     def proximal_term(self, params: Params) -> Tensor:
-        total = torch.zeros((), dtype=next(iter(params.values())).dtype, device=next(iter(params.values())).device)
-        for name, param in params.items():
-            log_strength = self.log_strength.get(_layer(name), self.log_strength.get("all"))
-            assert log_strength is not None
-            total = total + log_strength.exp() / 2 * (param - self.meta[name]).square().sum()
+        """``[T]`` for parameters of T tasks."""
+        total = None
+        for layer, log_strength in self.log_strength.items():
+            names = [name for name in params if layer in ("all", _layer(name))]
+            # As one vector: a handful of operations instead of a handful for each tensor.
+            moved = torch.cat([self._flat(params[name], name) for name in names], -1)
+            start = torch.cat([self.meta[name].reshape(-1) for name in names])
+            term = log_strength.exp() / 2 * (moved - start).square().sum(-1)
+            total = term if total is None else total + term
+        assert total is not None
         return total
+
+    def _flat(self, param: Tensor, name: str) -> Tensor:
+        return param.reshape(*param.shape[: param.dim() - self.meta[name].dim()], -1)
+
+
+def task_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """``logits [*T, n, ways], y [*T, n] -> [*T]``"""
+    return cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view_as(y).mean(-1)
 
 
 @dataclass(frozen=True)
@@ -78,13 +104,41 @@ class Outcome:
 
     Attributes:
         objective: its gradient is the meta-gradient. query_loss, accuracy: means over the tasks, detached.
-        solution: of the adaptation; after ``objective.backward()`` its ``adjoint`` tells of the linear solve.
+        solution: of the adaptation; its ``adjoint`` tells of the linear solve.
     """
 
     objective: Tensor
     query_loss: Tensor
     accuracy: Tensor
     solution: bl.Solution
+
+
+@dataclass(frozen=True)
+class Queried:
+    """How t adapted tasks do on their queries: losses and accuracies ``[t]``, and the adaptation."""
+
+    loss: Tensor
+    accuracy: Tensor
+    solution: bl.Solution
+
+
+def meta_step(learner: Learner, episodes: Episodes) -> Outcome:
+    """The meta-objective of the configured method on these episodes, a few tasks at a time."""
+    method, config = METHODS[learner.config.method], learner.config
+
+    def chunk(params: dict[str, Params], *data: Tensor) -> tuple[Tensor, Queried]:
+        return method(replace(learner, meta=params["meta"], log_strength=params["log_strength"]), Episodes(*data))
+
+    params = {"meta": learner.meta, "log_strength": learner.log_strength}
+    objective, found = bl.mean_over_tasks(
+        chunk, params, *episodes.tensors(), chunk_size=learner.chunk_size(episodes), num_threads=config.num_threads
+    )
+    return Outcome(
+        objective,
+        torch.cat([queried.loss for queried in found]).detach().mean(),
+        torch.cat([queried.accuracy for queried in found]).mean(),
+        bl.Solution.joined([queried.solution for queried in found]),
+    )
 
 
 def adapt(learner: Learner, x: Tensor, y: Tensor, hypergrad: bl.Implicit | bl.Unroll | None = None) -> bl.Solution:
@@ -101,62 +155,64 @@ def adapt(learner: Learner, x: Tensor, y: Tensor, hypergrad: bl.Implicit | bl.Un
         )
     start = bl.stack(learner.meta, len(x))
     # Residuals and curvature are recorded with the metrics and a non-finite step is skipped: no need to shout.
-    return bl.argmin(torch.vmap(objective), start, x, y, solver=solver, hypergrad=hypergrad, throw="ignore")
+    return bl.argmin(objective, start, x, y, solver=solver, hypergrad=hypergrad, throw="ignore")
 
 
-def meta_step(learner: Learner, episodes: Episodes) -> Outcome:
-    """The meta-objective of the configured method on these episodes."""
-    return METHODS[learner.config.method](learner, episodes)
-
-
-def implicit(learner: Learner, episodes: Episodes) -> Outcome:
+def implicit(learner: Learner, episodes: Episodes) -> tuple[Tensor, Queried]:
     """Implicit MAML: query loss at the proximal minimum, differentiated implicitly, ``(I + H / lambda) v = g``."""
     config = learner.config
     linear = bl.CG(max_steps=config.cg_steps) if config.cg_steps else bl.Identity(1 / config.strength)
     solution = adapt(learner, episodes.support_x, episodes.support_y, bl.Implicit(linear, operator=config.hessian))
-    return _queried(learner, episodes, solution, solution.value)
+    queried = _queried(learner, episodes, solution, solution.value)
+    return queried.loss, queried
 
 
-def maml(learner: Learner, episodes: Episodes) -> Outcome:
+def maml(learner: Learner, episodes: Episodes) -> tuple[Tensor, Queried]:
     """MAML (Finn et al. 2017): query loss after the steps, differentiated through them."""
     solution = adapt(learner, episodes.support_x, episodes.support_y, bl.Unroll())
-    return _queried(learner, episodes, solution, solution.value)
+    queried = _queried(learner, episodes, solution, solution.value)
+    return queried.loss, queried
 
 
-def first_order(learner: Learner, episodes: Episodes) -> Outcome:
+def first_order(learner: Learner, episodes: Episodes) -> tuple[Tensor, Queried]:
     """First-order MAML: the gradient at the adapted parameters is applied to the meta-parameters as it is."""
     solution = adapt(learner, episodes.support_x, episodes.support_y)
     shifted = {name: meta + (solution.value[name] - meta).detach() for name, meta in learner.meta.items()}
-    return _queried(learner, episodes, solution, shifted)
+    queried = _queried(learner, episodes, solution, shifted)
+    return queried.loss, queried
 
 
-def reptile(learner: Learner, episodes: Episodes) -> Outcome:
+def reptile(learner: Learner, episodes: Episodes) -> tuple[Tensor, Queried]:
     """Reptile (Nichol et al. 2018): move towards parameters that were adapted to all images of the task."""
     x = torch.cat([episodes.support_x, episodes.query_x], 1)
     y = torch.cat([episodes.support_y, episodes.query_y], 1)
     solution = adapt(learner, x, y)
     with torch.no_grad():
         queried = _queried(learner, episodes, solution, solution.value)
-    distance = sum(
-        ((meta - solution.value[name]).square().sum() for name, meta in learner.meta.items()), torch.zeros(())
-    )
-    return replace(queried, objective=distance / 2 / len(x))
+    moved = [(meta - solution.value[name]).square().reshape(len(x), -1).sum(1) for name, meta in learner.meta.items()]
+    return torch.stack(moved).sum(0) / 2, queried
 
 
-METHODS: dict[str, Callable[[Learner, Episodes], Outcome]] = {
+METHODS: dict[str, Callable[[Learner, Episodes], tuple[Tensor, Queried]]] = {
     "imaml": implicit,
     "imaml-hf": implicit,
     "maml": maml,
     "fomaml": first_order,
     "reptile": reptile,
 }
+"""Each gives the objectives of t tasks ``[t]``, whose gradients are the tasks' meta-gradients."""
 
 
-def _queried(learner: Learner, episodes: Episodes, solution: bl.Solution, params: Params) -> Outcome:
-    logits = torch.vmap(learner.predict)(params, episodes.query_x)
-    loss = cross_entropy(logits.flatten(0, 1), episodes.query_y.flatten())
-    accuracy = (logits.detach().argmax(-1) == episodes.query_y).float().mean()
-    return Outcome(loss, loss.detach(), accuracy, solution)
+def _queried(learner: Learner, episodes: Episodes, solution: bl.Solution, params: Params) -> Queried:
+    """Task by task: the query sets are the largest tensors of a meta-step."""
+
+    def chunk(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = learner.predict(params, x)
+        return task_cross_entropy(logits, y), (logits.detach().argmax(-1) == y).float().mean(-1)
+
+    size = 1 if episodes.query_x.device.type == "cpu" else None
+    loss, accuracy = bl.losses_of_tasks(chunk, params, episodes.query_x, episodes.query_y, chunk_size=size)
+    return Queried(loss, torch.cat(accuracy), solution)
 
 
 def _layer(name: str) -> str:

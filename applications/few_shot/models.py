@@ -1,8 +1,4 @@
-"""Networks: Conv4 with two norms, a fully connected one, or any module by its import path.
-
-The norms are written with `torch.var_mean`: PyTorch's fused batch norm gives wrong Hessian products under
-`torch.func` transforms outside `vmap`.
-"""
+"""Networks: Conv4 with two norms, a fully connected one, or any module by its import path."""
 
 from __future__ import annotations
 
@@ -10,54 +6,57 @@ import contextlib
 import importlib
 import itertools
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import bilevel as bl
 from applications.errors import UserError
+
+_num_support: ContextVar[int | None] = ContextVar("num_support", default=None)
+
+
+@contextlib.contextmanager
+def inductive(num_support: int) -> Iterator[None]:
+    """Within it, networks take support and query images as one batch, and no query sees another.
+
+    Every `BatchStatNorm` then normalises the first ``num_support`` images by their own statistics, and each later
+    image by those of the support set and itself.
+    """
+    token = _num_support.set(num_support)
+    try:
+        yield
+    finally:
+        _num_support.reset(token)
 
 
 class BatchStatNorm(nn.Module):
-    """Batch norm by the statistics of the batch itself, always: transductive where a query set is one batch.
-
-    Inside `inductive(net, n)` the first n images, the support set, are normalised by their own statistics, and each
-    later image by those of the support set and itself: no query sees another.
-    """
+    """Batch norm by the statistics of the batch itself, always: transductive where a query set is one batch."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-        self.num_support: int | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x[: self.num_support], (0, 2, 3), correction=0, keepdim=True)
-        if self.num_support is not None:
-            variance, mean = _with_itself(x, variance, mean, self.num_support)
-        scale = torch.rsqrt(variance + 1e-5) * self.weight[:, None, None]
-        return (x - mean) * scale + self.bias[:, None, None]
+    def forward(self, x: Tensor, pool: int | None = None) -> Tensor:
+        """Normalise, then max-pool where asked for."""
+        num_support = _num_support.get()
+        if num_support is None:
+            return bl.nn.batch_norm(x, self.weight, self.bias, pool=pool)
+        variance, mean = _with_itself(x, num_support)
+        return _pooled(_affine((x - mean) * torch.rsqrt(variance + 1e-5), self.weight, self.bias), pool)
 
 
-def _with_itself(x: Tensor, variance: Tensor, mean: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Statistics for each image: of the n support images, and for a query of those and itself together."""
-    own_variance, own_mean = torch.var_mean(x[n:], (2, 3), correction=0, keepdim=True)
+def _with_itself(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Variance and mean for each image: of the n support images, and for a query of those and itself together."""
+    support, queries = x.split((n, x.shape[-4] - n), -4)
+    variance, mean = torch.var_mean(support, (-4, -2, -1), correction=0, keepdim=True)
+    own_variance, own_mean = torch.var_mean(queries, (-2, -1), correction=0, keepdim=True)
     joint = (n * mean + own_mean) / (n + 1)
     spread = n * (variance + (mean - joint).square()) + own_variance + (own_mean - joint).square()
-    support = (n, *mean.shape[1:])
-    return torch.cat([variance.expand(support), spread / (n + 1)]), torch.cat([mean.expand(support), joint])
-
-
-@contextlib.contextmanager
-def inductive(net: nn.Module, num_support: int) -> Iterator[None]:
-    """Within it, ``net`` takes support and query images as one batch, and no query sees another."""
-    norms = [module for module in net.modules() if isinstance(module, BatchStatNorm)]
-    for module in norms:
-        module.num_support = num_support
-    try:
-        yield
-    finally:
-        for module in norms:
-            module.num_support = None
+    shape = [*mean.shape[:-4], n, *mean.shape[-3:]]
+    return torch.cat([variance.expand(shape), spread / (n + 1)], -4), torch.cat([mean.expand(shape), joint], -4)
 
 
 class ImageNorm(nn.Module):
@@ -68,14 +67,46 @@ class ImageNorm(nn.Module):
         self.groups = groups
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        grouped = x.unflatten(1, (self.groups, -1))
-        variance, mean = torch.var_mean(grouped, (2, 3, 4), correction=0, keepdim=True)
-        normal = ((grouped - mean) * torch.rsqrt(variance + 1e-5)).flatten(1, 2)
-        return normal * self.weight[:, None, None] + self.bias[:, None, None]
+    def forward(self, x: Tensor, pool: int | None = None) -> Tensor:
+        """Normalise, then max-pool where asked for."""
+        grouped = x.unflatten(-3, (self.groups, -1))
+        variance, mean = torch.var_mean(grouped, (-3, -2, -1), correction=0, keepdim=True)
+        normal = ((grouped - mean) * torch.rsqrt(variance + 1e-5)).flatten(-4, -3)
+        return _pooled(_affine(normal, self.weight, self.bias), pool)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x * weight[..., None, :, None, None] + bias[..., None, :, None, None]
+
+
+def _pooled(x: Tensor, size: int | None) -> Tensor:
+    return x if size is None else F.max_pool2d(x.flatten(0, -4), size).unflatten(0, x.shape[:-3])
 
 
 NORMS = {"batch": BatchStatNorm, "image": ImageNorm}
+
+
+class Block(nn.Module):
+    """3x3 convolution, norm, halving, ReLU.
+
+    The halving by max-pool comes before the ReLU, with which it commutes, at a quarter of the work.
+    """
+
+    def __init__(self, channels: int, filters: int, norm: str, halve: str):
+        super().__init__()
+        self.stride = 2 if halve == "stride" else 1
+        self.convolution = bl.nn.Conv2d(channels, filters, 3, self.stride, padding=1)
+        nn.init.kaiming_normal_(self.convolution.weight, nonlinearity="linear")
+        nn.init.zeros_(self.convolution.bias)  # type: ignore[arg-type]
+        self.norm = NORMS[norm](filters)
+        self.pool = halve == "pool"
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution = self.convolution
+        # Batch norm takes a bias away again: it is a parameter that the papers count, and no work.
+        bias = None if isinstance(self.norm, BatchStatNorm) else convolution.bias
+        x = bl.nn.conv2d(x, convolution.weight, bias, self.stride, padding=1)
+        return self.norm(x, 2 if self.pool else None).relu()
 
 
 class Conv4(nn.Module):
@@ -101,21 +132,17 @@ class Conv4(nn.Module):
         halve: str = "pool",
     ):
         super().__init__()
-        stride = 2 if halve == "stride" else 1
-        layers: list[nn.Module] = []
-        for block in range(4):
-            convolution = nn.Conv2d(channels if block == 0 else width, width, 3, stride=stride, padding=1)
-            nn.init.kaiming_normal_(convolution.weight, nonlinearity="linear")
-            nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
-            layers += [convolution, NORMS[norm](width), nn.ReLU()]
-            if halve == "pool":
-                layers.append(nn.MaxPool2d(2))
+        blocks = [Block(channels if block == 0 else width, width, norm, halve) for block in range(4)]
+        self.features = nn.Sequential(*blocks, nn.Flatten(-3))
+        for _ in blocks:
             image_size = (image_size + 1) // 2 if halve == "stride" else image_size // 2
-        self.features = nn.Sequential(*layers, nn.Flatten())
         self.head = zero_linear(width * image_size**2, ways)
 
+    takes_tasks = True
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x))
+        """Logits ``[n, ways]``; of T tasks, where x and all parameters have a first dimension T, ``[T, n, ways]``."""
+        return bl.nn.linear(self.features(x), self.head.weight, self.head.bias)
 
 
 class FullyConnected(nn.Module):

@@ -1,0 +1,122 @@
+"""A 2-d convolution whose derivatives of every order are convolutions again, for one network or a batch of networks.
+
+PyTorch differentiates the backward pass of a convolution through transposed convolutions with kernels as large as the
+image, so a Hessian product costs many gradients. With ``<g, x * w>`` the trilinear form of a convolution, its three
+partial maps (the output, the gradient of the input, the gradient of the weight) are each other's derivatives: three
+kernels serve every order, and a Hessian product costs two gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import kernels
+from .batched import BilinearFunction
+from .kernels import Geometry, Pair
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: int | Pair = 1, padding: int | Pair = 0
+) -> Tensor:
+    """`torch.nn.functional.conv2d` made for Hessian products: the same values, derivatives of any order.
+
+    T networks at once, all operands with a first dimension T or under `torch.vmap` over weights, are convolved by the
+    kernel that is fastest on the device; see `choose_kernels`. On a CPU the output is in the channels-last layout.
+
+    Args:
+        x: images ``[n, channels, height, width]``. weight: ``[filters, channels, kernel, kernel]``.
+        bias: ``[filters]``. stride, padding: one number, or one for each direction.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    if has_torch_function((x, weight)):  # closure conversion has to see the operands
+        return handle_torch_function(conv2d, (x, weight), x, weight, bias, stride, padding)
+    if x.dim() not in (4, 5) or weight.dim() != x.dim() or x.shape[-3] != weight.shape[-3]:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}: images [n, channels, height, width] and filters "
+            "[filters, channels, kernel, kernel] with the same number of channels are needed."
+        )
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+    if x.device.type == "cpu":  # once for all kernels that read it
+        weight = weight.movedim(-3, -1).contiguous().movedim(-1, -3)
+    y = _Output.apply(x, weight, (_pair(stride), _pair(padding)))
+    return y if bias is None else y + bias[..., None, :, None, None]
+
+
+class Conv2d(nn.Conv2d):
+    """`torch.nn.Conv2d` by `conv2d`: the same parameters and values; no groups, dilation or other padding."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        stride: int | Pair = 1,
+        padding: int | Pair = 0,
+        bias: bool = True,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding)  # type: ignore[arg-type]
+
+
+class _Output(BilinearFunction):
+    """``x [n, c, h, w], weight [o, c, k, k] -> [n, o, h', w']``, all with T in front or none."""
+
+    ranks = (4, 4)
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        return kernels.output(x, weight, geometry)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (geometry,) = ctx.saved_tensors, ctx.settings
+        gx = _Input.apply(g, weight, geometry, x.shape[-2:]) if ctx.needs_input_grad[0] else None
+        gw = _Weight.apply(x, g, geometry, weight.shape[-2:]) if ctx.needs_input_grad[1] else None
+        return gx, gw, None
+
+
+class _Input(BilinearFunction):
+    """``g [n, o, h', w'], weight [o, c, k, k] -> [n, c, h, w]``"""
+
+    ranks = (4, 4)
+
+    @staticmethod
+    def forward(g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
+        return kernels.input(g, weight, geometry, size)
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+        (g, weight), (geometry, _) = ctx.saved_tensors, ctx.settings
+        gg = _Output.apply(x, weight, geometry) if ctx.needs_input_grad[0] else None
+        gw = _Weight.apply(x, g, geometry, weight.shape[-2:]) if ctx.needs_input_grad[1] else None
+        return gg, gw, None, None
+
+
+class _Weight(BilinearFunction):
+    """``x [n, c, h, w], g [n, o, h', w'] -> [o, c, k, k]``"""
+
+    ranks = (4, 4)
+
+    @staticmethod
+    def forward(x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
+        return kernels.weight(x, g, geometry, size)
+
+    @staticmethod
+    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+        (x, g), (geometry, _) = ctx.saved_tensors, ctx.settings
+        gx = _Input.apply(g, weight, geometry, x.shape[-2:]) if ctx.needs_input_grad[0] else None
+        gg = _Output.apply(x, weight, geometry) if ctx.needs_input_grad[1] else None
+        return gx, gg, None, None
+
+
+def _pair(value: int | Pair) -> Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])

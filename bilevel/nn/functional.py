@@ -1,0 +1,38 @@
+"""Calls of layers and modules: for T networks at once, and for several threads at once."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`torch.nn.functional.linear`: ``x [n, in], weight [out, in], bias [out]``, or all with a first dimension T."""
+    return x @ weight.mT + bias.unsqueeze(-2)
+
+
+def functional_call(
+    module: nn.Module, params: dict[str, Tensor], args: Any, kwargs: dict[str, Any] | None = None
+) -> Any:
+    """`torch.func.functional_call`, also where several threads call the same module.
+
+    PyTorch's own puts the parameters into the module for the time of the call, so that two threads see each other's.
+    Here a thread other than the main one calls a replica that shares everything with the module but the slots.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        module = _replica(module)
+    return torch.func.functional_call(module, params, args, kwargs)
+
+
+def _replica(module: nn.Module) -> nn.Module:
+    copy = module.__new__(type(module))
+    copy.__dict__ = module.__dict__.copy()
+    copy.__dict__["_parameters"] = module._parameters.copy()
+    copy.__dict__["_buffers"] = module._buffers.copy()
+    copy.__dict__["_modules"] = {
+        name: None if child is None else _replica(child) for name, child in module._modules.items()
+    }
+    return copy

@@ -1,0 +1,193 @@
+"""Three ways to convolve T networks, each with its own images and weights; which is fastest depends on the device.
+
+Each has ``output``, ``input`` and ``weight``: the three partial maps of the trilinear form of a convolution.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Pair = tuple[int, int]
+Geometry = tuple[Pair, Pair]
+"""Stride and padding."""
+
+KernelName = Literal["loop", "grouped", "unfold"]
+
+
+class Kernels(Protocol):
+    """``x [T, n, c, h, w]``, ``weight [T, o, c, k, k]``, ``g [T, n, o, h', w']``."""
+
+    def output(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor: ...
+
+    def input(self, g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor: ...
+
+    def weight(self, x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor: ...
+
+
+class Loop:
+    """Network by network in the channels-last layout: what oneDNN does best, at more than the rate of a matmul."""
+
+    def output(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        return _stacked([output(a, w, geometry) for a, w in zip(x, weight, strict=True)])
+
+    def input(self, g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
+        return _stacked([input(a, w, geometry, size) for a, w in zip(g, weight, strict=True)])
+
+    def weight(self, x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
+        return torch.stack([weight(a, b, geometry, size) for a, b in zip(x, g, strict=True)])
+
+
+class Grouped:
+    """One convolution with T groups, as `torch.vmap` does it: a single launch, which suits a GPU."""
+
+    def output(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        y = F.conv2d(_side_by_side(x), weight.flatten(0, 1), None, *geometry, 1, len(x))
+        return _apart(y, len(x))
+
+    def input(self, g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
+        tasks, n, c = len(g), g.shape[1], weight.shape[2]
+        like = g.new_empty(1).expand(n, tasks * c, *size)
+        return _apart(_backward(_side_by_side(g), like, weight.flatten(0, 1), geometry, 0, tasks), tasks)
+
+    def weight(self, x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
+        tasks, o, c = len(x), g.shape[2], x.shape[2]
+        like = g.new_empty(1).expand(tasks * o, c, *size)
+        return _backward(_side_by_side(g), _side_by_side(x), like, geometry, 1, tasks).unflatten(0, (tasks, o))
+
+
+class Unfold:
+    """Patches as a matrix, and one batched matrix product."""
+
+    def output(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+        columns = self._columns(x, weight.shape[-2:], geometry)
+        y = weight.flatten(2).unsqueeze(1) @ columns
+        stride, padding = geometry
+        height = (x.shape[-2] + 2 * padding[0] - weight.shape[-2]) // stride[0] + 1
+        return y.unflatten(-1, (height, -1))
+
+    def input(self, g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
+        columns = weight.flatten(2).mT.unsqueeze(1) @ g.flatten(3)
+        stride, padding = geometry
+        x = F.fold(columns.flatten(0, 1), size, weight.shape[-2:], stride=stride, padding=padding)
+        return x.unflatten(0, g.shape[:2])
+
+    def weight(self, x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
+        columns = self._columns(x, size, geometry)
+        grad = g.flatten(3).transpose(1, 2).flatten(2) @ columns.transpose(1, 2).flatten(2).mT
+        return grad.reshape(len(x), g.shape[2], x.shape[2], *size)
+
+    def _columns(self, x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
+        stride, padding = geometry
+        columns = F.unfold(x.flatten(0, 1), tuple(kernel), stride=stride, padding=padding)
+        return columns.unflatten(0, x.shape[:2])
+
+
+KERNELS: dict[KernelName, Kernels] = {"loop": Loop(), "grouped": Grouped(), "unfold": Unfold()}
+
+_chosen: dict[str, KernelName] = {"cpu": "loop"}
+
+
+def output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
+    """``x * weight`` of one network, or of T by the kernels of their device."""
+    if x.dim() == 5:
+        return _kernels_for(x).output(x, weight, geometry)
+    return F.conv2d(_layout(x), weight, None, *geometry)
+
+
+def input(g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
+    """The gradient of x, images of ``size``."""
+    if g.dim() == 5:
+        return _kernels_for(g).input(g, weight, geometry, size)
+    like = g.new_empty(len(g), *size, weight.shape[1]).permute(0, 3, 1, 2)
+    return _backward(_layout(g), like, weight, geometry, 0)
+
+
+def weight(x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
+    """The gradient of the weight, kernels of ``size``."""
+    if x.dim() == 5:
+        return _kernels_for(x).weight(x, g, geometry, size)
+    like = g.new_empty(g.shape[1], *size, x.shape[1]).permute(0, 3, 1, 2)
+    return _backward(_layout(g), _layout(x), like, geometry, 1)
+
+
+def _kernels_for(tensor: Tensor) -> Kernels:
+    """``loop`` on a CPU, ``grouped`` elsewhere, until `choose_kernels` has measured."""
+    return KERNELS[_chosen.get(tensor.device.type, "grouped")]
+
+
+def choose_kernels(x: Tensor, weight: Tensor, geometry: Geometry, repeats: int = 5) -> dict[KernelName, float]:
+    """Measure all kernels on such operands and take the fastest for their device, from now on.
+
+    Args:
+        x: ``[T, n, c, h, w]``. weight: ``[T, o, c, k, k]``.
+
+    Returns:
+        Seconds of output, input and weight together, by name.
+    """
+    seconds = {name: _time(kernels, x, weight, geometry, repeats) for name, kernels in KERNELS.items()}
+    _chosen[x.device.type] = min(seconds, key=lambda name: seconds[name])
+    return seconds
+
+
+def _layout(x: Tensor) -> Tensor:
+    """Images ``[n, c, h, w]``, on a CPU channels last, by their strides too where one channel makes both the same."""
+    if x.device.type != "cpu":
+        return x
+    n, c, h, w = x.shape
+    strides = (h * w * c, 1, w * c, c)
+    if x.stride() == strides:
+        return x
+    return x.contiguous(memory_format=torch.channels_last).as_strided((n, c, h, w), strides)
+
+
+def _time(kernels: Kernels, x: Tensor, weight: Tensor, geometry: Geometry, repeats: int) -> float:
+    def run() -> None:
+        y = kernels.output(x, weight, geometry)
+        kernels.input(y, weight, geometry, (x.shape[-2], x.shape[-1]))
+        kernels.weight(x, y, geometry, (weight.shape[-2], weight.shape[-1]))
+
+    def clock(fn: Callable[[], None]) -> float:
+        begin = time.perf_counter()
+        fn()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    clock(run)
+    return min(clock(run) for _ in range(repeats))
+
+
+def _backward(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, index: int, groups: int = 1) -> Tensor:
+    """PyTorch's gradient of x (index 0) or weight (1); of the other only the shape and the layout count."""
+    stride, padding = geometry
+    mask = [index == 0, index == 1, False]
+    return torch.ops.aten.convolution_backward(
+        g, x, weight, None, stride, padding, (1, 1), False, (0, 0), groups, mask
+    )[index]
+
+
+def _stacked(images: list[Tensor]) -> Tensor:
+    """``[T, n, c, h, w]``, channels last in memory."""
+    if len(images) == 1:
+        return images[0].unsqueeze(0)
+    n, c, h, w = images[0].shape
+    out = images[0].new_empty(len(images), n, h, w, c).permute(0, 1, 4, 2, 3)
+    for slot, image in zip(out, images, strict=True):
+        slot.copy_(image)
+    return out
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """``[T, n, c, h, w] -> [n, T c, h, w]``"""
+    return x.transpose(0, 1).flatten(1, 2)
+
+
+def _apart(x: Tensor, tasks: int) -> Tensor:
+    """``[n, T c, h, w] -> [T, n, c, h, w]``"""
+    return x.unflatten(1, (tasks, -1)).transpose(0, 1)

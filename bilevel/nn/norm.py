@@ -1,0 +1,198 @@
+"""Batch norm by batch statistics, and the max-pool after it: right in every mode of differentiation, and few passes.
+
+PyTorch's fused batch norm gives silently wrong Hessian products under `torch.func` (issue 196699), and its
+`torch.var_mean` takes many times longer than a pass over the memory on a CPU in the channels-last layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .batched import BatchedFunction
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, pool: int | None = None) -> Tensor:
+    """Normalise each channel by its mean and variance over the batch, scale and shift; then max-pool, where asked for.
+
+    Derivatives of any order, in both modes. With ``pool``, three quarters of the map need no normalising: it rises
+    with its input where the weight is positive, falls where it is negative, so the extremes are found before.
+
+    Args:
+        x: ``[n, c, h, w]``. weight, bias: ``[c]``; or all with a first dimension T.
+        eps: added to the variance. pool: size of the windows of a max-pool, None for none.
+    """
+    if has_torch_function((x, weight, bias)):  # closure conversion has to see the operands
+        return handle_torch_function(batch_norm, (x, weight, bias), x, weight, bias, eps, pool)
+    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    kept = x if pool is None else _Extremes.apply(x, weight, pool)[0]
+    return _Affine.apply(kept, *_Statistics.apply(x, eps), weight, bias)
+
+
+class _Statistics(BatchedFunction):
+    """``x -> mean, 1 / sqrt(variance + eps)``"""
+
+    ranks = (4,)
+
+    @staticmethod
+    def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        mean = x.sum(PIXELS) / _count(x)
+        centred = x - _broadcast(mean)
+        return mean, (centred.mul_(centred).sum(PIXELS) / _count(x) + eps).rsqrt_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(inputs[0], *output)
+        ctx.save_for_forward(inputs[0], *output)
+
+    @staticmethod
+    def backward(ctx: Any, by_mean: Tensor, by_rstd: Tensor) -> tuple[Tensor, None]:
+        x, mean, rstd = ctx.saved_tensors
+        slope = by_rstd * rstd**3 / -_count(x)
+        return x * _broadcast(slope) + _broadcast(by_mean / _count(x) - slope * mean), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, Tensor]:
+        x, mean, rstd = ctx.saved_tensors
+        spread = ((x - _broadcast(mean)) * tangent).sum(PIXELS)
+        return tangent.sum(PIXELS) / _count(x), spread * rstd**3 / -_count(x)
+
+
+class _Affine(BatchedFunction):
+    """``(y - mean) * rstd * weight + bias``"""
+
+    ranks = (4, 1, 1, 1, 1)
+
+    @staticmethod
+    def forward(y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        scale = rstd * weight
+        return (y * _broadcast(scale)).add_(_broadcast(bias - mean * scale))
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+        y, mean, rstd, weight, _ = ctx.saved_tensors
+        scale = rstd * weight
+        by_bias = g.sum(PIXELS)
+        by_scale = (g * y).sum(PIXELS) - mean * by_bias
+        return g * _broadcast(scale), -scale * by_bias, by_scale * weight, by_scale * rstd, by_bias
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        y, mean, rstd, weight, bias = ctx.saved_tensors
+        ty, tm, tr, tw, tb = (
+            torch.zeros_like(t) if tangent is None else tangent
+            for t, tangent in zip((y, mean, rstd, weight, bias), tangents, strict=True)
+        )
+        scale = rstd * weight
+        moved = (y - _broadcast(mean)) * _broadcast(tr * weight + rstd * tw)
+        return ty * _broadcast(scale) + moved + _broadcast(tb - tm * scale)
+
+
+PIXELS = (-4, -2, -1)
+"""Dimensions of images and pixels, which the statistics are over."""
+
+
+def _count(x: Tensor) -> int:
+    return x.shape[-4] * x.shape[-2] * x.shape[-1]
+
+
+def _broadcast(statistic: Tensor) -> Tensor:
+    """``[*T, c] -> [*T, 1, c, 1, 1]``"""
+    return statistic.reshape(*statistic.shape[:-1], 1, -1, 1, 1)
+
+
+class _Extremes(BatchedFunction):
+    """In each window the largest entry, where the channel's weight is negative the smallest; and where it is."""
+
+    ranks = (4, 1)
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        if x.device.type == "cpu" and not bool((weight < 0).any()):  # elsewhere the question is a synchronisation
+            return _pooled(x, size)
+        signed = x * _broadcast(torch.where(weight < 0, -1.0, 1.0).to(x.dtype))
+        index = _pooled(signed, size)[1]
+        return _taken(x, index), index
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, _, size = inputs
+        ctx.shape, ctx.size = x.shape[-2:], size
+        ctx.set_materialize_grads(False)  # zeros for the index
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        return (None if g is None else _Put.apply(g, *ctx.saved_tensors, ctx.shape, ctx.size)), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
+        return _Take.apply(tangent, *ctx.saved_tensors, ctx.size), None
+
+
+class _Take(BatchedFunction):
+    """The entries at an index of `_Extremes`."""
+
+    ranks = (4, 4)
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, size: int) -> Tensor:
+        return _taken(x, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, index, ctx.size = inputs
+        ctx.shape = x.shape[-2:]
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _Put.apply(g, *ctx.saved_tensors, ctx.shape, ctx.size), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Take.apply(tangent, *ctx.saved_tensors, ctx.size)
+
+
+class _Put(BatchedFunction):
+    """Zeros, but for the entries at an index: the transpose of `_Take`."""
+
+    ranks = (4, 4)
+
+    @staticmethod
+    def forward(g: Tensor, index: Tensor, shape: torch.Size, size: int) -> Tensor:
+        batch, (height, width), window = g.shape[:-2], shape, [size, size]
+        like = g.new_empty(batch[:-1].numel(), height, width, batch[-1]).permute(0, 3, 1, 2)  # only its shape counts
+        g, index = (t.flatten(0, -4) for t in (g, index))
+        out = torch.ops.aten.max_pool2d_with_indices_backward(g, like, window, window, [0, 0], [1, 1], False, index)
+        return out.unflatten(0, batch[:-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, index, ctx.shape, ctx.size = inputs
+        ctx.save_for_backward(index)
+        ctx.save_for_forward(index)
+
+    @staticmethod
+    def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+        return _Take.apply(x, *ctx.saved_tensors, ctx.size), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Put.apply(tangent, *ctx.saved_tensors, ctx.shape, ctx.size)
+
+
+def _pooled(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    values, index = F.max_pool2d(x.flatten(0, -4), size, return_indices=True)
+    return values.unflatten(0, x.shape[:-3]), index.unflatten(0, x.shape[:-3])
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    return x.flatten(-2).gather(-1, index.flatten(-2)).unflatten(-1, index.shape[-2:])

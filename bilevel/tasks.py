@@ -1,0 +1,201 @@
+"""Independent tasks a few at a time, side by side over threads: the memory of a few, the time of all cores.
+
+Small tensor programs do not use the threads inside an operation. On a CPU it is faster to give each thread tasks of
+its own, and a task whose tensors fit into the cache is faster still; on a GPU all tasks at once fill the card.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from .closure import Autocast, in_transform
+from .tree import Tree, leaves, tree_map
+
+
+def map_tasks(fn: Callable[..., Tree], *data: Tree, chunk_size: int | None = None, num_threads: int = 1) -> Tree:
+    """``fn(*data)`` on a few tasks at a time, without gradients, its results joined along the first dimension.
+
+    Args:
+        fn: from data of t tasks, leaves ``[t, ...]``, to a tree of tensors ``[t, ...]``. Called from several threads
+            where ``num_threads`` says so: it must then not change what they share (`nn.functional_call` serves
+            modules, that of PyTorch does not), nor draw from the global random generator.
+        data: trees of tensors ``[T, ...]``.
+        chunk_size: tasks at a time, at most; None: as many as there are, shared among the threads.
+        num_threads: threads that work side by side; `torch.get_num_threads` is the number to take on a CPU.
+
+    Raises:
+        ValueError: no tasks, or leaves that disagree about T.
+    """
+    with torch.no_grad():
+        found = list(_in_chunks(lambda *chunk: fn(*chunk), data, chunk_size, num_threads))
+    return found[0] if len(found) == 1 else tree_map(lambda *parts: torch.cat(parts), *found)
+
+
+def mean_over_tasks(
+    fn: Callable[..., tuple[Tensor, Any]],
+    params: Tree,
+    *data: Tree,
+    chunk_size: int | None = None,
+    num_threads: int = 1,
+) -> tuple[Tensor, list[Any]]:
+    """The mean of the losses of T tasks, as a function of ``params``: the meta-objective of few-shot learning.
+
+    The gradient is computed at once, chunk by chunk, and each chunk's graph is dropped: memory is that of
+    ``chunk_size * num_threads`` tasks, however many there are. So it can be differentiated once. The result does not
+    depend on the number of threads, for a given size of the chunks.
+
+    Args:
+        fn: ``fn(params, *data)`` with data of t tasks gives their losses ``[t]`` and whatever else the caller wants;
+            it must reach nothing that requires grad but ``params``. See `map_tasks` for what threads ask of it.
+        params: a tree of tensors, the same for all tasks.
+        data, chunk_size, num_threads: as in `map_tasks`.
+
+    Returns:
+        The mean, 0-d, and what else ``fn`` returned for each chunk, in order.
+
+    Raises:
+        ValueError: no tasks, or leaves that disagree about T; the losses are no vector ``[t]``.
+        RuntimeError: a second derivative is asked for.
+    """
+    flat, spec = pytree.tree_flatten(params)
+    num_tasks, total, rests = _count(data), [], []
+    wanted = [leaf for leaf in flat if leaf.requires_grad and torch.is_grad_enabled()]
+    sums: list[Tensor] = [torch.zeros_like(leaf) for leaf in wanted]
+
+    def chunk_gradient(*chunk: Tree) -> tuple[Tensor, list[Tensor | None], Any]:
+        return _gradient(fn, flat, spec, chunk, 1 / num_tasks)
+
+    for losses, grads, rest in _in_chunks(chunk_gradient, data, chunk_size, num_threads):
+        total.append(losses)
+        rests.append(rest)
+        for total_grad, grad in zip(sums, grads, strict=True):
+            if grad is not None:
+                total_grad += grad
+    mean = torch.cat(total).mean()
+    return (_Known.apply(mean, sums, *wanted) if wanted else mean), rests
+
+
+def losses_of_tasks(
+    fn: Callable[..., tuple[Tensor, Any]],
+    params: Tree,
+    *data: Tree,
+    chunk_size: int | None = None,
+    num_threads: int = 1,
+) -> tuple[Tensor, list[Any]]:
+    """The losses of T tasks, as a function of ``params`` of their own: the outer losses at T solutions.
+
+    As `mean_over_tasks`, but with T sets of parameters.
+
+    Args:
+        params: a tree of tensors ``[T, ...]``; ``fn`` gets those of its t tasks.
+        fn, data, chunk_size, num_threads: as in `mean_over_tasks`.
+
+    Returns:
+        The losses ``[T]``, and what else ``fn`` returned for each chunk, in order.
+    """
+    flat, spec = pytree.tree_flatten(params)
+    total, all_grads, rests = [], [], []
+    wanted = [leaf for leaf in flat if leaf.requires_grad and torch.is_grad_enabled()]
+
+    def chunk_gradient(own: list[Tensor], *chunk: Tree) -> tuple[Tensor, list[Tensor | None], Any]:
+        return _gradient(fn, own, spec, chunk, 1.0)
+
+    for losses, grads, rest in _in_chunks(chunk_gradient, (flat, *data), chunk_size, num_threads):
+        total.append(losses)
+        rests.append(rest)
+        all_grads.append(grads)
+    joined = [
+        torch.zeros_like(leaf) if any(grad is None for grad in grads) else torch.cat(grads)
+        for leaf, grads in zip(wanted, zip(*all_grads, strict=True), strict=True)
+    ]
+    return (_Known.apply(torch.cat(total), joined, *wanted) if wanted else torch.cat(total)), rests
+
+
+def _gradient(
+    fn: Callable[..., tuple[Tensor, Any]], flat: list[Tensor], spec: pytree.TreeSpec, chunk: tuple[Tree, ...], by: float
+) -> tuple[Tensor, list[Tensor | None], Any]:
+    """Losses, the gradients of ``by`` times their sum for the leaves that require grad, and the rest."""
+    free = [leaf.detach().requires_grad_(leaf.requires_grad and torch.is_grad_enabled()) for leaf in flat]
+    losses, rest = fn(pytree.tree_unflatten(free, spec), *chunk)
+    if losses.shape != (_count(chunk),):
+        raise ValueError(
+            f"fn returned losses of shape {tuple(losses.shape)} for {_count(chunk)} tasks: one for each is needed."
+        )
+    wanted = [leaf for leaf in free if leaf.requires_grad]
+    grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
+    if wanted and losses.requires_grad:
+        grads = torch.autograd.grad(losses.sum() * by, wanted, allow_unused=True)
+    return losses.detach(), list(grads), rest
+
+
+class _Known(torch.autograd.Function):
+    """Values whose gradients are known already: a mean ``[]``, or losses ``[T]`` of parameters ``[T, ...]``."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *params: Tensor) -> Tensor:
+        ctx.grads = grads
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_value: Tensor) -> tuple[Tensor | None, ...]:
+        shape = by_value.shape
+        return (
+            None,
+            None,
+            *(by_value.to(g.dtype).reshape(*shape, *(1,) * (g.dim() - len(shape))) * g for g in ctx.grads),
+        )
+
+
+def _in_chunks(
+    fn: Callable[..., Any], data: tuple[Tree, ...], chunk_size: int | None, num_threads: int
+) -> Iterator[Any]:
+    """``fn`` of each chunk, in order; no more than a few results wait for their turn."""
+    for name, value in (("chunk_size", chunk_size), ("num_threads", num_threads)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}: at least 1 is needed.")
+    num_tasks, device = _count(data), leaves(data)[0].device
+    size = min(chunk_size or num_tasks, -(-num_tasks // num_threads))
+    chunks = [tree_map(lambda leaf: leaf[at : at + size], data) for at in range(0, num_tasks, size)]  # noqa: B023
+    workers = min(num_threads, len(chunks))
+    if workers == 1 or in_transform() or torch._C._len_torch_function_stack() > 0:
+        # Transforms and modes belong to their thread.
+        yield from (fn(*chunk) for chunk in chunks)
+        return
+    grad, autocast = torch.is_grad_enabled(), Autocast.current(device)
+
+    def work(chunk: tuple[Tree, ...]) -> Any:
+        with torch.set_grad_enabled(grad), autocast.entered():
+            return fn(*chunk)
+
+    before, waiting = torch.get_num_threads(), deque[Future[Any]]()
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, num_threads // workers),))
+    try:
+        for chunk in chunks:
+            if len(waiting) >= 2 * workers:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(work, chunk))
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # threads that start later take the number that was set last
+
+
+def _count(data: Tree) -> int:
+    """T, on which all leaves agree."""
+    counts = {leaf.shape[0] if leaf.dim() else 0 for leaf in leaves(data)}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(
+            f"data has leaves of shapes {[tuple(leaf.shape) for leaf in leaves(data)]}: the first dimension of each "
+            "is T, the number of tasks, at least one."
+        )
+    return counts.pop()
