@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from .closure import Autocast, in_transform
@@ -63,7 +62,7 @@ def mean_over_tasks(
 
     Raises:
         ValueError: no tasks, or leaves that disagree about T; the losses are no vector ``[t]``.
-        RuntimeError: a second derivative is asked for.
+        NotImplementedError: a second derivative is asked for.
     """
     flat, spec = pytree.tree_flatten(params)
     num_tasks, total, rests = _count(data), [], []
@@ -145,14 +144,15 @@ class _Known(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, by_value: Tensor) -> tuple[Tensor | None, ...]:
-        shape = by_value.shape
-        return (
-            None,
-            None,
-            *(by_value.to(g.dtype).reshape(*shape, *(1,) * (g.dim() - len(shape))) * g for g in ctx.grads),
-        )
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "A graph of the gradient was asked for (create_graph=True), but the gradient was computed task by task "
+                "and its graphs are gone: call the function on all tasks at once instead."
+            )
+        trailing = [(1,) * (grad.dim() - by_value.dim()) for grad in ctx.grads]
+        factors = [by_value.reshape((*by_value.shape, *ones)) for ones in trailing]
+        return None, None, *(factor.to(grad.dtype) * grad for factor, grad in zip(factors, ctx.grads, strict=True))
 
 
 def _in_chunks(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -85,18 +85,19 @@ class MetaStep:
             device="cpu",
         )
 
-    def problem(self, **changes: int | None) -> tuple[Learner, Episodes]:
+    def problem(self, **changes: Any) -> tuple[Learner, Episodes]:
         """Network and episodes, the same in every process; the head is away from zero, where most gradients vanish."""
-        config = replace(self.config, **changes)  # type: ignore[arg-type]
+        config = replace(self.config, **changes)
         classes = data.load(config.data, config.data_root, split=config.split).train
         learner = create_learner(config, classes, torch.device("cpu"))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
-            torch.nn.init.kaiming_uniform_(learner.meta["head.weight"], a=5**0.5)
+            head = learner.meta["head.weight"]
+            head.copy_(torch.nn.init.kaiming_uniform_(torch.empty(head.shape), a=5**0.5))
         sampler = create_sampler(config, classes, "train", QUERIES, torch.device("cpu"))
         return learner, sampler.episodes(self.tasks, 0)
 
-    def ours(self, **changes: int | None) -> Contestant:
+    def ours(self, **changes: Any) -> Contestant:
         """The few-shot application itself."""
         learner, episodes = self.problem(**changes)
 
@@ -105,9 +106,9 @@ class MetaStep:
             assert outcome.solution.adjoint is not None
             adjoint = outcome.solution.adjoint.value
             # The inner objective depends on the meta-parameters by lambda / 2 ||phi - theta||^2.
-            answer = STRENGTH * torch.cat([adjoint[name].reshape(self.tasks, -1) for name in learner.meta], 1)
+            answer = self.tasks * STRENGTH * torch.cat([adjoint[name].reshape(self.tasks, -1) for name in learner.meta], 1)
             mean = torch.cat([param.grad.reshape(-1) for param in learner.meta.values() if param.grad is not None])
-            if not torch.allclose(answer.mean(0), mean, rtol=1e-4, atol=1e-4 * mean.abs().max().item()):
+            if torch.linalg.vector_norm(answer.mean(0) - mean) > 1e-4 * torch.linalg.vector_norm(mean):
                 raise RuntimeError("The adjoints do not add up to the meta-gradient.")
             return Round(seconds, checked(answer))
 

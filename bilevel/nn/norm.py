@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level  # type: ignore[attr-defined]
+from torch.autograd import Function, forward_ad
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -29,7 +31,7 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, pool:
     if has_torch_function((x, weight, bias)):  # closure conversion has to see the operands
         return handle_torch_function(batch_norm, (x, weight, bias), x, weight, bias, eps, pool)
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    kept = x if pool is None else _Extremes.apply(x, weight, pool)[0]
+    kept = x if pool is None else _extremes(x, weight, pool)
     return _Affine.apply(kept, *_Statistics.apply(x, eps), weight, bias)
 
 
@@ -105,39 +107,36 @@ def _broadcast(statistic: Tensor) -> Tensor:
     return statistic.reshape(*statistic.shape[:-1], 1, -1, 1, 1)
 
 
-class _Extremes(BatchedFunction):
-    """In each window the largest entry, where the channel's weight is negative the smallest; and where it is."""
-
-    ranks = (4, 1)
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
-        if x.device.type == "cpu" and not bool((weight < 0).any()):  # elsewhere the question is a synchronisation
-            return _pooled(x, size)
+def _extremes(x: Tensor, weight: Tensor, size: int) -> Tensor:
+    """In each window the largest entry, where the channel's weight is negative the smallest."""
+    transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
+    if not transformed and x.device.type == "cpu" and not bool((weight < 0).any()):
+        return _Largest.apply(x, size)[0]
+    with torch.no_grad():
         signed = x * _broadcast(torch.where(weight < 0, -1.0, 1.0).to(x.dtype))
         index = _pooled(signed, size)[1]
-        return _taken(x, index), index
+    return _Take.apply(x, index, size)
+
+
+class _Largest(Function):
+    """The largest entry of each window, and where it is."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, _, size = inputs
+    def forward(ctx: Any, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        values, index = _pooled(x, size)
         ctx.shape, ctx.size = x.shape[-2:], size
         ctx.set_materialize_grads(False)  # zeros for the index
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(output[1])
-        ctx.save_for_forward(output[1])
+        ctx.mark_non_differentiable(index)
+        ctx.save_for_backward(index)
+        return values, index
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        return (None if g is None else _Put.apply(g, *ctx.saved_tensors, ctx.shape, ctx.size)), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor, None]:
-        return _Take.apply(tangent, *ctx.saved_tensors, ctx.size), None
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+        return (None if g is None else _Put.apply(g, *ctx.saved_tensors, ctx.shape, ctx.size)), None
 
 
 class _Take(BatchedFunction):
-    """The entries at an index of `_Extremes`."""
+    """The entries at an index."""
 
     ranks = (4, 4)
 

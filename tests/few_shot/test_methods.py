@@ -1,17 +1,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from torch.nn import functional as F
-from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from applications.few_shot import data, evaluate
+from applications.benchmarks.meta_step import MetaStep
+from applications.few_shot import evaluate
 from applications.few_shot.config import Config
-from applications.few_shot.episodes import Sampler
 from applications.few_shot.methods import METHODS, Learner, adapt, meta_step
 from applications.few_shot.models import build
 from applications.few_shot.train import create_learner, create_sampler
@@ -135,7 +132,8 @@ def test_first_order_methods_are_what_they_say(toy_splits):
     found, outcome = meta_gradient(learner, episodes)
     adapted = {name: leaf[0].detach().requires_grad_() for name, leaf in outcome.solution.value.items()}
     loss = learner.loss(adapted, episodes.query_x[0], episodes.query_y[0])
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(adapted.values()))])
+    grads = torch.autograd.grad(loss, list(adapted.values()), allow_unused=True, materialize_grads=True)
+    expected = torch.cat([g.flatten() for g in grads])
     assert relative_error(found, expected) < 1e-10
 
     learner = replace(learner, config=replace(config, method="reptile"))
@@ -179,87 +177,42 @@ def test_bfloat16_is_near_float32(toy_splits):
     assert 1e-4 < relative_error(rough, exact) < 0.3
 
 
+PATHS = {
+    "default": {},
+    "one thread": {"threads": 1},
+    "one program": {"chunk_size": 16, "threads": 1},
+    "one by one": {"chunk_size": 1, "threads": 2},
+    "func": {"hessian": "func"},
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("hessian", ["graph", "func"])
-def test_batched_float32_meets_the_float64_reference_on_real_omniglot(hessian, omniglot_root):
-    """The paper's network and settings: Conv4-64 with max-pool, 16 tasks, 16 steps, 5 CG steps.
+def test_float32_meets_the_float64_reference_on_real_omniglot(omniglot_root):
+    """The paper's network and settings: Conv4-64 with max-pool, 16 tasks, 16 steps, 5 CG steps; on every path.
 
-    The reference is written anew, task by task, in float64, with double backward and a textbook CG.
+    The reference of the benchmark is plain PyTorch, task by task, in float64. ReLU and max-pool have kinks: where
+    rounding sends a task to the other side of one, its gradient is another one, also between two runs of PyTorch's own
+    layers (3 of these 16 tasks). So most tasks are held to the bar, and in float64 all of them.
     """
-    config = Config(
-        data="omniglot",
-        data_root=omniglot_root,
-        width=64,
-        halve="pool",
-        head="learned",
-        strength=2.0,
-        tasks=16,
-        queries=15,
-        hessian=hessian,
-        inner_steps=16,
-        inner_lr=0.01,
-        inner_momentum=0.0,
-        cg_steps=5,
-        safeguard=False,
-    )
-    splits = data.load("omniglot", omniglot_root)
-    learner = create_learner(config, splits.train, CPU)
-    torch.manual_seed(0)
-    with torch.no_grad():  # away from the zero head, where most of the gradient vanishes: the default of torch
-        torch.nn.init.kaiming_uniform_(learner.meta["head.weight"], a=5**0.5)
-    episodes = Sampler(splits.train, "train", 5, 1, 15, 0, CPU).episodes(16, 0)
-    found, outcome = meta_gradient(learner, episodes)
-    assert (outcome.solution.adjoint.stats["num_steps"] >= 3).all()
-
-    meta = [p.detach().double() for p in learner.meta.values()]
-
-    def loss(params, x, y):
-        x, params = x.double(), list(params)
-        for block in range(4):
-            weight, bias, scale, shift = params[4 * block : 4 * block + 4]
-            x = F.conv2d(x, weight, bias, padding=1)
-            variance, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
-            x = (x - mean) * torch.rsqrt(variance + 1e-5) * scale[:, None, None] + shift[:, None, None]
-            x = F.max_pool2d(x.relu(), 2)
-        return cross_entropy(F.linear(x.flatten(1), *params[16:]), y)
-
-    total = [torch.zeros_like(p) for p in meta]
-    for t in range(16):
-        sx, sy, qx, qy = (getattr(episodes, n)[t] for n in ("support_x", "support_y", "query_x", "query_y"))
-        phi = [p.clone() for p in meta]
-        for _ in range(16):
-            phi = [p.requires_grad_() for p in phi]
-            prox = sum((p - m).square().sum() for p, m in zip(phi, meta, strict=True))
-            grads = torch.autograd.grad(loss(phi, sx, sy) + config.strength / 2 * prox, phi)
-            phi = [(p - 0.01 * g).detach() for p, g in zip(phi, grads, strict=True)]
-        phi = [p.requires_grad_() for p in phi]
-        g = torch.autograd.grad(loss(phi, qx, qy), phi)
-        inner = torch.autograd.grad(loss(phi, sx, sy), phi, create_graph=True)
-        solved = textbook_cg(partial(hessian_over_lambda, inner, phi, config.strength), g, 5)
-        total = [a + v / 16 for a, v in zip(total, solved, strict=True)]
-    assert relative_error(found.double(), torch.cat([v.flatten() for v in total])) <= 1e-4
+    workload = MetaStep(root=str(omniglot_root))
+    reference = torch.from_numpy(workload.reference())
+    size = torch.linalg.vector_norm(reference, dim=1)
+    for name, changes in PATHS.items():
+        found = torch.from_numpy(workload.ours(**changes)().answer)
+        errors = torch.linalg.vector_norm(found - reference, dim=1) / size
+        assert errors.median() < 1e-5, name
+        assert (errors < 1e-4).sum() >= 11, name
+    exact = torch.from_numpy(workload.ours(precision="float64")().answer)
+    assert (torch.linalg.vector_norm(exact - reference, dim=1) / size).max() < 1e-8
 
 
-def hessian_over_lambda(inner, phi, strength, v):
-    products = torch.autograd.grad(inner, phi, v, retain_graph=True)
-    return [a + h / strength for a, h in zip(v, products, strict=True)]
-
-
-def textbook_cg(product, b, num_steps):
-    def inner(a, c):
-        return sum((x * y).sum() for x, y in zip(a, c, strict=True))
-
-    x, r, p = [torch.zeros_like(v) for v in b], list(b), list(b)
-    for _ in range(num_steps):
-        ap = product(p)
-        if inner(p, ap) <= 0:  # the untrained network's Hessian is indefinite in some tasks: both stop there
-            break
-        alpha = inner(r, r) / inner(p, ap)
-        x = [a + alpha * c for a, c in zip(x, p, strict=True)]
-        new = [a - alpha * c for a, c in zip(r, ap, strict=True)]
-        beta, r = inner(new, new) / inner(r, r), new
-        p = [a + beta * c for a, c in zip(r, p, strict=True)]
-    return x
+@pytest.mark.parametrize("changes", PATHS.values(), ids=PATHS)
+def test_every_path_is_the_same_in_float64(changes, toy_splits):
+    config = replace(SMALL, tasks=16, halve="pool", inner_steps=3)
+    learner, episodes = prepare(config, toy_splits)
+    expected, _ = meta_gradient(learner, episodes)
+    found, _ = meta_gradient(replace(learner, config=replace(config, **changes)), episodes)
+    assert relative_error(found, expected) < 1e-10
 
 
 def test_every_leaf_of_a_stack_is_a_view():
@@ -275,10 +228,8 @@ def test_a_zero_head_stays_at_zero_and_the_rest_moves(toy_splits):
     optimizer = torch.optim.Adam(learner.parameters(), 1e-2)
     meta_step(learner, episodes).objective.backward()
     optimizer.step()
-    assert {name for name, param in learner.meta.items() if torch.equal(param, before[name])} == {
-        "head.weight",
-        "head.bias",
-    }
+    still = {name for name, param in learner.meta.items() if torch.equal(param, before[name])}
+    assert {"head.weight", "head.bias"} == {name for name in still if "convolution.bias" not in name}
 
 
 def test_steps_of_adaptation_in_evaluations(toy_splits):

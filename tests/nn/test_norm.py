@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as F
+
+from bilevel.nn import batch_norm
+from tests.conformance import relative_error
+
+POOLS = [None, 2]
+
+
+def operands(*batch, n=4, dtype=torch.float64):
+    """Weights of both signs."""
+    torch.manual_seed(0)
+    x = 3 + torch.randn(*batch, n, 3, 5, 6, dtype=dtype)
+    weight = torch.tensor([1.5, -0.7, 0.3], dtype=dtype).expand(*batch, 3).clone()
+    return x, weight, torch.randn(*batch, 3, dtype=dtype)
+
+
+def plain(x, weight, bias, pool):
+    """From parts that PyTorch differentiates right in reverse mode."""
+    y = F.batch_norm(x, None, None, weight, bias, training=True)
+    return y if pool is None else F.max_pool2d(y, pool)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_values_and_gradients_are_torchs(pool, layout):
+    found, expected = [], []
+    for normalise, out in ((batch_norm, found), (plain, expected)):
+        x, w, b = operands()
+        inputs = [t.requires_grad_() for t in (x.contiguous(memory_format=layout), w, b)]
+        y = normalise(*inputs, pool=pool)
+        out += [y, *torch.autograd.grad(y.sin().sum(), inputs)]
+    for a, b in zip(found, expected, strict=True):
+        assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_every_order_and_mode(pool):
+    inputs = [t.requires_grad_() for t in operands(n=2)]
+
+    def fn(*inputs):
+        return batch_norm(*inputs, pool=pool)
+
+    assert gradcheck(fn, inputs, check_forward_ad=True)
+    assert gradgradcheck(fn, inputs, check_fwd_over_rev=True)
+
+    def gradient(*inputs):
+        return torch.autograd.grad(fn(*inputs).pow(3).sum(), inputs, create_graph=True)
+
+    assert gradgradcheck(gradient, inputs)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_networks_side_by_side_are_one_by_one(pool):
+    x, w, b = operands(3)
+    w[1] = -w[1]
+    together = batch_norm(x, w, b, pool=pool)
+    alone = torch.stack([batch_norm(*task, pool=pool) for task in zip(x, w, b, strict=True)])
+    mapped = torch.vmap(lambda *task: batch_norm(*task, pool=pool))(x, w, b)
+    assert relative_error(together, alone) < 1e-13
+    assert relative_error(mapped, alone) < 1e-13
+
+    def product(x, w, b, v):
+        gradient = torch.func.grad(lambda x: batch_norm(x, w, b, pool=pool).pow(3).sum())
+        return torch.func.jvp(gradient, (x,), (v,))[1]
+
+    v = torch.randn_like(x)
+    alone = torch.stack([product(*task) for task in zip(x, w, b, v, strict=True)])
+    assert relative_error(torch.vmap(product)(x, w, b, v), alone) < 1e-12
+    nested = torch.vmap(torch.vmap(product))(*(torch.stack([t, t]) for t in (x, w, b, v)))
+    assert relative_error(nested[1], alone) < 1e-12
+
+
+def test_single_precision_keeps_its_digits_far_from_zero():
+    x, w, b = operands(dtype=torch.float32, n=64)
+    exact = plain(100 + x.double(), w.double(), b.double(), None)
+    assert relative_error(batch_norm(100 + x, w, b).double(), exact) < 1e-5
+
+
+def test_low_precision_takes_its_statistics_in_single_precision():
+    x, w, b = operands(dtype=torch.float32)
+    assert batch_norm(x.bfloat16(), w, b).dtype is torch.float32
