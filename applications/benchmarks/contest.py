@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 
@@ -45,10 +45,13 @@ class Workload(Protocol):
 
     Attributes:
         letter: ``"A"`` ... ``"D"``. tolerance: largest relative error of an answer that counts; None: no answer.
+        warm_up: the first run is no measurement: libraries compile and allocate. repeats: runs that say something.
     """
 
-    letter: str
-    tolerance: float | None
+    letter: ClassVar[str]
+    tolerance: ClassVar[float | None]
+    warm_up: ClassVar[bool]
+    repeats: ClassVar[bool]
 
     def title(self) -> str:
         """One line that names the sizes."""

@@ -76,6 +76,8 @@ class Hyperparameters:
 
     letter: ClassVar[str] = "B"
     tolerance: ClassVar[float | None] = 1e-5
+    warm_up: ClassVar[bool] = True
+    repeats: ClassVar[bool] = True
 
     def title(self) -> str:
         """See `Workload`."""

@@ -47,6 +47,8 @@ class MetaStep:
 
     letter: ClassVar[str] = "A"
     tolerance: ClassVar[float | None] = 1e-4
+    warm_up: ClassVar[bool] = True
+    repeats: ClassVar[bool] = True
 
     def title(self) -> str:
         """See `Workload`."""
@@ -106,7 +108,9 @@ class MetaStep:
             assert outcome.solution.adjoint is not None
             adjoint = outcome.solution.adjoint.value
             # The inner objective depends on the meta-parameters by lambda / 2 ||phi - theta||^2.
-            answer = self.tasks * STRENGTH * torch.cat([adjoint[name].reshape(self.tasks, -1) for name in learner.meta], 1)
+            answer = (
+                self.tasks * STRENGTH * torch.cat([adjoint[name].reshape(self.tasks, -1) for name in learner.meta], 1)
+            )
             mean = torch.cat([param.grad.reshape(-1) for param in learner.meta.values() if param.grad is not None])
             if torch.linalg.vector_norm(answer.mean(0) - mean) > 1e-4 * torch.linalg.vector_norm(mean):
                 raise RuntimeError("The adjoints do not add up to the meta-gradient.")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -18,7 +15,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilevel as bl
-from applications.benchmarks.contest import Contestant, NotHere, Round
+from applications.benchmarks.contest import Contestant, Round, checkout, needs
 from applications.benchmarks.hyperparameters import MAX_STEPS, RTOL, Data, objective
 
 if TYPE_CHECKING:
@@ -123,13 +120,6 @@ def _median_seconds(work: Callable[[], None], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def _imported(name: str, advice: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise NotHere(advice) from error
-
-
 def ours(tensors: Tensors, preconditioned: bool = False) -> Hypergradient:
     """`argmin` with W as the answer of its solver: what it evaluates at W on the way is timed with the rest."""
     inverse = tensors.inverse_diagonal.expand_as(tensors.solution).reshape(-1)
@@ -148,14 +138,7 @@ def ours(tensors: Tensors, preconditioned: bool = False) -> Hypergradient:
 
 def hypertorch(tensors: Tensors) -> Hypergradient:
     """The CG of hypertorch, on the map of one gradient step; its tolerance is absolute."""
-    folder = os.environ.get("BILEVEL_BENCH_HYPERTORCH")
-    if not folder:
-        raise NotHere(
-            "prolearner/hypertorch is not on PyPI: clone it and set BILEVEL_BENCH_HYPERTORCH to the folder of its "
-            "checkout."
-        )
-    sys.path.insert(0, folder)
-    hypergrad = _imported("hypergrad", f"BILEVEL_BENCH_HYPERTORCH is {folder}: there is no package hypergrad in it.")
+    hypergrad = checkout("hypergrad", "BILEVEL_BENCH_HYPERTORCH", "prolearner/hypertorch")
     params = tensors.solution.clone().requires_grad_()
     (right,) = torch.autograd.grad(tensors.outer(params), params)
     tolerance = RTOL * right.norm().item()
@@ -178,7 +161,7 @@ def hypertorch(tensors: Tensors) -> Hypergradient:
 
 def torchopt(tensors: Tensors, preconditioned: bool = False) -> Hypergradient:
     """``custom_root`` on the gradient, in the functional style."""
-    torchopt = _imported("torchopt", "pip install torchopt")
+    torchopt = needs("torchopt")
     inverse = tensors.inverse_diagonal
     settings: dict[str, Any] = {"M": lambda r: tuple(leaf * inverse for leaf in r)} if preconditioned else {}
     solve = torchopt.linear_solve.solve_cg(rtol=RTOL, maxiter=MAX_STEPS, **settings)
@@ -227,7 +210,7 @@ class InJAX:
     """JAXopt's ``custom_root``, compiled as a whole; the compilation is in the first call, which is not timed."""
 
     def __init__(self, data: Data, preconditioned: bool):
-        jax, jnp, jaxopt = (_imported(name, "pip install jaxopt") for name in ("jax", "jax.numpy", "jaxopt"))
+        jax, jnp, jaxopt = (needs(name) for name in ("jax", "jax.numpy", "jaxopt"))
 
         def mean_cross_entropy(params: Any, x: Any, y: Any) -> Any:
             return -jnp.take_along_axis(jax.nn.log_softmax(x @ params.T), y[:, None], 1).mean()

@@ -168,9 +168,7 @@ def hypertorch(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
         for _ in range(steps):
             params = [p.detach().requires_grad_() for p in params]
             params = optimizer.step(params, fixed, create_graph=False)
-        grads = hypergrad.CG(
-            params, meta, CG_STEPS, optimizer.step, lambda params, _: loss(params, qx, qy), set_grad=False
-        )
+        grads = hypergrad.CG(params, meta, CG_STEPS, optimizer, lambda params, _: loss(params, qx, qy), set_grad=False)
         return flat(grads)
 
     return gradient

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.benchmarks.contest import NotHere
+from applications.benchmarks.contest import checkout, needs
 
 if TYPE_CHECKING:
     from applications.benchmarks.solutions import Begin, Step, Task
@@ -87,15 +84,7 @@ def outer_loop(task: Task, advance: Callable[[Tensor, Tensor], Tensor]) -> Step:
 
 
 def hypertorch(task: Task, method: str) -> Begin:
-    folder = os.environ.get("BILEVEL_BENCH_HYPERTORCH")
-    if folder and folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        hypergrad = importlib.import_module("hypergrad")
-    except ImportError as error:
-        raise NotHere(
-            "prolearner/hypertorch is not on PyPI: clone it and set BILEVEL_BENCH_HYPERTORCH to its folder"
-        ) from error
+    hypergrad = checkout("hypergrad", "BILEVEL_BENCH_HYPERTORCH", "prolearner/hypertorch")
 
     def advance(params: Tensor, x: Tensor) -> Tensor:
         params, lr = lbfgs(task, params, x), task.inner_lr(x)
@@ -119,7 +108,7 @@ def hypertorch(task: Task, method: str) -> Begin:
 
 
 def torchopt_root(task: Task) -> Begin:
-    torchopt = load("torchopt")
+    torchopt = needs("torchopt")
 
     def optimality(params: Tensor, x: Tensor) -> Tensor:
         found: Tensor = torch.func.grad(task.inner)(params, x)
@@ -140,7 +129,7 @@ def torchopt_root(task: Task) -> Begin:
 
 
 def torchopt_unrolled(task: Task, optimizer: str) -> Begin:
-    torchopt = load("torchopt")
+    torchopt = needs("torchopt")
 
     def advance(params: Tensor, x: Tensor) -> Tensor:
         model = Regression(params)
@@ -155,7 +144,7 @@ def torchopt_unrolled(task: Task, optimizer: str) -> Begin:
 
 
 def higher_unrolled(task: Task) -> Begin:
-    higher = load("higher")
+    higher = needs("higher")
 
     def advance(params: Tensor, x: Tensor) -> Tensor:
         model = Regression(params)
@@ -171,7 +160,7 @@ def higher_unrolled(task: Task) -> Begin:
 
 def jaxopt_implicit(task: Task) -> Begin:
     """Compiled as a whole, all but Adam; compilation is not on the clock."""
-    jaxopt, jax = load("jaxopt"), load("jax")
+    jaxopt, jax = needs("jaxopt"), needs("jax")
     from applications.benchmarks.solutions import adam
 
     numpy = jax.numpy
@@ -208,11 +197,3 @@ def jaxopt_implicit(task: Task) -> Begin:
         return step
 
     return begin
-
-
-def load(name: str) -> Any:
-    """An optional library, or why it is not here."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise NotHere(f"{name} is not installed here: pip install {name}") from error

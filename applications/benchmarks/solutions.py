@@ -203,6 +203,8 @@ class Solutions:
 
     letter: ClassVar[str] = "D"
     tolerance: ClassVar[float | None] = None
+    warm_up: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
 
     def title(self) -> str:
         task = self.task

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import os
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +13,7 @@ from pathlib import Path
 import torch
 import tyro
 
+from applications import memory
 from applications.errors import UserError
 from applications.few_shot import data, plots
 from applications.few_shot.config import Config, Method
@@ -25,7 +21,6 @@ from applications.few_shot.methods import meta_step
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, select_device
 from applications.run_folder import RunFolder
 
-MEBIBYTE = 2**20
 DEFAULTS = Config(inner_lr=0.01, queries=15, cg_steps=5, width=64, safeguard=False)
 
 
@@ -113,7 +108,7 @@ def _in_own_process(settings: Benchmark, method: Method, steps: int, rows: list[
         note = f"not run: about {needed:.0f} needed, {available:.0f} there"
         return Measurement(method, steps, None, None, note)
     try:
-        with _environment(RETURN_FREED_MEMORY):
+        with memory.environment(memory.RETURN_FREED):
             peak, _ = _spawn(config, 1)
         _, seconds = _spawn(config, settings.repeats)
     except (BrokenProcessPool, torch.OutOfMemoryError):
@@ -124,22 +119,6 @@ def _in_own_process(settings: Benchmark, method: Method, steps: int, rows: list[
 def _spawn(config: Config, repeats: int) -> tuple[float, float]:
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(measure, config, repeats).result()
-
-
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Makes glibc give freed tensors back at once: resident memory is then live memory. Slower, so not for the clock."""
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """For the processes that are started within."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _extrapolate(method: str, steps: int, rows: list[Measurement]) -> float:
@@ -153,12 +132,12 @@ def _extrapolate(method: str, steps: int, rows: list[Measurement]) -> float:
 
 def _available_mib(settings: Benchmark) -> float:
     if select_device(settings.config).type == "cuda":
-        return torch.cuda.mem_get_info()[0] / MEBIBYTE
+        return torch.cuda.mem_get_info()[0] / memory.MEBIBYTE
     try:
         import psutil
     except ImportError as error:
         raise UserError('The benchmark needs psutil: pip install -e ".[bench]".') from error
-    return psutil.virtual_memory().available / MEBIBYTE
+    return psutil.virtual_memory().available / memory.MEBIBYTE
 
 
 def measure(config: Config, repeats: int) -> tuple[float, float]:
@@ -175,33 +154,11 @@ def measure(config: Config, repeats: int) -> tuple[float, float]:
     peak, seconds = 0.0, []
     for repeat in range(repeats):
         episodes = sampler.episodes(config.tasks, repeat)
-        before = _reset_peak(device)
+        before = memory.reset_peak(device)
         begin = time.perf_counter()
         meta_step(learner, episodes).objective.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
-        peak = max(peak, _peak(device) - before)
+        peak = max(peak, memory.peak(device) - before)
     return peak, statistics.median(seconds)
-
-
-def _reset_peak(device: torch.device) -> float:
-    """Forget earlier peaks; what the process holds now, MiB."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / MEBIBYTE
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
-    return _peak(device)
-
-
-def _peak(device: torch.device) -> float:
-    """Peak memory since the reset, MiB; where the system has no reset, since the start of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / MEBIBYTE
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MEBIBYTE if sys.platform == "darwin" else 1024)

@@ -71,7 +71,7 @@ def _adapted(learner: Learner, classify: Callable[[Learner, Episodes], Tensor]) 
         return bl.map_tasks(
             lambda *tensors: classify(learner, Episodes(*tensors)),
             *episodes.tensors(),
-            chunk_size=learner.chunk_size(episodes),
+            chunk_size=config.chunk_size or learner.tasks_at_once(episodes.query_x),
             num_threads=config.num_threads,
         )
 

@@ -20,9 +20,9 @@ from applications.few_shot.episodes import Episodes
 
 Params = dict[str, Tensor]
 
-IMAGES_AT_ONCE = 20
-"""Support images in one tensor program on a CPU: fewer, and the dispatch of operations takes the time; more, and their
-tensors leave the cache."""
+NUMBERS_AT_ONCE = 2_000_000
+"""In the largest tensor of one program on a CPU, about: with fewer, dispatching the operations takes the time; with
+more, memory does."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,12 @@ class Learner:
         learned = [param for name, param in self.meta.items() if fixed is None or not name.startswith(fixed)]
         return [*learned, *(s for s in self.log_strength.values() if s.requires_grad)]
 
-    def chunk_size(self, episodes: Episodes) -> int | None:
-        """Tasks in one tensor program; see `Config.chunk_size`."""
-        if self.config.chunk_size is not None or episodes.support_x.device.type != "cpu":
-            return self.config.chunk_size
-        return max(1, IMAGES_AT_ONCE // episodes.support_x.shape[1])
+    def tasks_at_once(self, x: Tensor) -> int | None:
+        """Tasks in one tensor program, of images ``x [T, n, ...]``; None for all."""
+        if x.device.type != "cpu":
+            return None
+        each = getattr(self.net, "largest", 64 * x[0, 0].numel())
+        return max(1, NUMBERS_AT_ONCE // (each * x.shape[1]))
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Logits ``[n, ways]`` of one task's images ``[n, channels, size, size]``; with T in front, of T tasks."""
@@ -130,8 +131,9 @@ def meta_step(learner: Learner, episodes: Episodes) -> Outcome:
         return method(replace(learner, meta=params["meta"], log_strength=params["log_strength"]), Episodes(*data))
 
     params = {"meta": learner.meta, "log_strength": learner.log_strength}
+    size = config.chunk_size or learner.tasks_at_once(episodes.support_x)
     objective, found = bl.mean_over_tasks(
-        chunk, params, *episodes.tensors(), chunk_size=learner.chunk_size(episodes), num_threads=config.num_threads
+        chunk, params, *episodes.tensors(), chunk_size=size, num_threads=config.num_threads
     )
     return Outcome(
         objective,
@@ -204,13 +206,13 @@ METHODS: dict[str, Callable[[Learner, Episodes], tuple[Tensor, Queried]]] = {
 
 
 def _queried(learner: Learner, episodes: Episodes, solution: bl.Solution, params: Params) -> Queried:
-    """Task by task: the query sets are the largest tensors of a meta-step."""
+    """Fewer tasks at once than in the adaptation: the query sets are the largest tensors of a meta-step."""
 
     def chunk(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = learner.predict(params, x)
         return task_cross_entropy(logits, y), (logits.detach().argmax(-1) == y).float().mean(-1)
 
-    size = 1 if episodes.query_x.device.type == "cpu" else None
+    size = learner.tasks_at_once(episodes.query_x)
     loss, accuracy = bl.losses_of_tasks(chunk, params, episodes.query_x, episodes.query_y, chunk_size=size)
     return Queried(loss, torch.cat(accuracy), solution)
 

@@ -69,9 +69,7 @@ class ImageNorm(nn.Module):
 
     def forward(self, x: Tensor, pool: int | None = None) -> Tensor:
         """Normalise, then max-pool where asked for."""
-        grouped = x.unflatten(-3, (self.groups, -1))
-        variance, mean = torch.var_mean(grouped, (-3, -2, -1), correction=0, keepdim=True)
-        normal = ((grouped - mean) * torch.rsqrt(variance + 1e-5)).flatten(-4, -3)
+        normal = F.group_norm(x.flatten(0, -4), self.groups).unflatten(0, x.shape[:-3])
         return _pooled(_affine(normal, self.weight, self.bias), pool)
 
 
@@ -134,6 +132,7 @@ class Conv4(nn.Module):
         super().__init__()
         blocks = [Block(channels if block == 0 else width, width, norm, halve) for block in range(4)]
         self.features = nn.Sequential(*blocks, nn.Flatten(-3))
+        self.largest = width * (image_size if halve == "pool" else (image_size + 1) // 2) ** 2  # numbers for an image
         for _ in blocks:
             image_size = (image_size + 1) // 2 if halve == "stride" else image_size // 2
         self.head = zero_linear(width * image_size**2, ways)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level  # type: ignore[attr-defined]
+from torch._C._functorch import maybe_current_level
 from torch.autograd import Function, forward_ad
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
@@ -55,7 +55,9 @@ class _Statistics(BatchedFunction):
     def backward(ctx: Any, by_mean: Tensor, by_rstd: Tensor) -> tuple[Tensor, None]:
         x, mean, rstd = ctx.saved_tensors
         slope = by_rstd * rstd**3 / -_count(x)
-        return x * _broadcast(slope) + _broadcast(by_mean / _count(x) - slope * mean), None
+        offset = _broadcast(by_mean / _count(x) - slope * mean)
+        by_x = x * _broadcast(slope)
+        return (by_x + offset if torch.is_grad_enabled() else by_x.add_(offset)), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, Tensor]:
