@@ -68,7 +68,7 @@ def contest(
         rounds = runs = 1
     rows = {name: Row(name) for name in names}
     for turn in range(rounds):
-        for name, row in rows.items():
+        for row in rows.values():
             if not row.note:
                 _turn(workload, kind, settings, row, runs, timeout, reference)
             if turn == rounds - 1:
@@ -129,9 +129,7 @@ def _work(kind: str, settings: dict[str, Any], name: str, folder: Path, runs: in
         found: dict[str, Any] = json.loads((folder / "rounds.json").read_text())
     except FileNotFoundError:
         lines = done.stderr.strip().splitlines()
-        killed = done.returncode < 0
-        last = (
-            f"killed by signal {-done.returncode}, out of memory perhaps" if killed else (lines or ["no message"])[-1]
-        )
-        return {"note": f"failed: {last}"}
+        if done.returncode < 0:
+            return {"note": f"killed by signal {-done.returncode}: out of memory, perhaps"}
+        return {"note": f"failed: {lines[-1] if lines else done.returncode}"}
     return {"note": found["not_here"]} if "not_here" in found else found

@@ -17,7 +17,7 @@ from applications.benchmarks.peers_meta_step import build, flat
 
 @dataclass(frozen=True)
 class Unrolling(MetaStep):
-    """Two tasks of workload A. `higher` differentiates the steps, so that its gradient is another one: none is compared.
+    """Two tasks of workload A. `higher` differentiates the steps: its gradient is another one, and none is compared.
 
     The clock and the gradient of the implicit method are those of workload A.
     """
@@ -37,7 +37,7 @@ class Unrolling(MetaStep):
         """See `Workload`."""
         return {"bilevel": lambda: self.ours(), "higher": lambda: self.higher()}
 
-    def reference(self) -> None:
+    def reference(self) -> None:  # type: ignore[override]
         """See `Workload`."""
 
     def higher(self) -> Contestant:

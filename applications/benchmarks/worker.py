@@ -1,4 +1,4 @@
-"""A contestant in a process of its own: ``python -m applications.benchmarks.worker WORKLOAD SETTINGS NAME FOLDER RUNS``.
+"""A contestant in a process of its own: ``... -m applications.benchmarks.worker WORKLOAD SETTINGS NAME FOLDER RUNS``.
 
 It prepares the problem, does the work once to warm up, then ``RUNS`` times more, and writes what it found into
 ``FOLDER``: ``rounds.json``, and ``answer.npy`` where the workload has an answer.
