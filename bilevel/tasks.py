@@ -6,6 +6,7 @@ its own, and a task whose tensors fit into the cache is faster still; on a GPU a
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -163,7 +164,8 @@ def _in_chunks(
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}: at least 1 is needed.")
     num_tasks, device = _count(data), leaves(data)[0].device
-    size = min(chunk_size or num_tasks, -(-num_tasks // num_threads))
+    rounds = math.ceil(num_tasks / min(chunk_size or num_tasks, num_tasks) / num_threads)
+    size = math.ceil(num_tasks / rounds / num_threads)  # equal shares
     chunks = [tree_map(lambda leaf: leaf[at : at + size], data) for at in range(0, num_tasks, size)]  # noqa: B023
     workers = min(num_threads, len(chunks))
     if workers == 1 or in_transform() or torch._C._len_torch_function_stack() > 0:

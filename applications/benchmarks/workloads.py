@@ -29,6 +29,6 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "C-10-steps": ("Unrolling", {"inner_steps": 10}),
     "C-100-steps": ("Unrolling", {"inner_steps": 100}),
     "C-1000-steps": ("Unrolling", {"inner_steps": 1000}),
-    "D-cleaning": ("Solutions", {"problem": "cleaning"}),
-    "D-penalties": ("Solutions", {"problem": "penalties"}),
+    "D-cleaning": ("Solutions", {"problem": "cleaning", "limit": 8.0}),
+    "D-penalties": ("Solutions", {"problem": "penalties", "limit": 8.0}),
 }

@@ -136,7 +136,7 @@ def _available_mib(settings: Benchmark) -> float:
     try:
         import psutil
     except ImportError as error:
-        raise UserError('The benchmark needs psutil: pip install -e ".[bench]".') from error
+        raise UserError("The benchmark needs psutil: pip install psutil.") from error
     return psutil.virtual_memory().available / memory.MEBIBYTE
 
 

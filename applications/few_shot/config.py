@@ -122,11 +122,6 @@ class Config:
             raise UserError(f"--width is {self.width}: with --norm image it must be a multiple of 8.")
 
     @property
-    def num_threads(self) -> int:
-        """Tasks side by side."""
-        return self.threads or (1 if self.device == "cuda" else torch.get_num_threads())
-
-    @property
     def dtype(self) -> torch.dtype:
         """Of parameters and images; bf16 and tf32 are arithmetic on float32."""
         return torch.float64 if self.precision == "float64" else torch.float32

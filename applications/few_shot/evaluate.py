@@ -65,15 +65,11 @@ def settings(learner: Learner) -> Iterator[tuple[str, Classifier]]:
 
 
 def _adapted(learner: Learner, classify: Callable[[Learner, Episodes], Tensor]) -> Classifier:
-    config = learner.config
-
     def classifier(episodes: Episodes) -> Tensor:
-        return bl.map_tasks(
-            lambda *tensors: classify(learner, Episodes(*tensors)),
-            *episodes.tensors(),
-            chunk_size=config.chunk_size or learner.tasks_at_once(episodes.query_x),
-            num_threads=config.num_threads,
-        )
+        def chunk(*tensors: Tensor) -> Tensor:
+            return classify(learner, Episodes(*tensors))
+
+        return bl.map_tasks(chunk, *episodes.tensors(), **learner.sharing(episodes.query_x))
 
     return classifier
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from applications.few_shot.episodes import Episodes
 
 Params = dict[str, Tensor]
 
-NUMBERS_AT_ONCE = 2_000_000
+NUMBERS_AT_ONCE = 2_100_000
 """In the largest tensor of one program on a CPU, about: with fewer, dispatching the operations takes the time; with
 more, memory does."""
 
@@ -60,6 +61,11 @@ class Learner:
             return None
         each = getattr(self.net, "largest", 64 * x[0, 0].numel())
         return max(1, NUMBERS_AT_ONCE // (each * x.shape[1]))
+
+    def sharing(self, x: Tensor) -> dict[str, Any]:
+        """How T tasks with images ``x [T, n, ...]`` are shared out: the settings of `bl.map_tasks`."""
+        threads = self.config.threads or (torch.get_num_threads() if x.device.type == "cpu" else 1)
+        return {"chunk_size": self.config.chunk_size or self.tasks_at_once(x), "num_threads": threads}
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Logits ``[n, ways]`` of one task's images ``[n, channels, size, size]``; with T in front, of T tasks."""
@@ -125,16 +131,14 @@ class Queried:
 
 def meta_step(learner: Learner, episodes: Episodes) -> Outcome:
     """The meta-objective of the configured method on these episodes, a few tasks at a time."""
-    method, config = METHODS[learner.config.method], learner.config
+    method = METHODS[learner.config.method]
 
     def chunk(params: dict[str, Params], *data: Tensor) -> tuple[Tensor, Queried]:
         return method(replace(learner, meta=params["meta"], log_strength=params["log_strength"]), Episodes(*data))
 
     params = {"meta": learner.meta, "log_strength": learner.log_strength}
-    size = config.chunk_size or learner.tasks_at_once(episodes.support_x)
-    objective, found = bl.mean_over_tasks(
-        chunk, params, *episodes.tensors(), chunk_size=size, num_threads=config.num_threads
-    )
+    data = episodes.tensors()
+    objective, found = bl.mean_over_tasks(chunk, params, *data, **learner.sharing(episodes.support_x))
     return Outcome(
         objective,
         torch.cat([queried.loss for queried in found]).detach().mean(),

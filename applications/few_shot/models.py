@@ -39,11 +39,11 @@ class BatchStatNorm(nn.Module):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, pool: int | None = None) -> Tensor:
-        """Normalise, then max-pool where asked for."""
+    def forward(self, x: Tensor, pool: int | None = None, statistics: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Normalise, then max-pool where asked for; by the statistics of x, where they are known already."""
         num_support = _num_support.get()
         if num_support is None:
-            return bl.nn.batch_norm(x, self.weight, self.bias, pool=pool)
+            return bl.nn.batch_norm(x, self.weight, self.bias, pool=pool, statistics=statistics)
         variance, mean = _with_itself(x, num_support)
         return _pooled(_affine((x - mean) * torch.rsqrt(variance + 1e-5), self.weight, self.bias), pool)
 
@@ -100,11 +100,15 @@ class Block(nn.Module):
         self.pool = halve == "pool"
 
     def forward(self, x: Tensor) -> Tensor:
-        convolution = self.convolution
+        weight, pool = self.convolution.weight, 2 if self.pool else None
+        if not isinstance(self.norm, BatchStatNorm):
+            return self.norm(bl.nn.conv2d(x, weight, self.convolution.bias, self.stride, padding=1), pool).relu()
         # Batch norm takes a bias away again: it is a parameter that the papers count, and no work.
-        bias = None if isinstance(self.norm, BatchStatNorm) else convolution.bias
-        x = bl.nn.conv2d(x, convolution.weight, bias, self.stride, padding=1)
-        return self.norm(x, 2 if self.pool else None).relu()
+        y = bl.nn.conv2d(x, weight, None, self.stride, padding=1)
+        statistics = None
+        if weight.shape[-3:].numel() <= weight.shape[-4] and _num_support.get() is None:
+            statistics = bl.nn.convolution_statistics(x, weight, self.stride, padding=1)
+        return self.norm(y, pool, statistics).relu()
 
 
 class Conv4(nn.Module):

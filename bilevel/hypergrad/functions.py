@@ -231,8 +231,8 @@ def _differentiable_pull(
     if call.record.fused:
         raise NotImplementedError(
             f"A derivative under torch.func, or a second one, was asked for through the fused {call.record.fused} in "
-            "training mode, where PyTorch is silently wrong by several percent. Write the norm with torch.var_mean "
-            "and rsqrt (as applications/few_shot/models.py does)."
+            "training mode, where PyTorch is silently wrong by several percent. Take bilevel.nn.batch_norm, "
+            "or write the norm with torch.var_mean and rsqrt."
         )
     u = _Adjoint.apply(call, True, *cotangents, *params, *hparams)
     chosen = [index for index in _floating(hparams) if needed[index]]

@@ -58,8 +58,8 @@ class FuncHessian(Operator):
         if fused:
             raise NotImplementedError(
                 f"operator='func' cannot be used: the objective contains the fused {fused}, whose Hessian product "
-                "under torch.func is silently wrong by several percent. Use operator='graph', or a norm written "
-                "with torch.var_mean and rsqrt (as applications/few_shot/models.py does)."
+                "under torch.func is silently wrong by several percent. Use operator='graph', "
+                "bilevel.nn.batch_norm, or a norm written with torch.var_mean and rsqrt."
             )
         self.raveler, self.gradient = raveler, torch.func.grad(sum_loss)
         self.leaves = [leaf.detach() for leaf in linearization.leaves]

@@ -8,6 +8,15 @@ under `torch.vmap`, only slower, and without fused norms in training mode.
 from .convolution import Conv2d, conv2d
 from .functional import functional_call, linear
 from .kernels import KernelName, choose_kernels
-from .norm import batch_norm
+from .norm import batch_norm, convolution_statistics
 
-__all__ = ["Conv2d", "KernelName", "batch_norm", "choose_kernels", "conv2d", "functional_call", "linear"]
+__all__ = [
+    "Conv2d",
+    "KernelName",
+    "batch_norm",
+    "choose_kernels",
+    "conv2d",
+    "convolution_statistics",
+    "functional_call",
+    "linear",
+]

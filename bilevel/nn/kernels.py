@@ -44,21 +44,22 @@ class Loop:
 
 
 class Grouped:
-    """One convolution with T groups, as `torch.vmap` does it: a single launch, which suits a GPU."""
+    """One convolution with T groups, the networks side by side in the channels: no copies where they lie so already."""
 
     def output(self, x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-        y = F.conv2d(_side_by_side(x), weight.flatten(0, 1), None, *geometry, 1, len(x))
-        return _apart(y, len(x))
+        y = F.conv2d(_layout(side_by_side(x)), weight.flatten(0, 1), None, *geometry, 1, len(x))
+        return apart(y, len(x))
 
     def input(self, g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
-        tasks, n, c = len(g), g.shape[1], weight.shape[2]
-        like = g.new_empty(1).expand(n, tasks * c, *size)
-        return _apart(_backward(_side_by_side(g), like, weight.flatten(0, 1), geometry, 0, tasks), tasks)
+        tasks, filters = len(g), weight.flatten(0, 1)
+        like = _empty(g.shape[1], tasks * weight.shape[2], size, g)
+        return apart(_backward(_layout(side_by_side(g)), like, filters, geometry, 0, tasks), tasks)
 
     def weight(self, x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
-        tasks, o, c = len(x), g.shape[2], x.shape[2]
-        like = g.new_empty(1).expand(tasks * o, c, *size)
-        return _backward(_side_by_side(g), _side_by_side(x), like, geometry, 1, tasks).unflatten(0, (tasks, o))
+        tasks, filters = len(x), g.shape[2]
+        like = _empty(tasks * filters, x.shape[2], size, g)
+        sides = _layout(side_by_side(g)), _layout(side_by_side(x))
+        return _backward(*sides, like, geometry, 1, tasks).unflatten(0, (tasks, filters))
 
 
 class Unfold:
@@ -90,7 +91,7 @@ class Unfold:
 
 KERNELS: dict[KernelName, Kernels] = {"loop": Loop(), "grouped": Grouped(), "unfold": Unfold()}
 
-_chosen: dict[str, KernelName] = {"cpu": "loop"}
+_chosen: dict[str, KernelName] = {}
 
 
 def output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -104,7 +105,7 @@ def input(g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
     """The gradient of x, images of ``size``."""
     if g.dim() == 5:
         return _kernels_for(g).input(g, weight, geometry, size)
-    like = g.new_empty(len(g), *size, weight.shape[1]).permute(0, 3, 1, 2)
+    like = _empty(len(g), weight.shape[1], size, g)
     return _backward(_layout(g), like, weight, geometry, 0)
 
 
@@ -112,12 +113,12 @@ def weight(x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
     """The gradient of the weight, kernels of ``size``."""
     if x.dim() == 5:
         return _kernels_for(x).weight(x, g, geometry, size)
-    like = g.new_empty(g.shape[1], *size, x.shape[1]).permute(0, 3, 1, 2)
+    like = _empty(g.shape[1], x.shape[1], size, g)
     return _backward(_layout(g), _layout(x), like, geometry, 1)
 
 
 def _kernels_for(tensor: Tensor) -> Kernels:
-    """``loop`` on a CPU, ``grouped`` elsewhere, until `choose_kernels` has measured."""
+    """``grouped``, until `choose_kernels` has measured."""
     return KERNELS[_chosen.get(tensor.device.type, "grouped")]
 
 
@@ -172,6 +173,13 @@ def _backward(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, index: i
     )[index]
 
 
+def _empty(n: int, c: int, size: Pair, like: Tensor) -> Tensor:
+    """Images or filters in the layout of the device."""
+    if like.device.type != "cpu":
+        return like.new_empty(n, c, *size)
+    return like.new_empty(n, *size, c).permute(0, 3, 1, 2)
+
+
 def _stacked(images: list[Tensor]) -> Tensor:
     """``[T, n, c, h, w]``, channels last in memory."""
     if len(images) == 1:
@@ -183,11 +191,11 @@ def _stacked(images: list[Tensor]) -> Tensor:
     return out
 
 
-def _side_by_side(x: Tensor) -> Tensor:
-    """``[T, n, c, h, w] -> [n, T c, h, w]``"""
+def side_by_side(x: Tensor) -> Tensor:
+    """``[T, n, c, h, w] -> [n, T c, h, w]``, a view where the networks lie side by side in memory."""
     return x.transpose(0, 1).flatten(1, 2)
 
 
-def _apart(x: Tensor, tasks: int) -> Tensor:
-    """``[n, T c, h, w] -> [T, n, c, h, w]``"""
+def apart(x: Tensor, tasks: int) -> Tensor:
+    """``[n, T c, h, w] -> [T, n, c, h, w]``, a view."""
     return x.unflatten(1, (tasks, -1)).transpose(0, 1)

@@ -16,9 +16,17 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .batched import BatchedFunction
+from .kernels import Pair, apart, side_by_side
 
 
-def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, pool: int | None = None) -> Tensor:
+def batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    pool: int | None = None,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Normalise each channel by its mean and variance over the batch, scale and shift; then max-pool, where asked for.
 
     Derivatives of any order, in both modes. With ``pool``, three quarters of the map need no normalising: it rises
@@ -27,12 +35,40 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, pool:
     Args:
         x: ``[n, c, h, w]``. weight, bias: ``[c]``; or all with a first dimension T.
         eps: added to the variance. pool: size of the windows of a max-pool, None for none.
+        statistics: mean and variance of x, ``[c]`` each, where they are known: see `convolution_statistics`.
     """
     if has_torch_function((x, weight, bias)):  # closure conversion has to see the operands
-        return handle_torch_function(batch_norm, (x, weight, bias), x, weight, bias, eps, pool)
+        return handle_torch_function(batch_norm, (x, weight, bias), x, weight, bias, eps, pool, statistics)
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     kept = x if pool is None else _extremes(x, weight, pool)
-    return _Affine.apply(kept, *_Statistics.apply(x, eps), weight, bias)
+    if statistics is None:
+        mean, rstd = _Statistics.apply(x, eps)
+    else:
+        mean, rstd = statistics[0], (statistics[1] + eps).rsqrt()
+    return _Affine.apply(kept, mean, rstd, weight, bias)
+
+
+def convolution_statistics(
+    x: Tensor, weight: Tensor, stride: int | Pair = 1, padding: int | Pair = 0
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of ``conv2d(x, weight, None, stride, padding)``, without a look at it.
+
+    They are those of the patches, of which x has few channels' worth: ``w . mean`` and ``w . covariance w``. For the
+    first layer of a network, whose output is its largest tensor, that saves most of the passes over it.
+
+    Args:
+        x: ``[n, channels, height, width]``. weight: ``[filters, channels, kernel, kernel]``; or both with T in front.
+    """
+    if has_torch_function((x, weight)):
+        return handle_torch_function(convolution_statistics, (x, weight), x, weight, stride, padding)
+    columns = F.unfold(x.flatten(0, -4), weight.shape[-2:], stride=stride, padding=padding)
+    # In float64: the covariance of patches is nearly singular.
+    columns = columns.unflatten(0, x.shape[:-3]).transpose(-3, -2).flatten(-2).double()
+    middle = columns.mean(-1, keepdim=True)
+    centred, filters = columns - middle, weight.flatten(-3).double()
+    covariance = centred @ centred.mT / columns.shape[-1]
+    mean, variance = (filters @ middle).squeeze(-1), (filters @ covariance * filters).sum(-1)
+    return mean.to(x.dtype), variance.to(x.dtype)
 
 
 class _Statistics(BatchedFunction):
@@ -169,11 +205,13 @@ class _Put(BatchedFunction):
 
     @staticmethod
     def forward(g: Tensor, index: Tensor, shape: torch.Size, size: int) -> Tensor:
-        batch, (height, width), window = g.shape[:-2], shape, [size, size]
-        like = g.new_empty(batch[:-1].numel(), height, width, batch[-1]).permute(0, 3, 1, 2)  # only its shape counts
-        g, index = (t.flatten(0, -4) for t in (g, index))
-        out = torch.ops.aten.max_pool2d_with_indices_backward(g, like, window, window, [0, 0], [1, 1], False, index)
-        return out.unflatten(0, batch[:-1])
+        images, places, window = _images(g), _images(index), [size, size]
+        n, c = images.shape[:2]
+        like = g.new_empty(n, *shape, c).permute(0, 3, 1, 2)  # only its shape counts
+        out = torch.ops.aten.max_pool2d_with_indices_backward(
+            images, like, window, window, [0, 0], [1, 1], False, places
+        )
+        return out if g.dim() == 4 else apart(out, len(g))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -191,8 +229,13 @@ class _Put(BatchedFunction):
 
 
 def _pooled(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    values, index = F.max_pool2d(x.flatten(0, -4), size, return_indices=True)
-    return values.unflatten(0, x.shape[:-3]), index.unflatten(0, x.shape[:-3])
+    values, index = F.max_pool2d(_images(x), size, return_indices=True)
+    return (values, index) if x.dim() == 4 else (apart(values, len(x)), apart(index, len(x)))
+
+
+def _images(x: Tensor) -> Tensor:
+    """Of T networks, side by side in the channels."""
+    return x if x.dim() == 4 else side_by_side(x)
 
 
 def _taken(x: Tensor, index: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from bilevel.nn import batch_norm
+from bilevel.nn import batch_norm, conv2d, convolution_statistics
 from tests.conformance import relative_error
 
 POOLS = [None, 2]
@@ -84,3 +84,23 @@ def test_single_precision_keeps_its_digits_far_from_zero():
 def test_low_precision_takes_its_statistics_in_single_precision():
     x, w, b = operands(dtype=torch.float32)
     assert batch_norm(x.bfloat16(), w, b).dtype is torch.float32
+
+
+@pytest.mark.parametrize("geometry", [((1, 1), (1, 1)), ((2, 1), (0, 2))])
+def test_statistics_of_a_convolution_without_a_look_at_it(geometry):
+    torch.manual_seed(0)
+    x = (torch.rand(3, 4, 2, 7, 6, dtype=torch.float64) > 0.7).double()
+    weight = torch.randn(3, 5, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    found = convolution_statistics(x, weight, *geometry)
+    variance, mean = torch.var_mean(conv2d(x, weight, None, *geometry), (1, 3, 4), correction=0)
+    for a, b in zip(found, (mean, variance), strict=True):
+        assert relative_error(a, b) < 1e-12
+        grads = (torch.autograd.grad(y.pow(3).sum(), weight, create_graph=True)[0] for y in (a, b))
+        seconds = [torch.autograd.grad(g.pow(2).sum(), weight)[0] for g in grads]
+        assert relative_error(*seconds) < 1e-11
+    single = convolution_statistics(x.float(), weight.float(), *geometry)[1].double()
+    assert relative_error(single, variance) < 1e-6
+    bias = torch.zeros(3, 5, dtype=torch.float64)
+    y = conv2d(x, weight, None, *geometry)
+    known = batch_norm(y, bias + 1.5, bias, pool=2, statistics=found)
+    assert relative_error(known, batch_norm(y, bias + 1.5, bias, pool=2)) < 1e-12
