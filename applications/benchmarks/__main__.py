@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -75,7 +76,7 @@ def run(settings: Settings, arguments: list[str]) -> int:
         print(f"\n{workload.title()}", flush=True)
         entry: dict[str, Any] = {
             "title": workload.title(),
-            "command": "python -m applications.benchmarks " + " ".join(arguments),
+            "command": "python -m applications.benchmarks " + shlex.join(arguments),
             "machine": machine(),
             "matmul_gflops": matmul_gflops(),
             "flops": workload.flops() if name.startswith("A") else None,  # type: ignore[attr-defined]
