@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .closure import Autocast, in_transform
+from .problem import graph_nodes
 from .tree import Tree, leaves, tree_map
 
 
@@ -54,7 +55,7 @@ def mean_over_tasks(
 
     Args:
         fn: ``fn(params, *data)`` with data of t tasks gives their losses ``[t]`` and whatever else the caller wants;
-            it must reach nothing that requires grad but ``params``. See `map_tasks` for what threads ask of it.
+            see `map_tasks` for what threads ask of it.
         params: a tree of tensors, the same for all tasks.
         data, chunk_size, num_threads: as in `map_tasks`.
 
@@ -62,7 +63,8 @@ def mean_over_tasks(
         The mean, 0-d, and what else ``fn`` returned for each chunk, in order.
 
     Raises:
-        ValueError: no tasks, or leaves that disagree about T; the losses are no vector ``[t]``.
+        ValueError: no tasks, or leaves that disagree about T; the losses are no vector ``[t]``, or depend on a tensor
+            that requires grad and is not in ``params``.
         NotImplementedError: a second derivative is asked for.
     """
     flat, spec = pytree.tree_flatten(params)
@@ -70,15 +72,14 @@ def mean_over_tasks(
     wanted = [leaf for leaf in flat if leaf.requires_grad and torch.is_grad_enabled()]
     sums: list[Tensor] = [torch.zeros_like(leaf) for leaf in wanted]
 
-    def chunk_gradient(*chunk: Tree) -> tuple[Tensor, list[Tensor | None], Any]:
+    def chunk_gradient(*chunk: Tree) -> tuple[Tensor, list[Tensor], Any]:
         return _gradient(fn, flat, spec, chunk, 1 / num_tasks)
 
     for losses, grads, rest in _in_chunks(chunk_gradient, data, chunk_size, num_threads):
         total.append(losses)
         rests.append(rest)
         for total_grad, grad in zip(sums, grads, strict=True):
-            if grad is not None:
-                total_grad += grad
+            total_grad += grad
     mean = torch.cat(total).mean()
     return (_Known.apply(mean, sums, *wanted) if wanted else mean), rests
 
@@ -105,23 +106,20 @@ def losses_of_tasks(
     total, all_grads, rests = [], [], []
     wanted = [leaf for leaf in flat if leaf.requires_grad and torch.is_grad_enabled()]
 
-    def chunk_gradient(own: list[Tensor], *chunk: Tree) -> tuple[Tensor, list[Tensor | None], Any]:
+    def chunk_gradient(own: list[Tensor], *chunk: Tree) -> tuple[Tensor, list[Tensor], Any]:
         return _gradient(fn, own, spec, chunk, 1.0)
 
     for losses, grads, rest in _in_chunks(chunk_gradient, (flat, *data), chunk_size, num_threads):
         total.append(losses)
         rests.append(rest)
         all_grads.append(grads)
-    joined = [
-        torch.zeros_like(leaf) if any(grad is None for grad in grads) else torch.cat(grads)
-        for leaf, grads in zip(wanted, zip(*all_grads, strict=True), strict=True)
-    ]
+    joined = [torch.cat(grads) for grads in zip(*all_grads, strict=True)]
     return (_Known.apply(torch.cat(total), joined, *wanted) if wanted else torch.cat(total)), rests
 
 
 def _gradient(
     fn: Callable[..., tuple[Tensor, Any]], flat: list[Tensor], spec: pytree.TreeSpec, chunk: tuple[Tree, ...], by: float
-) -> tuple[Tensor, list[Tensor | None], Any]:
+) -> tuple[Tensor, list[Tensor], Any]:
     """Losses, the gradients of ``by`` times their sum for the leaves that require grad, and the rest."""
     free = [leaf.detach().requires_grad_(leaf.requires_grad and torch.is_grad_enabled()) for leaf in flat]
     losses, rest = fn(pytree.tree_unflatten(free, spec), *chunk)
@@ -130,10 +128,23 @@ def _gradient(
             f"fn returned losses of shape {tuple(losses.shape)} for {_count(chunk)} tasks: one for each is needed."
         )
     wanted = [leaf for leaf in free if leaf.requires_grad]
-    grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
-    if wanted and losses.requires_grad:
-        grads = torch.autograd.grad(losses.sum() * by, wanted, allow_unused=True)
+    _refuse_captured(losses, wanted)
+    if not (wanted and losses.requires_grad):
+        return losses.detach(), [torch.zeros_like(leaf) for leaf in wanted], rest
+    grads = torch.autograd.grad(losses.sum() * by, wanted, allow_unused=True, materialize_grads=True)
     return losses.detach(), list(grads), rest
+
+
+def _refuse_captured(losses: Tensor, wanted: Sequence[Tensor]) -> None:
+    """Raise where the losses depend on another tensor that requires grad: its gradient would be lost."""
+    own = {id(tensor) for tensor in wanted}
+    for node in graph_nodes([losses]):
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in own:
+            raise ValueError(
+                f"fn depends on a tensor of shape {tuple(variable.shape)} that requires grad and is not one of params, "
+                "so its gradient would be missing. Put it into params, or detach it if no gradient is wanted."
+            )
 
 
 class _Known(torch.autograd.Function):

@@ -11,7 +11,7 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *("files", "solution", "tree", "nn", "closure", "tasks", "prox", "problem", "linalg", "inner", "hypergrad"),
+    *("files", "solution", "tree", "nn", "closure", "prox", "problem", "tasks", "linalg", "inner", "hypergrad"),
     *("argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "tuning", "__init__"),
 ]
 

@@ -136,6 +136,25 @@ def test_a_second_derivative_is_refused(problem):
         torch.autograd.grad(mean, params["w"], create_graph=True)
 
 
+def test_a_captured_hyperparameter_is_refused(problem):
+    """Its gradient would be lost without a word."""
+    params, x, _ = problem
+    strength = torch.ones((), dtype=x.dtype, requires_grad=True)
+    for captured in (strength, 2 * strength):
+        with pytest.raises(ValueError, match=r"shape \(\) that requires grad and is not one of params"):
+            bl.mean_over_tasks(lambda p, x, s=captured: ((x @ p["w"]).sum(-1) * s, None), params, x)
+
+
+def test_parameters_that_only_some_chunks_use():
+    own, x = torch.ones(4, requires_grad=True), torch.arange(4.0)
+
+    def fn(u, x):
+        return (u * x if x[0] > 1 else x), None
+
+    losses, _ = bl.losses_of_tasks(fn, own, x, chunk_size=2)
+    assert torch.autograd.grad(losses.sum(), own)[0].tolist() == [0, 0, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("data", "settings", "message"),
     [
