@@ -62,7 +62,8 @@ class Workload(Protocol):
         ...
 
     def reference(self) -> np.ndarray | None:
-        """The answer in float64, by means that share no code with `bilevel`."""
+        """The answer in float64, by means that share no code with `bilevel`: ``[n]``, or ``[tasks, n]`` for a gradient
+        of each task; with a dimension more in front, several of which each is right."""
         ...
 
 

@@ -61,6 +61,7 @@ def test_errors_are_those_of_each_task():
     truth = np.array([[3.0, 4.0], [0.0, 1.0]])
     assert relative_errors(truth + np.array([[0.0, 0.5], [0.0, 0.0]]), truth).tolist() == [0.1, 0.0]
     assert relative_errors(truth[0], truth[0]).tolist() == [0.0]
+    assert relative_errors(truth, np.stack([truth + 1, truth])).tolist() == [0.0, 0.0]
     assert np.isinf(relative_errors(truth[0], truth)).all()
     assert not (relative_errors(truth * np.nan, truth) <= 1.0).any()
 
