@@ -35,8 +35,8 @@ class MetaStep:
     the lower quartile over the tasks: an algorithm that is wrong is wrong in all of them.
 
     Where the Hessian of a task is indefinite, as in many 20-way tasks of an untrained network, ours stops CG at the
-    negative curvature and the peers go on: there are two references, and either will do. An indefinite system amplifies rounding:
-    without the kinks two right programs differ by up to some 1e-4 in float32, wrong ones by 0.1 and more.
+    negative curvature and the peers go on: there are two references, and either will do. An indefinite system
+    amplifies rounding: right programs in float32 differ by up to some 1e-4 there, wrong ones by 0.1 and more.
 
     Args:
         root: folder of Omniglot; None: the built-in glyphs.
