@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from typing import Any
 
 import matplotlib
@@ -119,7 +120,7 @@ def _curves(entry: dict[str, Any]) -> bytes:
 
 
 def _png(figure: plt.Figure, axes: Axes, entry: dict[str, Any]) -> bytes:
-    axes.set_title(entry["title"], fontsize=10, loc="left")
+    figure.suptitle(textwrap.fill(entry["title"], 90), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)

@@ -27,7 +27,8 @@ def glyphs(tmp_path_factory):
 
 
 def test_ours_is_the_reference(reference):
-    assert relative_errors(SMALL.ours(precision="float64")().answer, reference).max() < 1e-8
+    # The reference has its images from float32, which 1/255 is not exact in.
+    assert relative_errors(SMALL.ours(precision="float64")().answer, reference).max() < 1e-6
     assert np.median(relative_errors(SMALL.ours()().answer, reference)) < 1e-4
 
 
