@@ -128,9 +128,9 @@ def _gradient(
             f"fn returned losses of shape {tuple(losses.shape)} for {_count(chunk)} tasks: one for each is needed."
         )
     wanted = [leaf for leaf in free if leaf.requires_grad]
-    _refuse_captured(losses, wanted)
     if not (wanted and losses.requires_grad):
         return losses.detach(), [torch.zeros_like(leaf) for leaf in wanted], rest
+    _refuse_captured(losses, wanted)
     grads = torch.autograd.grad(losses.sum() * by, wanted, allow_unused=True, materialize_grads=True)
     return losses.detach(), list(grads), rest
 

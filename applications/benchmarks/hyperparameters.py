@@ -59,7 +59,7 @@ class Hyperparameters:
     Inner loss: mean cross-entropy + 1/2 sum_f exp(log_penalty_f) sum_c W_cf^2. Outer: mean cross-entropy of half as
     many validation examples. The log-penalties are normal: their mean of -2 is the whole number whose validation loss
     is least, where a search for hyperparameters spends its time; their standard deviation of 0.75 is about as large as
-    plain CG can take, which then needs most of its 50 steps.
+    plain CG can take: it needs 34 steps at 5,000 x 2,000, and all of its 50 at 20,000 x 10,000.
 
     W is stored as `torch.nn.Linear` stores it, ``[classes, features]``, for every contestant: products with the other
     layout are several times slower in PyTorch.
