@@ -107,13 +107,11 @@ class Config:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive.")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"--minutes is {self.minutes}: it must be positive.")
-        if self.eval_steps is not None and self.eval_steps < 1:
-            raise UserError(f"--eval-steps is {self.eval_steps}: at least 1 is needed.")
+        for name in ("eval_steps", "threads", "chunk_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: at least 1 is needed.")
         if not 0 <= self.inner_momentum < 1:
             raise UserError(f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
-        for name in ("threads", "chunk_size"):
-            if (getattr(self, name) or 1) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: at least 1 is needed.")
         if self.cg_steps < 0 or self.validate_every < 0:
             raise UserError("--cg-steps and --validate-every cannot be negative.")
         if self.learn_strength != "no" and not self.method.startswith("imaml"):
