@@ -200,13 +200,13 @@ def linearize_residual(
         return Linearization(free, None, residual_at(free))
 
 
-def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
-    """Every node of the autograd graphs of these tensors, once."""
+def graph_nodes(tensors: Iterable[Tensor], since: int = 0) -> Iterator[Node]:
+    """Every node of the autograd graphs of these tensors, once; only those made from a sequence number on."""
     stack = [tensor.grad_fn for tensor in tensors]
     seen: set[Node] = set()
     while stack:
         node = stack.pop()
-        if node is not None and node not in seen:
+        if node is not None and node not in seen and node._sequence_nr() >= since:
             seen.add(node)
             yield node
             stack.extend(parent for parent, _ in node.next_functions)
@@ -214,15 +214,20 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Node]:
 
 def refuse_hidden(nodes: Iterable[Node], known: Sequence[Tensor]) -> None:
     """Raise where a graph reaches a tensor that requires grad and that closure conversion has not seen."""
+    variable = other_variable(nodes, known)
+    if variable is not None:
+        raise ValueError(
+            f"The inner problem depends on a tensor of shape {tuple(variable.shape)} that requires grad, in a way "
+            "that cannot be followed (as operand of a custom autograd Function, or in compiled code), so its "
+            "hypergradient would be missing. Pass the tensor as one of args, or detach it if no gradient is wanted."
+        )
+
+
+def other_variable(nodes: Iterable[Node], known: Sequence[Tensor]) -> Tensor | None:
+    """The first tensor that a graph accumulates gradients for and that is not one of ``known``."""
     own = {id(tensor) for tensor in known}
-    for node in nodes:
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in own:
-            raise ValueError(
-                f"The inner problem depends on a tensor of shape {tuple(variable.shape)} that requires grad, in a way "
-                "that cannot be followed (as operand of a custom autograd Function, or in compiled code), so its "
-                "hypergradient would be missing. Pass the tensor as one of args, or detach it if no gradient is wanted."
-            )
+    variables = (getattr(node, "variable", None) for node in nodes)
+    return next((variable for variable in variables if variable is not None and id(variable) not in own), None)
 
 
 def _gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .closure import Autocast, in_transform
-from .problem import graph_nodes
+from .problem import graph_nodes, other_variable
 from .tree import Tree, leaves, tree_map
 
 
@@ -36,7 +36,7 @@ def map_tasks(fn: Callable[..., Tree], *data: Tree, chunk_size: int | None = Non
         ValueError: no tasks, or leaves that disagree about T.
     """
     with torch.no_grad():
-        found = list(_in_chunks(lambda *chunk: fn(*chunk), data, chunk_size, num_threads))
+        found = list(_in_chunks(fn, data, chunk_size, num_threads))
     return found[0] if len(found) == 1 else tree_map(lambda *parts: torch.cat(parts), *found)
 
 
@@ -69,7 +69,7 @@ def mean_over_tasks(
     """
     flat, spec = pytree.tree_flatten(params)
     num_tasks, total, rests = _count(data), [], []
-    wanted = [leaf for leaf in flat if leaf.requires_grad and torch.is_grad_enabled()]
+    wanted = _wanted(flat)
     sums: list[Tensor] = [torch.zeros_like(leaf) for leaf in wanted]
 
     def chunk_gradient(*chunk: Tree) -> tuple[Tensor, list[Tensor], Any]:
@@ -80,8 +80,7 @@ def mean_over_tasks(
         rests.append(rest)
         for total_grad, grad in zip(sums, grads, strict=True):
             total_grad += grad
-    mean = torch.cat(total).mean()
-    return (_Known.apply(mean, sums, *wanted) if wanted else mean), rests
+    return _Known.apply(torch.cat(total).mean(), sums, *wanted), rests
 
 
 def losses_of_tasks(
@@ -104,7 +103,7 @@ def losses_of_tasks(
     """
     flat, spec = pytree.tree_flatten(params)
     total, all_grads, rests = [], [], []
-    wanted = [leaf for leaf in flat if leaf.requires_grad and torch.is_grad_enabled()]
+    wanted = _wanted(flat)
 
     def chunk_gradient(own: list[Tensor], *chunk: Tree) -> tuple[Tensor, list[Tensor], Any]:
         return _gradient(fn, own, spec, chunk, 1.0)
@@ -114,7 +113,12 @@ def losses_of_tasks(
         rests.append(rest)
         all_grads.append(grads)
     joined = [torch.cat(grads) for grads in zip(*all_grads, strict=True)]
-    return (_Known.apply(torch.cat(total), joined, *wanted) if wanted else torch.cat(total)), rests
+    return _Known.apply(torch.cat(total), joined, *wanted), rests
+
+
+def _wanted(flat: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves whose gradients are asked for."""
+    return [leaf for leaf in flat if leaf.requires_grad and torch.is_grad_enabled()]
 
 
 def _gradient(
@@ -127,7 +131,7 @@ def _gradient(
         raise ValueError(
             f"fn returned losses of shape {tuple(losses.shape)} for {_count(chunk)} tasks: one for each is needed."
         )
-    wanted = [leaf for leaf in free if leaf.requires_grad]
+    wanted = _wanted(free)
     if not (wanted and losses.requires_grad):
         return losses.detach(), [torch.zeros_like(leaf) for leaf in wanted], rest
     _refuse_captured(losses, wanted)
@@ -137,14 +141,12 @@ def _gradient(
 
 def _refuse_captured(losses: Tensor, wanted: Sequence[Tensor]) -> None:
     """Raise where the losses depend on another tensor that requires grad: its gradient would be lost."""
-    own = {id(tensor) for tensor in wanted}
-    for node in graph_nodes([losses]):
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in own:
-            raise ValueError(
-                f"fn depends on a tensor of shape {tuple(variable.shape)} that requires grad and is not one of params, "
-                "so its gradient would be missing. Put it into params, or detach it if no gradient is wanted."
-            )
+    variable = other_variable(graph_nodes([losses]), wanted)
+    if variable is not None:
+        raise ValueError(
+            f"fn depends on a tensor of shape {tuple(variable.shape)} that requires grad and is not one of params, "
+            "so its gradient would be missing. Put it into params, or detach it if no gradient is wanted."
+        )
 
 
 class _Known(torch.autograd.Function):

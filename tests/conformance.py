@@ -118,3 +118,15 @@ def check_inner_solver(solver: InnerSolver, tolerance: float = 1e-6) -> None:
     assert found.stats["num_steps"].shape == (3,)
     again = solver.minimize(problem)
     assert torch.equal(found.value, again.value)
+
+
+class Triple(torch.autograd.Function):
+    """Three times its operand, which closure conversion cannot see."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad

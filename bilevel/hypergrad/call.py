@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..linalg.curvature import fused_norm
+from ..linalg.curvature import fused_norm, has_layer_norm
 from ..problem import Linearization, graph_nodes, refuse_hidden
 from ..solution import AdjointCell, Result, Solution, Throw, make_codes, settle
 from .base import Hypergrad, Point
@@ -111,4 +111,4 @@ def inspect(record: Record, at: Linearization) -> None:
     nodes = list(graph_nodes(at.residual if at.loss is None else [at.loss]))
     refuse_hidden(nodes, [*at.leaves, *at.hparams])
     record.fused = fused_norm(nodes)
-    record.layer_norm = any(node.name().startswith("NativeLayerNorm") for node in nodes)
+    record.layer_norm = has_layer_norm(nodes)

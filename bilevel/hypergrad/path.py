@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -17,7 +16,7 @@ from ..closure import Autocast, Closure, Recorder, Substitute, in_transform
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import INNER_ADVICE, InnerSolver, Progress
 from ..inner.steps import SGD, LastStep, State, Steps
-from ..linalg.curvature import fused_norm
+from ..linalg.curvature import fused_norm, has_layer_norm
 from ..problem import Objective, Problem, graph_nodes, refuse_hidden
 from ..solution import Solution, Throw, settle
 from ..tree import Tree, norm
@@ -74,7 +73,7 @@ def eager_problem(objective: Objective, init: Tree, args: tuple[Any, ...]) -> tu
         return Problem(objective, init, args), False
     born = Recorder().born
     problem = Problem(objective, init, args, differentiable=True)
-    return problem, has_layer_norm(_nodes_since(problem.start.f, born))
+    return problem, has_layer_norm(graph_nodes([problem.start.f], since=born))
 
 
 def unrollable(solver: InnerSolver, method: str) -> Steps:
@@ -138,22 +137,6 @@ class Randomness:
             torch.set_rng_state(self.host)
             set_device_states(self.devices, self.states, device_type=kind)
             yield
-
-
-def has_layer_norm(nodes: Iterable[Node]) -> bool:
-    """Whether a graph has a fused layer norm, whose third derivative is wrong."""
-    return any(node.name().startswith("NativeLayerNorm") for node in nodes)
-
-
-def _nodes_since(loss: Tensor, born: int) -> Iterator[Node]:
-    """The nodes of a graph that were made since then: not those of what was computed before."""
-    stack, seen = [loss.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen and node._sequence_nr() >= born:
-            seen.add(node)
-            yield node
-            stack.extend(parent for parent, _ in node.next_functions)
 
 
 class _FirstOrderOnly(torch.autograd.Function):

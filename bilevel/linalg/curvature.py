@@ -86,3 +86,8 @@ def fused_norm(nodes: Iterable[Node]) -> str | None:
     """The first fused norm in a graph, under which `torch.func` gives wrong products."""
     names = (node.name() for node in nodes)
     return next((name.removesuffix("Backward0") for name in names if name.startswith(FUSED_NORMS)), None)
+
+
+def has_layer_norm(nodes: Iterable[Node]) -> bool:
+    """Whether a graph has a fused layer norm, whose third derivative is wrong."""
+    return any(node.name().startswith("NativeLayerNorm") for node in nodes)

@@ -38,6 +38,11 @@ class BilinearFunction(BatchedFunction):
         cls.jvp = staticmethod(lambda *args: _bilinear_jvp(cls, *args))  # type: ignore[assignment]
 
 
+def per_channel(values: Tensor) -> Tensor:
+    """For images: ``[*T, c] -> [*T, 1, c, 1, 1]``"""
+    return values.reshape(*values.shape[:-1], 1, -1, 1, 1)
+
+
 def _vmap(cls: type[BatchedFunction], info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
     size, count = info.batch_size, len(cls.ranks)
     tensors = [

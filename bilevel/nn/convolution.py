@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import kernels
-from .batched import BilinearFunction
+from .batched import BilinearFunction, per_channel
 from .kernels import Geometry, Pair
 
 
@@ -46,7 +46,7 @@ def conv2d(
     if x.device.type == "cpu":  # once for all kernels that read it
         weight = weight.movedim(-3, -1).contiguous().movedim(-1, -3)
     y = _Output.apply(x, weight, (_pair(stride), _pair(padding)))
-    return y if bias is None else y + bias[..., None, :, None, None]
+    return y if bias is None else y + per_channel(bias)
 
 
 class Conv2d(nn.Conv2d):

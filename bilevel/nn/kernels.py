@@ -52,12 +52,12 @@ class Grouped:
 
     def input(self, g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
         tasks, filters = len(g), weight.flatten(0, 1)
-        like = _empty(g.shape[1], tasks * weight.shape[2], size, g)
+        like = empty_images(g.shape[1], tasks * weight.shape[2], size, g)
         return apart(_backward(_layout(side_by_side(g)), like, filters, geometry, 0, tasks), tasks)
 
     def weight(self, x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
         tasks, filters = len(x), g.shape[2]
-        like = _empty(tasks * filters, x.shape[2], size, g)
+        like = empty_images(tasks * filters, x.shape[2], size, g)
         sides = _layout(side_by_side(g)), _layout(side_by_side(x))
         return _backward(*sides, like, geometry, 1, tasks).unflatten(0, (tasks, filters))
 
@@ -105,7 +105,7 @@ def input(g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
     """The gradient of x, images of ``size``."""
     if g.dim() == 5:
         return _kernels_for(g).input(g, weight, geometry, size)
-    like = _empty(len(g), weight.shape[1], size, g)
+    like = empty_images(len(g), weight.shape[1], size, g)
     return _backward(_layout(g), like, weight, geometry, 0)
 
 
@@ -113,7 +113,7 @@ def weight(x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
     """The gradient of the weight, kernels of ``size``."""
     if x.dim() == 5:
         return _kernels_for(x).weight(x, g, geometry, size)
-    like = _empty(g.shape[1], x.shape[1], size, g)
+    like = empty_images(g.shape[1], x.shape[1], size, g)
     return _backward(_layout(g), _layout(x), like, geometry, 1)
 
 
@@ -173,7 +173,7 @@ def _backward(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, index: i
     )[index]
 
 
-def _empty(n: int, c: int, size: Pair, like: Tensor) -> Tensor:
+def empty_images(n: int, c: int, size: Pair, like: Tensor) -> Tensor:
     """Images or filters in the layout of the device."""
     if like.device.type != "cpu":
         return like.new_empty(n, c, *size)
@@ -182,8 +182,6 @@ def _empty(n: int, c: int, size: Pair, like: Tensor) -> Tensor:
 
 def _stacked(images: list[Tensor]) -> Tensor:
     """``[T, n, c, h, w]``, channels last in memory."""
-    if len(images) == 1:
-        return images[0].unsqueeze(0)
     n, c, h, w = images[0].shape
     out = images[0].new_empty(len(images), n, h, w, c).permute(0, 1, 4, 2, 3)
     for slot, image in zip(out, images, strict=True):

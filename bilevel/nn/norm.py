@@ -15,8 +15,8 @@ from torch.autograd import Function, forward_ad
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .batched import BatchedFunction
-from .kernels import Pair, apart, side_by_side
+from .batched import BatchedFunction, per_channel
+from .kernels import Pair, apart, empty_images, side_by_side
 
 
 def batch_norm(
@@ -79,7 +79,7 @@ class _Statistics(BatchedFunction):
     @staticmethod
     def forward(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         mean = x.sum(PIXELS) / _count(x)
-        centred = x - _broadcast(mean)
+        centred = x - per_channel(mean)
         return mean, (centred.mul_(centred).sum(PIXELS) / _count(x) + eps).rsqrt_()
 
     @staticmethod
@@ -91,14 +91,14 @@ class _Statistics(BatchedFunction):
     def backward(ctx: Any, by_mean: Tensor, by_rstd: Tensor) -> tuple[Tensor, None]:
         x, mean, rstd = ctx.saved_tensors
         slope = by_rstd * rstd**3 / -_count(x)
-        offset = _broadcast(by_mean / _count(x) - slope * mean)
-        by_x = x * _broadcast(slope)
+        offset = per_channel(by_mean / _count(x) - slope * mean)
+        by_x = x * per_channel(slope)
         return (by_x + offset if torch.is_grad_enabled() else by_x.add_(offset)), None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, Tensor]:
         x, mean, rstd = ctx.saved_tensors
-        spread = ((x - _broadcast(mean)) * tangent).sum(PIXELS)
+        spread = ((x - per_channel(mean)) * tangent).sum(PIXELS)
         return tangent.sum(PIXELS) / _count(x), spread * rstd**3 / -_count(x)
 
 
@@ -110,7 +110,7 @@ class _Affine(BatchedFunction):
     @staticmethod
     def forward(y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         scale = rstd * weight
-        return (y * _broadcast(scale)).add_(_broadcast(bias - mean * scale))
+        return (y * per_channel(scale)).add_(per_channel(bias - mean * scale))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
@@ -118,7 +118,7 @@ class _Affine(BatchedFunction):
         scale = rstd * weight
         by_bias = g.sum(PIXELS)
         by_scale = (g * y).sum(PIXELS) - mean * by_bias
-        return g * _broadcast(scale), -scale * by_bias, by_scale * weight, by_scale * rstd, by_bias
+        return g * per_channel(scale), -scale * by_bias, by_scale * weight, by_scale * rstd, by_bias
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
@@ -128,8 +128,8 @@ class _Affine(BatchedFunction):
             for t, tangent in zip((y, mean, rstd, weight, bias), tangents, strict=True)
         )
         scale = rstd * weight
-        moved = (y - _broadcast(mean)) * _broadcast(tr * weight + rstd * tw)
-        return ty * _broadcast(scale) + moved + _broadcast(tb - tm * scale)
+        moved = (y - per_channel(mean)) * per_channel(tr * weight + rstd * tw)
+        return ty * per_channel(scale) + moved + per_channel(tb - tm * scale)
 
 
 PIXELS = (-4, -2, -1)
@@ -140,18 +140,13 @@ def _count(x: Tensor) -> int:
     return x.shape[-4] * x.shape[-2] * x.shape[-1]
 
 
-def _broadcast(statistic: Tensor) -> Tensor:
-    """``[*T, c] -> [*T, 1, c, 1, 1]``"""
-    return statistic.reshape(*statistic.shape[:-1], 1, -1, 1, 1)
-
-
 def _extremes(x: Tensor, weight: Tensor, size: int) -> Tensor:
     """In each window the largest entry, where the channel's weight is negative the smallest."""
     transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
     if not transformed and x.device.type == "cpu" and not bool((weight < 0).any()):
         return _Largest.apply(x, size)[0]
     with torch.no_grad():
-        signed = x * _broadcast(torch.where(weight < 0, -1.0, 1.0).to(x.dtype))
+        signed = x * per_channel(torch.where(weight < 0, -1.0, 1.0).to(x.dtype))
         index = _pooled(signed, size)[1]
     return _Take.apply(x, index, size)
 
@@ -206,8 +201,7 @@ class _Put(BatchedFunction):
     @staticmethod
     def forward(g: Tensor, index: Tensor, shape: torch.Size, size: int) -> Tensor:
         images, places, window = _images(g), _images(index), [size, size]
-        n, c = images.shape[:2]
-        like = g.new_empty(n, *shape, c).permute(0, 3, 1, 2)  # only its shape counts
+        like = empty_images(images.shape[0], images.shape[1], (shape[0], shape[1]), g)  # only its shape counts
         out = torch.ops.aten.max_pool2d_with_indices_backward(
             images, like, window, window, [0, 0], [1, 1], False, places
         )

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import bilevel as bl
-from tests.conformance import randn, relative_error
+from tests.conformance import Triple, randn, relative_error
 
 EXACT = bl.NewtonCG(gtol=1e-13)
 func = torch.func
@@ -204,16 +204,6 @@ def test_a_captured_tensor_and_its_ancestor_are_not_counted_twice():
     b = a * 3
     fit = bl.argmin(lambda y: (y - a * b).square() / 2, torch.zeros((), dtype=torch.float64))
     assert [g.item() for g in torch.autograd.grad(fit.value, (a, b))] == pytest.approx([3 * 0.7 * 2, 0.7])
-
-
-class Triple(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 3 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 3 * grad
 
 
 def test_custom_functions_inside_the_objective():

@@ -6,19 +6,9 @@ import pytest
 import torch
 
 import bilevel as bl
-from tests.conformance import randn, relative_error
+from tests.conformance import Triple, randn, relative_error
 
 STEPS = bl.GradientDescent(0.1, 9)
-
-
-class Triple(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 3 * x
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 3 * grad
 
 
 @pytest.mark.parametrize("method", [bl.ForwardMode(), bl.Unroll(checkpoint=True)], ids=repr)
