@@ -122,8 +122,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Queried:
-    """How t adapted tasks do on their queries: losses and accuracies ``[t]``, and the adaptation."""
+    """How t adapted tasks do on their queries: losses and accuracies ``[t]``, and the adaptation.
 
+    ``objective [t]`` has the meta-gradients of the tasks as its gradients; but for Reptile it is the loss.
+    """
+
+    objective: Tensor
     loss: Tensor
     accuracy: Tensor
     solution: bl.Solution
@@ -134,7 +138,9 @@ def meta_step(learner: Learner, episodes: Episodes) -> Outcome:
     method = METHODS[learner.config.method]
 
     def chunk(params: dict[str, Params], *data: Tensor) -> tuple[Tensor, Queried]:
-        return method(replace(learner, meta=params["meta"], log_strength=params["log_strength"]), Episodes(*data))
+        own = replace(learner, meta=params["meta"], log_strength=params["log_strength"])
+        queried = method(own, Episodes(*data))
+        return queried.objective, queried
 
     params = {"meta": learner.meta, "log_strength": learner.log_strength}
     data = episodes.tensors()
@@ -164,31 +170,28 @@ def adapt(learner: Learner, x: Tensor, y: Tensor, hypergrad: bl.Implicit | bl.Un
     return bl.argmin(objective, start, x, y, solver=solver, hypergrad=hypergrad, throw="ignore")
 
 
-def implicit(learner: Learner, episodes: Episodes) -> tuple[Tensor, Queried]:
+def implicit(learner: Learner, episodes: Episodes) -> Queried:
     """Implicit MAML: query loss at the proximal minimum, differentiated implicitly, ``(I + H / lambda) v = g``."""
     config = learner.config
     linear = bl.CG(max_steps=config.cg_steps) if config.cg_steps else bl.Identity(1 / config.strength)
     solution = adapt(learner, episodes.support_x, episodes.support_y, bl.Implicit(linear, operator=config.hessian))
-    queried = _queried(learner, episodes, solution, solution.value)
-    return queried.loss, queried
+    return _queried(learner, episodes, solution, solution.value)
 
 
-def maml(learner: Learner, episodes: Episodes) -> tuple[Tensor, Queried]:
+def maml(learner: Learner, episodes: Episodes) -> Queried:
     """MAML (Finn et al. 2017): query loss after the steps, differentiated through them."""
     solution = adapt(learner, episodes.support_x, episodes.support_y, bl.Unroll())
-    queried = _queried(learner, episodes, solution, solution.value)
-    return queried.loss, queried
+    return _queried(learner, episodes, solution, solution.value)
 
 
-def first_order(learner: Learner, episodes: Episodes) -> tuple[Tensor, Queried]:
+def first_order(learner: Learner, episodes: Episodes) -> Queried:
     """First-order MAML: the gradient at the adapted parameters is applied to the meta-parameters as it is."""
     solution = adapt(learner, episodes.support_x, episodes.support_y)
     shifted = {name: meta + (solution.value[name] - meta).detach() for name, meta in learner.meta.items()}
-    queried = _queried(learner, episodes, solution, shifted)
-    return queried.loss, queried
+    return _queried(learner, episodes, solution, shifted)
 
 
-def reptile(learner: Learner, episodes: Episodes) -> tuple[Tensor, Queried]:
+def reptile(learner: Learner, episodes: Episodes) -> Queried:
     """Reptile (Nichol et al. 2018): move towards parameters that were adapted to all images of the task."""
     x = torch.cat([episodes.support_x, episodes.query_x], 1)
     y = torch.cat([episodes.support_y, episodes.query_y], 1)
@@ -196,17 +199,16 @@ def reptile(learner: Learner, episodes: Episodes) -> tuple[Tensor, Queried]:
     with torch.no_grad():
         queried = _queried(learner, episodes, solution, solution.value)
     moved = [(meta - solution.value[name]).square().reshape(len(x), -1).sum(1) for name, meta in learner.meta.items()]
-    return torch.stack(moved).sum(0) / 2, queried
+    return replace(queried, objective=torch.stack(moved).sum(0) / 2)
 
 
-METHODS: dict[str, Callable[[Learner, Episodes], tuple[Tensor, Queried]]] = {
+METHODS: dict[str, Callable[[Learner, Episodes], Queried]] = {
     "imaml": implicit,
     "imaml-hf": implicit,
     "maml": maml,
     "fomaml": first_order,
     "reptile": reptile,
 }
-"""Each gives the objectives of t tasks ``[t]``, whose gradients are the tasks' meta-gradients."""
 
 
 def _queried(learner: Learner, episodes: Episodes, solution: bl.Solution, params: Params) -> Queried:
@@ -218,7 +220,7 @@ def _queried(learner: Learner, episodes: Episodes, solution: bl.Solution, params
 
     size = learner.tasks_at_once(episodes.query_x)
     loss, accuracy = bl.losses_of_tasks(chunk, params, episodes.query_x, episodes.query_y, chunk_size=size)
-    return Queried(loss, torch.cat(accuracy), solution)
+    return Queried(loss, loss, torch.cat(accuracy), solution)
 
 
 def _layer(name: str) -> str:
