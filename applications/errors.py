@@ -1,5 +1,22 @@
-"""The error that an application shows to its user without a traceback."""
+"""The error that an application shows to its user without a traceback, and how a command ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
     """What happened, what it means and what to try: printed as it is, exit code 2."""
+
+
+def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted; what was saved is complete.") -> int:
+    """That of a command, None being 0: 2 for a `UserError`, which is told in one message, 130 after Ctrl-C."""
+    try:
+        return command() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130

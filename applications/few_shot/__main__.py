@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from applications.errors import UserError
+from applications.errors import UserError, exit_code
 from applications.few_shot import benchmark, train
 from applications.few_shot.config import PRESETS, Config
 from applications.run_folder import RunFolder
@@ -50,14 +50,7 @@ def main(arguments: list[str]) -> int:
         print(USAGE.format(presets=", ".join(PRESETS)))
         return 0
     name, rest = (arguments[0], arguments[1:]) if arguments[:1] and arguments[0] in commands else ("train", arguments)
-    try:
-        return commands[name](rest)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted; what was saved is complete.", file=sys.stderr)
-        return 130
+    return exit_code(lambda: commands[name](rest))
 
 
 def run_train(arguments: list[str]) -> int:

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 import bilevel as bl
-from applications.errors import UserError
+from applications.errors import UserError, exit_code
 
 COMMAND = "python -m applications.method_table --out docs"
 SLOW = {"logistic": (1.0, 600)}
@@ -143,8 +143,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(lambda: main(sys.argv[1:])))

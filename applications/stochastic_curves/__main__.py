@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from applications.errors import UserError
+from applications.errors import UserError, exit_code
 from applications.stochastic_curves import plots
 from applications.stochastic_curves.methods import Batches, methods
 from applications.stochastic_curves.problems import Logistic, Problem, Quadratics
@@ -42,15 +42,7 @@ PROBLEMS: dict[str, type[Quadratics] | type[Logistic]] = {"simulated": Quadratic
 def main(arguments: list[str]) -> int:
     """Run all methods; the exit code is 2 for bad input, which is told in one message."""
     options = tyro.cli(Options, args=arguments, prog="python -m applications.stochastic_curves")
-    try:
-        run(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted; what was saved is complete.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(options))
 
 
 def run(options: Options) -> None:
