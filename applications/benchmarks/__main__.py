@@ -5,8 +5,6 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,9 +14,10 @@ import torch
 import tyro
 
 from applications.benchmarks import report
+from applications.benchmarks.contest import timed
 from applications.benchmarks.runner import OURS, contest
-from applications.benchmarks.workloads import DATA, KINDS, NAMES
-from applications.errors import UserError
+from applications.benchmarks.workloads import KINDS, NAMES
+from applications.errors import UserError, exit_code
 from applications.run_folder import RunFolder
 
 PACKAGES = ("torch", "torchopt", "jaxopt", "jax", "higher", "scipy")
@@ -48,14 +47,8 @@ class Settings:
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for bad input, which is told in one message."""
-    try:
-        return run(tyro.cli(Settings, args=arguments, prog="python -m applications.benchmarks"), arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted; the workloads that were done are in the folder.", file=sys.stderr)
-        return 130
+    settings = tyro.cli(Settings, args=arguments, prog="python -m applications.benchmarks")
+    return exit_code(lambda: run(settings, arguments), "Interrupted; the workloads that were done are in the folder.")
 
 
 def run(settings: Settings, arguments: list[str]) -> int:
@@ -66,7 +59,7 @@ def run(settings: Settings, arguments: list[str]) -> int:
     for name in settings.workloads:
         kind, changes = NAMES[name]
         changes = dict(changes)
-        if settings.data_root is not None and kind in DATA:
+        if settings.data_root is not None and hasattr(KINDS[kind], "root"):
             changes["root"] = str(settings.data_root)
         workload = KINDS[kind](**changes)
         names = [n for n in workload.contestants() if settings.peer == "all" or n.startswith(OURS)]
@@ -79,7 +72,7 @@ def run(settings: Settings, arguments: list[str]) -> int:
             "command": "python -m applications.benchmarks " + shlex.join(arguments),
             "machine": machine(),
             "matmul_gflops": matmul_gflops(),
-            "flops": workload.flops() if name.startswith("A") else None,  # type: ignore[attr-defined]
+            "flops": workload.flops(),
             "rows": [],
         }
         for row in contest(kind, changes, names, settings.rounds, settings.runs, settings.timeout):
@@ -125,14 +118,8 @@ def _cpuinfo() -> list[str]:
 def matmul_gflops(size: int = 2048, repeats: int = 9) -> float:
     """The rate of a float32 matrix product on all threads, the best of a few."""
     a, b = torch.randn(size, size), torch.randn(size, size)
-    seconds = [_seconds(lambda: a @ b) for _ in range(repeats)]
+    seconds = [timed(lambda: a @ b)[0] for _ in range(repeats)]
     return 2 * size**3 / min(seconds) / 1e9
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -40,31 +41,36 @@ class Contestant(Protocol):
     def __call__(self) -> Round: ...
 
 
-class Workload(Protocol):
+class Workload(ABC):
     """A problem with settings of plain values (a frozen dataclass), and who does it how.
 
     Attributes:
         letter: ``"A"`` ... ``"D"``. tolerance: largest relative error of an answer that counts; None: no answer.
-        warm_up: the first run is no measurement: libraries compile and allocate. repeats: runs that say something.
+        warm_up: the first run is no measurement: libraries compile and allocate. Memory is measured after it.
+        repeats: more than one run says something.
     """
 
     letter: ClassVar[str]
-    tolerance: ClassVar[float | None]
-    warm_up: ClassVar[bool]
-    repeats: ClassVar[bool]
+    tolerance: ClassVar[float | None] = None
+    warm_up: ClassVar[bool] = True
+    repeats: ClassVar[bool] = True
 
+    @abstractmethod
     def title(self) -> str:
         """One line that names the sizes."""
-        ...
 
+    @abstractmethod
     def contestants(self) -> dict[str, Callable[[], Contestant]]:
         """Name -> builder. A builder imports its library when it is called, and raises `NotHere` without it."""
-        ...
 
     def reference(self) -> np.ndarray | None:
         """The answer in float64, by means that share no code with `bilevel`: ``[n]``, or ``[tasks, n]`` for a gradient
         of each task; with a dimension more in front, several of which each is right."""
-        ...
+        return None
+
+    def flops(self) -> float | None:
+        """Floating-point operations of a run; None: not counted."""
+        return None
 
 
 class NotHere(Exception):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 import bilevel as bl
-from applications.benchmarks.contest import Contestant
+from applications.benchmarks.contest import Contestant, Workload
 from bilevel import files
 
 RTOL, MAX_STEPS = 1e-6, 50
@@ -53,7 +53,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Hyperparameters:
+class Hyperparameters(Workload):
     """Softmax regression on standard normal features with labels drawn from a random linear model.
 
     Inner loss: mean cross-entropy + 1/2 sum_f exp(log_penalty_f) sum_c W_cf^2. Outer: mean cross-entropy of half as
@@ -76,8 +76,6 @@ class Hyperparameters:
 
     letter: ClassVar[str] = "B"
     tolerance: ClassVar[float | None] = 1e-5
-    warm_up: ClassVar[bool] = True
-    repeats: ClassVar[bool] = True
 
     def title(self) -> str:
         """See `Workload`."""

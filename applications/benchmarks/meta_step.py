@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from applications.benchmarks.contest import Contestant, Round, timed
+from applications.benchmarks.contest import Contestant, Round, Workload, timed
 from applications.few_shot import data
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes
@@ -27,7 +27,7 @@ CHECKED_TASKS = 16
 
 
 @dataclass(frozen=True)
-class MetaStep:
+class MetaStep(Workload):
     """Conv4-64 with batch-statistics norm and max-pool, lambda 2, gradient steps of 0.01, then 5 CG steps.
 
     The gradient of each task towards the meta-parameters is an answer of its own, ``[tasks, n]``: ReLU and max-pool
@@ -51,8 +51,6 @@ class MetaStep:
 
     letter: ClassVar[str] = "A"
     tolerance: ClassVar[float | None] = 1e-3
-    warm_up: ClassVar[bool] = True
-    repeats: ClassVar[bool] = True
 
     def title(self) -> str:
         """See `Workload`."""
@@ -115,7 +113,7 @@ class MetaStep:
             answer = (
                 self.tasks * STRENGTH * torch.cat([adjoint[name].reshape(self.tasks, -1) for name in learner.meta], 1)
             )
-            mean = torch.cat([param.grad.reshape(-1) for param in learner.meta.values() if param.grad is not None])
+            mean = flat(param.grad for param in learner.meta.values() if param.grad is not None)
             if torch.linalg.vector_norm(answer.mean(0) - mean) > 1e-4 * torch.linalg.vector_norm(mean):
                 raise RuntimeError("The adjoints do not add up to the meta-gradient.")
             steps = outcome.solution.adjoint.stats["num_steps"].double().mean().item()
@@ -131,14 +129,14 @@ class MetaStep:
         outcome.objective.backward()
         return outcome
 
-    def reference(self) -> np.ndarray:
+    def reference(self) -> np.ndarray | None:
         """``[2, tasks, n]``; plain PyTorch in float64, task by task, double backward and a textbook CG."""
         learner, episodes = self.problem()
         meta = [param.detach().double() for param in learner.meta.values()]
         tasks = zip(*(tensor[:CHECKED_TASKS] for tensor in episodes.tensors()), strict=True)
         return torch.stack([_reference(meta, task, self.inner_steps) for task in tasks], 1).numpy()
 
-    def flops(self) -> float:
+    def flops(self) -> float | None:
         """Floating-point operations of one meta-step: the convolutions and the head, two for a multiply-add.
 
         A gradient is three forward passes, a Hessian product six; gradients towards the images are not needed.
@@ -159,6 +157,11 @@ class MetaStep:
 def checked(answer: Tensor) -> np.ndarray:
     """The part of ``[tasks, n]`` that is compared."""
     return answer[:CHECKED_TASKS].detach().double().numpy()
+
+
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """One vector of all."""
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
 def network(params: list[Tensor], x: Tensor) -> Tensor:
@@ -185,13 +188,13 @@ def _reference(meta: list[Tensor], task: tuple[Tensor, ...], steps: int) -> Tens
             (p - INNER_LR * (g + STRENGTH * (p - m))).detach().requires_grad_()
             for p, g, m in zip(phi, grads, meta, strict=True)
         ]
-    b = torch.cat([g.reshape(-1) for g in torch.autograd.grad(task_loss(phi, qx, qy), phi)])
+    b = flat(torch.autograd.grad(task_loss(phi, qx, qy), phi))
     inner = torch.autograd.grad(task_loss(phi, sx, sy), phi, create_graph=True)
 
     def product(v: Tensor) -> Tensor:
         parts = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in phi]), phi, strict=True)]
         products = torch.autograd.grad(inner, phi, parts, retain_graph=True)
-        return v + torch.cat([h.reshape(-1) for h in products]) / STRENGTH
+        return v + flat(products) / STRENGTH
 
     x, r, p = torch.zeros_like(b), b, b
     stopped = None

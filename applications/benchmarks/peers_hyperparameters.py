@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +14,8 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilevel as bl
-from applications.benchmarks.contest import Contestant, Round, checkout, needs
-from applications.benchmarks.hyperparameters import MAX_STEPS, RTOL, Data, objective
-
-if TYPE_CHECKING:
-    from applications.benchmarks.hyperparameters import Hyperparameters
+from applications.benchmarks.contest import Contestant, Round, checkout, needs, timed
+from applications.benchmarks.hyperparameters import MAX_STEPS, RTOL, Data, Hyperparameters, objective
 
 Hypergradient = Callable[["Tensors"], tuple[Any, dict[str, Any]]]
 """One hypergradient from the solved W, with facts about it."""
@@ -76,9 +72,7 @@ class InTorch:
         self.facts["product_in_gradients"] = product_in_gradients(tensors)
 
     def __call__(self) -> Round:
-        begin = time.perf_counter()
-        found, facts = self.hypergradient(self.tensors)
-        seconds = time.perf_counter() - begin
+        seconds, (found, facts) = timed(lambda: self.hypergradient(self.tensors))
         return Round(seconds, found.detach().double().numpy().ravel(), {**facts, **self.facts})
 
 
@@ -108,16 +102,8 @@ def product_in_gradients(tensors: Tensors, repeats: int = 3) -> float:
     def product() -> None:
         torch.autograd.grad(slope, params, direction, retain_graph=True)
 
-    return _median_seconds(product, repeats) / _median_seconds(gradient, repeats)
-
-
-def _median_seconds(work: Callable[[], None], repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
+    medians = [statistics.median(timed(work)[0] for _ in range(repeats)) for work in (product, gradient)]
+    return medians[0] / medians[1]
 
 
 def ours(tensors: Tensors, preconditioned: bool = False) -> Hypergradient:
@@ -235,6 +221,5 @@ class InJAX:
         self.hypergradient(*self.args).block_until_ready()
 
     def __call__(self) -> Round:
-        begin = time.perf_counter()
-        found = self.hypergradient(*self.args).block_until_ready()
-        return Round(time.perf_counter() - begin, np.asarray(found, np.float64).ravel())
+        seconds, found = timed(lambda: self.hypergradient(*self.args).block_until_ready())
+        return Round(seconds, np.asarray(found, np.float64).ravel())

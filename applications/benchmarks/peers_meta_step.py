@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from applications.benchmarks.contest import Contestant, Round, checkout, needs, timed
-
-if TYPE_CHECKING:
-    from applications.benchmarks.meta_step import MetaStep
+from applications.benchmarks.meta_step import CG_STEPS, INNER_LR, STRENGTH, MetaStep, checked, flat
 
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -25,13 +23,11 @@ def contestants(workload: MetaStep) -> dict[str, Callable[[], Contestant]]:
         "hypertorch": hypertorch,
         "imaml_dev": imaml_dev,
     }
-    return {name: lambda make=make: _contestant(workload, make) for name, make in makers.items()}  # type: ignore[misc]
+    return {name: lambda make=make: task_by_task(workload, make) for name, make in makers.items()}  # type: ignore[misc]
 
 
-def _contestant(workload: MetaStep, make: Callable[[nn.Module, int], Callable[[Task], Tensor]]) -> Contestant:
+def task_by_task(workload: MetaStep, make: Callable[[nn.Module, int], Callable[[Task], Tensor]]) -> Contestant:
     """Runs ``make``'s function of a task on all tasks; it gives the task's gradient, flat."""
-    from applications.benchmarks.meta_step import checked
-
     learner, episodes = workload.problem()
     net = build(workload.ways)
     with torch.no_grad():
@@ -56,23 +52,29 @@ def build(ways: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, ways))
 
 
-def flat(tensors: Any) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+def named_loss(net: nn.Module) -> Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]:
+    """The cross-entropy of the network as a function of its parameters."""
+    names = [name for name, _ in net.named_parameters()]
+
+    def loss(params: Sequence[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(torch.func.functional_call(net, dict(zip(names, params, strict=True)), (x,)), y)
+
+    return loss
+
+
+def proximal(params: Iterable[Tensor], meta: Iterable[Tensor]) -> Tensor:
+    """``lambda / 2 ||params - meta||^2``"""
+    return STRENGTH / 2 * torch.stack([(p - m).square().sum() for p, m in zip(params, meta, strict=True)]).sum()
 
 
 def torchopt_functional(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
     torchopt = needs("torchopt")
-    from applications.benchmarks.meta_step import CG_STEPS, INNER_LR, STRENGTH
 
-    names = [name for name, _ in net.named_parameters()]
+    loss = named_loss(net)
     meta = tuple(param.detach().clone().requires_grad_() for param in net.parameters())
 
-    def loss(params: tuple[Tensor, ...], x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(torch.func.functional_call(net, dict(zip(names, params, strict=True)), (x,)), y)
-
     def objective(params: tuple[Tensor, ...], meta: tuple[Tensor, ...], x: Tensor, y: Tensor) -> Tensor:
-        distance = sum((p - m).square().sum() for p, m in zip(params, meta, strict=True))
-        return loss(params, x, y) + STRENGTH / 2 * distance
+        return loss(params, x, y) + proximal(params, meta)
 
     @torchopt.diff.implicit.custom_root(
         torch.func.grad(objective, argnums=0),
@@ -101,7 +103,6 @@ def torchopt_functional(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
 
 def torchopt_objects(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
     torchopt = needs("torchopt")
-    from applications.benchmarks.meta_step import CG_STEPS, INNER_LR, STRENGTH
 
     solver = torchopt.linear_solve.solve_cg(maxiter=CG_STEPS, rtol=0.0, atol=0.0)
 
@@ -115,8 +116,7 @@ def torchopt_objects(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
             return self.net(x)
 
         def objective(self, x: Tensor, y: Tensor) -> Tensor:
-            pairs = zip(self.parameters(), self.meta_parameters(), strict=True)
-            return cross_entropy(self(x), y) + STRENGTH / 2 * sum((p - m).square().sum() for p, m in pairs)
+            return cross_entropy(self(x), y) + proximal(self.parameters(), self.meta_parameters())
 
         def reset(self) -> None:
             with torch.no_grad():
@@ -147,20 +147,15 @@ def torchopt_objects(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
 
 def hypertorch(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
     hypergrad = checkout("hypergrad", "BILEVEL_BENCH_HYPERTORCH", "prolearner/hypertorch")
-    from applications.benchmarks.meta_step import CG_STEPS, INNER_LR, STRENGTH
 
-    names = [name for name, _ in net.named_parameters()]
+    loss = named_loss(net)
     meta = [param.detach().clone().requires_grad_() for param in net.parameters()]
-
-    def loss(params: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(torch.func.functional_call(net, dict(zip(names, params, strict=True)), (x,)), y)
 
     def gradient(task: Task) -> Tensor:
         sx, sy, qx, qy = task
 
         def objective(params: list[Tensor], hparams: list[Tensor]) -> Tensor:
-            pairs = zip(params, hparams, strict=True)
-            return loss(params, sx, sy) + STRENGTH / 2 * sum((p - m).square().sum() for p, m in pairs)
+            return loss(params, sx, sy) + proximal(params, hparams)
 
         optimizer = hypergrad.GradientDescent(objective, INNER_LR)
         fixed = [m.detach() for m in meta]
@@ -178,7 +173,6 @@ def imaml_dev(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
     """The code of the paper, with the two things mended that make its answer another one."""
     learner_model = checkout("implicit_maml.learner_model", "BILEVEL_BENCH_IMAML", "aravindr93/imaml_dev")
     utils = checkout("implicit_maml.utils", "BILEVEL_BENCH_IMAML", "aravindr93/imaml_dev")
-    from applications.benchmarks.meta_step import CG_STEPS, INNER_LR, STRENGTH
 
     learner = learner_model.Learner(net, cross_entropy, inner_lr=INNER_LR)
     start = learner.get_params()
@@ -192,5 +186,21 @@ def imaml_dev(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
         right = flat(torch.autograd.grad(learner.get_loss(qx, qy), list(net.parameters())))
         matrix = learner.matrix_evaluator(named, STRENGTH, regu_coef=0.0, lam_damping=0.0)
         return utils.cg_solve(matrix, right, CG_STEPS)
+
+    return gradient
+
+
+def higher(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
+    """MAML as higher's own example writes it, with the proximal term: another gradient, through the steps."""
+    library = needs("higher")
+    params = list(net.parameters())
+    optimizer = torch.optim.SGD(params, lr=INNER_LR)
+
+    def gradient(task: Task) -> Tensor:
+        sx, sy, qx, qy = task
+        with library.innerloop_ctx(net, optimizer, copy_initial_weights=False) as (inner, unrolled):
+            for _ in range(steps):
+                unrolled.step(cross_entropy(inner(sx), sy) + proximal(inner.parameters(), params))
+            return flat(torch.autograd.grad(cross_entropy(inner(qx), qy), params))
 
     return gradient

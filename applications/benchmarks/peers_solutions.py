@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from applications.benchmarks.contest import checkout, needs
+from applications.benchmarks.solutions import DESCENT_STEPS, GTOL, RTOL, Begin, Step, Task, adam
 
-if TYPE_CHECKING:
-    from applications.benchmarks.solutions import Begin, Step, Task
-
-RTOL, GTOL, CG_STEPS = 1e-2, 1e-3, 100
-"""The tolerances of our own two-loop methods."""
-DESCENT_STEPS = 20
-"""Inner steps where they are unrolled; all start where the last outer step ended."""
+CG_STEPS = 100
 
 
 def peers(task: Task) -> dict[str, Callable[[], Begin]]:
@@ -161,7 +156,6 @@ def higher_unrolled(task: Task) -> Begin:
 def jaxopt_implicit(task: Task) -> Begin:
     """Compiled as a whole, all but Adam; compilation is not on the clock."""
     jaxopt, jax = needs("jaxopt"), needs("jax")
-    from applications.benchmarks.solutions import adam
 
     numpy = jax.numpy
     train, val = ([numpy.asarray(tensor.numpy()) for tensor in data] for data in (task.train, task.val))

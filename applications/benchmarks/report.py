@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import statistics
 import textwrap
 from typing import Any
 
@@ -18,11 +19,8 @@ OURS, THEIRS = "#1f5fa8", "#b0b0b0"
 
 def median(row: dict[str, Any]) -> float:
     """Of its times, an unreached target last; infinite where there is none."""
-    seconds = sorted(math.inf if second is None else second for second in row["seconds"])
-    if not seconds:
-        return math.inf
-    middle = len(seconds) // 2
-    return seconds[middle] if len(seconds) % 2 else (seconds[middle - 1] + seconds[middle]) / 2
+    seconds = [math.inf if second is None else second for second in row["seconds"]]
+    return statistics.median(seconds) if seconds else math.inf
 
 
 def best_peer(rows: list[dict[str, Any]]) -> float:

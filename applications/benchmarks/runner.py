@@ -72,7 +72,7 @@ def contest(
             if not row.note:
                 _turn(workload, kind, settings, row, runs, timeout, reference)
             if turn == rounds - 1:
-                if not row.note and workload.repeats | (workload.letter == "C"):
+                if not row.note and workload.warm_up:
                     _measure_memory(kind, settings, row, timeout)
                 yield row
 

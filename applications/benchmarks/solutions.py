@@ -16,11 +16,12 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse.linalg
 import torch
+from scipy.special import log_softmax, softmax
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from applications.benchmarks.contest import Contestant, Round
+from applications.benchmarks.contest import Contestant, Round, Workload
 from applications.stochastic_curves.methods import Batches
 
 Step = Callable[[], Any]
@@ -114,9 +115,9 @@ class Truth:
 
         def evaluate(flat: np.ndarray) -> tuple[float, np.ndarray]:
             weights = flat.reshape(self.shape) * scale
-            logs, chances = log_softmax(self.features @ weights)
+            logs = log_softmax(self.features @ weights, 1)
             loss = -(each * self.targets * logs).sum() + (penalty * weights**2).sum() / 2
-            gradient = self.features.T @ (each * (chances - self.targets)) + penalty * weights
+            gradient = self.features.T @ (each * (np.exp(logs) - self.targets)) + penalty * weights
             return loss, (gradient * scale).ravel()
 
         settings = {"gtol": gtol, "ftol": 0.0, "maxiter": 5000, "maxfun": 10000, "maxcor": 20}
@@ -127,14 +128,14 @@ class Truth:
 
     def loss(self, x: np.ndarray) -> float:
         """The validation loss at W*(x)."""
-        logs, _ = log_softmax(self.val @ self.solve(x))
+        logs = log_softmax(self.val @ self.solve(x), 1)
         return float(-(self.val_targets * logs).sum() / len(self.val))
 
     def hypergradient(self, x: np.ndarray, rtol: float = 1e-8) -> np.ndarray:
         """By scipy's CG on the Hessian at W*(x)."""
         each, penalty = self._scales(x)
         weights = self.solve(x)
-        chances = log_softmax(self.features @ weights)[1]
+        chances = softmax(self.features @ weights, 1)
 
         def product(flat: np.ndarray) -> np.ndarray:
             v = flat.reshape(self.shape)
@@ -146,7 +147,7 @@ class Truth:
         hessian = scipy.sparse.linalg.LinearOperator((size, size), matvec=product, dtype=np.float64)
         inverse = np.broadcast_to(1 / (penalty + 0.1), self.shape).ravel()
         jacobi = scipy.sparse.linalg.LinearOperator((size, size), matvec=lambda v: inverse * v, dtype=np.float64)
-        errors = log_softmax(self.val @ weights)[1] - self.val_targets
+        errors = softmax(self.val @ weights, 1) - self.val_targets
         u, _ = scipy.sparse.linalg.cg(hessian, (self.val.T @ errors).ravel() / len(self.val), rtol=rtol, M=jacobi)
         u = u.reshape(self.shape)
         if self.task.kind == "penalties":
@@ -160,28 +161,20 @@ LARGEST_LOG_PENALTY = 80.0
 """Its exponential still fits float32, in which the contestants work."""
 
 
-def log_softmax(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Its values, and their exponentials."""
-    shifted = logits - logits.max(1, keepdims=True)
-    logs = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return logs, np.exp(logs)
-
-
 def adam(x: np.ndarray, lr: float) -> Callable[[np.ndarray], None]:
-    """Adam with torch's defaults, in place, for the reference and for libraries without torch."""
-    first, second, count = np.zeros_like(x), np.zeros_like(x), 0
+    """torch's Adam on an array, in place, for the reference and for libraries without torch."""
+    shared = torch.from_numpy(x)
+    optimizer = torch.optim.Adam([shared], lr=lr)
 
     def step(gradient: np.ndarray) -> None:
-        nonlocal first, second, count
-        count += 1
-        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
-        x[...] -= lr * (first / (1 - 0.9**count)) / (np.sqrt(second / (1 - 0.999**count)) + 1e-8)
+        shared.grad = torch.tensor(gradient, dtype=shared.dtype)
+        optimizer.step()
 
     return step
 
 
 @dataclass(frozen=True)
-class Solutions:
+class Solutions(Workload):
     """Seconds until the validation loss has made ``part`` of the way that a long accurate run makes.
 
     Args:
@@ -202,7 +195,6 @@ class Solutions:
     seed: int = 0
 
     letter: ClassVar[str] = "D"
-    tolerance: ClassVar[float | None] = None
     warm_up: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
 

@@ -6,13 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-
-from applications.benchmarks.contest import Contestant, Round, needs, timed
-from applications.benchmarks.meta_step import INNER_LR, STRENGTH, MetaStep
-from applications.benchmarks.peers_meta_step import build, flat
+from applications.benchmarks.contest import Contestant
+from applications.benchmarks.meta_step import MetaStep
+from applications.benchmarks.peers_meta_step import higher, task_by_task
 
 
 @dataclass(frozen=True)
@@ -35,34 +31,10 @@ class Unrolling(MetaStep):
 
     def contestants(self) -> dict[str, Callable[[], Contestant]]:
         """See `Workload`."""
-        return {"bilevel": lambda: self.ours(), "higher": lambda: self.higher()}
+        return {"bilevel": lambda: self.ours(), "higher": lambda: task_by_task(self, higher)}
 
-    def reference(self) -> None:  # type: ignore[override]
-        """See `Workload`."""
+    def reference(self) -> None:
+        """No gradient is compared."""
 
-    def higher(self) -> Contestant:
-        """MAML as higher's own example writes it, with the proximal term."""
-        higher = needs("higher")
-        learner, episodes = self.problem()
-        net = build(self.ways)
-        with torch.no_grad():
-            for param, value in zip(net.parameters(), learner.meta.values(), strict=True):
-                param.copy_(value)
-        params = list(net.parameters())
-        optimizer = torch.optim.SGD(params, lr=INNER_LR)
-
-        def gradient(sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
-            with higher.innerloop_ctx(net, optimizer, copy_initial_weights=False) as (inner, steps):
-                for _ in range(self.inner_steps):
-                    pairs = zip(inner.parameters(), params, strict=True)
-                    distance = torch.stack([(p - m).square().sum() for p, m in pairs]).sum()
-                    steps.step(cross_entropy(inner(sx), sy) + STRENGTH / 2 * distance)
-                return flat(torch.autograd.grad(cross_entropy(inner(qx), qy), params))
-
-        tasks = list(zip(*episodes.tensors(), strict=True))
-
-        def run() -> Round:
-            seconds, _ = timed(lambda: torch.stack([gradient(*task) for task in tasks]).mean(0))
-            return Round(seconds)
-
-        return run
+    def flops(self) -> None:
+        """Those of the peer are others."""

@@ -20,14 +20,14 @@ from applications.benchmarks.contest import NotHere
 from applications.benchmarks.workloads import KINDS
 
 
-def main(kind: str, settings: str, name: str, folder: str, runs: str) -> int:
-    """Exit code 3 where the contestant is not installed; its message is then in ``rounds.json``."""
+def main(kind: str, settings: str, name: str, folder: str, runs: str) -> None:
+    """Where the contestant is not installed, its message is in ``rounds.json``."""
     workload = KINDS[kind](**json.loads(settings))
     try:
         contestant = workload.contestants()[name]()
     except NotHere as error:
         write(Path(folder), {"not_here": str(error)})
-        return 3
+        return
     cpu, rounds = torch.device("cpu"), []
     if workload.warm_up:
         contestant()
@@ -43,7 +43,6 @@ def main(kind: str, settings: str, name: str, folder: str, runs: str) -> int:
     if rounds[-1].answer is not None:
         np.save(Path(folder) / "answer.npy", rounds[-1].answer)
     write(Path(folder), found)
-    return 0
 
 
 def write(folder: Path, found: dict[str, Any]) -> None:
@@ -51,4 +50,4 @@ def write(folder: Path, found: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    main(*sys.argv[1:])

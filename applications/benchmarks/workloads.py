@@ -15,9 +15,6 @@ KINDS: dict[str, Callable[..., Workload]] = {
     kind.__name__: kind for kind in (MetaStep, Hyperparameters, Unrolling, Solutions)
 }
 
-DATA = ("MetaStep", "Unrolling", "Solutions")
-"""Those that take the data root."""
-
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "A": ("MetaStep", {}),
     "A-4-tasks": ("MetaStep", {"tasks": 4}),
