@@ -81,20 +81,21 @@ class RunFolder:
                 records.append(json.loads(line))
         return records
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop the records after a step: a resumed run makes them again."""
-        kept = [json.dumps(record) + "\n" for record in self.metrics() if record["step"] <= step]
+    def rewind_metrics(self, step: int, part: str | None = None) -> None:
+        """Drop the records of a part after a step: a resumed run makes them again."""
+        records = (record for record in self.metrics() if record.get("part") != part or record["step"] <= step)
+        kept = [json.dumps(record) + "\n" for record in records]
         self.write_bytes("metrics.jsonl", "".join(kept).encode())
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
+    def save_checkpoint(self, state: dict[str, Any], name: str = "checkpoint.pt") -> None:
         """Tensors, numbers and strings in dicts and lists; nothing that would need code to load."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        self.write_bytes("checkpoint.pt", buffer.getvalue())
+        self.write_bytes(name, buffer.getvalue())
 
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any]:
+    def load_checkpoint(self, device: torch.device, name: str = "checkpoint.pt") -> dict[str, Any]:
         """Load without executing anything (``weights_only``): a malicious file raises."""
-        path = self.path / "checkpoint.pt"
+        path = self.path / name
         if not path.is_file():
             raise UserError(f"{self.path} has no checkpoint yet: the run ended before its first one. Start it anew.")
         with _told(f"{path} cannot be read"):

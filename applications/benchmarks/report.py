@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 import textwrap
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+
+from applications.figures import png
 
 OURS, THEIRS = "#1f5fa8", "#b0b0b0"
 
@@ -120,7 +118,4 @@ def _curves(entry: dict[str, Any]) -> bytes:
 def _png(figure: plt.Figure, axes: Axes, entry: dict[str, Any]) -> bytes:
     figure.suptitle(textwrap.fill(entry["title"], 90), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)

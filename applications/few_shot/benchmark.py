@@ -18,7 +18,7 @@ from applications.errors import UserError
 from applications.few_shot import data, plots
 from applications.few_shot.config import Config, Method
 from applications.few_shot.methods import meta_step
-from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, select_device
+from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, set_up_device
 from applications.run_folder import RunFolder
 
 DEFAULTS = Config(inner_lr=0.01, queries=15, cg_steps=5, width=64, safeguard=False)
@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     settings = tyro.cli(Benchmark, args=arguments, prog="python -m applications.few_shot benchmark")
     if not settings.inner_steps or min(settings.inner_steps) < 1 or settings.repeats < 1 or settings.tasks < 1:
         raise UserError("--inner-steps, --repeats and --tasks must be at least 1.")
-    device = select_device(settings.config)
+    device = set_up_device(settings.config)
     data.load(settings.config.data, settings.config.data_root, split=settings.config.split)  # cached for the processes
     rows: list[Measurement] = []
     for method in settings.methods:
@@ -131,7 +131,7 @@ def _extrapolate(method: str, steps: int, rows: list[Measurement]) -> float:
 
 
 def _available_mib(settings: Benchmark) -> float:
-    if select_device(settings.config).type == "cuda":
+    if set_up_device(settings.config).type == "cuda":
         return torch.cuda.mem_get_info()[0] / memory.MEBIBYTE
     try:
         import psutil
@@ -142,7 +142,7 @@ def _available_mib(settings: Benchmark) -> float:
 
 def measure(config: Config, repeats: int) -> tuple[float, float]:
     """Peak MiB above the start and median seconds of a meta-gradient; meant for a fresh process."""
-    device = select_device(config)
+    device = set_up_device(config)
     classes = data.load(config.data, config.data_root, split=config.split).train
     learner = create_learner(config, classes, device)
     with torch.no_grad():  # away from the zero head, where CG needs hardly a step

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
-import matplotlib
-import numpy as np
+from matplotlib import pyplot as plt
 from torch import Tensor
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-RIGHT, WRONG = "#2a9d5c", "#d1495b"
+from applications.figures import BLUE, ORANGE, RIGHT, WRONG, png, show_image, smooth
 
 
 def learning_curve(records: list[dict[str, Any]], title: str) -> bytes:
@@ -23,26 +16,17 @@ def learning_curve(records: list[dict[str, Any]], title: str) -> bytes:
     steps = [record["step"] for record in training]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     left.plot(steps, [record["loss"] for record in training], color="0.8", linewidth=0.8)
-    left.plot(steps, smooth([record["loss"] for record in training]), color="#1f6feb")
+    left.plot(steps, smooth([record["loss"] for record in training]), color=BLUE)
     left.set(xlabel="meta-step", ylabel="query loss", ylim=(0, None))
-    right.plot(steps, smooth([100 * record["accuracy"] for record in training]), color="#1f6feb", label="training")
+    right.plot(steps, smooth([100 * record["accuracy"] for record in training]), color=BLUE, label="training")
     validated = [record for record in records if "validation_accuracy" in record]
     if validated:
         points = [record["validation_accuracy"] for record in validated]
-        right.plot([record["step"] for record in validated], points, "o-", color="#e07b00", label="validation classes")
+        right.plot([record["step"] for record in validated], points, "o-", color=ORANGE, label="validation classes")
     right.set(xlabel="meta-step", ylabel="accuracy (%)")
     right.legend(frameon=False, loc="lower right")
     figure.suptitle(title)
     return png(figure)
-
-
-def smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, unbiased at its start."""
-    total, norm, smoothed = 0.0, 0.0, []
-    for value in values:
-        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
-        smoothed.append(total / norm)
-    return smoothed
 
 
 def episode(support_x: Tensor, query_x: Tensor, query_y: Tensor, predicted: Tensor, title: str) -> bytes:
@@ -60,23 +44,14 @@ def episode(support_x: Tensor, query_x: Tensor, query_y: Tensor, predicted: Tens
     figure.subplots_adjust(left=0.02, right=0.98, top=1 - 0.6 / (0.85 * ways + 0.7), bottom=0.03, wspace=0.25)
     supports = support_x.unflatten(0, (ways, -1))[:, 0]
     for way in range(ways):
-        _show(axes[way, 0], supports[way], "0.2", f"class {way + 1}")
+        show_image(axes[way, 0], supports[way], f"class {way + 1}")
         for column in range(1, columns):
             guess = int(labels[way, column - 1])
             colour = RIGHT if guess == way else WRONG
-            _show(axes[way, column], queries[way, column - 1], colour, "" if guess == way else f"says {guess + 1}")
+            caption = "" if guess == way else f"says {guess + 1}"
+            show_image(axes[way, column], queries[way, column - 1], caption, colour)
     figure.suptitle(title, fontsize=9)
     return png(figure)
-
-
-def _show(axes: Axes, image: Tensor, colour: str, text: str) -> None:
-    pixels = image.float().cpu().numpy()
-    picture = 1 - pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
-    axes.set(xticks=[], yticks=[])
-    axes.set_title(text, fontsize=7, color=colour, pad=2)
-    for spine in axes.spines.values():
-        spine.set(color=colour, linewidth=2)
 
 
 def memory(rows: list[dict[str, Any]], names: dict[str, str], machine: str) -> bytes:
@@ -92,11 +67,3 @@ def memory(rows: list[dict[str, Any]], names: dict[str, str], machine: str) -> b
     left.legend(frameon=False)
     figure.suptitle(f"Memory and time against inner steps ({machine})")
     return png(figure)
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as the bytes of a PNG; it is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()

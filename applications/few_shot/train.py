@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bilevel as bl
+from applications.command import select_device
 from applications.errors import UserError
 from applications.few_shot import data, evaluate, plots
 from applications.few_shot.config import Config
@@ -48,7 +49,7 @@ class Session:
 
     @classmethod
     def create(cls, config: Config) -> Session:
-        device = select_device(config)
+        device = set_up_device(config)
         splits = data.load(config.data, config.data_root, split=config.split)
         learner = create_learner(config, splits.train, device)
         session = cls(config, splits, device, learner, torch.optim.Adam(learner.parameters(), config.lr))
@@ -93,18 +94,16 @@ class Session:
         return create_sampler(config, getattr(self.splits, stream), stream, queries, self.device)
 
 
-def select_device(config: Config) -> torch.device:
+def set_up_device(config: Config) -> torch.device:
     """The device of the configuration, with the arithmetic set up.
 
     Raises:
         UserError: a GPU is asked for and there is none.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here. Use --device cpu, or install the driver.")
+    device = select_device(config.device)
     exact = config.precision != "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(automatic if config.device == "auto" else config.device)
+    return device
 
 
 def create_learner(config: Config, classes: data.ImageClasses, device: torch.device) -> Learner:

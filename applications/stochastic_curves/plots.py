@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from math import log
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+
+from applications.figures import png
 
 STYLES = ("-", "--", ":", "-.")
 """By family; colours tell the members of a family apart."""
@@ -48,10 +46,7 @@ def curves(found: dict[str, list[dict[str, Any]]], title: str) -> bytes:
         label_ends(axes, ends)
     panels[0].set_ylabel("outer suboptimality, relative to the start")
     figure.suptitle(title)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    plt.close(figure)
-    return buffer.getvalue()
+    return png(figure)
 
 
 BOTTOM = 1e-7

@@ -25,7 +25,7 @@ def data_root(root: str | Path | None = None) -> Path:
     if path.exists() and not path.is_dir():
         raise UserError(
             f"The data root {path} is a file. Data sets are looked up in a folder. "
-            "Try the folder that contains 'omniglot', 'mini-imagenet' and so on, or leave the root out."
+            "Try the folder that contains 'MNIST', 'omniglot', 'mini-imagenet' and so on, or leave the root out."
         )
     return path
 

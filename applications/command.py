@@ -1,0 +1,135 @@
+"""The command line that the applications share: knobs, run folder, resuming, exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+import time
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import tyro
+
+from applications.errors import UserError, exit_code
+from applications.run import Interrupted, Run
+from applications.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What every application has; a subclass adds its own, and checks them in `check`."""
+
+    out: Path | None = None
+    """Run folder; by default a new one under runs/."""
+    resume: Path | None = None
+    """Go on with this run folder, with its settings."""
+    seed: int = 0
+    """Of everything random."""
+
+    def check(self) -> None:
+        """Refuse what cannot be run, before anything is.
+
+        Raises:
+            UserError: naming the option.
+        """
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file, without the place of the run."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in PLACE}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+K = TypeVar("K", bound=Knobs)
+PLACE = ("out", "resume")
+
+
+def from_json(kind: type[K], values: dict[str, Any]) -> K:
+    """The inverse of `Knobs.to_json`.
+
+    Raises:
+        UserError: the values are not those of this application.
+    """
+    hints = typing.get_type_hints(kind)
+    plain = {f.name for f in dataclasses.fields(kind)} - set(PLACE)
+    if set(values) != plain:
+        wrong = ", ".join(sorted(set(values) ^ plain))
+        raise UserError(f"The run's config.json is of another application or version: {wrong}. Start a new run.")
+
+    def typed(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return tuple(value)
+        return Path(value) if isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name])) else value
+
+    return kind(**{name: typed(name, value) for name, value in values.items()})
+
+
+def main(name: str, arguments: list[str], kind: type[K], story: Callable[[K, Run], None]) -> int:
+    """Parse the knobs, make or open the run folder, tell the story.
+
+    Args:
+        name: of the package under applications.
+        kind: the knobs; its docstring is the help.
+        story: does the work through the `Run`; it reads its data before it writes anything.
+
+    Returns:
+        0; 2 for bad input, which is told in one message; 128 and the number of the signal that interrupted it.
+    """
+    knobs = tyro.cli(kind, args=arguments, prog=f"python -m applications.{name}")
+    return exit_code(lambda: _run(knobs, kind, story, name, arguments))
+
+
+def _run(knobs: K, kind: type[K], story: Callable[[K, Run], None], name: str, arguments: list[str]) -> int:
+    if knobs.resume is None:
+        path = knobs.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
+        folder = RunFolder.new(path)
+    else:
+        folder = RunFolder.open(knobs.resume)
+        given, knobs = knobs, from_json(kind, folder.read_json("config.json"))
+        refuse_changes(given, knobs)
+    knobs.check()
+    run = Run(folder, knobs.to_json(), f"python -m applications.{name} {shlex.join(arguments)}".strip())
+    try:
+        story(knobs, run)
+    except (Interrupted, KeyboardInterrupt) as interruption:
+        print(f"\nInterrupted; what was done is saved. Go on with: --resume {folder.path}", file=sys.stderr)
+        return interruption.exit_code if isinstance(interruption, Interrupted) else 130
+    run.say(f"\nFigures and pictures are in {folder.path}")
+    return 0
+
+
+def refuse_changes(given: Knobs, saved: Knobs) -> None:
+    """A resumed run keeps its settings: half a run of each would be neither."""
+    default = type(given)()
+    for name, value in given.to_json().items():
+        if value != default.to_json()[name] and value != saved.to_json()[name]:
+            raise UserError(
+                f"--{name.replace('_', '-')} is {value}, but the run to resume has {saved.to_json()[name]}. "
+                "Leave it out, or start a new run with --out."
+            )
+
+
+def select_device(name: str) -> torch.device:
+    """``"auto"``, the GPU where there is one, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here. Use --device cpu, or install the driver.")
+    automatic = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(automatic if name == "auto" else name)
+
+
+def require(condition: bool, message: str) -> None:
+    """For `Knobs.check`.
+
+    Raises:
+        UserError: the condition does not hold.
+    """
+    if not condition:
+        raise UserError(message)

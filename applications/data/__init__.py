@@ -1,0 +1,6 @@
+"""Data sets that several applications read, checked as they come in."""
+
+from applications.data.examples import EMBEDDED, Examples, load, split
+from applications.data.files import data_root
+
+__all__ = ["EMBEDDED", "Examples", "data_root", "load", "split"]
