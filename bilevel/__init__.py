@@ -49,7 +49,7 @@ from .linalg.nystrom import Nystrom, NystromPreconditioner
 from .linalg.preconditioners import AdamPreconditioner, Jacobi
 from .linalg.scipy import GMRES, LSMR, BiCGSTAB
 from .qp import QPSolution, quadratic_program
-from .solution import Result, Solution, SolveError, SolveWarning
+from .solution import NonFiniteError, Result, Solution, SolveError, SolveWarning
 from .tasks import losses_of_tasks, map_tasks, mean_over_tasks
 from .tree import stack
 
@@ -83,6 +83,7 @@ __all__ = [
     "Neumann",
     "Newton",
     "NewtonCG",
+    "NonFiniteError",
     "NormalCG",
     "Nystrom",
     "NystromPreconditioner",

@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from .closure import Autocast, Recorder
+from .solution import NonFiniteError
 from .tree import Raveler, Tree, leaves
 
 Objective = Callable[..., Tensor]
@@ -102,7 +103,7 @@ class Problem:
         self.start = start if differentiable else start.detach()
         self.shrink: Shrink | None = None  # the prox of a composite problem
         if not bool(torch.isfinite(self.start.f).all()):
-            raise ValueError(blame_nonfinite("objective", init, args))
+            raise NonFiniteError(blame_nonfinite("objective", init, args))
 
     def evaluate(self, y: Tensor) -> Evaluation:
         """Losses and gradients at ``y``; with a graph only for a differentiable (unrolled) problem."""
@@ -175,7 +176,7 @@ class RootProblem:
         self.y = self.raveler.ravel(point).detach().clone()
         self.r = self.raveler.ravel(leaves(found)).detach()
         if not bool(torch.isfinite(self.r).all()):
-            raise ValueError(blame_nonfinite("residual", init, args))
+            raise NonFiniteError(blame_nonfinite("residual", init, args))
 
     def evaluate(self, y: Tensor) -> Tensor:
         """The residual at ``y``, both ``[*batch, n]``."""

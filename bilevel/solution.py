@@ -47,6 +47,10 @@ class SolveWarning(UserWarning):
     """A solve did not do what was asked of it, and its result is used all the same."""
 
 
+class NonFiniteError(ValueError, FloatingPointError):
+    """A problem is NaN or infinite at its start: bad data, or a program that has diverged."""
+
+
 class SolveError(RuntimeError):
     """A solve did not do what was asked of it; ``error.solution`` has what it found."""
 

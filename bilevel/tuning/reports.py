@@ -1,0 +1,162 @@
+"""What a trial hears of its run, and what it measures: losses, steps, residuals, errors, seconds, limits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..diagnostics.compare import compare_methods
+from ..diagnostics.problem import Bilevel
+from ..solution import Solution
+
+if TYPE_CHECKING:
+    import optuna
+
+RECORDED = ("num_steps", "residual_norm", "relative_residual")
+
+
+def report(
+    trial: optuna.Trial,
+    step: int,
+    loss: Tensor | float,
+    fit: Solution | None = None,
+    *,
+    error: Tensor | float | None = None,
+    worst: float = math.inf,
+) -> None:
+    """Tell a trial its loss at an outer step; prune it where it is hopeless, diverged or not finite.
+
+    Steps, residuals and results of the last solves become user attributes: ``inner.num_steps``,
+    ``inner.residual_norm``, ``inner.result`` and the same of ``adjoint``, with ``adjoint.relative_residual``; of T
+    problems, the worst. A study with several objectives cannot prune by them in Optuna: there only a loss that is not
+    finite or beyond ``worst`` ends the trial.
+
+    Args:
+        error: an estimate of the hypergradient's error, such as ``bl.diagnostics.hypergradient(...).stats["error"]``;
+            the user attribute ``hypergradient.error``.
+        worst: a loss (or score) of this size has diverged.
+
+    Raises:
+        optuna.TrialPruned: the loss is NaN, infinite or of the size of ``worst``, or the study's pruner says so.
+    """
+    import optuna
+
+    value = float(loss)
+    for role, solution in (("inner", fit), ("adjoint", fit.adjoint if fit is not None else None)):
+        if solution is not None:
+            for stat in RECORDED:
+                if stat in solution.stats:
+                    trial.set_user_attr(f"{role}.{stat}", solution.stats[stat].max().item())
+            trial.set_user_attr(f"{role}.result", solution.result.name)
+    if error is not None:
+        trial.set_user_attr("hypergradient.error", float(error))
+    if not math.isfinite(value) or abs(value) >= worst:
+        trial.set_user_attr("diverged_at", step)
+        raise optuna.TrialPruned(f"The loss is {value} at step {step}.")
+    study = getattr(trial, "study", None)  # a FixedTrial has none
+    if study is None or len(study.directions) == 1:
+        trial.report(value, step)
+        if trial.should_prune():
+            raise optuna.TrialPruned(f"Pruned at step {step}.")
+
+
+def loss_within(
+    trial: optuna.Trial,
+    records: Iterable[tuple[int, Tensor | float, Solution | None]],
+    seconds: float,
+    *,
+    points: int = 20,
+    worst: float = math.inf,
+) -> float:
+    """The loss that a run has reached when its time is over: the objective "outer loss at a time budget".
+
+    The trial hears it at ``points`` equal parts of the time, so that the pruner compares runs at equal times. The last
+    step may begin just before the end. User attributes: ``steps``, ``seconds``.
+
+    Args:
+        records: a generator that makes an outer step each time it is asked, and yields its number, loss and fit.
+        seconds: the budget. points: how often the trial hears of it.
+        worst: as in `report`.
+
+    Raises:
+        optuna.TrialPruned: as in `report`. ValueError: there was no record.
+    """
+    begin, told, made, loss = time.perf_counter(), 0, None, math.nan
+    for step, value, fit in records:
+        made, loss = step, float(value)
+        elapsed = time.perf_counter() - begin
+        point = min(points, int(points * elapsed / seconds))
+        if point > told or not math.isfinite(loss):
+            report(trial, point, loss, fit, worst=worst)
+            told = point
+        if elapsed >= seconds:
+            break
+    if made is None:
+        raise ValueError("records is empty: there is no loss to return.")
+    trial.set_user_attr("steps", made)
+    trial.set_user_attr("seconds", time.perf_counter() - begin)
+    return loss
+
+
+def hypergradient_error(
+    trial: optuna.Trial, problem: Bilevel, solver: Any, hypergrad: Any, *, repeats: int = 3
+) -> tuple[float, float]:
+    """Relative error of a hypergradient and its seconds: two objectives to minimise, for a Pareto front.
+
+    The reference is the exact hypergradient where the problem has one (`bilevel.problems`), else a tight solve of both
+    systems; see `bilevel.diagnostics.compare_methods`. User attributes: ``products``, ``evaluations``, ``peak_mib``,
+    ``result``.
+
+    Args:
+        repeats: runs for the median time.
+
+    Raises:
+        optuna.TrialPruned: the method refuses the problem, or its answer is not finite.
+    """
+    import optuna
+
+    (row,) = compare_methods(problem, {"trial": (solver, hypergrad)}, repeats=repeats).rows
+    for name in ("products", "evaluations", "peak_mib", "result"):
+        trial.set_user_attr(name, getattr(row, name))
+    if not math.isfinite(row.error):
+        raise optuna.TrialPruned(row.note or "The hypergradient is not finite.")
+    return row.error, row.seconds
+
+
+def limit(trial: optuna.Trial, name: str, value: float, at_most: float) -> None:
+    """A limit as a constraint of Optuna, relative, ``value / at_most - 1 <= 0``: samplers learn to keep to it.
+
+    Args:
+        name: such as ``"seconds"`` or ``"peak_mib"``; the value is also kept as a user attribute.
+        at_most: the limit, positive.
+
+    Raises:
+        ValueError: a limit that is not positive.
+    """
+    if not at_most > 0:
+        raise ValueError(f"at_most is {at_most}: a positive limit is needed.")
+    trial.set_user_attr(name, value)
+    trial.set_constraint(name, value / at_most - 1 if math.isfinite(value) else math.inf)
+
+
+def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial:
+    """The best trial that keeps to every limit (Optuna's own ``best_trial`` of a study with one objective).
+
+    Raises:
+        ValueError: no trial is complete and within the limits.
+    """
+    from optuna.trial import TrialState
+
+    done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
+    within = [t for t in done if all(value <= 0 for value in t.constraints.values())]
+    if not within:
+        raise ValueError(
+            f"None of the {len(study.trials)} trials is complete and within its limits ({len(done)} are complete): "
+            "make more trials, or loosen the limits."
+        )
+    sign = 1 if study.direction.name == "MINIMIZE" else -1
+    return min(within, key=lambda trial: sign * float(trial.value))  # type: ignore[arg-type]

@@ -1,0 +1,176 @@
+"""Solver settings as JSON, as a file and as a line of Python: the way from a study back into a program."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import write_atomically
+from ..hypergrad.evolution import EvolutionStrategies
+from ..hypergrad.finite_difference import FiniteDifference
+from ..hypergrad.first_order import FirstOrder
+from ..hypergrad.forward import ForwardMode
+from ..hypergrad.implicit import Implicit
+from ..hypergrad.one_step import OneStep
+from ..hypergrad.penalty import Penalty
+from ..hypergrad.sama import SAMA
+from ..hypergrad.truncated import Truncated
+from ..hypergrad.unroll import Unroll
+from ..inner.fixed_point import Anderson, Picard
+from ..inner.gradient_descent import GradientDescent
+from ..inner.lbfgs import LBFGS
+from ..inner.newton_cg import NewtonCG
+from ..inner.roots import Newton, ScipyRoot
+from ..inner.scipy import ScipyMinimize
+from ..inner.steps import SGD, Adam, AdamW, RMSprop, Steps
+from ..inner.torch_optim import TorchOptim
+from ..linalg.cg import CG
+from ..linalg.direct import LU, Cholesky
+from ..linalg.identity import Identity
+from ..linalg.minres import MINRES
+from ..linalg.neumann import Neumann
+from ..linalg.normal import NormalCG
+from ..linalg.nystrom import Nystrom, NystromPreconditioner
+from ..linalg.preconditioners import Jacobi
+from ..linalg.scipy import GMRES, LSMR, BiCGSTAB
+
+TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        *(GradientDescent, LBFGS, NewtonCG, ScipyMinimize, Steps, SGD, Adam, AdamW, RMSprop, TorchOptim),
+        *(Newton, ScipyRoot, Anderson, Picard),
+        *(Implicit, Unroll, Truncated, ForwardMode, OneStep, FirstOrder, FiniteDifference, SAMA, Penalty),
+        EvolutionStrategies,
+        *(CG, MINRES, Neumann, GMRES, BiCGSTAB, LSMR, NormalCG, Cholesky, LU, Nystrom, Identity),
+        *(Jacobi, NystromPreconditioner),
+    )
+}
+"""What a file may name. Nothing else is ever made from one, so that a file cannot run code."""
+
+KEY = "type"
+
+
+def to_json(setting: Any) -> Any:
+    """A solver, hypergradient method or step rule as plain dicts, lists and numbers: ``{"type": "CG", ...}``.
+
+    Raises:
+        TypeError: it holds a function, or a tensor that is learned: a file cannot hold those.
+    """
+    if setting is None or isinstance(setting, bool | int | float | str):
+        return {KEY: "float", "value": repr(setting)} if isinstance(setting, float) and _odd(setting) else setting
+    if isinstance(setting, Tensor):
+        if setting.requires_grad or setting.dim():
+            raise TypeError(
+                "A setting is a tensor, one that is learned or has several numbers: a file holds numbers only. Save "
+                "it with torch.save, and put it into the solver when the program has loaded both."
+            )
+        return setting.item()
+    if isinstance(setting, list | tuple):
+        return [to_json(value) for value in setting]
+    if isinstance(setting, TorchOptim):
+        optimizer = getattr(setting.optimizer, "__name__", "")
+        if getattr(torch.optim, optimizer, None) is not setting.optimizer:
+            raise TypeError(f"{setting!r} has an optimizer that is not of torch.optim: a file can name only those.")
+        known = {"optimizer": optimizer, "max_steps": setting.max_steps, "gtol": setting.gtol}
+        return {KEY: "TorchOptim", **known, "settings": {name: to_json(value) for name, value in setting.settings}}
+    kind = type(setting)
+    if kind is not TYPES.get(kind.__name__):
+        raise TypeError(
+            f"{setting!r} cannot be written: a file holds {', '.join(sorted(TYPES))}, and numbers. Functions, and "
+            "operators made of them such as GaussNewton, stay in the program."
+        )
+    fields = dataclasses.fields(kind)
+    return {KEY: kind.__name__, **{field.name: to_json(getattr(setting, field.name)) for field in fields}}
+
+
+def from_json(values: Any) -> Any:
+    """The inverse of `to_json`: an equal object.
+
+    Raises:
+        ValueError: an unknown type or setting, or a value that the type refuses.
+    """
+    if isinstance(values, list):
+        return tuple(from_json(value) for value in values)
+    if not isinstance(values, dict):
+        return values
+    name = values.get(KEY)
+    if name == "float":
+        return float(values["value"])
+    if name not in TYPES:
+        raise ValueError(f"{name!r} is no type of setting. There are {', '.join(sorted(TYPES))}.")
+    given = {key: value for key, value in values.items() if key != KEY}
+    try:
+        if name == "TorchOptim":
+            settings = {key: from_json(value) for key, value in given.pop("settings").items()}
+            return TorchOptim(getattr(torch.optim, given.pop("optimizer")), **given, **settings)
+        return TYPES[name](**{key: from_json(value) for key, value in given.items()})
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be made of {given}: {error}") from error
+
+
+def expression(setting: Any) -> str:
+    """A line of Python that makes an equal object: ``bl.Implicit(bl.CG(max_steps=5))``; defaults are left out.
+
+    Raises:
+        TypeError: as `to_json`.
+    """
+    to_json(setting)
+    if isinstance(setting, Tensor):
+        return repr(setting.item())
+    if isinstance(setting, float) and _odd(setting):
+        return f"float({str(setting)!r})"
+    if isinstance(setting, tuple):
+        return f"({', '.join(map(expression, setting))}{',' if len(setting) == 1 else ''})"
+    if isinstance(setting, TorchOptim):
+        settings = [f"{name}={expression(value)}" for name, value in setting.settings]
+        steps = [f"max_steps={setting.max_steps}", *([] if setting.gtol is None else [f"gtol={setting.gtol!r}"])]
+        return f"bl.TorchOptim(torch.optim.{setting.optimizer.__name__}, {', '.join([*steps, *settings])})"
+    if type(setting).__name__ not in TYPES:
+        return repr(setting)
+    arguments = []
+    for index, field in enumerate(dataclasses.fields(setting)):
+        value = getattr(setting, field.name)
+        if value != field.default or type(value) is not type(field.default):
+            solver = index == 0 and type(value).__name__ in TYPES
+            arguments.append(expression(value) if solver else f"{field.name}={expression(value)}")
+    return f"bl.{type(setting).__name__}({', '.join(arguments)})"
+
+
+def save(path: str | Path, settings: Mapping[str, Any]) -> None:
+    """Write named settings, such as ``{"solver": ..., "hypergrad": ...}``, as a whole or not at all.
+
+    Raises:
+        TypeError: as `to_json`. OSError: the path cannot be written.
+    """
+    content = json.dumps({name: to_json(setting) for name, setting in settings.items()}, indent=2) + "\n"
+    write_atomically(Path(path), lambda file: file.write(content.encode()))
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """The inverse of `save`; nothing in the file is executed.
+
+    Raises:
+        ValueError: the file is damaged, or names what is no setting. OSError: it cannot be read.
+    """
+    try:
+        values = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no file of solver settings: {error}.") from error
+    if not isinstance(values, dict) or KEY in values:
+        raise ValueError(f"{path} is no file of solver settings: names such as 'solver' and 'hypergrad' are expected.")
+    try:
+        return {name: from_json(setting) for name, setting in values.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _odd(value: float) -> bool:
+    """JSON has no such number."""
+    return not math.isfinite(value)

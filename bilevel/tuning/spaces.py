@@ -1,0 +1,200 @@
+"""Search spaces: a trial chooses an inner solver, a linear solver, a hypergradient method, and what each of them needs.
+
+Names are conditional: ``linear`` is the choice, ``linear.max_steps`` a setting of some choices. Each function keeps its
+choice with the trial, so that `solver_from_trial` makes an equal object without the search space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..hypergrad.finite_difference import FiniteDifference
+from ..hypergrad.first_order import FirstOrder
+from ..hypergrad.implicit import Implicit
+from ..hypergrad.one_step import OneStep
+from ..hypergrad.penalty import Penalty
+from ..hypergrad.truncated import Truncated
+from ..hypergrad.unroll import Unroll
+from ..inner.gradient_descent import GradientDescent
+from ..inner.lbfgs import LBFGS
+from ..inner.minimize import InnerSolver
+from ..inner.newton_cg import NewtonCG
+from ..inner.steps import Adam, Steps
+from ..linalg.cg import CG
+from ..linalg.identity import Identity
+from ..linalg.minres import MINRES
+from ..linalg.neumann import Neumann
+from ..linalg.nystrom import Nystrom, NystromPreconditioner
+from ..linalg.preconditioners import Jacobi
+from ..linalg.solve import LinearSolver
+from .settings import from_json, to_json
+
+if TYPE_CHECKING:
+    import optuna
+
+LINEAR_SOLVERS = ("CG", "Jacobi-CG", "Nystrom-CG", "Neumann", "MINRES", "Nystrom", "Identity")
+INNER_SOLVERS = ("GradientDescent", "LBFGS", "NewtonCG", "Adam")
+HYPERGRADS = ("Implicit", "OneStep", "FirstOrder", "FiniteDifference", "Penalty", "Unroll", "Truncated")
+ANY_SOLVER = ("Implicit", "OneStep", "FiniteDifference")
+"""Methods that do with any inner solver and tell hyperparameters from the start."""
+
+KEPT = "settings."
+"""Prefix of the user attributes that hold what was chosen."""
+
+
+def suggest_linear_solver(
+    trial: optuna.trial.BaseTrial,
+    name: str = "linear",
+    *,
+    choices: tuple[str, ...] = LINEAR_SOLVERS,
+    max_steps: int = 64,
+) -> LinearSolver:
+    """Let a trial choose a linear solver and the settings that this one has.
+
+    Args:
+        trial: its parameters are ``linear``, then ``linear.max_steps``, ``linear.rank``, ``linear.damping`` or
+            ``linear.factor`` as the choice needs.
+        name: the prefix of those.
+        choices: solvers to choose from, of `LINEAR_SOLVERS`.
+        max_steps: upper end of the number of steps and of the rank, searched on a log scale.
+
+    Raises:
+        ValueError: an unknown choice.
+    """
+    choice = _choose(trial, name, choices, LINEAR_SOLVERS)
+    solver: LinearSolver
+    if choice == "Identity":
+        solver = Identity(trial.suggest_float(f"{name}.factor", 1e-3, 1e3, log=True))
+    elif choice == "Nystrom":
+        rank = trial.suggest_int(f"{name}.rank", 1, max_steps, log=True)
+        solver = Nystrom(rank, damping=trial.suggest_float(f"{name}.damping", 1e-4, 1e2, log=True))
+    else:
+        steps = trial.suggest_int(f"{name}.max_steps", 1, max_steps, log=True)
+        if choice == "Neumann":
+            solver = Neumann(max_steps=steps)
+        elif choice == "MINRES":
+            solver = MINRES(max_steps=steps)
+        elif choice == "Nystrom-CG":
+            rank = trial.suggest_int(f"{name}.rank", 1, max_steps, log=True)
+            solver = CG(max_steps=steps, preconditioner=NystromPreconditioner(rank))
+        else:
+            solver = CG(max_steps=steps, preconditioner=Jacobi() if choice == "Jacobi-CG" else None)
+    return _kept(trial, name, solver)
+
+
+def suggest_inner_solver(
+    trial: optuna.trial.BaseTrial,
+    name: str = "inner",
+    *,
+    choices: tuple[str, ...] = INNER_SOLVERS,
+    max_steps: int = 100,
+    lr: tuple[float, float] = (1e-3, 1.0),
+) -> InnerSolver:
+    """Let a trial choose an inner solver and the settings that this one has.
+
+    Step rules make exactly their ``max_steps``; `LBFGS` and `NewtonCG` stop at ``gtol`` or after ``max_steps``.
+
+    Args:
+        trial: its parameters are ``inner``, ``inner.max_steps``, then ``inner.lr``, ``inner.momentum``, ``inner.gtol``
+            or ``inner.cg_steps`` as the choice needs.
+        name: the prefix of those.
+        choices: solvers to choose from, of `INNER_SOLVERS`.
+        max_steps: upper end of the number of steps, searched on a log scale.
+        lr: ends of the step size, searched on a log scale.
+
+    Raises:
+        ValueError: an unknown choice.
+    """
+    choice = _choose(trial, name, choices, INNER_SOLVERS)
+    steps = trial.suggest_int(f"{name}.max_steps", 1, max_steps, log=True)
+    solver: InnerSolver
+    if choice in ("GradientDescent", "Adam"):
+        size = trial.suggest_float(f"{name}.lr", *lr, log=True)
+        if choice == "Adam":
+            solver = Steps(Adam(size), max_steps=steps)
+        else:
+            momentum = trial.suggest_float(f"{name}.momentum", 0.0, 0.95)
+            solver = GradientDescent(size, max_steps=steps, momentum=momentum)
+    else:
+        gtol = trial.suggest_float(f"{name}.gtol", 1e-6, 1e-1, log=True)
+        if choice == "LBFGS":
+            solver = LBFGS(max_steps=steps, gtol=gtol)
+        else:
+            cg_steps = trial.suggest_int(f"{name}.cg_steps", 1, 50, log=True)
+            solver = NewtonCG(max_steps=steps, gtol=gtol, cg_steps=cg_steps)
+    return _kept(trial, name, solver)
+
+
+def suggest_hypergrad(
+    trial: optuna.trial.BaseTrial,
+    name: str = "hypergrad",
+    *,
+    choices: tuple[str, ...] = ANY_SOLVER,
+    linear: tuple[str, ...] = LINEAR_SOLVERS,
+    max_steps: int = 64,
+) -> Any:
+    """Let a trial choose a hypergradient method, the linear solver of `Implicit`, and the settings of either.
+
+    Args:
+        trial: its parameters are ``hypergrad``, then ``hypergrad.damped`` and ``hypergrad.damping`` with those of
+            `suggest_linear_solver`, or ``hypergrad.step_size``, ``hypergrad.lr``, ``hypergrad.strength``,
+            ``hypergrad.last``.
+        name: the prefix of those.
+        choices: methods to choose from, of `HYPERGRADS`. The default ones do with any inner solver; ``Unroll`` and
+            ``Truncated`` need one whose steps can be differentiated (``GradientDescent``, ``Adam``), and ``FirstOrder``
+            needs hyperparameters that are the start of the inner problem.
+        linear: the choices of the linear solver.
+        max_steps: upper end of its steps, and of ``Truncated``.
+
+    Raises:
+        ValueError: an unknown choice.
+    """
+    choice = _choose(trial, name, choices, HYPERGRADS)
+    hypergrad: Any
+    if choice == "Implicit":
+        solver = suggest_linear_solver(trial, choices=linear, max_steps=max_steps)
+        damped = trial.suggest_categorical(f"{name}.damped", [False, True])
+        damping = trial.suggest_float(f"{name}.damping", 1e-4, 1e2, log=True) if damped else 0.0
+        hypergrad = Implicit(solver, damping=damping)
+    elif choice == "OneStep":
+        hypergrad = OneStep(trial.suggest_float(f"{name}.step_size", 1e-3, 1e2, log=True))
+    elif choice == "FiniteDifference":
+        hypergrad = FiniteDifference(trial.suggest_float(f"{name}.lr", 1e-3, 1e2, log=True))
+    elif choice == "Penalty":
+        hypergrad = Penalty(trial.suggest_float(f"{name}.strength", 1.0, 1e4, log=True))
+    elif choice == "Truncated":
+        hypergrad = Truncated(trial.suggest_int(f"{name}.last", 1, max_steps, log=True))
+    else:
+        hypergrad = Unroll() if choice == "Unroll" else FirstOrder()
+    return _kept(trial, name, hypergrad)
+
+
+def solver_from_trial(trial: optuna.trial.FrozenTrial | optuna.trial.BaseTrial, name: str = "hypergrad") -> Any:
+    """The object that a trial chose under this prefix (``"inner"``, ``"linear"``, ``"hypergrad"``), made anew.
+
+    It works on trials of any storage, long after the study, and does not need the search space.
+
+    Raises:
+        KeyError: the trial chose nothing under this name.
+    """
+    kept = trial.user_attrs.get(KEPT + name)
+    if kept is None:
+        found = [key.removeprefix(KEPT) for key in trial.user_attrs if key.startswith(KEPT)]
+        number = getattr(trial, "number", "?")
+        raise KeyError(f"Trial {number} chose nothing under {name!r}: it has {', '.join(found) or 'no settings'}.")
+    return from_json(json.loads(kept))
+
+
+def _choose(trial: optuna.trial.BaseTrial, name: str, choices: tuple[str, ...], known: Iterable[str]) -> str:
+    unknown = set(choices) - set(known)
+    if unknown or not choices:
+        raise ValueError(f"choices has {sorted(unknown)}: it is made of {', '.join(known)}.")
+    chosen: str = trial.suggest_categorical(name, list(choices))
+    return chosen
+
+
+def _kept(trial: optuna.trial.BaseTrial, name: str, setting: Any) -> Any:
+    trial.set_user_attr(KEPT + name, json.dumps(to_json(setting)))
+    return setting

@@ -1,0 +1,246 @@
+"""Studies that outlive their processes: storages that are repaired on opening, seeds that do not repeat on resuming.
+
+`create_study` returns an Optuna study like any other; `guard` wraps an objective.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..solution import SolveError
+
+if TYPE_CHECKING:
+    import optuna
+
+Sampler = Literal["auto", "tpe", "gp", "random"]
+Objective = Callable[["optuna.Trial"], "float | Sequence[float]"]
+
+PROCESS = "process"
+"""User attribute: who runs a trial."""
+JOURNAL_SUFFIXES = (".log", ".journal")
+GRACE_SECONDS = 60
+"""After which a trial that nobody vouches for has been left behind."""
+
+
+def create_study(
+    name: str,
+    storage: str | Path | None = None,
+    *,
+    direction: str | Sequence[str] = "minimize",
+    sampler: Sampler = "auto",
+    pruner: optuna.pruners.BasePruner | None = None,
+    seed: int = 0,
+    worker: int = 0,
+    defaults: Mapping[str, Any] | None = None,
+    grace_seconds: int = GRACE_SECONDS,
+) -> optuna.Study:
+    """A study to create, or to go on with where the storage has it.
+
+    Args:
+        name: of the study in its storage.
+        storage: see `open_storage`.
+        direction: one, or one for each objective; of a study that exists, the same again.
+        sampler: ``"auto"`` Optuna's own choice, ``"tpe"``, ``"gp"`` (Gaussian processes: continuous spaces, a few
+            hundred trials) or ``"random"``.
+        seed: of the sampler, offset by the number of trials so far and by ``worker``: a study that is resumed, and a
+            worker beside another, do not repeat points.
+        worker: number of this process among those that work on the study.
+        grace_seconds: see `open_storage`.
+        defaults: parameters of the first trial, the settings that are in use today: the best of the study is then never
+            worse than they are. Parameters that are left out are sampled.
+
+    Raises:
+        ValueError: an unknown sampler; a study of this name with other directions; a damaged storage.
+    """
+    import optuna
+
+    directions = [direction] if isinstance(direction, str) else list(direction)
+    opened = open_storage(storage, grace_seconds)
+    study = optuna.create_study(
+        study_name=name,
+        storage=opened,
+        directions=directions,  # type: ignore[arg-type]
+        pruner=pruner,
+        load_if_exists=True,
+    )
+    found = [d.name.lower() for d in study.directions]
+    if found != [d.lower() for d in directions]:
+        raise ValueError(
+            f"The study {name!r} exists with the directions {found}, and {directions} are asked for: take another name."
+        )
+    sweep(study, grace_seconds)
+    study.sampler = _sampler(sampler, seed + 7919 * worker + len(study.trials), len(directions))
+    if defaults is not None and worker == 0:
+        study.enqueue_trial(dict(defaults), user_attrs={"default": True}, skip_if_exists=True)
+    return study
+
+
+def open_storage(storage: str | Path | None, grace_seconds: int = GRACE_SECONDS) -> optuna.storages.BaseStorage | None:
+    """The storage behind an address.
+
+    Args:
+        storage: None, in memory; ``sqlite:///FILE`` for one process; ``postgresql+psycopg2://...`` or another database
+            of SQLAlchemy for many; a path that ends with ``.log`` or ``.journal``, for many on one file system.
+            Databases have a heartbeat: trials of a process that died are failed and tried once more.
+        grace_seconds: without a heartbeat, after which a database's trial counts as left behind. The next process that
+            begins a trial then fails it and tries it again.
+
+    A journal's last line is cut where a crash left half of it: appended to, it would make the journal unreadable.
+
+    Raises:
+        ValueError: an address of neither kind.
+    """
+    import optuna
+    from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+    if storage is None:
+        return None
+    address = str(storage)
+    if "://" in address:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
+            return RDBStorage(
+                address,
+                heartbeat_interval=max(1, grace_seconds // 6),
+                grace_period=grace_seconds,
+                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
+            )
+    if not address.endswith(JOURNAL_SUFFIXES):
+        raise ValueError(
+            f"storage is {address!r}: give an address such as sqlite:///study.db, or the path of a journal that ends "
+            f"with {' or '.join(JOURNAL_SUFFIXES)}."
+        )
+    Path(address).parent.mkdir(parents=True, exist_ok=True)
+    lock = JournalFileOpenLock(address)
+    with _held(lock):
+        repair_journal(Path(address))
+    return JournalStorage(JournalFileBackend(address, lock_obj=JournalFileOpenLock(address)))
+
+
+def repair_journal(path: Path) -> int:
+    """Cut what follows the last end of line; the number of bytes that went."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return len(content) - whole
+
+
+def sweep(study: optuna.Study, grace_seconds: float = GRACE_SECONDS) -> int:
+    """Fail the running trials whose process is gone; their number.
+
+    A trial under `guard` names its process. Of a process on another machine nothing is known; a trial without a name is
+    left to the storage's heartbeat, or, where there is none, failed after its grace. A database retries what its
+    heartbeat misses, so its trials are left to that.
+    """
+    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.trial import TrialState
+
+    if _has_heartbeat(study):
+        return 0
+    swept = 0
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        process = trial.user_attrs.get(PROCESS)
+        if process is None:
+            begun = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
+            gone = time.time() - begun > grace_seconds
+        else:
+            gone = _is_gone(process)
+        if gone:
+            try:
+                swept += study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+            except UpdateFinishedTrialError:  # another process swept it first
+                continue
+    return swept
+
+
+def guard(objective: Objective) -> Objective:
+    """An objective under which no trial ends the study, and none is lost with its process.
+
+    A failed solve, and a value that is not finite (Optuna would call infinity complete), end the trial as pruned, with
+    the reason as its user attribute ``failure``. Other errors pass: they are mistakes in the program.
+    """
+    import optuna
+
+    @functools.wraps(objective)
+    def guarded(trial: optuna.Trial) -> float | Sequence[float]:
+        trial.set_user_attr(PROCESS, _this_process())
+        try:
+            values = objective(trial)
+        except (SolveError, ArithmeticError) as error:
+            trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:500])
+            raise optuna.TrialPruned(str(error)) from error
+        for value in values if isinstance(values, Sequence) else [values]:
+            if not math.isfinite(value):
+                trial.set_user_attr("failure", f"the value is {value}")
+                raise optuna.TrialPruned(f"The value is {value}.")
+        return values
+
+    return guarded
+
+
+def _sampler(name: Sampler, seed: int, num_objectives: int) -> optuna.samplers.BaseSampler:
+    import optuna
+
+    if name in ("auto", "tpe"):
+        return optuna.samplers.TPESampler(seed=seed)
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False)
+    if name == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    raise ValueError(f"sampler is {name!r}: there are 'auto', 'tpe', 'gp' and 'random'.")
+
+
+def _has_heartbeat(study: optuna.Study) -> bool:
+    from optuna.storages import RDBStorage
+
+    storage: Any = study._storage
+    storage = getattr(storage, "_backend", storage)  # the cache in front of a database
+    return isinstance(storage, RDBStorage)
+
+
+def _this_process() -> str:
+    return f"{platform.node()} {os.getpid()} {_started(os.getpid())}"
+
+
+def _is_gone(process: str) -> bool:
+    node, number, started = process.rsplit(" ", 2)
+    return node == platform.node() and _started(int(number)) != started
+
+
+def _started(pid: int) -> str:
+    """When a process was started: a number that is given again does not deceive; empty where there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+        except PermissionError:
+            return "?"
+        return "?"  # a system without /proc
+    state, *fields = stat.rpartition(")")[2].split()
+    return "" if state == "Z" else fields[18]
+
+
+@contextmanager
+def _held(lock: Any) -> Iterator[None]:
+    lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import optuna
+import pytest
+import torch
+
+import bilevel as bl
+from bilevel.problems import Quadratics, Ridge
+from bilevel.tuning import (
+    create_study,
+    guard,
+    hypergradient_error,
+    loss_within,
+    report,
+    solver_from_trial,
+    suggest_linear_solver,
+)
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def test_report_records_and_prunes():
+    problem = Ridge()
+    fit = bl.argmin(problem.inner, problem.init, problem.hparams.clone().requires_grad_())
+    problem.outer(fit.value, problem.hparams).backward()
+
+    def objective(trial):
+        report(trial, 0, torch.tensor(math.nan if trial.number == 1 else 1.0), fit, error=1e-3)
+        if trial.number == 3:
+            report(trial, 1, 1e9, worst=1e6)
+        return 1.0
+
+    study = optuna.create_study()
+    study.optimize(objective, n_trials=4)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED", "COMPLETE", "PRUNED"]
+    assert study.trials[0].intermediate_values == {0: 1.0}
+    assert study.trials[1].user_attrs["diverged_at"] == 0
+    assert study.trials[3].user_attrs["diverged_at"] == 1
+    attributes = study.trials[0].user_attrs
+    assert attributes["inner.result"] == attributes["adjoint.result"] == "CONVERGED"
+    assert attributes["adjoint.num_steps"] >= 1
+    assert attributes["inner.residual_norm"] == fit.stats["residual_norm"].item()
+    assert attributes["adjoint.relative_residual"] == fit.adjoint.stats["relative_residual"].item()
+    assert attributes["hypergradient.error"] == 1e-3
+
+
+def test_reports_of_several_objectives_end_only_what_diverged():
+    def objective(trial):
+        report(trial, 0, math.inf if trial.number else 1.0)
+        return 1.0, 2.0
+
+    study = create_study("two", direction=["minimize", "minimize"])
+    study.optimize(guard(objective), n_trials=2)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "PRUNED"]
+
+
+class Clock:
+    """Each look at it takes an eighth of a second."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 0.125
+        return self.now
+
+
+def test_the_loss_when_the_time_is_over(monkeypatch):
+    monkeypatch.setattr("bilevel.tuning.reports.time", Clock())
+    study = create_study("time")
+    study.optimize(
+        lambda trial: loss_within(trial, ((k, 1 / (k + 1), None) for k in itertools.count()), 1.0, points=4), n_trials=1
+    )
+    (trial,) = study.trials
+    assert trial.user_attrs["steps"] == 7
+    assert trial.value == 1 / 8
+    assert list(trial.intermediate_values) == [1, 2, 3, 4]
+    assert trial.intermediate_values[4] == 1 / 8
+
+
+def test_a_run_that_diverges_between_reports_is_pruned_at_once():
+    seen = []
+
+    def records():
+        for k in itertools.count():
+            seen.append(k)
+            yield k, math.nan if k == 3 else 1.0, None
+
+    study = create_study("diverging")
+    study.optimize(lambda trial: loss_within(trial, records(), 1e6), n_trials=1)
+    assert study.trials[0].state.name == "PRUNED"
+    assert seen == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="records is empty"):
+        study.optimize(lambda trial: loss_within(trial, [], 1.0), n_trials=1)
+
+
+def test_error_against_seconds_has_a_front_from_rough_to_exact():
+    problem = Quadratics(conditions=(100.0,))
+
+    def objective(trial):
+        hypergrad = bl.Implicit(suggest_linear_solver(trial, choices=("CG",)))
+        return hypergradient_error(trial, problem, bl.NewtonCG(gtol=1e-10), hypergrad, repeats=1)
+
+    study = create_study("front", direction=["minimize", "minimize"], sampler="random")
+    for steps in (1, 64):
+        study.enqueue_trial({"linear": "CG", "linear.max_steps": steps})
+    study.optimize(guard(objective), n_trials=8)
+    one, many = study.trials[:2]
+    assert one.values[0] > 1e-2
+    assert many.values[0] < 1e-8
+    assert one.user_attrs["products"] < many.user_attrs["products"]
+    assert many in study.best_trials
+    assert solver_from_trial(many, "linear") == bl.CG(max_steps=64)
+
+
+def test_a_method_that_refuses_is_pruned():
+    problem = Ridge()
+    study = create_study("refused", direction=["minimize", "minimize"])
+    study.optimize(guard(lambda t: hypergradient_error(t, problem, bl.LBFGS(), bl.Unroll())), n_trials=1)
+    assert study.trials[0].state.name == "PRUNED"

@@ -1,0 +1,292 @@
+"""Studies that are interrupted, killed, repaired and resumed, on real files and a real PostgreSQL server."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.trial import TrialState
+
+import bilevel as bl
+from bilevel.tuning import best_trial, create_study, guard, limit, open_storage
+from bilevel.tuning.studies import repair_journal, sweep
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+ROOT = Path(__file__).parents[2]
+
+
+def bowl(trial: optuna.Trial) -> float:
+    return (trial.suggest_float("x", -10, 10) - 2) ** 2
+
+
+def addresses(folder: Path) -> list[str]:
+    return [f"sqlite:///{folder / 'study.db'}", str(folder / "study.log")]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["sqlite", "journal"])
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "random"])
+def test_five_and_five_are_ten_distinct_points(tmp_path, kind, sampler):
+    address = addresses(tmp_path)[kind]
+    for _ in range(2):
+        study = create_study("bowl", address, sampler=sampler, defaults={"x": 0.5})
+        study.optimize(guard(bowl), n_trials=5)
+    found = create_study("bowl", address).trials
+    assert len({trial.params["x"] for trial in found}) == len(found) == 10
+    assert found[0].params == {"x": 0.5}  # the default came first, and once
+
+
+def test_workers_do_not_repeat_each_other():
+    points = []
+    for worker in range(3):
+        study = create_study("bowl", sampler="random", worker=worker)
+        study.optimize(bowl, n_trials=3)
+        points += [trial.params["x"] for trial in study.trials]
+    assert len(set(points)) == 9
+
+
+def test_five_of_twenty_diverge_and_fifteen_complete(tmp_path):
+    def objective(trial):
+        value = bowl(trial)
+        if trial.number % 4 == 1:
+            if trial.number == 1:
+                return math.inf
+            if trial.number == 5:
+                return math.nan
+            if trial.number == 9:
+                bl.tuning.report(trial, 0, math.inf)
+            steep = bl.GradientDescent(lr=1e3, max_steps=50)
+            start = torch.ones(2) if trial.number == 13 else torch.tensor([1.0, math.nan])  # where a warm start led
+            bl.argmin(lambda y: (y**4).sum(), start, solver=steep, hypergrad=None)
+        return value
+
+    study = create_study("bowl", addresses(tmp_path)[0])
+    study.optimize(guard(objective), n_trials=20)
+    states = [trial.state for trial in study.trials]
+    assert states.count(TrialState.COMPLETE) == 15
+    assert states.count(TrialState.PRUNED) == 5
+    again = create_study("bowl", addresses(tmp_path)[0])
+    assert [trial.state for trial in again.trials] == states
+    assert again.trials[1].user_attrs["failure"] == "the value is inf"
+    assert "SolveError" in again.trials[13].user_attrs["failure"]
+    assert "NonFiniteError" in again.trials[17].user_attrs["failure"]
+
+
+def test_a_mistake_in_the_program_is_no_pruned_trial():
+    def objective(trial):
+        raise TypeError("a mistake")
+
+    with pytest.raises(TypeError, match="a mistake"):
+        create_study("bowl").optimize(guard(objective), n_trials=1)
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["sqlite", "journal"])
+def test_limits_survive_a_reload_and_bind_the_winner(tmp_path, kind):
+    def objective(trial):
+        x = trial.suggest_float("x", 0, 1)
+        limit(trial, "seconds", 10 * x, at_most=5.0)
+        return -x  # the best keep to no limit
+
+    address = addresses(tmp_path)[kind]
+    create_study("limited", address).optimize(guard(objective), n_trials=20)
+    study = create_study("limited", address)
+    for trial in study.trials:
+        assert trial.constraints == {"seconds": pytest.approx(2 * trial.params["x"] - 1)}
+        assert trial.user_attrs["seconds"] == 10 * trial.params["x"]
+    within = [trial.params["x"] for trial in study.trials if trial.params["x"] <= 0.5]
+    assert best_trial(study).params["x"] == max(within)
+    with pytest.raises(ValueError, match="a positive limit"):
+        limit(study.trials[0], "seconds", 1.0, at_most=0.0)
+
+
+def test_no_trial_within_its_limits():
+    def objective(trial):
+        limit(trial, "seconds", 2.0, at_most=1.0)
+        return 1.0
+
+    study = create_study("limited")
+    study.optimize(objective, n_trials=2)
+    with pytest.raises(ValueError, match=r"None of the 2 trials .* \(2 are complete\)"):
+        best_trial(study)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_journal_that_was_cut_is_read_and_goes_on(tmp_path, cut):
+    path = tmp_path / "study.log"
+    create_study("bowl", path).optimize(guard(bowl), n_trials=6)
+    content = path.read_bytes()
+    path.write_bytes(content[:-cut])
+    lines = content[:-cut].count(b"\n")
+    study = create_study("bowl", path)
+    assert path.read_bytes().count(b"\n") >= lines
+    assert sum(trial.state == TrialState.COMPLETE for trial in study.trials) >= 5
+    study.optimize(guard(bowl), n_trials=2)
+    again = create_study("bowl", path)
+    assert sum(trial.state == TrialState.COMPLETE for trial in again.trials) >= 7
+    for line in path.read_text().splitlines():
+        json.loads(line)
+
+
+def test_repair_says_what_it_cut(tmp_path):
+    path = tmp_path / "x.log"
+    assert repair_journal(path) == 0
+    path.write_bytes(b'{"a": 1}\n{"b"')
+    assert repair_journal(path) == 4
+    assert repair_journal(path) == 0
+    assert path.read_bytes() == b'{"a": 1}\n'
+
+
+def test_bad_addresses_samplers_and_directions(tmp_path):
+    with pytest.raises(ValueError, match="the path of a journal that ends with"):
+        open_storage("study")
+    with pytest.raises(ValueError, match="sampler is 'grid'"):
+        create_study("bowl", sampler="grid")
+    create_study("bowl", addresses(tmp_path)[0])
+    with pytest.raises(ValueError, match=r"exists with the directions \['minimize'\]"):
+        create_study("bowl", addresses(tmp_path)[0], direction=["minimize", "maximize"])
+
+
+WORKER = """
+import sys, time
+import optuna
+from bilevel.tuning import create_study, guard
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+address, worker, trials, pause = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+
+def objective(trial):
+    x = trial.suggest_float("x", -10, 10)
+    if trial.user_attrs.get("slow") or pause:
+        print("in", trial.number, flush=True)
+        time.sleep(pause)
+    return (x - 2) ** 2
+
+study = create_study("bowl", address, sampler="random", worker=worker, grace_seconds=6)
+study.optimize(guard(objective), n_trials=trials)
+"""
+
+
+def worker(address: str, number: int, trials: int, pause: float = 0.0) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, address, str(number), str(trials), str(pause)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_trial_whose_process_was_killed_is_swept_from_a_journal(tmp_path):
+    path = tmp_path / "study.log"
+    victim = worker(str(path), 0, 1, pause=600)
+    assert victim.stdout.readline().startswith("in")
+    study = create_study("bowl", path)
+    assert [trial.state for trial in study.trials] == [TrialState.RUNNING]  # it lives: nobody takes its trial
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    study = create_study("bowl", path)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+    study.optimize(guard(bowl), n_trials=2)
+    assert [trial.state.name for trial in create_study("bowl", path).trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_a_running_trial_of_this_process_is_not_swept():
+    study = create_study("bowl")
+    swept = []
+
+    def objective(trial):
+        swept.append(sweep(study))
+        return 1.0
+
+    study.optimize(guard(objective), n_trials=1)
+    assert swept == [0]
+    assert study.trials[0].user_attrs["process"].split()[1] == str(os.getpid())
+
+
+def test_a_trial_that_nobody_vouches_for_is_swept_after_its_grace():
+    study = create_study("bowl")
+    study.ask()
+    assert sweep(study) == 0
+    assert sweep(study, grace_seconds=-1) == 1
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    """The address of an empty database on a server of its own, on loopback."""
+    found = [shutil.which("pg_ctl"), *map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")))]
+    programs = next((Path(path).resolve().parent for path in found if path), None)
+    if programs is None or not (programs / "initdb").exists():
+        pytest.skip("PostgreSQL's initdb and pg_ctl are not installed")
+    pytest.importorskip("psycopg2", reason="psycopg2 is not installed")
+    folder = tmp_path_factory.mktemp("postgres")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    prefix: list[str] = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        import pwd
+
+        try:
+            owner = pwd.getpwnam("postgres")
+        except KeyError:
+            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+        for parent in (folder, *folder.parents):
+            if parent == Path(parent.anchor):
+                break
+            parent.chmod(parent.stat().st_mode | 0o011)
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
+        prefix = ["runuser", "-u", "postgres", "--"]
+
+    def run(program: str, *arguments: str) -> None:
+        done = subprocess.run(
+            [*prefix, str(programs / program), *arguments], cwd=folder, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    data = str(folder / "data")
+    run("initdb", "-D", data, "-A", "trust", "-U", "optuna")
+    options = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
+    run("pg_ctl", "-D", data, "-l", str(folder / "log"), "-o", options, "-w", "start")
+    try:
+        yield f"postgresql+psycopg2://optuna@127.0.0.1:{port}/postgres"
+    finally:
+        run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+
+
+def test_four_workers_on_postgresql_one_killed(postgres):
+    create_study("bowl", postgres, grace_seconds=6)
+    victim = worker(postgres, 3, 1, pause=600)
+    assert victim.stdout.readline().startswith("in")
+    others = [worker(postgres, number, 6, pause=0.05) for number in range(3)]
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    killed_at = time.monotonic()
+    for other in others:
+        other.communicate(timeout=120)
+        assert other.returncode == 0
+    study = create_study("bowl", postgres, grace_seconds=6)
+    (lost,) = [trial for trial in study.trials if trial.number == 0]
+    # The next worker that comes by after the grace fails the trial and tries it again.
+    while lost.state == TrialState.RUNNING and time.monotonic() - killed_at < 30:
+        late = worker(postgres, 4, 1)
+        late.wait()
+        lost = create_study("bowl", postgres, grace_seconds=6).trials[0]
+    assert lost.state == TrialState.FAIL
+    late = worker(postgres, 5, 1)
+    late.wait()
+    trials = create_study("bowl", postgres, grace_seconds=6).trials
+    retried = [trial for trial in trials if trial.system_attrs.get("failed_trial") == 0]
+    assert [trial.params for trial in retried] == [lost.params]
+    assert retried[0].state == TrialState.COMPLETE
+    assert sorted(trial.number for trial in trials) == list(range(len(trials)))
+    assert sum(trial.state == TrialState.COMPLETE for trial in trials) == len(trials) - 1 >= 18
+    assert not [trial for trial in trials if trial.state == TrialState.RUNNING]
