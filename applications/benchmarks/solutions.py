@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 import bilevel as bl
 from applications.benchmarks.contest import Contestant, Round, Workload
+from applications.data import mislabel
 from applications.stochastic_curves.methods import Batches
 
 Step = Callable[[], Any]
@@ -318,9 +319,7 @@ def noisy_digits(root: str | None, train: int, val: int, seed: int) -> tuple[tup
     chosen = torch.randperm(len(images), generator=random)[: train + val]
     features = torch.cat([images[chosen], torch.ones(len(chosen), 1)], 1)
     labels = labels[chosen].long()
-    wrong = torch.rand(train, generator=random) < 0.5
-    shift = torch.randint(1, 10, (train,), generator=random)
-    noisy = torch.where(wrong, (labels[:train] + shift) % 10, labels[:train])
+    noisy = mislabel(labels[:train], 10, 0.5, random)
     return (features[:train], noisy), (features[train:], labels[train:])
 
 
