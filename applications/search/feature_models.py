@@ -1,0 +1,141 @@
+"""scikit-learn's models with a hyperparameter for each feature: what no grid can tune.
+
+Each is its scikit-learn model on features that are scaled first: a penalty ``p_j`` on ``w_j`` is the unit penalty on
+features divided by ``sqrt(p_j)``, and a width of its own for each feature a common width on features times
+``sqrt(gamma_j)``.
+"""
+
+from __future__ import annotations
+
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+
+class FeatureRidge(RegressorMixin, BaseEstimator):
+    """Ridge regression with a penalty for each feature (automatic relevance determination; MacKay 1992).
+
+    ``min over w, b of sum_i (y_i - x_i w - b)^2 + sum_j alphas_j w_j^2``; `sklearn.linear_model.Ridge` where all
+    are equal. A feature whose penalty grows without bound is left out.
+
+    Args:
+        alphas: a positive number, or one for each feature ``[d]``.
+        fit_intercept: whether there is a b.
+    """
+
+    def __init__(self, alphas: float | np.ndarray = 1.0, fit_intercept: bool = True):
+        self.alphas = alphas
+        self.fit_intercept = fit_intercept
+
+    def fit(self, X: Any, y: Any) -> FeatureRidge:
+        """Fit; sets ``coef_ [d]`` and ``intercept_``."""
+        X, y = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
+        scale = 1 / np.sqrt(for_each_feature("alphas", self.alphas, X.shape[1]))
+        model = Ridge(alpha=1.0, fit_intercept=self.fit_intercept).fit(X * scale, y)
+        self.coef_, self.intercept_ = model.coef_ * scale, model.intercept_
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        return validate_data(self, X, reset=False, dtype=np.float64) @ self.coef_ + self.intercept_
+
+
+class FeatureLogistic(ClassifierMixin, BaseEstimator):
+    """Logistic regression with a penalty for each feature, the same in all classes.
+
+    ``min over w, b of sum_i log loss_i + sum_cj penalties_j w_cj^2 / 2``; `sklearn.linear_model.LogisticRegression` with
+    ``C = 1 / penalties`` where all are equal.
+
+    Args:
+        penalties: a positive number, or one for each feature ``[d]``.
+        fit_intercept: whether there are b.
+        max_iter, tol: of scikit-learn's solver.
+    """
+
+    def __init__(
+        self,
+        penalties: float | np.ndarray = 1.0,
+        fit_intercept: bool = True,
+        max_iter: int = 1000,
+        tol: float = 1e-4,
+    ):
+        self.penalties = penalties
+        self.fit_intercept = fit_intercept
+        self.max_iter = max_iter
+        self.tol = tol
+
+    def fit(self, X: Any, y: Any) -> FeatureLogistic:
+        """Fit; sets ``classes_``, ``coef_`` and ``intercept_`` as scikit-learn does."""
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        scale = 1 / np.sqrt(for_each_feature("penalties", self.penalties, X.shape[1]))
+        model = LogisticRegression(C=1.0, fit_intercept=self.fit_intercept, max_iter=self.max_iter, tol=self.tol).fit(
+            X * scale, y
+        )
+        self.classes_, self.n_iter_ = model.classes_, model.n_iter_
+        self._model, self._scale = model, scale
+        self.coef_, self.intercept_ = model.coef_ * scale, model.intercept_
+        return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        return self._fitted().decision_function(self._scaled(X))
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        return self._fitted().predict_proba(self._scaled(X))
+
+    def predict(self, X: Any) -> np.ndarray:
+        return self._fitted().predict(self._scaled(X))
+
+    def _fitted(self) -> LogisticRegression:
+        check_is_fitted(self)
+        return self._model
+
+    def _scaled(self, X: Any) -> np.ndarray:
+        return validate_data(self, X, reset=False, dtype=np.float64) * self._scale
+
+
+class FeatureKernelRidge(RegressorMixin, BaseEstimator):
+    """Kernel ridge regression with a Gaussian kernel of its own width for each feature.
+
+    ``k(x, z) = exp(-sum_j gammas_j (x_j - z_j)^2)``; `sklearn.kernel_ridge.KernelRidge` where all are equal. A feature
+    whose gamma goes to zero is left out.
+
+    Args:
+        alpha: the penalty.
+        gammas: a positive number, or one for each feature ``[d]``; None: 1 / d.
+    """
+
+    def __init__(self, alpha: float = 1.0, gammas: float | np.ndarray | None = None):
+        self.alpha = alpha
+        self.gammas = gammas
+
+    def fit(self, X: Any, y: Any) -> FeatureKernelRidge:
+        """Fit; sets ``dual_coef_ [n]``."""
+        X, y = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
+        gammas = 1 / X.shape[1] if self.gammas is None else self.gammas
+        self._scale = np.sqrt(for_each_feature("gammas", gammas, X.shape[1]))
+        self._model = KernelRidge(alpha=self.alpha, kernel="rbf", gamma=1.0).fit(X * self._scale, y)
+        self.dual_coef_ = self._model.dual_coef_
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        return self._model.predict(validate_data(self, X, reset=False, dtype=np.float64) * self._scale)
+
+
+def for_each_feature(name: str, value: Any, num_features: int) -> np.ndarray:
+    """A number, or a vector of them, as a positive vector ``[d]``.
+
+    Raises:
+        ValueError: of another length, not positive, or not finite.
+    """
+    values = np.full(num_features, value, float) if isinstance(value, Real) else np.asarray(value, float)
+    if values.shape != (num_features,) or not (np.isfinite(values) & (values > 0)).all():
+        raise ValueError(
+            f"{name} must be a positive number, or one for each of the {num_features} features; it is {value!r}."
+        )
+    return values

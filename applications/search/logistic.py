@@ -1,0 +1,106 @@
+"""Logistic regressions of all folds at once, by Newton's method on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from applications.search.folds import Folds
+from applications.search.quadratic import Factored
+
+MOST_UNKNOWNS = 1500
+"""Of one fold, for its Hessian to be formed and factorised."""
+
+
+class LogisticTwin:
+    """``sum_i log loss_i + sum_cj penalties_j w_cj^2 / 2``: that of scikit-learn, with ``penalties = 1 / C``.
+
+    Two classes have one vector of weights, more have one each. Each solve begins at the solution of the last. Newton's
+    steps have the whole Hessian, and the last one's factor preconditions the adjoint; large problems are left to L-BFGS.
+    """
+
+    def __init__(self, folds: Folds, fit_intercept: bool):
+        self.folds = folds
+        ones = torch.ones_like(folds.features[..., :1])
+        self.x = torch.cat([folds.features, ones], -1) if fit_intercept else folds.features
+        rows = 1 if folds.num_classes == 2 else folds.num_classes
+        self.start = self.x.new_zeros(len(folds.train), rows * self.x.shape[-1])
+        self.gauge = fit_intercept and rows > 1
+        self.free = self.x.new_zeros(int(fit_intercept))
+
+    def predictions(self, penalties: Tensor) -> Tensor:
+        """Logits of each fold's model for all examples, ``[K, n, 1 or C]``; ``penalties`` 0-d or ``[d]``."""
+        each = torch.cat([penalties.expand(self.folds.num_features), self.free])
+
+        def objective(weights: Tensor) -> Tensor:
+            losses = self.folds.each_loss(self._logits(weights))
+            fit = torch.where(self.folds.train, losses, torch.zeros_like(losses)).sum(-1)
+            by_class = self._by_class(weights)
+            # Equal shifts of all intercepts change nothing: their sum is held at zero.
+            shift = by_class[..., self.folds.num_features :].sum((-2, -1)).square() if self.gauge else 0.0
+            return fit + ((each * by_class.square()).sum((-2, -1)) + shift) / 2
+
+        if self.start.shape[-1] <= MOST_UNKNOWNS:
+            minimum, factor = self._newton(objective, each.detach())
+            solver, linear = bl.External(lambda loss, start: minimum), bl.CG(rtol=1e-9, preconditioner=Factored(factor))
+        else:
+            minimum, solver, linear = self.start, bl.LBFGS(), bl.CG(rtol=1e-8)
+        fit = bl.argmin(objective, minimum, solver=solver, hypergrad=bl.Implicit(linear))
+        self.start = fit.value.detach()
+        return self._logits(fit.value)
+
+    def _newton(self, objective: Callable[[Tensor], Tensor], penalties: Tensor) -> tuple[Tensor, Tensor]:
+        """The minima ``[K, p]``, and the factors of the Hessians there ``[K, p, p]``; each fold halves its own steps."""
+        weights = self.start.clone().requires_grad_()
+        losses, near, factor = objective(weights), torch.zeros(len(weights), dtype=torch.bool), torch.empty(0)
+        for _ in range(MOST_STEPS):
+            (gradient,) = torch.autograd.grad(losses.sum(), weights)
+            if not bool(near.all()):  # near the minimum the last factor is as good
+                factor = torch.linalg.cholesky(self._hessian(weights.detach(), penalties))
+            step = torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
+            decrement = (gradient * step).sum(-1)
+            near = decrement < 1e-8 * (1 + losses.abs())
+            pending = decrement > 1e-18 * (1 + losses.abs())
+            if not bool(pending.any()):
+                break
+            length = pending.double()
+            for _ in range(30):
+                trial = (weights - length.unsqueeze(-1) * step).detach().requires_grad_()
+                new = objective(trial)
+                worse = pending & ~(new <= losses - 1e-4 * length * decrement + 1e-12 * (1 + losses.abs()))
+                if not bool(worse.any()):
+                    break
+                length = torch.where(worse, length / 2, length)
+            weights, losses = trial, new
+        return weights.detach(), factor
+
+    def _hessian(self, weights: Tensor, penalties: Tensor) -> Tensor:
+        """Of the objective, ``[K, p, p]``."""
+        logits, mask = self._logits(weights), self.folds.train.unsqueeze(-1)
+        if logits.shape[-1] == 1:
+            share = logits.sigmoid()
+            hessian = (self.x * (mask * share * (1 - share))).mT @ self.x
+        else:  # in the outputs of one example: diag(share) - share share'
+            share = mask * logits.softmax(-1)
+            each = (share.unsqueeze(-1) * self.x.unsqueeze(-2)).flatten(-2)
+            diagonal = [(self.x * column.unsqueeze(-1)).mT @ self.x for column in share.unbind(-1)]
+            hessian = -each.mT @ each
+            for c, block in enumerate(diagonal):
+                at = slice(c * self.x.shape[-1], (c + 1) * self.x.shape[-1])
+                hessian[:, at, at] += block
+            if self.gauge:
+                last = slice(self.x.shape[-1] - 1, None, self.x.shape[-1])
+                hessian[:, last, last] += 1
+        return hessian + torch.diag_embed(penalties.repeat(logits.shape[-1]))
+
+    def _by_class(self, weights: Tensor) -> Tensor:
+        return weights.unflatten(-1, (-1, self.x.shape[-1]))
+
+    def _logits(self, weights: Tensor) -> Tensor:
+        return self.x @ self._by_class(weights).mT
+
+
+MOST_STEPS = 100

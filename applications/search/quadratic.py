@@ -1,0 +1,122 @@
+"""Ridge and kernel ridge regressions of all folds at once: quadratic inner problems, solved by one factorisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from applications.search.folds import Folds
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """The Cholesky factor ``[K, p, p]`` of the forward solve as preconditioner of `bl.CG`: one step is exact.
+
+    CG measures the true residual all the same, and mends what rounding left.
+    """
+
+    factor: Tensor
+
+    def __call__(self, operator: object) -> Callable[[Tensor], Tensor]:
+        return lambda r: torch.cholesky_solve(r.unsqueeze(-1), self.factor).squeeze(-1)
+
+
+def minimize_quadratic(objective: Callable[[Tensor], Tensor], matrix: Tensor, right: Tensor) -> Tensor:
+    """The minimum ``[K, p]`` of K quadratics ``y A y / 2 - b y``, differentiable towards what ``objective`` captured.
+
+    Args:
+        objective: ``[K, p] -> [K]``, the same functions, written so that products with their Hessian are cheap.
+        matrix, right: A ``[K, p, p]``, positive definite, and b ``[K, p]``, without a graph.
+    """
+    size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if bool(info.any()):  # rounding made it indefinite: CG corrects for what is added
+        factor = torch.linalg.cholesky(matrix + torch.diag_embed((1e-10 * size).unsqueeze(-1).expand_as(right)))
+    exact = bl.External(lambda loss, start: torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1))
+    adjoint = bl.Implicit(bl.CG(rtol=1e-9, preconditioner=Factored(factor)))
+    return bl.argmin(objective, torch.zeros_like(right), solver=exact, hypergrad=adjoint).value
+
+
+class RidgeTwin:
+    """``sum_i (y_i - x_i w - b)^2 + sum_j alpha_j w_j^2`` (half of it, which has the same minimum).
+
+    With more features than examples in the dual: ``w = X' a / alpha`` with ``a (X X' / alpha + I) = y``, so that a
+    thousand penalties cost a matrix of the examples only.
+    """
+
+    def __init__(self, folds: Folds, fit_intercept: bool):
+        self.mask = folds.train.double()
+        share = self.mask / self.mask.sum(-1, keepdim=True)
+        x, y = folds.features, folds.targets.expand_as(share)
+        self.offset = torch.zeros(len(share), 1, dtype=torch.float64)
+        if fit_intercept:  # the intercept is free: it takes up the means
+            x = x - (share.unsqueeze(-1) * x).sum(-2, keepdim=True)
+            self.offset = (share * y).sum(-1, keepdim=True)
+        self.x, self.y = x, (y - self.offset) * self.mask
+        self.rows = self.x * self.mask.unsqueeze(-1)
+        self.dual = self.x.shape[-1] > self.x.shape[-2]
+        if not self.dual:
+            self.gram, self.moment = self.rows.mT @ self.rows, (self.rows.mT @ self.y.unsqueeze(-1)).squeeze(-1)
+
+    def predictions(self, penalties: Tensor) -> Tensor:
+        """Of each fold's model for all examples, ``[K, n]``; ``penalties`` 0-d or ``[d]``."""
+        weights = self._dual_weights(penalties) if self.dual else self._weights(penalties)
+        return times(self.x, weights) + self.offset
+
+    def _weights(self, penalties: Tensor) -> Tensor:
+        def objective(w: Tensor) -> Tensor:
+            return (w * (times(self.gram, w) + penalties * w) / 2 - self.moment * w).sum(-1)
+
+        diagonal = penalties.detach().expand(self.gram.shape[-1])
+        return minimize_quadratic(objective, self.gram + torch.diag(diagonal), self.moment)
+
+    def _dual_weights(self, penalties: Tensor) -> Tensor:
+        scale = penalties.rsqrt()
+
+        def objective(a: Tensor) -> Tensor:
+            v = scale * times(self.rows.mT, a)
+            return v.square().sum(-1) / 2 + (a * (a / 2 - self.y)).sum(-1)
+
+        scaled = self.rows * scale.detach()
+        matrix = scaled @ scaled.mT + torch.eye(scaled.shape[-2], dtype=scaled.dtype)
+        return times(self.rows.mT, minimize_quadratic(objective, matrix, self.y)) / penalties
+
+
+class KernelRidgeTwin:
+    """``a (K + alpha I) a / 2 - y a`` over the training examples, with ``K_ij = exp(-sum_k gamma_k (x_ik - x_jk)^2)``.
+
+    Without gammas the kernel is linear.
+    """
+
+    def __init__(self, folds: Folds):
+        self.x, self.mask = folds.features, folds.train.double()
+        self.y = folds.targets * self.mask
+
+    def predictions(self, alpha: Tensor, gammas: Tensor | None) -> Tensor:
+        """Of each fold's model for all examples, ``[K, n]``; ``gammas`` 0-d or ``[d]``."""
+        kernel = self.x @ self.x.mT if gammas is None else gaussian_kernel(self.x, gammas)
+
+        def objective(a: Tensor) -> Tensor:
+            inside = a * self.mask
+            return (inside * times(kernel, inside) + alpha * a.square()).sum(-1) / 2 - (self.y * a).sum(-1)
+
+        pairs = self.mask.unsqueeze(-1) * self.mask.unsqueeze(-2)
+        matrix = kernel.detach() * pairs + alpha.detach() * torch.eye(pairs.shape[-1], dtype=pairs.dtype)
+        return times(kernel, minimize_quadratic(objective, matrix, self.y) * self.mask)
+
+
+def gaussian_kernel(x: Tensor, gammas: Tensor) -> Tensor:
+    """``exp(-sum_k gamma_k (x_ik - x_jk)^2)``: ``[*, n, d] -> [*, n, n]``."""
+    scaled = x * gammas.sqrt()
+    norms = scaled.square().sum(-1)
+    distances = norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * scaled @ scaled.mT
+    return torch.exp(-distances.clamp_min(0))
+
+
+def times(matrix: Tensor, vector: Tensor) -> Tensor:
+    """``[*, m, n], [*, n] -> [*, m]``"""
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

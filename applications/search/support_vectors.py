@@ -1,0 +1,71 @@
+"""Support vector regressions of all folds at once: libsvm solves, the active set is differentiated."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.svm import SVR
+from torch import Tensor
+
+from applications.search.folds import Folds
+from applications.search.quadratic import gaussian_kernel, minimize_quadratic, times
+
+
+class SVRTwin:
+    """``min b K b / 2 - y b + epsilon |b|_1`` with ``sum b = 0`` and ``-C <= b <= C``, over the training examples.
+
+    At the solution an example lies inside the tube (b = 0), beyond it (b = C s, with s the sign of its error), or on its
+    edge, a free support vector: ``(K b)_i + intercept = y_i - epsilon s_i``. libsvm finds these sets. With them fixed, b
+    is the minimum of a quadratic in the free entries under one equality, differentiable towards the kernel, epsilon and
+    C: the derivative of the solution wherever the sets do not change.
+    """
+
+    def __init__(self, folds: Folds):
+        self.folds, self.x = folds, folds.features
+        self.y = folds.targets * folds.train
+
+    def predictions(self, C: Tensor, epsilon: Tensor, gammas: Tensor) -> Tensor:
+        """Of each fold's model for all examples, ``[K, n]``; all 0-d."""
+        kernel = gaussian_kernel(self.x, gammas)
+        b, intercept = self._solve(kernel.detach(), C.item(), epsilon.item())
+        sign, bounded = b.sign(), (b.abs() >= C.item() * (1 - 1e-9)).double()
+        free = (b != 0) * (1 - bounded)
+        count = free.sum(-1, keepdim=True).clamp_min(1)
+
+        def mean(v: Tensor) -> Tensor:
+            """Over the free entries."""
+            return (free * v).sum(-1, keepdim=True) / count
+
+        beyond = C * bounded * sign
+        feasible = beyond - free * beyond.sum(-1, keepdim=True) / count
+        wanted = self.y - epsilon * sign
+
+        def inside(v: Tensor) -> Tensor:
+            """The part of v that moves b within its constraints."""
+            return free * (v - mean(v))
+
+        def objective(v: Tensor) -> Tensor:
+            b = feasible + inside(v)
+            rest = (v - inside(v)).square().sum(-1)  # does nothing: zero at the minimum
+            return (b * times(kernel, b)).sum(-1) / 2 - (wanted * b).sum(-1) + rest / 2
+
+        with torch.no_grad():
+            project = torch.diag_embed(free) - free.unsqueeze(-1) * free.unsqueeze(-2) / count.unsqueeze(-1)
+            matrix = project @ kernel @ project + torch.eye(project.shape[-1], dtype=project.dtype) - project
+            right = inside(wanted - times(kernel, feasible))
+        b = feasible + inside(minimize_quadratic(objective, matrix, right))
+        scores = times(kernel, b)
+        fixed = free.sum(-1, keepdim=True) == 0  # no free vector: the intercept is libsvm's, a midpoint
+        return scores + torch.where(fixed, intercept, mean(wanted - scores))
+
+    def _solve(self, kernel: Tensor, C: float, epsilon: float) -> tuple[Tensor, Tensor]:
+        """b ``[K, n]`` and the intercept ``[K, 1]`` by libsvm, fold by fold."""
+        masks = self.folds.train
+        kernels, targets = kernel.expand(len(masks), -1, -1).numpy(), self.folds.targets.numpy()
+        b, intercept = torch.zeros(masks.shape, dtype=torch.float64), torch.zeros(len(masks), 1, dtype=torch.float64)
+        for k, mask in enumerate(masks.numpy()):
+            rows, y = kernels[k][mask][:, mask], targets[mask]
+            model = SVR(kernel="precomputed", C=C, epsilon=epsilon, tol=1e-6, cache_size=500).fit(rows, y)
+            chosen = masks[k].nonzero().squeeze(-1)[torch.from_numpy(model.support_).long()]
+            b[k, chosen] = torch.from_numpy(model.dual_coef_[0])
+            intercept[k] = float(model.intercept_[0])
+        return b, intercept
