@@ -9,9 +9,11 @@ from typing import Any
 
 import tyro
 
+from applications import tune
 from applications.errors import UserError, exit_code
 from applications.few_shot import benchmark, train
 from applications.few_shot.config import PRESETS, Config
+from applications.few_shot.tuning import tunable
 from applications.run_folder import RunFolder
 
 USAGE = """\
@@ -21,6 +23,7 @@ Few-shot classification by implicit MAML and its relatives.
   python -m applications.few_shot train --resume RUN                  go on with an interrupted run
   python -m applications.few_shot evaluate RUN [options]              held-out accuracy of a finished run
   python -m applications.few_shot benchmark [options]                 memory and time against inner steps
+  python -m applications.few_shot tune [options]                      an Optuna study over the solver settings
 
 Each takes --help. Presets: {presets}.
 """
@@ -45,7 +48,7 @@ class TrainOptions(Config, Place):
 
 def main(arguments: list[str]) -> int:
     """Run a subcommand; the exit code is 2 for bad input, which is told in one message."""
-    commands = {"train": run_train, "evaluate": run_evaluate, "benchmark": benchmark.main}
+    commands = {"train": run_train, "evaluate": run_evaluate, "benchmark": benchmark.main, "tune": run_tune}
     if arguments[:1] and arguments[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(PRESETS)))
         return 0
@@ -80,6 +83,11 @@ def run_evaluate(arguments: list[str]) -> int:
     session.restore(folder.load_checkpoint(session.device))
     train.report(session, folder)
     return 0
+
+
+def run_tune(arguments: list[str]) -> int:
+    """The study; options that are not its own are those of train."""
+    return tune.main("few_shot", arguments, lambda rest: tunable(parse(rest, Config, vars(Config()), "tune")))
 
 
 def parse(arguments: list[str], options: type[Config], start: dict[str, Any], command: str) -> Config:

@@ -64,6 +64,9 @@ class Config:
     hessian: Literal["graph", "func"] = "graph"
     """Hessian products over the retained graph (faster) or recomputed by torch.func."""
 
+    solver: Path | None = None
+    """File of solver settings, as `tune` writes it, in place of the knobs of adaptation and hypergradient above."""
+
     steps: int = 500
     """Meta-steps."""
     tasks: int = 16
@@ -116,6 +119,8 @@ class Config:
             raise UserError("--cg-steps and --validate-every cannot be negative.")
         if self.learn_strength != "no" and not self.method.startswith("imaml"):
             raise UserError(f"--learn-strength needs an imaml method: {self.method} has no proximal term.")
+        if self.solver is not None and not self.method.startswith("imaml"):
+            raise UserError(f"--solver needs an imaml method: {self.method} has a hypergradient of its own.")
         if self.norm == "image" and self.width % 8:
             raise UserError(f"--width is {self.width}: with --norm image it must be a multiple of 8.")
 
@@ -131,8 +136,8 @@ class Config:
     @classmethod
     def from_json(cls, values: dict[str, object]) -> Config:
         """The inverse of `to_json`."""
-        root = values.get("data_root")
-        return cls(**{**values, "data_root": None if root is None else Path(str(root))})  # type: ignore[arg-type]
+        paths = {name: Path(str(values[name])) for name in ("data_root", "solver") if values.get(name) is not None}
+        return cls(**{**values, **paths})  # type: ignore[arg-type]
 
 
 # Rajeswaran et al. 2019, section 4 and the command of the released code: 16 gradient steps (25 for 20-way), lambda 2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def measure(
 def settings(learner: Learner) -> Iterator[tuple[str, Classifier]]:
     """How the network can classify: as one batch of queries, and query by query; one where they are the same."""
     if learner.config.eval_steps is not None:
-        learner = replace(learner, config=replace(learner.config, inner_steps=learner.config.eval_steps))
+        learner = learner.with_steps(learner.config.eval_steps)
     if not any(isinstance(module, BatchStatNorm) for module in learner.net.modules()):
         yield "inductive: no query sees another", _adapted(learner, transductive)
         return

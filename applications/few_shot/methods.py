@@ -6,8 +6,8 @@ mean has the meta-gradient as its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -33,21 +33,52 @@ class Learner:
     Attributes:
         meta: name -> parameter, the initialisation that is learned.
         log_strength: layer -> log lambda, 0-d; one entry ``"all"`` unless lambda is learned for each layer.
+        chosen: ``solver`` and ``hypergrad`` in place of those that the configuration describes.
     """
 
     config: Config
     net: nn.Module
     meta: Params
     log_strength: Params
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def create(cls, config: Config, net: nn.Module) -> Learner:
+    def create(cls, config: Config, net: nn.Module, chosen: Mapping[str, Any] | None = None) -> Learner:
+        """At the network's parameters; ``chosen`` may have a ``strength`` too."""
+        chosen = dict(chosen or {})
+        config = replace(config, strength=chosen.pop("strength", config.strength))
         meta: Params = dict(net.named_parameters())
         names = {_layer(name) for name in meta} if config.learn_strength == "layer" else {"all"}
         like = next(iter(meta.values()))
         start = torch.tensor(config.strength, dtype=like.dtype, device=like.device).log()
         learned = config.learn_strength != "no"
-        return cls(config, net, meta, {name: start.clone().requires_grad_(learned) for name in sorted(names)})
+        return cls(config, net, meta, {name: start.clone().requires_grad_(learned) for name in sorted(names)}, chosen)
+
+    def inner_solver(self) -> Any:
+        """What adapts to a task."""
+        config = self.config
+        if "solver" in self.chosen:
+            return self.chosen["solver"]
+        if config.method == "imaml-hf":
+            return bl.NewtonCG(max_steps=config.inner_steps, cg_steps=config.newton_cg_steps, operator=config.hessian)
+        return bl.GradientDescent(
+            config.inner_lr, config.inner_steps, momentum=config.inner_momentum, safeguard=config.safeguard
+        )
+
+    def hypergrad(self) -> Any:
+        """How implicit MAML differentiates the adaptation."""
+        config = self.config
+        if "hypergrad" in self.chosen:
+            return self.chosen["hypergrad"]
+        linear = bl.CG(max_steps=config.cg_steps) if config.cg_steps else bl.Identity(1 / config.strength)
+        return bl.Implicit(linear, operator=config.hessian)
+
+    def with_steps(self, steps: int) -> Learner:
+        """The same, which makes so many steps of adaptation (at most, where it stops by itself)."""
+        chosen = dict(self.chosen)
+        if "solver" in chosen:
+            chosen["solver"] = replace(chosen["solver"], max_steps=steps)
+        return replace(self, config=replace(self.config, inner_steps=steps), chosen=chosen)
 
     def parameters(self) -> list[Tensor]:
         """What the meta-optimizer updates."""
@@ -153,28 +184,18 @@ def meta_step(learner: Learner, episodes: Episodes) -> Outcome:
     )
 
 
-def adapt(learner: Learner, x: Tensor, y: Tensor, hypergrad: bl.Implicit | bl.Unroll | None = None) -> bl.Solution:
+def adapt(learner: Learner, x: Tensor, y: Tensor, hypergrad: Any = None) -> bl.Solution:
     """Adapt to T support sets ``x [T, n, ...]``, ``y [T, n]``: the solution's value has leaves ``[T, ...]``."""
-    config = learner.config
-    proximal = config.method.startswith("imaml")
+    proximal = learner.config.method.startswith("imaml")
     objective = learner.proximal_loss if proximal else learner.loss
-    solver: bl.GradientDescent | bl.NewtonCG
-    if config.method == "imaml-hf":
-        solver = bl.NewtonCG(max_steps=config.inner_steps, cg_steps=config.newton_cg_steps, operator=config.hessian)
-    else:
-        solver = bl.GradientDescent(
-            config.inner_lr, config.inner_steps, momentum=config.inner_momentum, safeguard=config.safeguard
-        )
     start = bl.stack(learner.meta, len(x))
     # Residuals and curvature are recorded with the metrics and a non-finite step is skipped: no need to shout.
-    return bl.argmin(objective, start, x, y, solver=solver, hypergrad=hypergrad, throw="ignore")
+    return bl.argmin(objective, start, x, y, solver=learner.inner_solver(), hypergrad=hypergrad, throw="ignore")
 
 
 def implicit(learner: Learner, episodes: Episodes) -> Queried:
     """Implicit MAML: query loss at the proximal minimum, differentiated implicitly, ``(I + H / lambda) v = g``."""
-    config = learner.config
-    linear = bl.CG(max_steps=config.cg_steps) if config.cg_steps else bl.Identity(1 / config.strength)
-    solution = adapt(learner, episodes.support_x, episodes.support_y, bl.Implicit(linear, operator=config.hessian))
+    solution = adapt(learner, episodes.support_x, episodes.support_y, learner.hypergrad())
     return _queried(learner, episodes, solution, solution.value)
 
 

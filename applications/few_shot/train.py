@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,15 @@ class Session:
     optimizer: torch.optim.Adam
     step: int = 0
     seconds: float = 0.0
+    solution: bl.Solution | None = None
+    """The last adaptation."""
 
     @classmethod
-    def create(cls, config: Config) -> Session:
+    def create(cls, config: Config, chosen: Mapping[str, Any] | None = None) -> Session:
+        """At the start; ``chosen``: solver settings in place of those of the configuration and of its file."""
         device = set_up_device(config)
         splits = data.load(config.data, config.data_root, split=config.split)
-        learner = create_learner(config, splits.train, device)
+        learner = create_learner(config, splits.train, device, chosen or solver_settings(config))
         session = cls(config, splits, device, learner, torch.optim.Adam(learner.parameters(), config.lr))
         for stream in ("train", "validation", "test"):
             session.sampler(stream)  # what cannot be sampled is told before training, not after it
@@ -106,14 +109,36 @@ def set_up_device(config: Config) -> torch.device:
     return device
 
 
-def create_learner(config: Config, classes: data.ImageClasses, device: torch.device) -> Learner:
+def solver_settings(config: Config) -> dict[str, Any]:
+    """What the file of ``--solver`` holds.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    if config.solver is None:
+        return {}
+    try:
+        settings = bl.tuning.load(config.solver)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--solver {config.solver} cannot be used: {error}") from error
+    if not set(settings) <= {"solver", "hypergrad", "strength"} or not settings:
+        raise UserError(
+            f"--solver {config.solver} has {', '.join(settings) or 'nothing'}: 'solver', 'hypergrad' and 'strength' "
+            "are expected. `python -m applications.few_shot tune` writes such a file."
+        )
+    return settings
+
+
+def create_learner(
+    config: Config, classes: data.ImageClasses, device: torch.device, chosen: Mapping[str, Any] | None = None
+) -> Learner:
     """The network at its initialisation, which the seed alone decides."""
     channels, size = classes.images.shape[2], classes.images.shape[-1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         conv4 = {"width": config.width, "norm": config.norm, "halve": config.halve}
         net = build(config.model, channels, size, config.ways, **conv4)
-    return Learner.create(config, net.to(device, config.dtype))
+    return Learner.create(config, net.to(device, config.dtype), chosen)
 
 
 def create_sampler(
@@ -165,7 +190,7 @@ def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
     if finite:
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-    solution = outcome.solution
+    session.solution = solution = outcome.solution
     record = {
         "skipped": not finite,
         "loss": loss,
@@ -192,6 +217,10 @@ def run(config: Config, folder: RunFolder, resume: bool) -> int:
     if resume:
         session.restore(folder.load_checkpoint(session.device))
         folder.rewind_metrics(session.step)
+    if config.solver is not None:  # the run is whole without the file
+        kept = folder.path / "solver.json"
+        bl.tuning.save(kept, solver_settings(config))
+        config = replace(config, solver=kept)
     folder.begin(config.to_json())
     say(f"{title}: {config.tasks} tasks a step on {session.device}; run folder {folder.path}")
     with Interruption() as interruption:

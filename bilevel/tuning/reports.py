@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -64,9 +64,13 @@ def report(
             raise optuna.TrialPruned(f"Pruned at step {step}.")
 
 
+Measured = Tensor | float | Callable[[], float]
+"""A loss, or a function that measures it."""
+
+
 def loss_within(
     trial: optuna.Trial,
-    records: Iterable[tuple[int, Tensor | float, Solution | None]],
+    records: Iterable[tuple[int, Measured, Solution | None]],
     seconds: float,
     *,
     points: int = 20,
@@ -78,28 +82,33 @@ def loss_within(
     step may begin just before the end. User attributes: ``steps``, ``seconds``.
 
     Args:
-        records: a generator that makes an outer step each time it is asked, and yields its number, loss and fit.
+        records: a generator that makes an outer step each time it is asked, and yields its number, loss and fit. For
+            the loss it may yield a function, such as a validation: it is called at those points only, and its time does
+            not count.
         seconds: the budget. points: how often the trial hears of it.
         worst: as in `report`.
 
     Raises:
         optuna.TrialPruned: as in `report`. ValueError: there was no record.
     """
-    begin, told, made, loss = time.perf_counter(), 0, None, math.nan
-    for step, value, fit in records:
-        made, loss = step, float(value)
-        elapsed = time.perf_counter() - begin
+    told, made, loss, elapsed = 0, None, math.nan, 0.0
+    value: Measured = math.nan
+    begin = time.perf_counter()
+    for made, value, fit in records:  # noqa: B007 (the last one is what was reached)
+        elapsed += time.perf_counter() - begin
         point = min(points, int(points * elapsed / seconds))
-        if point > told or not math.isfinite(loss):
+        if point > told or not (callable(value) or math.isfinite(float(value))):
+            loss = float(value() if callable(value) else value)
             report(trial, point, loss, fit, worst=worst)
             told = point
         if elapsed >= seconds:
             break
+        begin = time.perf_counter()
     if made is None:
         raise ValueError("records is empty: there is no loss to return.")
     trial.set_user_attr("steps", made)
-    trial.set_user_attr("seconds", time.perf_counter() - begin)
-    return loss
+    trial.set_user_attr("seconds", elapsed)
+    return loss if told == points else float(value() if callable(value) else value)
 
 
 def hypergradient_error(

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.few_shot.conftest import real_data_root
+from tests.few_shot.conftest import glyph_root, real_data_root
 
 ROOT = Path(__file__).parents[2]
+__all__ = ["glyph_root"]  # the fixture is shared
 
 
 @pytest.fixture(scope="session")

@@ -121,3 +121,32 @@ def test_a_method_that_refuses_is_pruned():
     study = create_study("refused", direction=["minimize", "minimize"])
     study.optimize(guard(lambda t: hypergradient_error(t, problem, bl.LBFGS(), bl.Unroll())), n_trials=1)
     assert study.trials[0].state.name == "PRUNED"
+
+
+def test_validations_are_off_the_clock_and_made_at_the_points_only(monkeypatch):
+    clock, asked = Clock(), []
+    monkeypatch.setattr("bilevel.tuning.reports.time", clock)
+
+    def validation(k):
+        def measure():
+            clock.now += 100.0
+            asked.append(k)
+            return 1 / (k + 1)
+
+        return measure
+
+    study = create_study("validated")
+    study.optimize(
+        lambda t: loss_within(t, ((k, validation(k), None) for k in itertools.count()), 1.0, points=2), n_trials=1
+    )
+    (trial,) = study.trials
+    assert asked == [3, 7]
+    assert trial.value == 1 / 8
+    assert trial.user_attrs["seconds"] == 1.0
+
+
+def test_a_run_that_ends_before_its_time_returns_its_last_loss():
+    study = create_study("short")
+    study.optimize(lambda trial: loss_within(trial, [(1, 3.0, None), (2, lambda: 2.0, None)], 1e6), n_trials=1)
+    assert study.trials[0].value == 2.0
+    assert study.trials[0].user_attrs["steps"] == 2

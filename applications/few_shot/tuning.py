@@ -1,0 +1,69 @@
+"""What `python -m applications.few_shot tune` searches: adaptation, its hypergradient, and lambda."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import optuna
+
+import bilevel as bl
+from applications.errors import UserError
+from applications.few_shot import evaluate
+from applications.few_shot.config import Config
+from applications.few_shot.train import Session, meta_train
+from applications.tune.tunable import Settings, Tunable
+
+LINEAR = ("CG", "MINRES", "Neumann", "Nystrom", "Identity")
+VALIDATION_TASKS = 100
+
+
+def tunable(config: Config) -> Tunable:
+    """Implicit MAML with these knobs; what the search does not choose stays as they say.
+
+    Raises:
+        UserError: another method, or an outer step size that follows the number of steps.
+    """
+    if config.method != "imaml":
+        raise UserError(f"tune searches the solvers of --method imaml, not of {config.method}.")
+    if config.solver is not None:
+        raise UserError("tune starts from the knobs: leave --solver out.")
+    config = replace(config, schedule="constant", steps=10**9, validate_every=0)
+
+    def suggest(trial: optuna.trial.BaseTrial) -> Settings:
+        solver = bl.tuning.suggest_inner_solver(
+            trial, choices=("GradientDescent", "NewtonCG"), max_steps=16, lr=(0.01, 2.0)
+        )
+        if isinstance(solver, bl.GradientDescent):
+            solver = replace(solver, safeguard=config.safeguard)
+        hypergrad = bl.tuning.suggest_hypergrad(trial, choices=("Implicit",), linear=LINEAR, max_steps=8)
+        return {
+            "solver": solver,
+            "hypergrad": replace(hypergrad, operator=config.hessian),
+            "strength": trial.suggest_float("strength", 0.05, 20.0, log=True),
+        }
+
+    def train(settings: Settings, seed: int) -> Iterator[tuple[int, Callable[[], float], bl.Solution | None]]:
+        session = Session.create(replace(config, seed=seed), settings)
+        for record in meta_train(session):
+            yield record["step"], lambda: validation_accuracy(session), session.solution
+
+    default = {
+        "inner": "GradientDescent",
+        "inner.max_steps": config.inner_steps,
+        "inner.lr": config.inner_lr,
+        "inner.momentum": config.inner_momentum,
+        "hypergrad": "Implicit",
+        "hypergrad.damped": False,
+        "linear": "CG",
+        "linear.max_steps": max(1, config.cg_steps),
+        "strength": config.strength,
+    }
+    return Tunable("validation accuracy (%)", "maximize", default, suggest, train, seconds=8.0, steps=20)
+
+
+def validation_accuracy(session: Session) -> float:
+    """Percent, on tasks of the validation classes, transductive where the network is."""
+    name, classify = next(iter(evaluate.settings(session.learner)))
+    sampler = session.sampler("validation")
+    return evaluate.measure({name: classify}, sampler, VALIDATION_TASKS, progress=False)[name].mean

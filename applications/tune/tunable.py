@@ -1,0 +1,80 @@
+"""What an application gives to be tuned: a search space, and a training that any of its points can run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import optuna
+import torch
+
+import bilevel as bl
+from applications import memory
+
+Settings = dict[str, Any]
+"""Names such as ``solver`` and ``hypergrad`` to what `bl.tuning.save` can write."""
+
+
+POINTS = 4
+"""At which the trial hears its score, and may be pruned."""
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """An application to be tuned.
+
+    Attributes:
+        score: what it is judged by, such as ``"validation accuracy (%)"``; never on test data.
+        direction: which way is better.
+        default: the parameters of a trial that make the settings in use today.
+        suggest: from a trial to settings; their names are the arguments of the objects, as ``--solver`` reads them.
+        train: ``train(settings, seed)`` begins a training of its own with this seed, and each time it is asked makes an
+            outer step and yields its number from 1, the score (or a function that measures it, off the clock), and the
+            inner solution or None.
+        seconds: the default budget of a trial. steps: outer steps of a trial with several objectives.
+        trials: how many of them a study makes by default.
+    """
+
+    score: str
+    direction: Literal["minimize", "maximize"]
+    default: Mapping[str, Any]
+    suggest: Callable[[optuna.trial.BaseTrial], Settings]
+    train: Callable[[Settings, int], Iterable[tuple[int, Any, bl.Solution | None]]]
+    seconds: float
+    steps: int
+    trials: int = 30
+
+    def default_settings(self) -> Settings:
+        return self.suggest(optuna.trial.FixedTrial(dict(self.default)))
+
+
+def score_within(
+    tunable: Tunable,
+    trial: optuna.trial.BaseTrial,
+    settings: Settings,
+    seed: int,
+    seconds: float,
+    points: int = POINTS,
+) -> float:
+    """What a training has reached after so many seconds; see `bl.tuning.loss_within`."""
+    return bl.tuning.loss_within(trial, tunable.train(settings, seed), seconds, points=points)  # type: ignore[arg-type]
+
+
+def score_after(
+    tunable: Tunable, trial: optuna.trial.BaseTrial, settings: Settings, seed: int, steps: int
+) -> tuple[float, float, float]:
+    """The score after so many outer steps, their seconds, and the peak memory above the start, MiB."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = memory.reset_peak(device)
+    begin = time.perf_counter()
+    records = (record for record in tunable.train(settings, seed) if record[0] >= steps)
+    found = next(iter(records), None)
+    elapsed, peak = time.perf_counter() - begin, memory.peak(device) - before
+    if found is None:
+        raise ValueError(f"The training ended before {steps} steps.")
+    _, value, fit = found
+    score = float(value() if callable(value) else value)
+    bl.tuning.report(trial, steps, score, fit)  # type: ignore[arg-type]
+    return score, elapsed, peak
