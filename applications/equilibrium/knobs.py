@@ -1,0 +1,141 @@
+"""The knobs of the application, and its data and network."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from applications.command import Knobs, require, select_device
+from applications.data import Examples, load, split
+from applications.equilibrium.network import Convolutional, Dense, Network
+from applications.errors import UserError
+
+MNIST_TEST = 10_000
+"""The last images of MNIST are its test set, as everywhere."""
+
+
+@dataclass(frozen=True)
+class Config(Knobs):
+    """A classifier whose hidden layer is a fixed point, trained by its implicit gradient, beside an unrolled one."""
+
+    data: str = "digits"
+    """digits, breast_cancer, wine, iris, mnist, or an .npz file with features and targets."""
+    data_root: Path | None = None
+    """Folder of data sets, for mnist; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
+    max_train: int | None = None
+    """Training examples at most."""
+    net: Literal["dense", "convolutional"] = "dense"
+    """What mixes the hidden units; convolutional needs images."""
+    width: int = 64
+    """Hidden units, or channels."""
+    contraction: float = 0.95
+    """Bound of the norm of the recurrent weight, below 1."""
+    runs: int = 3
+    """Trainings of each method, from seeds seed, seed + 1, ...: another split and another start each."""
+    epochs: int = 12
+    """Passes over the training examples."""
+    batch_size: int = 50
+    """Examples in a step."""
+    lr: float = 0.01
+    """Of Adam at the start; it falls linearly to zero."""
+    history: int = 5
+    """Differences that Anderson's acceleration keeps."""
+    tol: float = 1e-3
+    """An example's equilibrium is found at this root mean square of z - map(z) over its hidden units."""
+    max_iterations: int = 200
+    """Of the forward solve."""
+    adjoint_rtol: float = 1e-2
+    """Relative residual of the adjoint solve."""
+    unrolled: int = 30
+    """Iterations of the unrolled network."""
+    depths: tuple[int, ...] = (10, 30, 100, 300)
+    """Iterations at which the memory of a step is measured."""
+    device: Literal["cpu", "cuda", "auto"] = "cpu"
+    """Where to compute."""
+
+    def check(self) -> None:
+        counts = ("width", "runs", "epochs", "batch_size", "max_iterations", "unrolled")
+        for name in counts:
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
+        require(self.history >= 0, f"--history is {self.history}: it cannot be negative; 0 is the plain iteration.")
+        require(
+            self.max_train is None or self.max_train >= 1, f"--max-train is {self.max_train}: at least 1 is needed."
+        )
+        require(len(self.depths) > 0 and min(self.depths, default=0) >= 1, "--depths: give numbers of at least 1.")
+        require(
+            0 < self.contraction < 1,
+            f"--contraction is {self.contraction}: it lies between 0 and 1. From 1 on, an equilibrium need not exist.",
+        )
+        for name in ("lr", "tol", "adjoint_rtol"):
+            value = getattr(self, name)
+            good = math.isfinite(value) and value > 0
+            require(good, f"--{name.replace('_', '-')} is {value}: a positive number is needed.")
+        select_device(self.device)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Examples ``[n, ...]`` with classes ``[n]``: to train on, to watch, and to report on once, at the end."""
+
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+def read(config: Config) -> Examples:
+    """The data, checked against the network.
+
+    Raises:
+        UserError: the files cannot be used, or the network needs images.
+    """
+    examples = load(config.data, config.data_root)
+    if config.net == "convolutional" and examples.image is None:
+        raise UserError(
+            f"--net convolutional needs images, and {config.data} has {examples.features.shape[1]} features that are "
+            "none. Take --net dense, or --data digits or mnist."
+        )
+    parts_of(config, examples, config.seed)  # too few examples are told now
+    return examples
+
+
+def parts_of(config: Config, examples: Examples, seed: int) -> Parts:
+    """Of MNIST, nine in ten training images and the official test images; of other sets, 60, 15 and 25 % at random."""
+    if config.data == "mnist":
+        count = len(examples) - MNIST_TEST
+        test = examples.subset(np.arange(count, len(examples)))
+        train, validation = split(examples.subset(np.arange(count)), [count - count // 10, count // 10], seed)
+    else:
+        train, validation, test = split(examples, [0.6, 0.15, 0.25], seed)
+    if config.max_train is not None and config.max_train < len(train):
+        (train,) = split(train, [config.max_train], seed)
+    device = select_device(config.device)
+
+    def tensors(part: Examples) -> tuple[Tensor, Tensor]:
+        x, y = part.tensors(device=device)
+        if config.net == "convolutional" and part.image is not None:
+            return x.unflatten(1, part.image), y
+        if part.image is None:  # columns of any scale, brought to that of the training examples
+            mean, deviation = train.features.mean(0), train.features.std(0)
+            x = (x - torch.as_tensor(mean).to(x)) / torch.as_tensor(deviation).to(x).clamp_min(1e-6)
+        return x, y
+
+    return Parts(tensors(train), tensors(validation), tensors(test))
+
+
+def create_network(config: Config, examples: Examples, seed: int) -> Network:
+    """The network at its start, which depends on the seed alone: the same for every method."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.net == "convolutional" and examples.image is not None:
+            network: Network = Convolutional(examples.image, config.width, examples.num_classes, config.contraction)
+        else:
+            width = examples.features.shape[1]
+            network = Dense(width, config.width, examples.num_classes, config.contraction)
+    return network.to(select_device(config.device))
