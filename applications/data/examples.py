@@ -1,4 +1,4 @@
-"""Examples with a class or a number each: embedded sets, MNIST, 20 newsgroups, files of the user."""
+"""Examples with a class or a number each: embedded sets, MNIST, CIFAR-10, 20 newsgroups, files of the user."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def load(name: str, root: str | Path | None = None, *, task: Task = "classificat
     """A data set by name, or the file at a path.
 
     Args:
-        name: one of `EMBEDDED`, ``"mnist"`` (training images, then test images, of torchvision's files),
-            ``"20newsgroups"`` (scikit-learn's files, sparse); or a path: ``.npz`` with ``features`` [n, d] and
+        name: one of `EMBEDDED`, ``"mnist"`` or ``"cifar10"`` (training images, then test images, of torchvision's
+            files), ``"20newsgroups"`` (scikit-learn's files, sparse); or a path: ``.npz`` with ``features`` [n, d] and
             ``targets`` [n], or ``.svm``, ``.svmlight``, ``.libsvm`` in that sparse format.
-        root: the folder of data sets, for the two that are not embedded; by default $BILEVEL_DATA, else
+        root: the folder of data sets, for the three that are not embedded; by default $BILEVEL_DATA, else
             ``~/.cache/bilevel``.
         task: what the targets are: classes 0, 1, ... of which each has an example, or numbers.
         sparse: whether sparse features will do.
@@ -81,12 +81,14 @@ def load(name: str, root: str | Path | None = None, *, task: Task = "classificat
         examples = _embedded(name, task)
     elif name == "mnist" and task == "classification":
         examples = _mnist(data_root(root))
+    elif name == "cifar10" and task == "classification":
+        examples = _cifar10(data_root(root))
     elif name == "20newsgroups" and task == "classification":
         examples = _newsgroups(data_root(root))
     elif suffix == ".npz" or suffix in SPARSE_SUFFIXES:
         examples = _file(Path(name), task)
     else:
-        known = (*EMBEDDED[task], *(("mnist", "20newsgroups") if task == "classification" else ()))
+        known = (*EMBEDDED[task], *(("mnist", "cifar10", "20newsgroups") if task == "classification" else ()))
         raise UserError(
             f"There is no data set {name!r} for {task}. There are {', '.join(known)}, and files: .npz with 'features' "
             f"and 'targets', or {', '.join(SPARSE_SUFFIXES)}."
@@ -195,6 +197,25 @@ def _mnist(root: Path) -> Examples:
     if len(images) != len(labels):
         raise unusable(root / "MNIST" / "raw", f"{len(images)} images and {len(labels)} labels")
     return Examples("mnist", images, labels.astype(np.int64), 10, (1, 28, 28))
+
+
+def _cifar10(root: Path) -> Examples:
+    datasets = torchvision_datasets()
+    try:  # torchvision checks the checksum of each file before it reads it
+        parts = [datasets.CIFAR10(str(root), train=train, download=False) for train in (True, False)]
+    except RuntimeError as error:
+        raise UserError(
+            f"CIFAR-10 is not in {root} ({error}). Its folder cifar-10-batches-py is looked up there: set --data-root "
+            "or $BILEVEL_DATA, or let torchvision fetch it: "
+            f"python -c \"from torchvision.datasets import CIFAR10; CIFAR10('{root}', download=True)\""
+        ) from error
+    except Exception as error:  # pickle's and NumPy's, by where the damage is
+        raise unusable(root / "cifar-10-batches-py", error) from error
+    images = np.concatenate([part.data for part in parts]).transpose(0, 3, 1, 2).reshape(-1, 3 * 32 * 32) / 255.0
+    labels = np.concatenate([np.asarray(part.targets, np.int64) for part in parts])
+    if len(images) != len(labels):
+        raise unusable(root / "cifar-10-batches-py", f"{len(images)} images and {len(labels)} labels")
+    return Examples("cifar10", images, labels, 10, (3, 32, 32))
 
 
 def _newsgroups(root: Path) -> Examples:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
+import pickle
 import struct
 
 import numpy as np
@@ -53,6 +55,37 @@ def test_mnist_in_torchvisions_format(tmp_path):
     (raw / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03damaged")
     with pytest.raises(UserError, match="damaged"):
         load("mnist", tmp_path)
+
+
+def test_cifar10_in_torchvisions_format(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+
+    def write(name, entry):
+        content = pickle.dumps(entry)
+        (folder / name).write_bytes(content)
+        return name, hashlib.md5(content).hexdigest()
+
+    def batch(size, base):
+        pixels = np.zeros((size, 3, 32, 32), np.uint8)
+        pixels[:, 1] = base + np.arange(size)[:, None, None]  # green
+        return {"data": pixels.reshape(size, -1), "labels": [i % 10 for i in range(size)]}
+
+    monkeypatch.setattr(CIFAR10, "train_list", [write("data_batch_1", batch(30, 0))])
+    monkeypatch.setattr(CIFAR10, "test_list", [write("test_batch", batch(10, 100))])
+    name, checksum = write("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": checksum})
+    cifar = load("cifar10", tmp_path)
+    assert cifar.image == (3, 32, 32)
+    assert cifar.targets[30:].tolist() == list(range(10))
+    images = cifar.features.reshape(-1, 3, 32, 32) * 255
+    assert np.allclose(images[31, 1], 101)
+    assert (images[:, [0, 2]] == 0).all()
+    (folder / "test_batch").write_bytes(b"damaged")  # never unpickled: its checksum is wrong
+    with pytest.raises(UserError, match=r"CIFAR-10 is not in .*corrupted"):
+        load("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize(
