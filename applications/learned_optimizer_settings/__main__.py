@@ -13,7 +13,7 @@ import torch
 
 from applications.command import Knobs, main, require
 from applications.learned_optimizer_settings import baselines, compare, plots
-from applications.learned_optimizer_settings.learn import Learning
+from applications.learned_optimizer_settings.learn import MOST_POINTS, Learning
 from applications.learned_optimizer_settings.networks import Data, Networks
 from applications.learned_optimizer_settings.settings import Settings
 from applications.run import Run
@@ -59,10 +59,8 @@ class Config(Knobs):
             require(value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
         require(self.steps >= 2, f"--steps is {self.steps}: at least 2 are needed.")
         require(self.fresh >= 2, f"--fresh is {self.fresh}: at least 2 are needed for a standard error.")
-        require(
-            1 <= self.points <= self.steps,
-            f"--points is {self.points}: from 1 to the {self.steps} steps of a run can be told apart.",
-        )
+        most = min(self.steps, MOST_POINTS)
+        require(1 <= self.points <= most, f"--points is {self.points}: a schedule has 1 to {most} of them here.")
         for name in ("start_lr", "outer_lr"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}: a positive number is needed.")
@@ -145,8 +143,7 @@ def story(knobs: Config, run: Run) -> None:
     run.picture("schedules.png", plots.schedules(found, history(records, start(), knobs.steps), title))
     seen = {name: found[name]["losses"] for name in searches}
     seen["learned"] = [record.get("loss", math.nan) for record in records]
-    best = {name: name != "learned" for name in seen}
-    run.picture("search.png", plots.search(seen, best, knobs.networks, title))
+    run.picture("search.png", plots.search(seen, knobs.networks, title))
     curves = {name: one["curve"] for name, one in results.items()}
     run.picture("training.png", plots.training(curves, f"{title}, mean of {knobs.fresh} fresh networks"))
 

@@ -16,24 +16,18 @@ from applications.learned_optimizer_settings.settings import Settings
 LARGEST_NORM = 1.0
 """Near the edge of stability a hypergradient may be a million times too long (Metz et al. 2019): it is cut."""
 
+MOST_POINTS = 1000
 Method = bl.Unroll | bl.Truncated | bl.ForwardMode
 
 EXACT: dict[str, Method] = {
     "unroll": bl.Unroll(),
     "checkpoint": bl.Unroll(checkpoint=True),
-    "forward": bl.ForwardMode(),
+    "forward": bl.ForwardMode(max_hparams=MOST_POINTS + 1),
 }
 """The same derivative: the fastest; with memory of ``2 sqrt(steps)`` steps; with memory of one step."""
 
 
-def end_of_run(
-    networks: Networks,
-    settings: Settings,
-    steps: int,
-    stop: int,
-    method: Method,
-    seed: int,
-) -> Tensor:
+def end_of_run(networks: Networks, settings: Settings, steps: int, stop: int, method: Method, seed: int) -> Tensor:
     """Validation loss of each network ``[count]`` after ``stop`` of the ``steps`` that the schedule is for."""
     torch.manual_seed(seed)
     fit = bl.argmin(

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
+from matplotlib.ticker import LogLocator, NullLocator
 
 from applications.figures import BLUE, ORANGE, RIGHT, WRONG, png
 
@@ -52,24 +53,22 @@ def schedules(found: dict[str, dict[str, Any]], history: Sequence[dict[str, Any]
     return png(figure)
 
 
-def search(seen: dict[str, list[float]], best: dict[str, bool], runs: int, title: str) -> bytes:
-    """Validation loss against training runs.
+def search(seen: dict[str, list[float]], runs: int, title: str) -> bytes:
+    """Validation loss against training runs: the best so far of a search, every loss of the learning.
 
     Args:
-        seen: by name, the loss of each trial or outer step. best: whether to draw the best so far, or each one.
+        seen: by name, the loss of each trial or outer step.
         runs: training runs of a trial or outer step.
     """
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name, losses in seen.items():
-        values = [min(losses[: place + 1]) for place in range(len(losses))] if best[name] else losses
-        label = f"{name}, best so far" if best[name] else f"{name}, each outer step on fresh networks"
+        ours = name == "learned"
+        values = losses if ours else [min(losses[: place + 1]) for place in range(len(losses))]
+        label = f"{name}, each outer step on fresh networks" if ours else f"{name}, best so far"
         places = [runs * (place + 1) for place in range(len(values))]
-        axes.semilogy(
-            places, values, color=colours(seen)[name], label=label, linewidth=2.5 if name == "learned" else 1.5
-        )
+        axes.plot(places, values, color=colours(seen)[name], label=label, linewidth=2.5 if ours else 1.5)
     lowest = min(loss for losses in seen.values() for loss in losses if math.isfinite(loss))
     axes.set(xlabel="training runs", ylabel="validation loss", title=title, ylim=(0.9 * lowest, 3 * lowest))
-    plain(axes)
     axes.legend(frameon=False, fontsize=8)
     return png(figure)
 
@@ -90,5 +89,6 @@ def training(curves: dict[str, list[tuple[int, float]]], title: str) -> bytes:
 
 def plain(axes: plt.Axes) -> None:
     """Numbers instead of powers of ten."""
-    for formatter in ("set_major_formatter", "set_minor_formatter"):
-        getattr(axes.yaxis, formatter)("{x:.2g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_major_formatter("{x:.2g}")
+    axes.yaxis.set_minor_locator(NullLocator())

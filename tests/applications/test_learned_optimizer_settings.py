@@ -79,6 +79,16 @@ def test_forward_and_reverse_mode_agree():
     torch.testing.assert_close(gradient(EXACT["forward"], 8), gradient(EXACT["checkpoint"], 8), rtol=1e-10, atol=1e-12)
 
 
+def test_learning_by_forward_mode_is_learning_by_reverse_mode():
+    learned = []
+    for name in ("forward", "checkpoint"):
+        learned.append(settings())
+        list(Learning(networks(), learned[-1], STEPS, 3, 0.2, seed=0, hypergrad=name).records())
+    torch.testing.assert_close(learned[0].log_lr, learned[1].log_lr, rtol=1e-8, atol=0)
+    torch.testing.assert_close(learned[0].logit, learned[1].logit, rtol=1e-8, atol=0)
+    assert (learned[0].log_lr - settings().log_lr).abs().min() > 0.1
+
+
 def test_a_window_sees_its_own_steps_only():
     truncated = gradient(bl.Truncated(last=2), 0)
     assert truncated[0] == 0  # the first control point rules steps 1 to 6 of 12
