@@ -1,4 +1,4 @@
-"""Hyperparameters of scikit-learn models by hypergradients: `BilevelSearchCV`, and ``python -m applications.search``."""
+"""`BilevelSearchCV` tunes scikit-learn models by hypergradients; its comparison: ``python -m applications.search``."""
 
 from applications.search.estimator import BilevelSearchCV
 from applications.search.feature_models import FeatureKernelRidge, FeatureLogistic, FeatureRidge

@@ -132,7 +132,7 @@ class BilevelSearchCV(MetaEstimatorMixin, BaseEstimator):
         refit: bool = True,
         cv: Any = None,
         max_iter: int = 50,
-        tol: float = 1e-5,
+        tol: float = 1e-4,
         n_starts: int = 1,
         return_train_score: bool = False,
         random_state: Any = None,
@@ -228,6 +228,7 @@ class BilevelSearchCV(MetaEstimatorMixin, BaseEstimator):
                     "maxiter": self.max_iter,
                     "ftol": self.tol / 100,
                     "gtol": self.tol * scale * search.folds.scale(),
+                    "maxls": LINE_SEARCH,
                 },
             )
             steps += found.nit
@@ -326,6 +327,10 @@ class BilevelSearchCV(MetaEstimatorMixin, BaseEstimator):
         tags.classifier_tags, tags.regressor_tags = inner.classifier_tags, inner.regressor_tags
         tags.target_tags.required = True
         return tags
+
+
+LINE_SEARCH = 8
+"""Evaluations along one direction at most: where the loss has kinks, more find nothing."""
 
 
 def _columns(part: str, scores: np.ndarray) -> dict[str, np.ndarray]:

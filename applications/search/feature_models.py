@@ -48,7 +48,7 @@ class FeatureRidge(RegressorMixin, BaseEstimator):
 class FeatureLogistic(ClassifierMixin, BaseEstimator):
     """Logistic regression with a penalty for each feature, the same in all classes.
 
-    ``min over w, b of sum_i log loss_i + sum_cj penalties_j w_cj^2 / 2``; `sklearn.linear_model.LogisticRegression` with
+    ``min over w, b of sum_i log loss_i + sum_cj penalties_j w_cj^2 / 2``; scikit-learn's `LogisticRegression` with
     ``C = 1 / penalties`` where all are equal.
 
     Args:

@@ -19,7 +19,7 @@ class LogisticTwin:
     """``sum_i log loss_i + sum_cj penalties_j w_cj^2 / 2``: that of scikit-learn, with ``penalties = 1 / C``.
 
     Two classes have one vector of weights, more have one each. Each solve begins at the solution of the last. Newton's
-    steps have the whole Hessian, and the last one's factor preconditions the adjoint; large problems are left to L-BFGS.
+    steps have the whole Hessian, and the factor of the last preconditions the adjoint; large problems go to L-BFGS.
     """
 
     def __init__(self, folds: Folds, fit_intercept: bool):
@@ -43,6 +43,7 @@ class LogisticTwin:
             shift = by_class[..., self.folds.num_features :].sum((-2, -1)).square() if self.gauge else 0.0
             return fit + ((each * by_class.square()).sum((-2, -1)) + shift) / 2
 
+        solver: bl.External | bl.LBFGS
         if self.start.shape[-1] <= MOST_UNKNOWNS:
             minimum, factor = self._newton(objective, each.detach())
             solver, linear = bl.External(lambda loss, start: minimum), bl.CG(rtol=1e-9, preconditioner=Factored(factor))
@@ -53,7 +54,7 @@ class LogisticTwin:
         return self._logits(fit.value)
 
     def _newton(self, objective: Callable[[Tensor], Tensor], penalties: Tensor) -> tuple[Tensor, Tensor]:
-        """The minima ``[K, p]``, and the factors of the Hessians there ``[K, p, p]``; each fold halves its own steps."""
+        """The minima ``[K, p]``, and factors of the Hessians there ``[K, p, p]``; each fold halves its own steps."""
         weights = self.start.clone().requires_grad_()
         losses, near, factor = objective(weights), torch.zeros(len(weights), dtype=torch.bool), torch.empty(0)
         for _ in range(MOST_STEPS):

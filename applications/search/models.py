@@ -130,7 +130,7 @@ def searchable(model: BaseEstimator) -> Searchable:
 
 
 def hyperparameters(model: BaseEstimator, kinds: Mapping[str, str], folds: Folds) -> dict[str, Any]:
-    """The values that the model has now; what scikit-learn derives from the training data, for each fold ``[K, 1, 1]``."""
+    """The values that the model has now; one that scikit-learn takes from the data for each fold, ``[K, 1, 1]``."""
     values = {name: value for name, value in model.get_params(deep=False).items() if name in kinds}
     for name, value in values.items():
         if value is None or (isinstance(value, str) and value == "auto"):

@@ -110,11 +110,9 @@ def make_space(given: Mapping[str, Any], known: Mapping[str, tuple[int | None, b
             low, high = (float(bound) for bound in bounds)
         except (TypeError, ValueError) as error:
             raise ValueError(f"param_space[{name!r}] is {bounds!r}: bounds (low, high) are needed.") from error
-        floor = "0 < low" if logarithmic else "0 <= low"
-        inside = (low > 0 if logarithmic else 0 <= low and high <= 1) and low < high < np.inf
+        inside = (low > 0 if logarithmic else low >= 0 and high <= 1) and low < high < np.inf
         if not inside:
-            raise ValueError(
-                f"param_space[{name!r}] is ({low:g}, {high:g}): {floor} < high{'' if logarithmic else ' <= 1'} is needed."
-            )
+            wanted = "0 < low < high" if logarithmic else "0 <= low < high <= 1"
+            raise ValueError(f"param_space[{name!r}] is ({low:g}, {high:g}): {wanted} is needed.")
         coordinates.append(Coordinate(own, size, low, high, logarithmic))
     return Space(tuple(coordinates))

@@ -13,10 +13,10 @@ from applications.search.quadratic import gaussian_kernel, minimize_quadratic, t
 class SVRTwin:
     """``min b K b / 2 - y b + epsilon |b|_1`` with ``sum b = 0`` and ``-C <= b <= C``, over the training examples.
 
-    At the solution an example lies inside the tube (b = 0), beyond it (b = C s, with s the sign of its error), or on its
-    edge, a free support vector: ``(K b)_i + intercept = y_i - epsilon s_i``. libsvm finds these sets. With them fixed, b
-    is the minimum of a quadratic in the free entries under one equality, differentiable towards the kernel, epsilon and
-    C: the derivative of the solution wherever the sets do not change.
+    At the solution an example lies inside the tube (b = 0), beyond it (b = C s, s the sign of its error), or on its
+    edge, a free support vector: ``(K b)_i + intercept = y_i - epsilon s_i``. libsvm finds these sets. With them fixed,
+    b is the minimum of a quadratic in the free entries under one equality, differentiable towards the kernel, epsilon
+    and C: the derivative of the solution wherever the sets do not change.
     """
 
     def __init__(self, folds: Folds):
@@ -64,7 +64,7 @@ class SVRTwin:
         b, intercept = torch.zeros(masks.shape, dtype=torch.float64), torch.zeros(len(masks), 1, dtype=torch.float64)
         for k, mask in enumerate(masks.numpy()):
             rows, y = kernels[k][mask][:, mask], targets[mask]
-            model = SVR(kernel="precomputed", C=C, epsilon=epsilon, tol=1e-6, cache_size=500).fit(rows, y)
+            model = SVR(kernel="precomputed", C=C, epsilon=epsilon, tol=1e-4, cache_size=500).fit(rows, y)
             chosen = masks[k].nonzero().squeeze(-1)[torch.from_numpy(model.support_).long()]
             b[k, chosen] = torch.from_numpy(model.dual_coef_[0])
             intercept[k] = float(model.intercept_[0])
