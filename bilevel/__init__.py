@@ -10,10 +10,11 @@ Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalC
 `EmpiricalFisher`. Tolerances: `Adaptive`.
 How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
 Many tasks: `stack`, `map_tasks`, `mean_over_tasks`, `losses_of_tasks`; layers made for Hessian products: `nn`.
-From JAXopt: `custom_root`, `custom_fixed_point`, `compat`. Optuna: `tuning`. Files: `files`.
+Many processes: `distributed`. From JAXopt: `custom_root`, `custom_fixed_point`, `compat`. Optuna: `tuning`.
+Files: `files`.
 """
 
-from . import compat, diagnostics, files, nn, problems, prox, stochastic, tuning
+from . import compat, diagnostics, distributed, files, nn, problems, prox, stochastic, tuning
 from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
@@ -108,6 +109,7 @@ __all__ = [
     "custom_fixed_point",
     "custom_root",
     "diagnostics",
+    "distributed",
     "files",
     "fixed_point",
     "losses_of_tasks",

@@ -254,6 +254,12 @@ def check_init(init: Tree) -> None:
     for leaf in flat:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"init contains a {type(leaf).__name__}: every leaf must be a tensor.")
+        if hasattr(leaf, "device_mesh"):
+            raise NotImplementedError(
+                "init contains a DTensor, parameters in shards as FSDP2 makes them: solvers here work on whole "
+                "vectors. Keep the params whole on every rank and put the data in shards "
+                "(bilevel.distributed.sharded); docs/scaling.md says what sharded params would take."
+            )
         if not leaf.is_floating_point():
             raise TypeError(
                 f"init contains a tensor of {leaf.dtype}: only real floating-point params can be optimised. "

@@ -12,7 +12,8 @@ import bilevel
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
     *("files", "solution", "tree", "nn", "closure", "prox", "problem", "tasks", "linalg", "inner", "hypergrad"),
-    *("argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "tuning", "__init__"),
+    *("argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed", "tuning"),
+    "__init__",
 ]
 
 
