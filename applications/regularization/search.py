@@ -1,0 +1,89 @@
+"""Hyperparameters learned by gradient: what the three problems have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from applications.run import Row
+
+Params = dict[str, Tensor]
+
+
+class Search:
+    """Adam along the hypergradient of the validation loss; a `applications.run.Training`.
+
+    Each step solves the inner problem from the last solution, measures there, and moves the hyperparameters. So the
+    first record is that of the first hyperparameters.
+
+    Args:
+        hparams: what is learned: leaves that require grad.
+        init: where the first inner solve starts.
+        solve: the inner problem from given parameters; its second argument is the step, from 0, which may seed
+            what is random.
+        validation_loss: of the solution's value.
+        measure: plain numbers to record, of the solution's value (detached).
+        lr: of Adam.
+        most: what no hyperparameter may exceed.
+    """
+
+    def __init__(
+        self,
+        hparams: Params,
+        init: Params,
+        solve: Callable[[Params, int], bl.Solution],
+        validation_loss: Callable[[Params], Tensor],
+        measure: Callable[[Params], Row],
+        steps: int,
+        lr: float,
+        most: float = float("inf"),
+    ):
+        self.steps, self.step = steps, 0
+        self.hparams, self.params = hparams, init
+        self._solve, self._validation_loss, self._measure = solve, validation_loss, measure
+        self._most = most
+        self._adam = torch.optim.Adam(hparams.values(), lr=lr)
+
+    def records(self) -> Iterator[Row]:
+        while self.step < self.steps:
+            fit = self._solve(self.params, self.step)
+            loss = self._validation_loss(fit.value)
+            self._adam.zero_grad()
+            loss.backward()
+            self.params = {name: p.detach() for name, p in fit.value.items()}
+            measured = self._measure(self.params)
+            self._adam.step()
+            for x in self.hparams.values():
+                x.data.clamp_(max=self._most)
+            self.step += 1
+            assert fit.adjoint is not None
+            adjoint = {
+                "inner_gradient_norm": fit.stats["residual_norm"].item(),
+                "adjoint_steps": fit.adjoint.stats["num_steps"].item(),
+                "adjoint_residual": fit.adjoint.stats["relative_residual"].item(),
+                "adjoint": fit.adjoint.result.name,
+            }
+            yield {"step": self.step, "validation_loss": loss.item(), **measured, **adjoint}
+
+    def state(self) -> dict[str, Any]:
+        hparams = {name: x.detach() for name, x in self.hparams.items()}
+        return {"step": self.step, "hparams": hparams, "params": self.params, "adam": self._adam.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            for name, x in self.hparams.items():
+                x.copy_(state["hparams"][name])
+        for name, p in self.params.items():
+            if state["params"][name].shape != p.shape:
+                raise ValueError(f"{name} is {tuple(state['params'][name].shape)}, not {tuple(p.shape)}")
+        self.step, self.params = state["step"], state["params"]
+        self._adam.load_state_dict(state["adam"])
+
+
+def accuracy(logits: Tensor, targets: Tensor) -> float:
+    """In percent."""
+    return 100 * (logits.argmax(1) == targets).double().mean().item()

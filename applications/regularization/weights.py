@@ -1,0 +1,120 @@
+"""A weight decay for each weight of a network: as many hyperparameters as weights (Lorraine, Vicol, Duvenaud 2020)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+import bilevel as bl
+from applications.regularization.search import Params, Search, accuracy
+from applications.run import Row
+
+Part = tuple[Tensor, Tensor]
+Sharing = Literal["weight", "layer"]
+"""What has a decay of its own: each weight, or each weight matrix and each bias."""
+
+
+class Network:
+    """A network of two hidden layers, its examples, and decays that are shared or not.
+
+    ``g(w, x) = cross-entropy + 1/2 sum_i exp(x_i) w_i^2``. The inner problem is not convex and not solved: five steps
+    of gradient descent with momentum go on where the last ended. The hypergradient is the truncated Neumann series of
+    Lorraine et al., its step the learning rate. It diverges where the curvature is negative, or above 2 / lr; its sum
+    up to there is taken, and the record tells.
+    """
+
+    def __init__(self, train: Part, hidden: int, num_classes: int, seed: int):
+        self.train = train
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = torch.nn.Sequential(
+                torch.nn.Linear(train[0].shape[1], hidden),
+                torch.nn.ReLU(),
+                torch.nn.Linear(hidden, hidden),
+                torch.nn.ReLU(),
+                torch.nn.Linear(hidden, num_classes),
+            )
+
+    @property
+    def start(self) -> Params:
+        return {name: p.detach().clone() for name, p in self.net.named_parameters()}
+
+    def decays(self, sharing: Sharing) -> Params:
+        """Log-decays that broadcast with the parameters."""
+        shapes = {name: decay_shape(p, sharing) for name, p in self.net.named_parameters()}
+        return {name: torch.full(shape, LOG_DECAY, requires_grad=True) for name, shape in shapes.items()}
+
+    def training_loss(self, params: Params, log_decays: Params, part: Part | None = None) -> Tensor:
+        """``g``."""
+        decay = sum(((log_decays[name].exp() * p.square()).sum() for name, p in params.items()), torch.zeros(()))
+        return self.loss(params, part or self.train) + decay / 2
+
+    def solve(self, params: Params, log_decays: Params, train: Part | None = None) -> bl.Solution:
+        return bl.argmin(
+            self.training_loss,
+            params,
+            log_decays,
+            train,
+            solver=bl.GradientDescent(lr=LR, max_steps=INNER_STEPS, momentum=0.9),
+            hypergrad=bl.Implicit(bl.Neumann(alpha=LR, max_steps=NEUMANN_STEPS)),
+            throw="ignore",
+        )
+
+    def loss(self, params: Params, part: Part) -> Tensor:
+        return cross_entropy(self.logits(params, part), part[1])
+
+    def logits(self, params: Params, part: Part) -> Tensor:
+        logits: Tensor = functional_call(self.net, params, (part[0],))
+        return logits
+
+    def search(self, sharing: Sharing, validation: Part, test: Part, steps: int) -> Search:
+        """Learn the decays on the validation examples; the test examples are only watched."""
+        decays = self.decays(sharing)
+
+        def measure(params: Params) -> Row:
+            with torch.no_grad():
+                return {
+                    "training_accuracy": accuracy(self.logits(params, self.train), self.train[1]),
+                    "validation_accuracy": accuracy(self.logits(params, validation), validation[1]),
+                    "test_loss": self.loss(params, test).item(),
+                    "test_accuracy": accuracy(self.logits(params, test), test[1]),
+                }
+
+        return Search(
+            decays,
+            self.start,
+            solve=lambda params, step: self.solve(params, decays),
+            validation_loss=lambda params: self.loss(params, validation),
+            measure=measure,
+            steps=steps,
+            lr=DECAY_LR,
+            most=MOST_LOG_DECAY,
+        )
+
+    def train_on(self, train: Part, test: Part, steps: int) -> Row:
+        """As long a training on other examples, all decays as at the start: what the labels are worth as training."""
+        decays, params = self.decays("layer"), self.start
+        for _ in range(steps):
+            found = self.solve(params, decays, train).value
+            params = {name: p.detach() for name, p in found.items()}
+        with torch.no_grad():
+            return {
+                "training_accuracy": accuracy(self.logits(params, train), train[1]),
+                "test_loss": self.loss(params, test).item(),
+                "test_accuracy": accuracy(self.logits(params, test), test[1]),
+            }
+
+
+LR, INNER_STEPS, NEUMANN_STEPS = 0.1, 5, 5
+LOG_DECAY, MOST_LOG_DECAY, DECAY_LR = -7.0, 2.0, 1.0
+"""Where the log-decays start, how far they may go (gradient descent diverges where a decay is above 2 / lr), and Adam's
+step on them."""
+
+
+def decay_shape(parameter: Tensor, sharing: Sharing) -> tuple[int, ...]:
+    """Of the decays of one parameter."""
+    return tuple(parameter.shape) if sharing == "weight" else (1,) * parameter.dim()
