@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from applications.figures import BLUE, GREY, ORANGE, RIGHT, png
 from applications.run import Row
@@ -59,4 +60,6 @@ def draw(panel: Axes, records: Sequence[Row]) -> None:
     panel.set_xlim(right=1.5 * max(ends))
     if max(losses) > 3 * min(losses):
         panel.set_yscale("log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}" if max(losses) < 10 * min(losses) else NullFormatter())
     panel.grid(alpha=0.25, which="major")

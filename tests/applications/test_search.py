@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import numpy as np
@@ -20,9 +21,15 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from applications.search import BilevelSearchCV, FeatureKernelRidge, FeatureLogistic, FeatureRidge
+from applications.command import main
+from applications.data import Examples
+from applications.search import BilevelSearchCV, FeatureKernelRidge, FeatureLogistic, FeatureRidge, comparison
+from applications.search.__main__ import Config, story
+from applications.search.comparison import Comparison
+from applications.search.contests import of_file
 from applications.search.estimator import CrossValidation
 from applications.search.folds import make_folds, take_apart
+from applications.search.methods import METHODS
 from applications.search.models import hyperparameters, searchable
 from applications.search.space import make_space
 
@@ -160,10 +167,10 @@ def test_as_good_as_a_fine_grid(model, name, parameter):
     estimator = make_pipeline(StandardScaler(), model)
     key = f"{estimator.steps[-1][0]}__{parameter}"
     scoring = "neg_log_loss" if name == "three classes" else "neg_mean_squared_error"
-    grid = GridSearchCV(estimator, {key: np.geomspace(1e-3, 1e3, 61)}, cv=5, scoring=scoring).fit(x, y)
+    grid = GridSearchCV(estimator, {key: np.geomspace(1e-3, 1e3, 31)}, cv=5, scoring=scoring).fit(x, y)
     ours = BilevelSearchCV(estimator, {key: (1e-3, 1e3)}, cv=5).fit(x, y)
     assert ours.best_score_ >= grid.best_score_ - 1e-6 * abs(grid.best_score_)
-    assert ours.best_params_[key] == pytest.approx(grid.best_params_[key], rel=0.26)  # neighbours are 26 % apart
+    assert ours.best_params_[key] == pytest.approx(grid.best_params_[key], rel=0.6)  # neighbours are 58 % apart
     assert ours.n_evaluations_ < 20
     assert ours.hypergradient_norm_ < 1e-4
 
@@ -266,3 +273,69 @@ def test_bad_data_is_told():
         BilevelSearchCV(LogisticRegression(), {"C": (1, 2)}).fit(x, np.zeros(len(x), int))
     with pytest.raises(ValueError, match="max_iter"):
         search.set_params(max_iter=0).fit(x, y)
+
+
+def test_the_comparison_resumes_where_it_stood(tmp_path, monkeypatch):
+    """Only the seconds differ."""
+    monkeypatch.setattr(comparison, "METHODS", {name: METHODS[name] for name in ("untuned", "hypergradient")})
+    x, y = make_regression(60, 5, noise=5.0, random_state=0)
+    contests = of_file(Examples("drawn", x, y, 0))
+
+    def plain(records):
+        return [{k: v for k, v in r.items() if k not in ("search_seconds", "curve")} for r in records]
+
+    whole = plain(Comparison(contests, 2, 3, seed=0).records())
+    assert len(whole) == 2 * 2 * 2
+    first = Comparison(contests, 2, 3, seed=0)
+    begun = first.records()
+    halves = plain([next(begun) for _ in range(3)])
+    second = Comparison(contests, 2, 3, seed=0)
+    second.restore(first.state())
+    assert halves + plain(second.records()) == whole
+
+
+def search_command(*arguments: str) -> int:
+    return main("search", list(arguments), Config, story)
+
+
+def test_a_file_of_the_user_is_searched(tmp_path, capsys):
+    x, y = make_regression(50, 4, noise=5.0, random_state=0)
+    np.savez(tmp_path / "own.npz", features=x, targets=y)
+    settings = ("--data", str(tmp_path / "own.npz"), "--task", "regression", "--candidates", "3")
+    assert search_command(*settings, "--out", str(tmp_path / "run")) == 0
+    tables = json.loads((tmp_path / "run" / "results.json").read_text())["tables"]
+    assert {row["hyperparameters"] for row in tables["All methods"]} == {1, 4}
+    shown = capsys.readouterr().out
+    assert search_command("--resume", str(tmp_path / "run")) == 0
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("wrong", ["nan", "range", "empty", "halves", "shapes", "sparse", "damaged", "missing"])
+def test_bad_files_end_with_2_and_write_nothing(wrong, bad_files, tmp_path, capsys):
+    assert search_command("--data", str(bad_files[wrong]), "--out", str(tmp_path / "run")) == 2
+    assert "error: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_knobs_end_with_2(tmp_path, capsys):
+    for knob in ("--repeats", "--candidates"):
+        assert search_command(knob, "0", "--out", str(tmp_path / "run")) == 2
+        assert f"{knob} is 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.applications
+def test_the_command_of_the_readme(readme_run):
+    folder, tables, _ = readme_run("search")
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    rows = {row["contest"]: row for row in tables["Hypergradient beside the best of the others"]}
+    assert len(rows) == 8
+    for row in rows.values():  # what it minimises is as small as theirs, or smaller
+        assert row["our CV loss"] < 1.01 * row["its CV loss"]
+    for name in ("diabetes, ridge", "breast cancer, logistic", "digits, logistic"):
+        assert rows[name]["our held-out"] < 1.05 * rows[name]["its held-out"]
+    widths, wide = rows["friedman1, width a feature"], rows["1,000 features, penalty a feature"]
+    assert widths["our held-out"] < 2.3
+    assert widths["our held-out"] < 0.85 * widths["its held-out"]
+    assert wide["hyperparameters"] == 1000
+    assert wide["our held-out"] < 300 < 30_000 < wide["its held-out"]
