@@ -40,7 +40,7 @@ class Config(Knobs):
     """Trainings of each method, from seeds seed, seed + 1, ...: another split and another start each."""
     epochs: int = 12
     """Passes over the training examples."""
-    batch_size: int = 50
+    batch_size: int = 100
     """Examples in a step."""
     lr: float = 0.01
     """Of Adam at the start; it falls linearly to zero."""

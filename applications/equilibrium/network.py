@@ -55,11 +55,11 @@ class Dense(Network):
 
 
 class Convolutional(Network):
-    """States ``[n, width, h, w]`` of images ``[n, channels, H, W]``, whose sides are 4 times theirs, 2 where below 16.
+    """States ``[n, width, h, w]`` of images ``[n, channels, H, W]``, whose sides are 4 times as long; twice, below 16.
 
-    The kernel is 3 x 3. The norm is that of the convolution on a torus one pixel larger, over whose frequencies it is diagonal in blocks of
-    ``width x width`` (Sedghi, Gupta, Long 2019). Zero padding is that torus with its extra row and column held at zero,
-    and leaving rows out never raises a norm: an upper bound.
+    The kernel is 3 x 3. The norm is that of the convolution on a torus one pixel larger, over whose frequencies it is
+    diagonal in blocks of ``width x width`` (Sedghi, Gupta, Long 2019). Zero padding is that torus with its extra row
+    and column held at zero, and leaving rows out never raises a norm: an upper bound.
     """
 
     def __init__(self, image: tuple[int, int, int], width: int, num_classes: int, contraction: float):

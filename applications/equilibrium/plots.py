@@ -41,12 +41,13 @@ def memory(rows: Sequence[dict[str, Any]], title: str) -> bytes:
     curves = (("implicit, MiB", "equilibrium, implicit gradient", BLUE), ("unrolled, MiB", "unrolled", ORANGE))
     for column, label, colour in curves:
         measured = [row for row in rows if row[column] is not None]
-        axes.loglog([row["iterations"] for row in measured], [row[column] for row in measured], "o-", color=colour)
-        axes.annotate(
-            label, (measured[-1]["iterations"], measured[-1][column]), (-6, 7), textcoords="offset points", ha="right"
-        ).set_color(colour)
+        steps, sizes = [row["iterations"] for row in measured], [row[column] for row in measured]
+        axes.loglog(steps, sizes, "o-", color=colour, label=label)
     axes.set(xlabel="iterations of the map", ylabel="peak memory of a training step (MiB)")
-    axes.set_ylim(top=2.2 * axes.get_ylim()[1])
+    axes.set_xticks([row["iterations"] for row in rows], [str(row["iterations"]) for row in rows])
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(frameon=False)
     axes.set_title(title, fontsize=10)
     return png(figure)
 
