@@ -1,0 +1,99 @@
+"""How an example's loss is weighted: fixed rules, and the weight net with its hypergradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import bilevel as bl
+from applications.reweighting.networks import Mlp, Params, stacked
+
+Inputs = Literal["loss", "loss-and-class"]
+Method = Literal["unroll", "one-step", "sama", "neumann", "cg"]
+Predict = Callable[[Params], Tensor]
+
+FLOOR = 1e-2
+"""Added to the mean weight that a weighted loss is divided by: where all weights vanish, so does the loss."""
+DAMPING = 1e-2
+"""Of the Gauss-Newton matrix of one batch, which has far fewer rows than there are parameters."""
+
+
+def losses_of(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of each example, ``[R, n]``."""
+    return cross_entropy(outputs.movedim(-1, 1), labels, reduction="none")
+
+
+def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
+    """``sum w l / sum w`` of each of R batches: only relative weights count, so that they are no step size."""
+    return (weights * losses).mean(-1) / (weights.mean(-1) + FLOOR)
+
+
+def focal_loss(losses: Tensor, gamma: float) -> Tensor:
+    """``(1 - p)^gamma l`` with ``p = exp(-l)`` (Lin et al. 2017), ``[R]``; its derivative goes through both factors."""
+    return ((1 - (-losses).exp()) ** gamma * losses).mean(-1)
+
+
+class WeightNet:
+    """``weight = sigmoid(net(loss))``, with one hidden layer of 100 (Shu et al. 2019); R of them.
+
+    The last layer starts at zero: all weights are equal, and no random slope has to be unlearned.
+
+    Args:
+        inputs: the loss alone, or with the logarithm of the class's frequency, relative to the largest class.
+    """
+
+    def __init__(self, repeats: int, inputs: Inputs, seed: int, device: torch.device):
+        self.inputs = inputs
+        size = 1 if inputs == "loss" else 2
+        self.module, self.params = stacked(lambda: Mlp(size, 100, 1), repeats, seed, device)
+        with torch.no_grad():
+            self.params["layers.1.weight"].zero_()
+
+    def __call__(self, losses: Tensor, frequencies: Tensor) -> Tensor:
+        """Weights ``[R, n]`` in (0, 1) from losses, as numbers without a gradient, and frequencies in (0, 1]."""
+        features = [losses.detach()]
+        if self.inputs == "loss-and-class":
+            features.append(frequencies.log())
+        scores: Tensor = bl.nn.functional_call(self.module, self.params, (torch.stack(features, -1),))
+        return scores.squeeze(-1).sigmoid()
+
+
+def hypergrad_of(method: Method, lr: float, batch: BatchLoss) -> bl.Unroll | bl.OneStep | bl.SAMA | bl.Implicit:
+    """The method by its name; all of them differentiate the look-ahead of `look_ahead`.
+
+    ``"unroll"``: through the step itself, the algorithm of the paper. ``"one-step"``: the derivative of one more step
+    at the new point. ``"sama"``: the same by a difference of first derivatives. ``"neumann"`` and ``"cg"``: implicit,
+    five products with the damped Gauss-Newton matrix of the batch.
+    """
+    if method == "unroll":
+        return bl.Unroll()
+    if method == "one-step":
+        return bl.OneStep(lr)
+    if method == "sama":
+        return bl.SAMA()
+    solver = bl.CG(max_steps=5) if method == "cg" else bl.Neumann(max_steps=5, alpha=lr)
+    return bl.Implicit(solver, operator=bl.GaussNewton(batch.outputs, batch.loss), damping=DAMPING)
+
+
+class BatchLoss:
+    """The weighted training loss of one batch as a function of the classifiers' parameters, ``[R]``."""
+
+    def __init__(self, predict: Predict, labels: Tensor, frequencies: Tensor, net: WeightNet):
+        self.outputs, self.labels, self.frequencies, self.net = predict, labels, frequencies, net
+
+    def loss(self, outputs: Tensor) -> Tensor:
+        losses = losses_of(outputs, self.labels)
+        return weighted_mean(self.net(losses, self.frequencies), losses)
+
+    def __call__(self, params: Params) -> Tensor:
+        return self.loss(self.outputs(params))
+
+
+def look_ahead(params: Params, batch: BatchLoss, method: Method, lr: float) -> bl.Solution:
+    """One step of gradient descent on the weighted loss, differentiable towards the weight net."""
+    step = bl.Steps(bl.SGD(lr), max_steps=1)
+    return bl.argmin(batch, params, solver=step, hypergrad=hypergrad_of(method, lr, batch), throw="ignore")
