@@ -29,7 +29,7 @@ def schedules(found: dict[str, dict[str, Any]], history: Sequence[dict[str, Any]
         found: by name, ``lr`` of each step and ``momentum``.
         history: of the learning: ``lr`` of each step, ``momentum`` and the outer ``step``.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained", sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     for name, one in found.items():
         effective = [rate / (1 - one["momentum"]) for rate in one["lr"]]
         label = f"{name} (momentum {one['momentum']:.2f})"
@@ -42,13 +42,13 @@ def schedules(found: dict[str, dict[str, Any]], history: Sequence[dict[str, Any]
         title="what was found",
         ylim=(lowest / 2, None),
     )
-    left.legend(frameon=False, fontsize=8, loc="lower left")
+    left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     for one in history:
         shade = colormaps["viridis_r"](0.1 + 0.9 * one["step"] / history[-1]["step"])
         effective = [rate / (1 - one["momentum"]) for rate in one["lr"]]
         right.semilogy(range(1, len(effective) + 1), effective, color=shade, label=f"{one['step']} outer steps")
     right.set(xlabel="step of the training run", title="how it was learned")
-    right.legend(frameon=False, fontsize=8, loc="lower left")
+    right.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     figure.suptitle(title)
     return png(figure)
 
