@@ -6,9 +6,9 @@ import dataclasses
 import json
 import math
 import sys
-import time
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -17,7 +17,8 @@ from applications.errors import UserError, exit_code
 from applications.stochastic_curves import plots
 from applications.stochastic_curves.methods import Batches, methods
 from applications.stochastic_curves.problems import Logistic, Problem, Quadratics
-from bilevel import SolveError, files, stochastic
+from applications.stochastic_curves.trace import trace
+from bilevel import files, stochastic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +60,17 @@ def run(options: Options) -> None:
     curves = {}
     print(f"{'method':8s} {'steps':>6s} {'passes':>7s} {'suboptimality':>14s}")
     for name, method in methods(problem, options.batches).items():
-        points = trace(problem, method, Batches(problem.num_samples, options.batches, options.seed), options.seconds)
+        batches = Batches(problem.num_samples, options.batches, options.seed)
+        points = trace(
+            partial(batches.step, method),
+            partial(gap, problem, method),
+            options.seconds,
+            finished=lambda point: point["suboptimality"] <= FLOOR,
+        )
         curves[name] = points
         last = points[-1]
+        if "stopped" in last:
+            print(f"{name} stopped: {last['stopped']}", file=sys.stderr)
         print(f"{name:8s} {last['step']:6d} {last['passes']:7.0f} {last['suboptimality']:14.2e}", flush=True)
     settings = {**dataclasses.asdict(options), "out": str(options.out)}
     record = {"settings": settings, "torch": torch.__version__, "curves": curves}
@@ -92,26 +101,9 @@ def check(options: Options) -> None:
         raise UserError(f"--out {options.out} is a file: give a folder.")
 
 
-def trace(problem: Problem, method: stochastic.Stochastic, batches: Batches, seconds: float) -> list[dict[str, Any]]:
-    """Points at steps that grow by a tenth until the time is over; a method that diverges stops with what it had."""
-    x = method.state_dict()["outer_params"][0]
-    points = [{"step": 0, "passes": 0.0, "seconds": 0.0, "suboptimality": problem.suboptimality(x)}]
-    elapsed, passes, next_point = 0.0, 0.0, 1
-    while elapsed < seconds:
-        begin = time.perf_counter()
-        try:
-            while method.num_steps < next_point and elapsed + time.perf_counter() - begin < seconds:
-                passes += batches.step(method)
-        except SolveError as error:
-            print(f"{type(method).__name__} stopped: {error}", file=sys.stderr)
-            break
-        elapsed += time.perf_counter() - begin
-        found = max(problem.suboptimality(method.state_dict()["outer_params"][0]), FLOOR)
-        points.append({"step": method.num_steps, "passes": passes, "seconds": elapsed, "suboptimality": found})
-        if found <= FLOOR:
-            break
-        next_point = max(method.num_steps + 1, int(1.1 * method.num_steps))
-    return points
+def gap(problem: Problem, method: stochastic.Stochastic) -> dict[str, float]:
+    """The suboptimality of the hyperparameters where the method stands."""
+    return {"suboptimality": max(problem.suboptimality(method.state_dict()["outer_params"][0]), FLOOR)}
 
 
 FLOOR = 1e-14

@@ -66,12 +66,17 @@ def methods(problem: Problem, num_batches: int) -> dict[str, stochastic.Stochast
 
 
 class Batches:
-    """A data set of each level cut into fixed batches, drawn uniformly; each method is given what it asks for."""
+    """A data set of each level cut into fixed batches, drawn uniformly; each method is given what it asks for.
 
-    def __init__(self, num_samples: int, num_batches: int, seed: int = 0):
+    Args:
+        num_outer: samples of the outer data set, where it has not as many as the inner one.
+    """
+
+    def __init__(self, num_samples: int, num_batches: int, seed: int = 0, num_outer: int | None = None):
         self.random = torch.Generator().manual_seed(seed)
         self.inner, self.outer = (
-            torch.randperm(num_samples, generator=self.random).tensor_split(num_batches) for _ in range(2)
+            torch.randperm(size, generator=self.random).tensor_split(num_batches)
+            for size in (num_samples, num_outer or num_samples)
         )
         self.num_batches = num_batches
 

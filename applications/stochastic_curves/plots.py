@@ -78,8 +78,11 @@ def style_of(name: str) -> str:
     return next(style for style, members in zip(STYLES, FAMILIES.values(), strict=True) if name in members)
 
 
-def label_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
-    """Each name in a column at the right of its panel, at its curve's end, or as near as there is room."""
+def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: dict[str, str] = COLOURS) -> None:
+    """Each name in a column at the right of its panel, at its curve's end, or as near as there is room.
+
+    The axes are logarithmic, and their limits set.
+    """
     low, high = axes.get_ylim()
     order = sorted(ends, key=lambda name: ends[name][1])
     heights = spread([position(ends[name][1], low, high) for name in order], gap=0.036)
@@ -90,10 +93,10 @@ def label_ends(axes: Axes, ends: dict[str, tuple[float, float]]) -> None:
             xycoords="data",
             xytext=(1.03, height),
             textcoords="axes fraction",
-            color=COLOURS[name],
+            color=colours[name],
             fontsize=9,
             va="center",
-            arrowprops={"arrowstyle": "-", "color": COLOURS[name], "linewidth": 0.5, "alpha": 0.6},
+            arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.5, "alpha": 0.6},
         )
 
 
