@@ -32,9 +32,10 @@ def story(config: Config, run: Run) -> None:
         rows.append({"method": name, **summary(config, examples, method, networks, records[name], run)})
         trained[method] = networks[0]
     rows.append({"method": "logistic regression", **linear(config, examples, run)})
-    run.table(f"Test accuracy, {config.data}, mean of {config.runs} runs", rows)
+    runs = f"mean of {config.runs} runs" if config.runs > 1 else "one run"
+    run.table(f"Test accuracy, {config.data}, {runs}", rows)
     about = f"{config.data}, {config.net}, {config.width} hidden"
-    run.picture("learning.png", plots.learning(records, f"Training ({about}, mean of {config.runs} runs)"))
+    run.picture("learning.png", plots.learning(records, f"Training ({about}, {runs})"))
 
     footprints = run.part("memory", lambda: footprint.curve(config))
     run.table(f"Peak memory of a training step on {footprint.EXAMPLES} examples", footprints)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from applications.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, png, smooth
 
@@ -30,6 +31,7 @@ def learning(records: dict[str, list[list[dict[str, Any]]]], title: str) -> byte
         right.plot(range(1, len(accuracy) + 1), accuracy, ".-", color=colour, label=name)
     left.set(xlabel="step", ylabel="training loss")
     right.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.legend(frameon=False, loc="lower right")
     figure.suptitle(title)
     return png(figure)
@@ -47,6 +49,7 @@ def memory(rows: Sequence[dict[str, Any]], title: str) -> bytes:
     axes.set_xticks([row["iterations"] for row in rows], [str(row["iterations"]) for row in rows])
     axes.xaxis.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.legend(frameon=False)
     axes.set_title(title, fontsize=10)
     return png(figure)
