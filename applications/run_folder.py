@@ -108,6 +108,16 @@ class RunFolder:
                 ) from error
 
 
+class ReadOnly(RunFolder):
+    """The folder of another rank's run: it can be read, and what is written to it goes nowhere."""
+
+    def begin(self, config: dict[str, Any]) -> None: ...
+
+    def write_bytes(self, name: str, content: bytes) -> None: ...
+
+    def append_metrics(self, record: dict[str, Any]) -> None: ...
+
+
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
     try:

@@ -9,7 +9,7 @@ from typing import Any
 
 import tyro
 
-from applications import tune
+from applications import ranks, tune
 from applications.errors import UserError, exit_code
 from applications.few_shot import benchmark, train
 from applications.few_shot.config import PRESETS, Config
@@ -66,9 +66,12 @@ def run_train(arguments: list[str]) -> int:
         folder = RunFolder.open(place.resume)
         start = Config.from_json(folder.read_json("config.json"))
     config = parse(arguments, TrainOptions, {**vars(start), **vars(place)}, "train")
-    if folder is None:
-        folder = RunFolder.new(place.out or train.default_folder(config))
-    return train.run(config, folder, resume=place.resume is not None)
+    if folder is not None:
+        return train.run(config, folder, resume=True)
+    path = place.out or train.default_folder(config)
+    if ranks.restarted():  # a rank died: all go on from the last checkpoint, or begin again where there is none
+        return train.run(config, RunFolder(path), resume=(path / "checkpoint.pt").exists())
+    return train.run(config, RunFolder.new(path) if ranks.leads() else RunFolder(path), resume=False)
 
 
 def run_evaluate(arguments: list[str]) -> int:

@@ -64,16 +64,16 @@ class Sampler:
         self.stream, self.seed, self.device, self.dtype = stream, seed, device, dtype
         self.ways, self.shots, self.queries = ways, shots, queries
 
-    def episodes(self, num_tasks: int, step: int) -> Episodes:
-        """The ``num_tasks`` tasks of a step."""
+    def episodes(self, num_tasks: int, step: int, part: slice = slice(None)) -> Episodes:
+        """The ``num_tasks`` tasks of a step, or a part of them: that of one rank among many."""
         if num_tasks < 1:
             raise UserError(f"{num_tasks} tasks were asked for: at least 1 is needed.")
         generator = self._generator(step)
         num_classes, num_instances = self.images.shape[:2]
         draw = torch.rand(num_tasks, num_classes, generator=generator, device=self.device)
-        classes = draw.topk(self.ways, -1).indices
+        classes = draw.topk(self.ways, -1).indices[part]
         draw = torch.rand(num_tasks, self.ways, num_instances, generator=generator, device=self.device)
-        instances = draw.topk(self.shots + self.queries, -1).indices
+        instances = draw[part].topk(self.shots + self.queries, -1).indices
         images = self.images[classes.unsqueeze(-1), instances].to(self.dtype) / 255
         labels = torch.arange(self.ways, device=self.device).view(1, -1, 1).expand(instances.shape)
         return Episodes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bilevel as bl
+from applications import ranks
 from applications.command import select_device
 from applications.errors import UserError
 from applications.few_shot import data, evaluate, plots
@@ -21,7 +23,7 @@ from applications.few_shot.config import Config
 from applications.few_shot.episodes import Sampler
 from applications.few_shot.methods import Learner, meta_step
 from applications.few_shot.models import build
-from applications.run_folder import Interruption, RunFolder
+from applications.run_folder import Interruption, ReadOnly, RunFolder
 
 METHOD_NAMES = {
     "imaml": "implicit MAML",
@@ -48,6 +50,10 @@ class Session:
     seconds: float = 0.0
     solution: bl.Solution | None = None
     """The last adaptation."""
+    interruption: Interruption | None = None
+    """Where a signal is noted."""
+    stop: bool = False
+    """Whether a signal came, to any rank: all stop after the same step."""
 
     @classmethod
     def create(cls, config: Config, chosen: Mapping[str, Any] | None = None) -> Session:
@@ -160,7 +166,8 @@ def meta_train(session: Session) -> Iterator[dict[str, Any]]:
         lr = config.lr * (0.5 + 0.5 * math.cos(math.pi * progress(session)) if config.schedule == "cosine" else 1.0)
         record = one_step(session, sampler, lr)
         session.step += 1
-        session.seconds += time.perf_counter() - begin
+        elapsed = time.perf_counter() - begin
+        session.seconds += elapsed if config.minutes is None else bl.distributed.from_first(elapsed)
         skipped = skipped + 1 if record.pop("skipped") else 0
         if skipped == MAX_SKIPPED:
             raise UserError(
@@ -180,27 +187,35 @@ def progress(session: Session) -> float:
 def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
     """One update of the meta-parameters; without a finite meta-gradient they stay as they are."""
     learner, optimizer = session.learner, session.optimizer
-    outcome = meta_step(learner, sampler.episodes(session.config.tasks, session.step))
+    part = bl.distributed.shard(session.config.tasks)
+    share = (part.stop - part.start) / session.config.tasks
+    outcome = meta_step(learner, sampler.episodes(session.config.tasks, session.step, part))
     optimizer.zero_grad()
-    outcome.objective.backward()
+    (share * outcome.objective).backward()
+    session.solution = solution = outcome.solution
+    means = [outcome.query_loss.item(), outcome.accuracy.item(), _mean(solution.stats["residual_norm"])]
+    sums = [float(session.interruption is not None and session.interruption.exit_code is not None)]
+    if solution.adjoint is not None:
+        means.append(_mean(solution.adjoint.stats["relative_residual"]))
+        sums.append(float((solution.adjoint.stats["result"] == bl.Result.NEGATIVE_CURVATURE).sum()))
+    totals = bl.distributed.reduce_gradients(learner.parameters(), *(share * mean for mean in means), *sums)
+    (loss, accuracy, residual, *adjoint), (stop, *negative) = totals[: len(means)], totals[len(means) :]
+    session.stop = stop > 0
     gradients = [param.grad for param in learner.parameters() if param.grad is not None]
     size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])).item()
-    loss = outcome.query_loss.item()
     finite = math.isfinite(size) and math.isfinite(loss)
     if finite:
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-    session.solution = solution = outcome.solution
     record = {
         "skipped": not finite,
         "loss": loss,
-        "accuracy": outcome.accuracy.item(),
+        "accuracy": accuracy,
         "meta_gradient_norm": size,
-        "inner_residual": _mean(solution.stats["residual_norm"]),
+        "inner_residual": residual,
     }
-    if solution.adjoint is not None:
-        record["adjoint_relative_residual"] = _mean(solution.adjoint.stats["relative_residual"])
-        record["negative_curvature"] = int((solution.adjoint.stats["result"] == bl.Result.NEGATIVE_CURVATURE).sum())
+    if adjoint:
+        record["adjoint_relative_residual"], record["negative_curvature"] = adjoint[0], int(negative[0])
     if session.config.learn_strength != "no":
         record["strength"] = {name: value.exp().item() for name, value in learner.log_strength.items()}
     return record
@@ -212,7 +227,18 @@ def _mean(values: Tensor) -> float:
 
 def run(config: Config, folder: RunFolder, resume: bool) -> int:
     """Train, evaluate, draw; the exit code is 0, or 128 + the signal that interrupted it."""
-    session = Session.create(config)
+    with ranks.process_group():
+        if config.tasks < bl.distributed.world_size():
+            raise UserError(
+                f"--tasks is {config.tasks} for {bl.distributed.world_size()} ranks: each needs a task. Start fewer."
+            )
+        if bl.distributed.rank() > 0:
+            folder = ReadOnly(folder.path)
+        return _run(config, folder, resume)
+
+
+def _run(config: Config, folder: RunFolder, resume: bool) -> int:
+    session, lead = Session.create(config), bl.distributed.rank() == 0
     title = describe(config)
     if resume:
         session.restore(folder.load_checkpoint(session.device))
@@ -222,22 +248,26 @@ def run(config: Config, folder: RunFolder, resume: bool) -> int:
         bl.tuning.save(kept, solver_settings(config))
         config = replace(config, solver=kept)
     folder.begin(config.to_json())
-    say(f"{title}: {config.tasks} tasks a step on {session.device}; run folder {folder.path}")
+    many = f", {bl.distributed.world_size()} ranks" if bl.distributed.world_size() > 1 else ""
+    say(f"{title}: {config.tasks} tasks a step on {session.device}{many}; run folder {folder.path}")
     with Interruption() as interruption:
-        _train(session, folder, interruption)
+        session.interruption = interruption
+        _train(session, folder)
     folder.write_bytes("learning_curve.png", plots.learning_curve(folder.metrics(), title))
-    if interruption.exit_code is not None:
+    if session.stop:
         say(f"Interrupted after step {session.step}; everything is saved. Go on with: --resume {folder.path}")
-        return interruption.exit_code
-    report(session, folder)
+        return interruption.exit_code or 128 + signal.SIGTERM
+    if lead:
+        report(session, folder)
     return 0
 
 
-def _train(session: Session, folder: RunFolder, interruption: Interruption) -> None:
-    """The loop with its metrics, validations, checkpoints and progress bar."""
-    config = session.config
-    validation = session.sampler("validation") if config.validate_every else None
-    with tqdm(total=config.steps, initial=session.step, unit="step", disable=None, dynamic_ncols=True) as bar:
+def _train(session: Session, folder: RunFolder) -> None:
+    """The loop with its metrics, validations, checkpoints and progress bar, which are those of the first rank."""
+    config, lead = session.config, bl.distributed.rank() == 0
+    validation = session.sampler("validation") if config.validate_every and lead else None
+    hide = None if lead else True
+    with tqdm(total=config.steps, initial=session.step, unit="step", disable=hide, dynamic_ncols=True) as bar:
         for record in meta_train(session):
             folder.append_metrics(record)
             bar.total = max(session.step, round(session.step / progress(session)))  # the clock may end the run earlier
@@ -252,7 +282,7 @@ def _train(session: Session, folder: RunFolder, interruption: Interruption) -> N
                 tqdm.write(line)
             if session.step % config.checkpoint_every == 0:
                 folder.save_checkpoint(session.state())
-            if interruption.exit_code is not None:
+            if session.stop:
                 break
     folder.save_checkpoint(session.state())
 
@@ -286,9 +316,10 @@ def describe(config: Config) -> str:
 
 def default_folder(config: Config) -> Path:
     name = f"{config.data}-{config.ways}way-{config.shots}shot-{config.method}"
-    return Path("runs") / "few_shot" / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}"
+    return Path("runs") / "few_shot" / f"{ranks.launch_name() or time.strftime('%Y%m%d-%H%M%S')}-{name}"
 
 
 def say(text: str) -> None:
-    """Print at once, also into a pipe."""
-    print(text, flush=True)
+    """Print at once, also into a pipe; on the first rank alone."""
+    if bl.distributed.rank() == 0:
+        print(text, flush=True)
