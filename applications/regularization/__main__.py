@@ -36,7 +36,7 @@ class Config(Knobs):
     validation: int = 0
     """Validation examples; 0: a quarter of all for features, at most 5,000; 50 for weights; 500 for augmentation."""
     steps: int = 0
-    """Outer steps; 0: 24 for features, 16 for weights, 50 for augmentation."""
+    """Outer steps; 0: 12 for features and weights, 60 for augmentation."""
     hidden: int = 1000
     """Units of each hidden layer, for weights: 1,000 are a million weights."""
 
@@ -96,7 +96,7 @@ def learn_penalties(parts: list[Examples], knobs: Config, run: Run) -> None:
     for count in counts:
         name = f"{count:,} penalties"
         start = FIRST_LOG_PENALTY if count == 1 else found[0][-1]["log_penalty"]
-        search = regression.search(count, start, knobs.steps or 24, lr=0.5 if count == 1 else 0.3)
+        search = regression.search(count, start, knobs.steps or 12, lr=1.3 if count == 1 else 0.6)
         run.train(name, search, show=("validation_loss", "test_loss"))
         found.append(run.metrics(name))
     rows = [none, grid, *({"penalties": f"{c:,}, learned", **f[-1]} for c, f in zip(counts, found, strict=True)), both]
@@ -115,7 +115,7 @@ FIRST_LOG_PENALTY = -10.0
 def learn_decays(parts: list[Examples], knobs: Config, run: Run) -> None:
     train, validation, more, test = (part.tensors() for part in parts)
     larger = both(validation, more)
-    steps = knobs.steps or 16
+    steps = knobs.steps or 12
     network = Network(train, knobs.hidden, parts[0].num_classes, knobs.seed)
     count = sum(p.numel() for p in network.start.values())
     run.say(f"\nA weight decay for each of {count:,} weights on {parts[0].name}, {size(parts)} examples.")
@@ -147,7 +147,7 @@ def learn_strengths(parts: list[Examples], knobs: Config, run: Run) -> None:
     train, validation, test = ((x.view(-1, *shape), y) for x, y in (part.tensors() for part in parts))
     problem = Augmented.of(train, validation, test, parts[0].num_classes, knobs.seed)
     run.say(f"\nHow strongly to augment {parts[0].name}, {size(parts)} examples; the last two are turned and moved.")
-    search = problem.search(knobs.steps or 50, lr=0.1)
+    search = problem.search(knobs.steps or 60, lr=0.2)
     run.train("strengths", search, show=("validation_loss", *augmentation.STRENGTHS[:2]))
     records = run.metrics("strengths")
     tail = records[-len(records) // 4 :]

@@ -51,13 +51,13 @@ class Regression:
         return loss(params, self.train) + penalty
 
     def solve(self, params: Params, log_penalties: Tensor) -> bl.Solution:
-        """The minimum of ``g``; the adjoint to two digits, which is enough for a direction."""
+        """The minimum of ``g``; the adjoint to two digits, enough for a direction, penalties being far apart."""
         return bl.argmin(
             self.training_loss,
             params,
             log_penalties,
             solver=bl.LBFGS(gtol=1e-6, max_steps=1000),
-            hypergrad=bl.Implicit(bl.CG(rtol=1e-2, max_steps=200)),
+            hypergrad=bl.Implicit(bl.CG(rtol=1e-2, max_steps=300, preconditioner=bl.Jacobi(3))),
         )
 
     def measure(self, params: Params) -> Row:

@@ -27,7 +27,7 @@ class Search:
             what is random.
         validation_loss: of the solution's value.
         measure: plain numbers to record, of the solution's value (detached).
-        lr: of Adam.
+        lr: of Adam at first; it falls linearly, to nothing after the last step.
         most: what no hyperparameter may exceed.
     """
 
@@ -45,8 +45,8 @@ class Search:
         self.steps, self.step = steps, 0
         self.hparams, self.params = hparams, init
         self._solve, self._validation_loss, self._measure = solve, validation_loss, measure
-        self._most = most
-        self._adam = torch.optim.Adam(hparams.values(), lr=lr)
+        self._lr, self._most = lr, most
+        self._adam = torch.optim.Adam(hparams.values(), lr=lr, betas=(0.5, 0.9))  # few steps: little momentum
 
     def records(self) -> Iterator[Row]:
         while self.step < self.steps:
@@ -56,6 +56,7 @@ class Search:
             loss.backward()
             self.params = {name: p.detach() for name, p in fit.value.items()}
             measured = self._measure(self.params)
+            self._adam.param_groups[0]["lr"] = self._lr * (1 - self.step / self.steps)
             self._adam.step()
             for x in self.hparams.values():
                 x.data.clamp_(max=self._most)

@@ -75,21 +75,14 @@ class Network:
         """Learn the decays on the validation examples; the test examples are only watched."""
         decays = self.decays(sharing)
 
-        def measure(params: Params) -> Row:
-            with torch.no_grad():
-                return {
-                    "training_accuracy": accuracy(self.logits(params, self.train), self.train[1]),
-                    "validation_accuracy": accuracy(self.logits(params, validation), validation[1]),
-                    "test_loss": self.loss(params, test).item(),
-                    "test_accuracy": accuracy(self.logits(params, test), test[1]),
-                }
+        parts = {"training": self.train, "validation": validation, "test": test}
 
         return Search(
             decays,
             self.start,
             solve=lambda params, step: self.solve(params, decays),
             validation_loss=lambda params: self.loss(params, validation),
-            measure=measure,
+            measure=lambda params: self.accuracies(params, parts),
             steps=steps,
             lr=DECAY_LR,
             most=MOST_LOG_DECAY,
@@ -101,16 +94,16 @@ class Network:
         for _ in range(steps):
             found = self.solve(params, decays, train).value
             params = {name: p.detach() for name, p in found.items()}
+        return self.accuracies(params, {"training": train, "test": test})
+
+    def accuracies(self, params: Params, parts: dict[str, Part]) -> Row:
+        """``NAME_accuracy`` for each part, in percent."""
         with torch.no_grad():
-            return {
-                "training_accuracy": accuracy(self.logits(params, train), train[1]),
-                "test_loss": self.loss(params, test).item(),
-                "test_accuracy": accuracy(self.logits(params, test), test[1]),
-            }
+            return {f"{name}_accuracy": accuracy(self.logits(params, p), p[1]) for name, p in parts.items()}
 
 
 LR, INNER_STEPS, NEUMANN_STEPS = 0.1, 5, 5
-LOG_DECAY, MOST_LOG_DECAY, DECAY_LR = -7.0, 2.0, 1.0
+LOG_DECAY, MOST_LOG_DECAY, DECAY_LR = -7.0, 2.0, 1.7
 """Where the log-decays start, how far they may go (gradient descent diverges where a decay is above 2 / lr), and Adam's
 step on them."""
 
