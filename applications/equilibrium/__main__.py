@@ -38,10 +38,11 @@ def story(config: Config, run: Run) -> None:
     run.picture("learning.png", plots.learning(records, f"Training ({about}, {runs})"))
 
     footprints = run.part("memory", lambda: footprint.curve(config))
-    run.table(f"Peak memory of a training step on {footprint.EXAMPLES} examples", footprints)
+    parts, network = parts_of(config, examples, config.seed), trained["implicit"]
+    count = min(footprint.EXAMPLES, len(parts.train[1]))
+    run.table(f"Peak memory of a training step on {count} examples", footprints)
     run.picture("memory.png", plots.memory(footprints, f"One training step ({about})"))
 
-    parts, network = parts_of(config, examples, config.seed), trained["implicit"]
     x, y = (tensor[:LOOKED_AT] for tensor in parts.train)
     curves = run.part("gradient errors", lambda: gradients.error_curves(network, x, y))
     title = f"The gradient at the trained network ({about})"

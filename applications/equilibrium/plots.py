@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from applications.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, png, smooth
 
@@ -48,6 +48,7 @@ def memory(rows: Sequence[dict[str, Any]], title: str) -> bytes:
     axes.set(xlabel="iterations of the map", ylabel="peak memory of a training step (MiB)")
     axes.set_xticks([row["iterations"] for row in rows], [str(row["iterations"]) for row in rows])
     axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.legend(frameon=False)
