@@ -38,6 +38,8 @@ class Config(Knobs):
     """What the targets of --data are."""
     examples: int = 0
     """Take so many of --data, at random; 0: all."""
+    per_feature: bool = True
+    """Whether --data is searched with a penalty for each feature too."""
     repeats: int = 1
     """Splits into training and test examples, each with its own folds; the tables have the means."""
     candidates: int = 20
@@ -53,7 +55,7 @@ class Config(Knobs):
 def story(knobs: Config, run: Run) -> None:
     """Compare, tabulate, draw."""
     torch.set_num_threads(1)  # the folds are small, and so the seconds are those of one thread for all methods
-    contests = built_in(knobs.seed) if knobs.data == "built-in" else of_file(chosen(knobs))
+    contests = built_in(knobs.seed) if knobs.data == "built-in" else of_file(chosen(knobs), knobs.per_feature)
     comparison = Comparison(contests, knobs.repeats, knobs.candidates, knobs.seed)
     run.say(f"{len(contests)} contests, {knobs.repeats} splits, 5 folds each; seconds are CPU time of one thread.")
     with threadpool_limits(1), warnings.catch_warnings():

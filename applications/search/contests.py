@@ -77,14 +77,14 @@ def built_in(seed: int) -> list[Contest]:
     ]
 
 
-def of_file(examples: Examples) -> list[Contest]:
-    """A common penalty, and a penalty for each feature, on the user's examples."""
+def of_file(examples: Examples, per_feature: bool = True) -> list[Contest]:
+    """One penalty, and a penalty for each feature, on the user's examples."""
     if examples.num_classes:
         model, bounds = LogisticRegression(max_iter=2000), {"C": PENALTIES}
     else:
         model, bounds = Ridge(), {"alpha": PENALTIES}
     one = Contest("one penalty", examples, model, bounds, {}, 25)
-    return [one, penalty_for_each_feature("", examples)]
+    return [one, penalty_for_each_feature("", examples)] if per_feature else [one]
 
 
 def penalty_for_each_feature(name: str, examples: Examples) -> Contest:

@@ -48,7 +48,7 @@ class LogisticTwin:
             minimum, factor = self._newton(objective, each.detach())
             solver, linear = bl.External(lambda loss, start: minimum), bl.CG(rtol=1e-9, preconditioner=Factored(factor))
         else:
-            minimum, solver, linear = self.start, bl.LBFGS(), bl.CG(rtol=1e-8)
+            minimum, solver, linear = self.start, bl.LBFGS(gtol=1e-3), bl.CG(rtol=1e-5)
         fit = bl.argmin(objective, minimum, solver=solver, hypergrad=bl.Implicit(linear))
         self.start = fit.value.detach()
         return self._logits(fit.value)

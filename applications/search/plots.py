@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from applications.figures import BLUE, GREY, ORANGE, RIGHT, png
 from applications.run import Row
@@ -43,6 +43,7 @@ def draw(panel: Axes, records: Sequence[Row]) -> None:
     panel.axhline(float(np.mean(untuned)), color="0.3", linestyle=":", linewidth=1, label="untuned")
     ends = [record["search_seconds"] for record in records if record["method"] != "untuned"]
     losses = [*untuned]
+    thin = 1.0 if len(untuned) == 1 else 0.5
     for method, colour in COLOURS.items():
         label: str | None = method
         for record in records:
@@ -52,14 +53,15 @@ def draw(panel: Axes, records: Sequence[Row]) -> None:
             seconds = np.append(points[:, 0], record["search_seconds"])
             held_out = np.append(points[:, 2], points[-1, 2])
             losses += list(held_out)
-            width = 2.0 if method == "hypergradient" else 1.4
+            width = thin * (2.0 if method == "hypergradient" else 1.4)
             panel.plot(seconds, held_out, color=colour, drawstyle="steps-post", linewidth=width, alpha=0.8, label=label)
-            panel.plot(seconds[-1], held_out[-1], "o", color=colour, markersize=4)
+            panel.plot(seconds[-1], held_out[-1], "o", color=colour, markersize=3 + thin)
             label = None
     panel.set_xscale("log")
     panel.set_xlim(right=1.5 * max(ends))
     if max(losses) > 3 * min(losses):
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}" if max(losses) < 10 * min(losses) else NullFormatter())
+        panel.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        panel.yaxis.set_minor_formatter("{x:g}" if max(losses) < 30 * min(losses) else NullFormatter())
     panel.grid(alpha=0.25, which="major")
