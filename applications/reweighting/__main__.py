@@ -38,6 +38,8 @@ class Config(Knobs):
     """Hypergradients of the weight net, one row each: unroll, one-step, sama, neumann, cg."""
     imbalance: float = 50.0
     """Long tail: largest class over smallest."""
+    long_tail_inputs: Inputs = "loss-and-class"
+    """Long tail: what the weight net sees; the loss tells little of how rare a class is, once learned by heart."""
     noise: float = 0.4
     """Noise: part of the labels that are drawn anew."""
     repeats: int = 5
@@ -83,16 +85,13 @@ class Config(Knobs):
         require(0 <= self.momentum < 1, f"--momentum is {self.momentum}: in [0, 1).")
         require(self.weight_decay >= 0, f"--weight-decay is {self.weight_decay}: not negative.")
         require(self.focal_gamma >= 0, f"--focal-gamma is {self.focal_gamma}: not negative.")
-        require(len(self.problems) > 0 and len(self.methods) > 0, "--problems and --methods need one at least.")
+        for name, values in (("problems", self.problems), ("methods", self.methods)):
+            require(0 < len(set(values)) == len(values), f"--{name} {' '.join(values)}: one at least, each once.")
         select_device(self.device)
 
     @property
     def settings(self) -> Settings:
         return Settings(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Settings)})
-
-
-INPUTS: dict[Problem, Inputs] = {"long-tail": "loss-and-class", "noise": "loss"}
-"""Of the weight net: the loss tells little about how rare a class is, once its examples are learned by heart."""
 
 
 def story(knobs: Config, run: Run) -> None:
@@ -153,9 +152,10 @@ def candidates(knobs: Config, examples: Examples, problem: Problem, drawn: Drawn
     The weight net sees the meta set. What that set is worth by itself, the baselines on it and with it tell.
     """
     make, joint = classifier(knobs, examples), drawn.with_meta()
+    inputs: Inputs = knobs.long_tail_inputs if problem == "long-tail" else "loss"
 
     def train(rule: Rule, sets: Drawn) -> ClassifierTraining:
-        return ClassifierTraining(make, sets, rule, knobs.settings, INPUTS[problem])
+        return ClassifierTraining(make, sets, rule, knobs.settings, inputs)
 
     rules: dict[str, Rule] = {"unweighted": "unweighted", "focal loss": "focal"}
     if problem == "long-tail":

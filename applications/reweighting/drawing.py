@@ -24,7 +24,7 @@ class Drawn:
     """R training sets, each with a meta, a validation and a test set; indices into the same images.
 
     Attributes:
-        images: ``[N, d]`` or ``[N, channels, height, width]``. classes: their true classes ``[N]``.
+        images: ``[N, d]``. classes: their true classes ``[N]``.
         train, meta, validation, test: indices, ``[R, n]`` each; disjoint in each row.
         labels: of ``train`` as they are given to the learner, some of them wrong, ``[R, n]``.
     """
@@ -105,8 +105,6 @@ def draw(
     rows = [_row(examples, profile, needed, noise if problem == "noise" else 0.0, held_out, [seed, r])
             for r in range(repeats)]  # fmt: skip
     images, classes = examples.tensors()
-    if examples.image is not None and examples.image[0] > 1:
-        images = images.unflatten(1, examples.image)
     train, meta, validation, test, labels = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
     return Drawn(images, classes, train, meta, validation, test, labels, num_classes)
 

@@ -20,7 +20,7 @@ def measure(training: ClassifierTraining, drawn: Drawn) -> dict[str, Any]:
     """Lists of one number for each repeat, in percent, of the last step and of the best one on the validation set.
 
     ``auc``: of the learned weight, or of minus the loss where there is none, as a detector of true labels among the
-    training examples of ``drawn``; None where all are true or none was trained on.
+    training examples of ``drawn``, of each repeat that has both; None where all are true or none was trained on.
     """
     row: dict[str, Any] = {"auc": None}
     for stop, params in (("last", training.params), ("stopped", training.best)):
@@ -36,7 +36,8 @@ def measure(training: ClassifierTraining, drawn: Drawn) -> dict[str, Any]:
     weights = training.weights(losses, training.frequencies.gather(1, own.labels))
     if own.train.shape[1] >= size and not drawn.clean.all():  # a meta set behind the training set is known to be clean
         scores = (-losses if training.net is None else weights)[:, :size].cpu()
-        row["auc"] = [float(roc_auc_score(*pair)) for pair in zip(drawn.clean.cpu(), scores, strict=True)]
+        pairs = [pair for pair in zip(drawn.clean.cpu(), scores, strict=True) if len(pair[0].unique()) == 2]
+        row["auc"] = [float(roc_auc_score(*pair)) for pair in pairs]
     if training.net is not None:
         row["curves"] = weight_curves(training, weights.mean(1, keepdim=True))
         row["histograms"] = {"true": histogram(losses[own.clean]), "wrong": histogram(losses[~own.clean])}

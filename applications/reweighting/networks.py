@@ -47,7 +47,8 @@ class ResNet32(nn.Module):
         self.head = Mlp(4 * width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[R, n, channels, height, width]`` to ``[R, n, classes]``."""
+        """``[R, n, channels * 32 * 32]`` to ``[R, n, classes]``."""
+        x = x.unflatten(-1, (-1, 32, 32))
         x = self.norm(bl.nn.conv2d(x, self.first.weight, padding=1)).relu()
         for block in self.blocks:
             x = block(x)

@@ -167,7 +167,7 @@ def test_resnet32():
     module, params = stacked(lambda: ResNet32(10), 2, 0, CPU)
     sizes = [value[0].numel() for value in params.values()]
     assert sum(sizes) == 464_154  # He et al. 2016: 0.46 million
-    images = torch.rand(2, 3, 3, 32, 32)
+    images = torch.rand(2, 3, 3 * 32 * 32)
     outputs = bl.nn.functional_call(module, params, (images,))
     assert outputs.shape == (2, 3, 10)
     alone = bl.nn.functional_call(module, {k: v[1:] for k, v in params.items()}, (images[1:],))
@@ -175,6 +175,19 @@ def test_resnet32():
 
 
 # --- training ---
+
+
+def test_resnet32_learns_with_a_weight_net():
+    random, labels = np.random.default_rng(0), np.arange(24) % 2
+    images = Examples("squares", random.random((24, 3072)) + labels[:, None], labels, 2, (3, 32, 32))
+    sizes = {"meta_per_class": 2, "validation_per_class": 2, "test_per_class": 2}
+    drawn = draw(images, "long-tail", repeats=1, seed=0, **{**SIZES, **sizes})
+    settings = Settings(**{**vars(SETTINGS), "steps": 1, "batch": 2, "warm_up": 0})
+    training = ClassifierTraining(partial(ResNet32, 2), drawn, "unroll", settings, "loss-and-class")
+    losses = [record["loss"] for record in training.records()]
+    assert np.isfinite(losses).all()
+    assert training.net is not None
+    assert training.net.params["layers.1.weight"].abs().max() > 0
 
 
 def test_weights_fall_with_the_loss_under_noise():
@@ -252,6 +265,7 @@ def test_bad_files(bad_files, name, tmp_path, capsys):
         (["--noise", "1"], "--noise is 1"),
         (["--imbalance", "0.5"], "--imbalance is 0.5"),
         (["--meta-per-class", "200"], "The smallest class of digits has 174 examples"),
+        (["--methods", "cg", "cg"], "--methods cg cg: one at least, each once"),
         (["--model", "resnet32"], "--model resnet32 takes"),
         (["--data", "mnist", "--data-root", "nowhere"], "MNIST is not in nowhere"),
         (["--data", "cifar10", "--data-root", "nowhere"], "CIFAR-10 is not in nowhere"),
