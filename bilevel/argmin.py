@@ -241,6 +241,11 @@ def _root(
 ) -> Solution:
     check_throw(throw)
     check_init(init)
+    if isinstance(hypergrad, PathMethod):
+        raise NotImplementedError(
+            f"{type(hypergrad).__name__} differentiates the path of argmin's solvers; those of root and fixed_point "
+            "have none that it could follow. Take Implicit, or iterate the map in your own loop: autograd follows it."
+        )
 
     def solve(problem: RootProblem, measure: Callable[[Solution], Solution]) -> Solution:
         found = measure(solver.find(problem))

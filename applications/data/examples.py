@@ -106,6 +106,8 @@ def split(examples: Examples, sizes: Sequence[int | float], seed: int) -> list[E
     from sklearn.model_selection import train_test_split
 
     counts = [round(size * len(examples)) if isinstance(size, float) else size for size in sizes]
+    if all(isinstance(size, float) for size in sizes) and abs(sum(sizes) - 1) < 1e-9:
+        counts[-1] = len(examples) - sum(counts[:-1])  # rounding leaves none over
     if sum(counts) > len(examples) or min(counts) < 1:
         raise UserError(
             f"{examples.name} has {len(examples)} examples, and parts of {', '.join(map(str, counts))} are asked for. "

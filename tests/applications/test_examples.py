@@ -140,6 +140,7 @@ def test_split_is_disjoint_and_stratified():
     assert np.bincount(parts[1].targets).min() >= 28
     again = split(digits, (0.5, 300, 200), seed=1)
     assert (again[2].features == parts[2].features).all()
+    assert sum(map(len, split(digits, (0.5, 0.25, 0.25), seed=0))) == len(digits)
     whole = split(digits, (1.0,), seed=0)
     assert sorted(whole[0].features.sum(1)) == pytest.approx(sorted(digits.features.sum(1)))
 

@@ -183,3 +183,11 @@ def test_adjoints_of_a_non_symmetric_fixed_point(linear):
         values.append(near.value.square().sum().item())
     assert grad.item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-7)
     assert math.isfinite(float(fit.adjoint.stats["residual_norm"].max()))
+
+
+@pytest.mark.parametrize("method", [bl.Unroll(), bl.Truncated(2), bl.ForwardMode()], ids=lambda m: type(m).__name__)
+def test_methods_of_a_path_are_refused(method):
+    x = torch.tensor(0.5, requires_grad=True)
+    for solve in (bl.fixed_point, bl.root):
+        with pytest.raises(NotImplementedError, match=f"{type(method).__name__} differentiates the path"):
+            solve(lambda y: y / 2 + x, torch.zeros(()), hypergrad=method)
