@@ -62,7 +62,7 @@ class Config(Knobs):
     fit_ridge: float = 1e-3
     """L2 penalty of the models whose accuracy is told, baselines too."""
 
-    seconds: float = 4.0
+    seconds: float = 2.0
     """Processor time of each curve with --setting stochastic; tuning a method's step sizes takes as much again."""
 
     def check(self) -> None:

@@ -7,15 +7,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 
 import torch
 from torch import Tensor
 
+import bilevel as bl
 from applications.benchmarks.solutions import BATCHES, STOCHASTIC
 from applications.data_cleaning.cleaning import Cleaning
-from applications.data_cleaning.model import Model, Params, mean_loss
+from applications.data_cleaning.model import SOLVER, Model, Params, mean_loss
 from applications.data_cleaning.scores import detection
 from applications.data_cleaning.task import Task
 from applications.stochastic_curves.methods import Batches
@@ -23,10 +24,12 @@ from applications.stochastic_curves.trace import Point, trace
 
 INNER_FACTORS = (1.0, 4.0)
 """Of 1/L: the weights begin at 1/2, and a softmax seldom has its largest curvature."""
-OUTER_FACTORS = (0.25, 1.0, 4.0, 16.0)
+OUTER_FACTORS = (0.25, 1.0, 4.0, 16.0, 64.0)
 """Of the outer step that each method has in the benchmarks."""
 IMPLICIT = "implicit"
 """The name of full-batch implicit differentiation among the curves."""
+GROWTH = 1.35
+"""Of the steps between two points of a curve: each point costs an inner solve."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,43 @@ class MiniBatches:
         data = self.task.val if batch is None else self.task.val[batch]
         return mean_loss(self.model.logits(params, data.features), data.labels)
 
+    def solve(self, logits: Tensor, start: Params) -> Params:
+        """W*(x)."""
+        fit = bl.argmin(self.train_loss, start, logits.detach(), solver=SOLVER, hypergrad=None, throw="ignore")
+        found: Params = fit.value
+        return found
+
+    @cached_property
+    def solution_at_start(self) -> Params:
+        """W*(0), from which the first solve of every curve goes on."""
+        return self.solve(torch.zeros(len(self.task.train)), self.model.start())
+
+    @cached_property
     def longest_step(self) -> float:
         """1/L with L the largest curvature of the unweighted loss: |X|^2 / 2n and the penalty."""
         features = torch.cat([self.task.train.features, torch.ones(len(self.task.train), 1)], 1)
         return 1 / (float(torch.linalg.matrix_norm(features, 2)) ** 2 / len(features) / 2 + self.model.ridge)
+
+
+class Judge:
+    """What weights are worth: validation loss and test error (%) at the exact inner solution, and what they find.
+
+    Not at the method's own inner variables: those of a penalty method are drawn towards the validation data.
+    """
+
+    def __init__(self, problem: MiniBatches):
+        self.problem, self.params = problem, problem.solution_at_start
+
+    def __call__(self, logits: Tensor) -> dict[str, float]:
+        model, task = self.problem.model, self.problem.task
+        self.params = self.problem.solve(logits, self.params)
+        with torch.no_grad():
+            loss = self.problem.val_loss(self.params, logits).item()
+        return {
+            "validation loss": math.inf if math.isnan(loss) else loss,
+            "test error": 100 - model.accuracy(self.params, task.test),
+            "F1": detection(logits.detach().sigmoid(), task.wrong)["F1"],
+        }
 
 
 @dataclass(frozen=True)
@@ -70,42 +106,31 @@ def tune(problem: MiniBatches, name: str, seconds: float) -> Candidate:
     found = {}
     for inner, outer in product(INNER_FACTORS, OUTER_FACTORS):
         candidate = Candidate(inner, outer)
-        points = stochastic_curve(problem, name, candidate, seconds, measure_val_loss)
-        found[candidate] = math.inf if "stopped" in points[-1] else points[-1]["validation loss"]
+        step, logits = begin(problem, name, candidate)
+        points = trace(step, dict, seconds, clock=time.process_time)
+        diverged = "stopped" in points[-1]
+        found[candidate] = math.inf if diverged else Judge(problem)(logits)["validation loss"]
     return min(found, key=lambda candidate: found[candidate])
 
 
-Measure = Callable[[MiniBatches, Params, Tensor], dict[str, float]]
-
-
-def measure_val_loss(problem: MiniBatches, params: Params, logits: Tensor) -> dict[str, float]:
-    with torch.no_grad():
-        loss = problem.val_loss(params, logits).item()
-    return {"validation loss": math.inf if math.isnan(loss) else loss}
-
-
-def measure_all(problem: MiniBatches, params: Params, logits: Tensor) -> dict[str, float]:
-    """Validation loss, test error in percent, and how well wrong labels are found, where a method stands."""
-    error = 100 - problem.model.accuracy(params, problem.task.test)
-    f1 = detection(logits.detach().sigmoid(), problem.task.wrong)["F1"]
-    return {**measure_val_loss(problem, params, logits), "test error": error, "F1": f1}
-
-
-def stochastic_curve(
-    problem: MiniBatches, name: str, candidate: Candidate, seconds: float, measure: Measure = measure_all
-) -> list[Point]:
-    """One method from the start, for ``seconds`` of processor time on one thread."""
+def begin(problem: MiniBatches, name: str, candidate: Candidate) -> tuple[Callable[[], float], Tensor]:
+    """A method at the start: what makes a step and returns its cost in passes, and the logits that it moves."""
     kind, multiple, settings = STOCHASTIC[name]
     params, logits = problem.start()
-    inner_lr = candidate.inner * problem.longest_step()
-    # The weights' gradients are means over n examples of which each weight has one: steps grow with n.
+    inner_lr = candidate.inner * problem.longest_step
+    # The slope of a weight is 1/n of the mean loss's: steps grow with n. BOME has one step size for both levels.
     outer_lr = candidate.outer * (multiple * len(logits) / 2 or inner_lr)
     method = kind(
         params, logits, problem.train_loss, problem.val_loss, inner_lr=inner_lr, outer_lr=outer_lr, **settings
     )
     batches = Batches(len(problem.task.train), BATCHES, num_outer=len(problem.task.val))
-    step = partial(batches.step, method)
-    return trace(step, partial(measure, problem, params, logits), seconds, clock=time.process_time)
+    return partial(batches.step, method), logits
+
+
+def stochastic_curve(problem: MiniBatches, name: str, candidate: Candidate, seconds: float) -> list[Point]:
+    """One method from the start, for ``seconds`` of processor time on one thread, without those of the judge."""
+    step, logits = begin(problem, name, candidate)
+    return trace(step, partial(Judge(problem), logits), seconds, growth=GROWTH, clock=time.process_time)
 
 
 def implicit_curve(problem: MiniBatches, lr: float, seconds: float) -> list[Point]:
@@ -117,7 +142,5 @@ def implicit_curve(problem: MiniBatches, lr: float, seconds: float) -> list[Poin
         record = next(records)
         return float(record["inner_steps"] + record["adjoint_steps"] + 2)
 
-    def measure() -> dict[str, float]:
-        return measure_all(problem, cleaning.params, cleaning.logits)
-
-    return trace(step, measure, seconds, clock=time.process_time)
+    measure = partial(Judge(problem), cleaning.logits)
+    return trace(step, measure, seconds, growth=GROWTH, clock=time.process_time)

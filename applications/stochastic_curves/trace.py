@@ -16,16 +16,18 @@ def trace(
     measure: Callable[[], dict[str, float]],
     seconds: float,
     *,
+    growth: float = 1.1,
     clock: Callable[[], float] = time.perf_counter,
     finished: Callable[[Point], bool] = lambda point: False,
 ) -> list[Point]:
-    """Points at steps that grow by a tenth until the time is over.
+    """Points at steps that grow by a factor until the time is over.
 
     A method that diverges stops with what it had, and ``"stopped"`` in its last point says why.
 
     Args:
         step: makes one; returns its cost in passes over a data set.
         measure: what a point has beside ``"step"``, ``"passes"`` and ``"seconds"``; its own time does not count.
+        growth: that factor: 1.1 or, where a measurement is dear, more.
         clock: such as `time.process_time`, which other programs on the machine do not disturb.
         finished: whether a point is good enough to stop at.
     """
@@ -46,5 +48,5 @@ def trace(
         points.append({"step": done, "passes": passes, "seconds": elapsed, **measure()})
         if finished(points[-1]):
             break
-        next_point = max(done + 1, int(1.1 * done))
+        next_point = max(done + 1, int(growth * done))
     return points

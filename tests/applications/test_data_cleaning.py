@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,12 +14,15 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import bilevel as bl
+from applications.benchmarks.solutions import STOCHASTIC
 from applications.command import main
 from applications.data import Examples, load
+from applications.data_cleaning import curves, stochastic
 from applications.data_cleaning.__main__ import Config, story
 from applications.data_cleaning.cleaning import Cleaning
 from applications.data_cleaning.model import Model
 from applications.data_cleaning.scores import agreement, detection, kept
+from applications.data_cleaning.stochastic import Judge, MiniBatches
 from applications.data_cleaning.task import Labelled, Task, make_task
 from applications.run_folder import RunFolder
 
@@ -204,6 +208,8 @@ def test_a_network_is_cleaned_too(tmp_path):
         (("--ridge", "0"), "--ridge is 0"),
         (("--fit-ridge", "-1"), "--fit-ridge is -1"),
         (("--lr", "0"), "--lr is 0"),
+        (("--setting", "stochastic", "--seconds", "0"), "--seconds is 0"),
+        (("--setting", "stochastic", "--model", "mlp"), "of softmax regression"),
         (("--num-train", "1700", "--num-val", "200"), "parts of 1700, 200"),
         (("--num-train", "5"), "digits cannot be split"),
         (("--data", "digit"), "no data set 'digit'"),
@@ -221,6 +227,67 @@ def test_bad_files_are_told_and_nothing_is_written(bad_files, name, tmp_path, ca
     assert clean("--data", str(bad_files[name]), "--out", str(tmp_path / "run")) == 2
     assert str(bad_files[name]) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_batches_average_to_the_losses_of_the_other_setting(task):
+    cleaning = make_cleaning(task)
+    problem = MiniBatches(cleaning.model, task)
+    with torch.no_grad():
+        cleaning.logits.copy_(torch.linspace(-2, 2, 30, dtype=torch.float64))
+        params = {name: torch.randn_like(value) for name, value in cleaning.params.items()}
+        batches = torch.randperm(30).view(5, 6)
+        for whole, loss in (
+            (cleaning.train_loss(params), problem.train_loss),
+            (cleaning.val_loss(params), problem.val_loss),
+        ):
+            parts = torch.stack([loss(params, cleaning.logits, batch) for batch in batches])
+            torch.testing.assert_close(parts.mean(), whole)
+            torch.testing.assert_close(loss(params, cleaning.logits), whole)
+
+
+def test_the_judge_is_at_the_exact_solution(task):
+    cleaning = make_cleaning(task)
+    problem = MiniBatches(cleaning.model, task)
+    judge = Judge(problem)
+    cleaning.solver = bl.LBFGS(gtol=1e-3)
+    for logit in (0.0, 1.0):
+        with torch.no_grad():
+            cleaning.logits[:10] = logit
+        exact = cleaning.val_loss(cleaning.solve().value).item()
+        assert judge(cleaning.logits)["validation loss"] == pytest.approx(exact, rel=1e-2)
+
+
+def test_tuning_takes_the_step_sizes_of_the_least_validation_loss(task, monkeypatch):
+    problem = MiniBatches(make_cleaning(task).model, task)
+    monkeypatch.setattr(stochastic, "OUTER_FACTORS", (1e-6, 1.0))
+    assert stochastic.tune(problem, "SOBA", 0.05).outer == 1.0  # the other stays where it begins
+    monkeypatch.setattr(stochastic, "INNER_FACTORS", (1.0, 1e30))
+    assert stochastic.tune(problem, "SOBA", 0.05).inner == 1.0  # the other diverges
+
+
+def test_every_method_has_its_curve_and_interrupted_goes_on(tmp_path, monkeypatch):
+    for module, name in product((curves, stochastic), ("INNER_FACTORS", "OUTER_FACTORS")):
+        monkeypatch.setattr(module, name, (1.0,))
+    arguments = ("--setting", "stochastic", "--data", "iris", "--seconds", "0.03", "--out", str(tmp_path / "run"))
+    tuned = curves.tuned_curve
+
+    def interrupted(problem, name, seconds):
+        if name == "FSLA":
+            raise KeyboardInterrupt
+        return tuned(problem, name, seconds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(curves, "tuned_curve", interrupted)
+        assert clean(*arguments) == 130
+    first = json.loads((tmp_path / "run" / "results.json").read_text())["parts"]
+    assert clean("--resume", str(tmp_path / "run")) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {name: results["parts"][name] for name in first} == first
+    methods = {row["method"]: row for rows in results["tables"].values() for row in rows if "method" in row}
+    assert set(methods) == {"implicit", *STOCHASTIC}
+    start = results["parts"]["implicit"]["value"][0]["validation loss"]
+    assert methods["SOBA"]["validation loss"] < start
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.applications

@@ -11,6 +11,8 @@ from applications.stochastic_curves import plots
 from applications.stochastic_curves.__main__ import main
 from applications.stochastic_curves.methods import Batches, methods
 from applications.stochastic_curves.problems import Quadratics
+from applications.stochastic_curves.trace import trace
+from bilevel import Solution, SolveError
 from tests.stochastic.cases import CASES
 
 
@@ -62,6 +64,33 @@ def test_a_full_pass_costs_a_full_pass():
     assert [batches.step(found["SRBA"]) for _ in range(2)] == [3.0, 1.5]
     assert batches.step(found["SOBA"]) == 0.75
     assert batches.step(found["SABA"]) == 0.75
+
+
+def test_a_trace_counts_steps_passes_and_time_without_measurements():
+    now = [0.0]
+
+    def step() -> float:
+        now[0] += 1.0
+        return 0.5
+
+    def measure() -> dict[str, float]:
+        now[0] += 100.0  # the clock of a measurement does not count
+        return {"value": now[0]}
+
+    points = trace(step, measure, 10.0, growth=2.0, clock=lambda: now[0])
+    assert [point["step"] for point in points] == [0, 1, 2, 4, 8, 10]
+    assert [point["seconds"] for point in points] == [0, 1, 2, 4, 8, 10]
+    assert [point["passes"] for point in points] == [0, 0.5, 1, 2, 4, 5]
+    early = trace(step, measure, 10.0, finished=lambda point: point["step"] == 2, clock=lambda: now[0])
+    assert early[-1]["step"] == 2
+
+
+def test_a_trace_that_diverges_says_so():
+    def step() -> float:
+        raise SolveError("too long", Solution(None, {}))
+
+    points = trace(step, dict, 10.0)
+    assert points == [{"step": 0, "passes": 0.0, "seconds": 0.0, "stopped": "too long"}]
 
 
 def test_labels_keep_their_order_and_distance():
