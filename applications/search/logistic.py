@@ -46,7 +46,10 @@ class LogisticTwin:
         solver: bl.External | bl.LBFGS
         if self.start.shape[-1] <= MOST_UNKNOWNS:
             minimum, factor = self._newton(objective, each.detach())
-            solver, linear = bl.External(lambda loss, start: minimum), bl.CG(rtol=1e-9, preconditioner=Factored(factor))
+            solver, linear = (
+                bl.External(lambda loss, start: minimum, gtol=1e-5),
+                bl.CG(rtol=1e-9, preconditioner=Factored(factor)),
+            )
         else:
             minimum, solver, linear = self.start, bl.LBFGS(gtol=1e-3), bl.CG(rtol=1e-5)
         fit = bl.argmin(objective, minimum, solver=solver, hypergrad=bl.Implicit(linear))

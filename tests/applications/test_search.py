@@ -23,7 +23,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from applications.command import main
 from applications.data import Examples
-from applications.search import BilevelSearchCV, FeatureKernelRidge, FeatureLogistic, FeatureRidge, comparison
+from applications.search import BilevelSearchCV, FeatureKernelRidge, FeatureLogistic, FeatureRidge, comparison, logistic
 from applications.search.__main__ import Config, story
 from applications.search.comparison import Comparison
 from applications.search.contests import of_file
@@ -138,6 +138,15 @@ def test_hypergradients_are_finite_differences(case):
     for direction in directions:
         ahead, behind = (search(start + step * direction)[0] for step in (1e-5, -1e-5))
         assert gradient @ direction == pytest.approx((ahead - behind) / 2e-5, rel=1e-4, abs=1e-7)
+
+
+def test_large_softmax_regressions_go_to_lbfgs(monkeypatch):
+    exact = cross_validation(LogisticRegression(C=0.7), "three classes")
+    monkeypatch.setattr(logistic, "MOST_UNKNOWNS", 0)
+    large = cross_validation(LogisticRegression(C=0.7), "three classes")
+    (loss, gradient), (other, others) = (search(start) for search, start in (exact, large))
+    assert other == pytest.approx(loss, rel=1e-5)
+    assert others == pytest.approx(gradient, rel=1e-3)
 
 
 def test_losses_are_those_of_scikit_learn():
