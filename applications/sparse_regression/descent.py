@@ -16,7 +16,7 @@ FIRST_MOVE, LARGEST_MOVE, SMALLEST_MOVE = 0.5, 1.0, 1e-3
 SMALLEST_GAIN = 1e-4
 """Part of the objective by which a step has to lower it, for the descent to go on."""
 FLOOR = 1e-4
-"""Penalties stay above this part of the largest one: below it, nothing more is gained."""
+"""Penalties stay above this part of where they start: below it, nothing more is gained."""
 
 
 STATE = ("point", "trial", "step", "rate", "ended", "path")
@@ -36,7 +36,7 @@ class Descent:
 
     def __init__(self, criterion: Criterion, start: Tensor, steps: int):
         self.criterion, self.steps = criterion, steps
-        self.floor = math.log(FLOOR * criterion.folds.largest_penalty())
+        self.floor = start + math.log(FLOOR)
         self.point, self.trial = start, start
         self.at: Evaluation | None = None
         self.step, self.rate, self.ended = 0, 0.0, False
@@ -57,7 +57,7 @@ class Descent:
             else:
                 self.rate /= 3
             move = (self.rate * self.at.gradient).clamp(-LARGEST_MOVE, LARGEST_MOVE)
-            self.trial = (self.point - move).clamp_min(self.floor)
+            self.trial = torch.maximum(self.point - move, self.floor)
             self.ended |= (self.trial - self.point).abs().max().item() < SMALLEST_MOVE
             yield {
                 "step": self.step,
