@@ -72,9 +72,10 @@ class Distillation:
                 "loss": loss.item(),
                 "inner_steps": int(fit.stats["num_steps"]),
                 "inner_residual": fit.stats["residual_norm"].item(),
-                "products": int(fit.adjoint.stats["num_steps"]),
-                "adjoint_relative_residual": fit.adjoint.stats["relative_residual"].item(),
             }
+            if fit.adjoint is not None:
+                record["products"] = int(fit.adjoint.stats["num_steps"])
+                record["adjoint_relative_residual"] = fit.adjoint.stats["relative_residual"].item()
             if self.step == 1 or self.step % self.schedule.validate_every == 0 or self.step == self.steps:
                 record["validation"] = accuracy(self.inner.network, self.trained(), *self.parts.validation)
             yield record

@@ -41,20 +41,19 @@ def by_adam(inner: Inner, images: Tensor, labels: Tensor, seeds: Sequence[int], 
     return found
 
 
-def on_all_images(network: nn.Module, parts: Parts, seed: int, epochs: int, batch: int = 128) -> float:
-    """Test accuracy after Adam, its step size falling to zero, on all training images: the ceiling."""
+def on_all_images(network: nn.Module, parts: Parts, seed: int, steps: int, batch: int = 128) -> float:
+    """Test accuracy after Adam, its step size falling to zero, on batches of all training images: the ceiling."""
     params = {name: value.requires_grad_() for name, value in initial(network, seed).items()}
     generator = torch.Generator().manual_seed(seed)
     x, y = parts.train
-    steps = epochs * -(-len(y) // batch)
-    optimizer = torch.optim.Adam(params.values(), lr=2e-3)
+    optimizer = torch.optim.Adam(params.values(), lr=ADAM_RATE)
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(y), generator=generator).split(batch):
-            optimizer.zero_grad()
-            cross_entropy(outputs(network, params, x[chosen]), y[chosen]).backward()
-            optimizer.step()
-            falling.step()
+    for _ in range(steps):
+        chosen = torch.randint(len(y), (batch,), generator=generator)
+        optimizer.zero_grad()
+        cross_entropy(outputs(network, params, x[chosen]), y[chosen]).backward()
+        optimizer.step()
+        falling.step()
     return accuracy(network, params, *parts.test)
 
 

@@ -29,15 +29,15 @@ class Config(Knobs):
     """What is trained on the images."""
     images_per_class: int = 1
     """Synthetic images of each class."""
-    steps: int = 200
+    steps: int = 100
     """Outer steps of the images for the linear classifier."""
     lr: float = 0.03
     """Step size of their Adam."""
     l2: float = 1e-3
     """Weight decay of the linear classifier, trained to its minimum."""
-    convnet_steps: int = 300
+    convnet_steps: int = 60
     """Outer steps of the images for the ConvNet."""
-    convnet_lr: float = 0.02
+    convnet_lr: float = 0.03
     """Step size of their Adam."""
     convnet_l2: float = 0.01
     """Pull of the ConvNet to its initialisation."""
@@ -47,11 +47,11 @@ class Config(Knobs):
     """Real images of an outer step with the ConvNet; the linear classifier sees all."""
     repeats: int = 5
     """Fresh initialisations, and draws of real images, that the tables have the means of."""
-    epochs: int = 5
-    """Of the ConvNet on all training images, the ceiling."""
+    full_steps: int = 600
+    """Steps of the ConvNet on batches of all training images, the ceiling."""
 
     def check(self) -> None:
-        for name in ("images_per_class", "steps", "convnet_steps", "width", "batch", "epochs"):
+        for name in ("images_per_class", "steps", "convnet_steps", "width", "batch", "full_steps"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
         require(self.repeats >= 2, f"--repeats is {self.repeats}: a mean with its spread needs 2.")

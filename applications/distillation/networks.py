@@ -35,7 +35,7 @@ class ConvNet(nn.Module):
     def __init__(self, shape: tuple[int, int, int], num_classes: int, width: int):
         super().__init__()
         channels, height, breadth = shape
-        blocks = []
+        blocks: list[nn.Module] = []
         while height > 4 or not blocks:
             convolution = bl.nn.Conv2d(channels, width, 3, stride=2, padding=1)
             nn.init.kaiming_normal_(convolution.weight)

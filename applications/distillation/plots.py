@@ -18,9 +18,11 @@ def image_rows(rows: Mapping[str, Tensor], captions: Mapping[str, Sequence[str]]
     Learned pixels leave [0, 1]: a row is drawn between its own smallest (white) and largest (black) value.
     """
     columns = len(next(iter(rows.values())))
-    height = 1.12 * len(rows) + 0.5
+    height = 0.9 * len(rows) + 0.5
     figure, axes = plt.subplots(len(rows), columns, figsize=(0.8 * columns + 1.7, height), squeeze=False)
-    figure.subplots_adjust(left=1.6 / (0.8 * columns + 1.7), right=0.99, top=1 - 0.5 / height, bottom=0.02, wspace=0.1)
+    figure.subplots_adjust(
+        left=1.6 / (0.8 * columns + 1.7), right=0.99, top=1 - 0.5 / height, bottom=0.01, wspace=0.1, hspace=0.1
+    )
     for line, (name, images) in zip(axes, rows.items(), strict=True):
         low, high = images.min(), images.max()
         for place, image in zip(line, images, strict=True):
