@@ -40,9 +40,6 @@ class Study:
         return self.features[rows], self.targets[rows]
 
 
-SIMULATED = ("synthetic", "sparse-ho")
-
-
 def draw(name: str, seed: int, test_size: float, noise_features: int, block_size: int) -> Study:
     """A data set by name or path, split (or simulated) by the seed.
 
@@ -143,11 +140,11 @@ def real(name: str, seed: int, test_size: float, noise_features: int, block_size
 
 
 def with_products(features: np.ndarray) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """Standardized features, their squares and their products; the square of one with two values says nothing new."""
-    from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+    """Features (of mean 0), their squares and their products; the square of one with two values says nothing new."""
+    from sklearn.preprocessing import PolynomialFeatures
 
     expansion = PolynomialFeatures(2, include_bias=False)
-    expanded = expansion.fit_transform(StandardScaler().fit_transform(features))
+    expanded = expansion.fit_transform(features)
     powers = expansion.powers_
     two_valued = np.array([len(np.unique(column)) == 2 for column in features.T])
     kept = ~(powers[:, two_valued] == 2).any(1)

@@ -17,8 +17,6 @@ SMALLEST_GAIN = 1e-4
 """Part of the objective by which a step has to lower it, for the descent to go on."""
 FLOOR = 1e-4
 """Penalties stay above this part of where they start: below it, nothing more is gained."""
-
-
 STATE = ("point", "trial", "step", "rate", "ended", "path")
 
 

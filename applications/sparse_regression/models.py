@@ -58,7 +58,7 @@ def lasso_grid(study: Study, folds: Folds, number: int, weights: np.ndarray | No
     scale = 1.0 if weights is None else 1 / weights
     settings: dict[str, Any] = {"cv": folds.pairs, "fit_intercept": study.intercept, "max_iter": 20_000}
     grid = LassoCV(alphas=number, **settings).fit(study.features * scale, study.targets)
-    curve = grid.mse_path_.mean(-1)
+    curve = grid.mse_path_.reshape(number, len(folds)).mean(-1)  # scikit-learn drops the axis of a single fold
     return {
         "fits": number * len(folds),
         "criterion": float(curve.min()),
@@ -76,7 +76,7 @@ def elastic_net_grid(study: Study, folds: Folds, number: int) -> Row:
     grid = ElasticNetCV(l1_ratio=list(RATIOS), alphas=number, **settings).fit(study.features, study.targets)
     return {
         "fits": len(RATIOS) * number * len(folds),
-        "criterion": float(grid.mse_path_.mean(-1).min()),
+        "criterion": float(grid.mse_path_.reshape(-1, len(folds)).mean(-1).min()),
         **assess(study, grid.coef_, grid.intercept_),
     }
 

@@ -229,6 +229,28 @@ def test_constant_targets_are_refused(tmp_path):
         data.draw(str(tmp_path / "flat.npz"), 0, 0.3, 0, 20)
 
 
+def test_a_file_of_the_user_with_one_split(tmp_path):
+    """The whole story, small: no noise is appended, so no column tells of it; a third is held out."""
+    random = np.random.default_rng(0)
+    features = random.normal(size=(90, 12))
+    np.savez(tmp_path / "mine.npz", features=features, targets=features[:, 0] + random.normal(size=90))
+    settings = ["--noise-features", "0", "--folds", "1", "--draws", "1", "--evaluations", "6", "--block-size", "4"]
+    assert sparse_regression("--data", str(tmp_path / "mine.npz"), *settings, "--out", str(tmp_path / "run")) == 0
+    folder = RunFolder(tmp_path / "run")
+    results = folder.read_json("results.json")
+    (table,) = results["tables"].values()
+    rows = {row["method"]: row for row in table}
+    grid = next(part["value"] for name, part in results["parts"].items() if name.endswith(GRID))
+    for record in folder.metrics():
+        if record["part"].endswith(LASSO):  # on the curve of the grid, which may be lower elsewhere: minima are local
+            on_grid = np.interp(record["largest"], grid["grid"][::-1], grid["curve"][::-1])
+            assert record["criterion"] == pytest.approx(on_grid, rel=5e-3)
+    assert rows[GRID]["fits"] == 100
+    assert rows[LASSO]["fits"] <= 6
+    assert {"F1", "noise selected"}.isdisjoint(rows[LASSO])
+    assert len(list(folder.path.glob("*.png"))) == 3
+
+
 def test_an_interrupted_descent_resumes_bit_for_bit(folds, tmp_path, monkeypatch, capsys):
     """Warm starts, rate and trial point come back: a penalty for each feature, stopped at its third evaluation."""
 
