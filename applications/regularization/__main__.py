@@ -104,7 +104,7 @@ def learn_penalties(parts: list[Examples], knobs: Config, run: Run) -> None:
     run.table(f"Features: {train.name}", [{c.replace("_", " "): row[c] for c in columns} for row in rows])
     run.picture(
         "penalties.png",
-        plots.penalties(counts, found, f"{train.name}: penalties learned on {len(validation)} examples"),
+        plots.penalties(counts, found, f"{train.name}: penalties learned on {len(validation):,} examples"),
     )
 
 

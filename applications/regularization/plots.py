@@ -41,6 +41,7 @@ LOSSES = (
 
 def memorised(records: Mapping[str, Sequence[Row]], baseline: float, baseline_name: str, title: str) -> bytes:
     """Accuracy on the validation and the test examples over the outer steps, a colour a sharing of decays."""
+    lowest = min(baseline, *(found[-1]["test_accuracy"] for found in records.values()))
     figure, axes = plt.subplots(figsize=(8.5, 4.6))
     for (name, found), colour in zip(records.items(), (WRONG, ORANGE, BLUE, RIGHT), strict=False):
         steps = [row["step"] for row in found]
@@ -48,7 +49,7 @@ def memorised(records: Mapping[str, Sequence[Row]], baseline: float, baseline_na
         axes.plot(steps, [row["test_accuracy"] for row in found], color=colour, label=name)
     axes.axhline(baseline, color=GREY, linewidth=1, label=baseline_name)
     axes.plot([], [], "--", color="0.3", linewidth=1.2, label="dashed: validation; solid: test")
-    axes.set(xlabel="outer step", ylabel="accuracy in %", ylim=(min(70, baseline - 5), 101))
+    axes.set(xlabel="outer step", ylabel="accuracy in %", ylim=(lowest - 15, 101))
     axes.grid(color="0.93")
     axes.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5), labelspacing=1.0)
     axes.set_title(title, fontsize=11)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -182,10 +183,10 @@ def searches(steps: int):
 
 
 def test_a_resumed_search_makes_the_same_steps_bit_for_bit():
-    for whole, first, second in zip(searches(4), searches(2), searches(4), strict=True):
+    for whole, first, second in zip(searches(4), searches(4), searches(4), strict=True):
         expected = list(whole.records())
         assert len(expected) == 4
-        records, buffer = list(first.records()), io.BytesIO()
+        records, buffer = list(islice(first.records(), 2)), io.BytesIO()
         torch.save(first.state(), buffer)
         buffer.seek(0)
         second.restore(torch.load(buffer, weights_only=True))
