@@ -36,7 +36,7 @@ class Config(Knobs):
     """Hyper-cleaning: learn on clean validation data what weight each training example deserves; find wrong labels."""
 
     setting: Literal["cleaning", "stochastic"] = "cleaning"
-    """Implicit differentiation beside its baselines, or the methods on mini-batches, error against time."""
+    """Implicit differentiation beside its baselines, or (one seed) the methods on mini-batches, error against time."""
     data: str = "digits"
     """digits, mnist, or another data set of `applications.data.load`; a path to .npz or svmlight files."""
     data_root: Path | None = None
@@ -61,21 +61,24 @@ class Config(Knobs):
     """L2 penalty while the weights are learned."""
     fit_ridge: float = 1e-3
     """L2 penalty of the models whose accuracy is told, baselines too."""
-
     seconds: float = 2.0
     """Processor time of each curve with --setting stochastic; tuning a method's step sizes takes as much again."""
 
     def check(self) -> None:
         for name, least in (("hidden", 1), ("repeats", 1), ("steps", 1)):
             require(getattr(self, name) >= least, f"--{name} is {getattr(self, name)}: at least {least} is needed.")
+        for name in ("num_train", "num_val"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
         require(0 <= self.noise < 1, f"--noise is {self.noise}: a part of the labels, from 0 to below 1.")
-        require(self.lr > 0, f"--lr is {self.lr}: a positive step size is needed.")
+        require(0 < self.lr < math.inf, f"--lr is {self.lr}: a positive step size is needed.")
         require(0 < self.seconds < math.inf, f"--seconds is {self.seconds}: a positive time is needed.")
         softmax = self.setting == "cleaning" or self.model == "softmax"
         require(softmax, f"--model {self.model}: --setting stochastic is of softmax regression. Leave it out.")
         for name in ("ridge", "fit_ridge"):
             value = getattr(self, name)
-            require(value > 0, f"--{name.replace('_', '-')} is {value}: the fits need a positive penalty.")
+            positive = 0 < value < math.inf
+            require(positive, f"--{name.replace('_', '-')} is {value}: the fits need a positive penalty.")
 
 
 def story(knobs: Config, run: Run) -> None:

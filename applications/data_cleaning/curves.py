@@ -42,7 +42,6 @@ def compare(run: Run, model: Model, task: Task, lr: float, seconds: float) -> No
         lr: of Adam in implicit differentiation.
         seconds: of processor time for each curve, and again as many for the step sizes of each stochastic method.
     """
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so that processor time is what a single process waits for
     problem = MiniBatches(model, task)
     known = run.part("baselines", lambda: baselines(model, task))
@@ -55,7 +54,8 @@ def compare(run: Run, model: Model, task: Task, lr: float, seconds: float) -> No
         curves[name] = curve["points"]
         rows.append(row(name, curve["points"], curve["chosen"]))
         run.say(f"  {name}: validation loss {rows[-1]['validation loss']:.4f}, error {rows[-1]['test error']:.2f} %")
-    torch.set_num_threads(threads)
+        if "stopped" in curves[name][-1]:
+            run.say(f"    it stopped there: {curves[name][-1]['stopped']}")
     run.table("Test error (%) of fits", [{"fitted to": name, "test error": error} for name, error in known.items()])
     rows.sort(key=lambda found: found["validation loss"])
     run.table(f"After {seconds:g} seconds of processor time each, by validation loss", rows)
@@ -63,7 +63,7 @@ def compare(run: Run, model: Model, task: Task, lr: float, seconds: float) -> No
 
 
 def baselines(model: Model, task: Task) -> dict[str, float]:
-    """Test errors; that of the noisy labels is where the curves start (equal weights, a penalty of twice the size)."""
+    """Test errors of what needs no weights; the curves start at the noisy labels, all of one weight."""
     fits = {"validation data only": task.val, "right labels": task.clean[~task.wrong]}
     return {name: 100 - model.accuracy(model.fit(data), task.test) for name, data in fits.items()}
 
@@ -96,6 +96,8 @@ def picture(curves: dict[str, list[Point]], known: dict[str, float], task: Task)
     ):
         ends = {}
         for name, points in curves.items():
+            if len(points) == 1:  # it diverged at once
+                continue
             x, y = ([point[key] for point in points[1:]] for key in ("seconds", quantity))
             dashes, width = ("-", 2.4) if name == IMPLICIT else (style_of(name), 1.5)
             axes.loglog(x, y, dashes, color=colours[name], linewidth=width)

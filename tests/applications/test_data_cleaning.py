@@ -212,6 +212,7 @@ def test_a_network_is_cleaned_too(tmp_path):
         (("--setting", "stochastic", "--model", "mlp"), "of softmax regression"),
         (("--num-train", "1700", "--num-val", "200"), "parts of 1700, 200"),
         (("--num-train", "5"), "digits cannot be split"),
+        (("--num-val", "0"), "--num-val is 0"),
         (("--data", "digit"), "no data set 'digit'"),
         (("--data", "mnist", "--data-root", "nowhere"), "MNIST is not in"),
     ],
