@@ -88,7 +88,7 @@ def learn_penalties(parts: list[Examples], knobs: Config, run: Run) -> None:
     train, validation, test = parts
     regression = Regression.of(train, validation, test)
     run.say(f"A penalty for each of {regression.num_features:,} features of {train.name}, {size(parts)} examples.")
-    none, grid, both = run.part(
+    none, grid, all_labels = run.part(
         "one penalty by scikit-learn", lambda: features.shared_penalties(train, validation, test)
     )
     counts = [count for count in GROUPS if count < regression.num_features] + [regression.num_features]
@@ -99,7 +99,12 @@ def learn_penalties(parts: list[Examples], knobs: Config, run: Run) -> None:
         search = regression.search(count, start, knobs.steps or 12, lr=1.3 if count == 1 else 0.6)
         run.train(name, search, show=("validation_loss", "test_loss"))
         found.append(run.metrics(name))
-    rows = [none, grid, *({"penalties": f"{c:,}, learned", **f[-1]} for c, f in zip(counts, found, strict=True)), both]
+    rows = [
+        none,
+        grid,
+        *({"penalties": f"{c:,}, learned", **f[-1]} for c, f in zip(counts, found, strict=True)),
+        all_labels,
+    ]
     columns = ("penalties", "training_loss", "validation_loss", "test_loss", "validation_accuracy", "test_accuracy")
     run.table(f"Features: {train.name}", [{c.replace("_", " "): row[c] for c in columns} for row in rows])
     run.picture(
