@@ -9,6 +9,7 @@ from functools import partial
 
 import optuna
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from applications.command import Knobs, main, require
 from applications.compare.methods import METHODS, trace
@@ -75,14 +76,17 @@ def curves(found: dict[int, dict[str, Row]], seconds: float) -> bytes:
     """A panel for each size: best validation loss so far against seconds."""
     figure, panels = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3.6), layout="constrained", squeeze=False)
     for axes, (size, results) in zip(panels[0], found.items(), strict=True):
-        best = min(results, key=lambda name: results[name]["curve"][-1][1])
+        last = {name: result["curve"][-1][1] for name, result in results.items()}
+        best = min(last, key=last.__getitem__)
+        verdict = f"best: {best}" if max(last.values()) > 1.01 * last[best] else "all within 1 %"
         for name, result in results.items():
             times, losses = zip(*result["curve"], strict=True)
             colour, style = STYLES[name]
             axes.step([*times, seconds], [*losses, losses[-1]], style, where="post", color=colour, label=name)
         axes.set_xscale("log")
-        axes.set(xlabel="seconds", title=f"{size} hyperparameter{'s' if size > 1 else ''}\nbest: {best}")
-        axes.title.set_fontsize(10)
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set(xlabel="seconds", xlim=(seconds / 250, seconds))
+        axes.set_title(f"{size} hyperparameter{'s' if size > 1 else ''}\n{verdict}", fontsize=10)
     panels[0][0].set_ylabel("best validation loss so far")
     panels[0][-1].legend(frameon=False, fontsize=8)
     return png(figure)
