@@ -17,7 +17,7 @@ Settings = dict[str, Any]
 """Names such as ``solver`` and ``hypergrad`` to what `bl.tuning.save` can write."""
 
 
-POINTS = 4
+POINTS = 3
 """At which the trial hears its score, and may be pruned."""
 
 
