@@ -23,10 +23,11 @@ class Inner:
     Attributes:
         network: its own parameters are not used.
         max_steps: of L-BFGS; None: to its own tolerance.
-        products: of conjugate gradients at most; None: to a relative residual of 0.001.
+        products: of conjugate gradients at most, to a relative residual of 0.01; None: to one of 0.001.
         gauss_newton: the system of the hypergradient has the generalized Gauss-Newton matrix in place of the Hessian.
             The same for a linear classifier; for a network positive definite, with at most images x classes
-            eigenvalues above l2, which is why few products do. What it leaves out vanishes where the images are fitted.
+            eigenvalues above l2, which is why few products
+            do. What it leaves out vanishes where the images are fitted.
     """
 
     network: nn.Module
@@ -56,7 +57,7 @@ class Inner:
             return self.l2 / 2 * torch.stack(moved).sum()
 
         solver = bl.LBFGS() if self.max_steps is None else bl.LBFGS(max_steps=self.max_steps, gtol=0.0)
-        linear = bl.CG(rtol=1e-3) if self.products is None else bl.CG(max_steps=self.products)
+        linear = bl.CG(rtol=1e-3) if self.products is None else bl.CG(rtol=1e-2, max_steps=self.products)
         operator = bl.GaussNewton(logits, fit, rest=decay) if self.gauss_newton else "graph"
         return bl.argmin(
             lambda params: fit(logits(params)) + decay(params),

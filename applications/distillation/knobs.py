@@ -13,7 +13,7 @@ from applications.distillation.distill import Distillation, Schedule
 from applications.distillation.inner import Inner
 from applications.distillation.networks import ConvNet, Linear
 
-INNER_STEPS, PRODUCTS = 20, 10
+INNER_STEPS, PRODUCTS = 30, 20
 """Of a ConvNet's training on the images by L-BFGS, and of the solve for its hypergradient."""
 
 
@@ -35,11 +35,11 @@ class Config(Knobs):
     """Step size of their Adam."""
     l2: float = 1e-3
     """Weight decay of the linear classifier, trained to its minimum."""
-    convnet_steps: int = 60
+    convnet_steps: int = 40
     """Outer steps of the images for the ConvNet."""
     convnet_lr: float = 0.03
     """Step size of their Adam."""
-    convnet_l2: float = 0.01
+    convnet_l2: float = 0.05
     """Pull of the ConvNet to its initialisation."""
     width: int = 16
     """Channels of the ConvNet."""

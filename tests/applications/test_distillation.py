@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from applications.command import main
 from applications.distillation import __main__ as application
-from applications.distillation import evaluate
+from applications.distillation import evaluate, knobs
 from applications.distillation.data import HELD_OUT, class_means, labels, read, real_images
 from applications.distillation.distill import FIRST_NETWORK, Distillation, Schedule
 from applications.distillation.inner import Inner
@@ -155,6 +155,7 @@ SMALL = "--steps 3 --l2 0.3 --convnet-steps 4 --width 4 --batch 32 --repeats 2 -
 
 def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "ADAM_STEPS", 3)
+    monkeypatch.setattr(knobs, "INNER_STEPS", 3)
     assert command(*SMALL, "--out", str(tmp_path / "whole")) == 0
 
     stop_in = {False, True}  # once in the linear training, once in a ConvNet's
