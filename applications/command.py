@@ -30,6 +30,8 @@ class Knobs:
     """Go on with this run folder, with its settings."""
     seed: int = 0
     """Of everything random."""
+    threads: int = 1
+    """Of PyTorch on a CPU. One is fastest for small data, and gives the same numbers on every machine."""
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is.
@@ -91,7 +93,9 @@ def _run(knobs: K, kind: type[K], story: Callable[[K, Run], None], name: str, ar
         folder = RunFolder.open(knobs.resume)
         given, knobs = knobs, from_json(kind, folder.read_json("config.json"))
         refuse_changes(given, knobs)
+    require(knobs.threads >= 1, f"--threads is {knobs.threads}: at least 1 is needed.")
     knobs.check()
+    torch.set_num_threads(knobs.threads)
     run = Run(folder, knobs.to_json(), f"python -m applications.{name} {shlex.join(arguments)}".strip())
     try:
         story(knobs, run)

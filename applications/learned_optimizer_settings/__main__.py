@@ -75,7 +75,6 @@ class Config(Knobs):
 
 def story(knobs: Config, run: Run) -> None:
     """Learn, search, compare on fresh networks."""
-    torch.set_num_threads(1)  # small matrices: more threads only wait for each other
     data = Data.read(knobs.data, knobs.data_root, knobs.seed)
     networks = Networks(data, knobs.networks, knobs.hidden, knobs.batch)
     run.say(

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Literal
 
-import torch
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
@@ -54,7 +53,6 @@ class Config(Knobs):
 
 def story(knobs: Config, run: Run) -> None:
     """Compare, tabulate, draw."""
-    torch.set_num_threads(1)  # the folds are small, and so the seconds are those of one thread for all methods
     contests = built_in(knobs.seed) if knobs.data == "built-in" else of_file(chosen(knobs), knobs.per_feature)
     comparison = Comparison(contests, knobs.repeats, knobs.candidates, knobs.seed)
     run.say(f"{len(contests)} contests, {knobs.repeats} splits, 5 folds each; seconds are CPU time of one thread.")

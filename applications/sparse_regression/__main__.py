@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-import torch
-
 from applications.command import Knobs, main, require
 from applications.run import Run, slug
 from applications.sparse_regression import plots
@@ -46,7 +44,6 @@ class Config(Knobs):
 
 def story(knobs: Config, run: Run) -> None:
     """For each data set: every draw by every method, the table of their means, and pictures of the first."""
-    torch.set_num_threads(1)  # a few hundred numbers at a time: more threads only wait for each other
     studies = {name: [study(knobs, name, index) for index in range(knobs.draws)] for name in knobs.data}
     for name, draws in studies.items():
         examples, features = draws[0].features.shape
