@@ -54,6 +54,7 @@ class Config(Knobs):
         for name in ("images_per_class", "steps", "convnet_steps", "width", "batch", "full_steps"):
             value = getattr(self, name)
             require(value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
+        require(self.seed >= 0, f"--seed is {self.seed}: it starts at 0.")
         require(self.repeats >= 2, f"--repeats is {self.repeats}: a mean with its spread needs 2.")
         for name in ("lr", "l2", "convnet_lr", "convnet_l2"):
             value = getattr(self, name)

@@ -134,6 +134,7 @@ def test_parts_and_sets_of_images():
         (["--convnet-lr", "nan"], "--convnet-lr is nan"),
         (["--l2", "0"], "--l2 is 0"),
         (["--repeats", "1"], "--repeats is 1"),
+        (["--seed", "-1"], "--seed is -1"),
     ],
 )
 def test_bad_input(tmp_path, capsys, arguments, message):
