@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -11,12 +13,18 @@ class UserError(Exception):
 
 
 def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted; what was saved is complete.") -> int:
-    """That of a command, None being 0: 2 for a `UserError`, which is told in one message, 130 after Ctrl-C."""
+    """That of a command, None being 0.
+
+    2 for a `UserError`, which is told in one message, 130 after Ctrl-C, 141 where the reader of the output has gone.
+    """
     try:
         return command() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130

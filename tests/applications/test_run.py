@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,7 @@ class Walking:
         self.generator.set_state(state["generator"])
 
 
+ROOT = Path(__file__).parents[2]
 STOP = {"after": 0}
 COMPUTED: list[str] = []
 
@@ -143,3 +146,11 @@ def test_tables_as_text_and_markdown():
     assert aligned(rows) == "  method    loss   n\n  ours    0.1235  10\n  a|b              5"
     assert markdown(rows) == "| method | loss | n |\n| --- | ---: | ---: |\n| ours | 0.1235 | 10 |\n| a/b |  | 5 |\n"
     assert slug("MNIST, 10 images") == "mnist-10-images"
+
+
+def test_a_reader_that_goes_is_no_traceback(tmp_path):
+    command = (
+        f"{sys.executable} -u -m applications.compare --sizes 1 --seconds 0.5 --out {tmp_path / 'run'} | head -c 1"
+    )
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
