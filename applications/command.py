@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import sys
 import time
@@ -93,7 +94,7 @@ def _run(knobs: K, kind: type[K], story: Callable[[K, Run], None], name: str, ar
         folder = RunFolder.open(knobs.resume)
         given, knobs = knobs, from_json(kind, folder.read_json("config.json"))
         refuse_changes(given, knobs)
-    require(knobs.threads >= 1, f"--threads is {knobs.threads}: at least 1 is needed.")
+    require_at_least_one(knobs, "threads")
     knobs.check()
     torch.set_num_threads(knobs.threads)
     run = Run(folder, knobs.to_json(), f"python -m applications.{name} {shlex.join(arguments)}".strip())
@@ -108,11 +109,11 @@ def _run(knobs: K, kind: type[K], story: Callable[[K, Run], None], name: str, ar
 
 def refuse_changes(given: Knobs, saved: Knobs) -> None:
     """A resumed run keeps its settings: half a run of each would be neither."""
-    default = type(given)()
+    default, kept = type(given)().to_json(), saved.to_json()
     for name, value in given.to_json().items():
-        if value != default.to_json()[name] and value != saved.to_json()[name]:
+        if value not in (default[name], kept[name]):
             raise UserError(
-                f"--{name.replace('_', '-')} is {value}, but the run to resume has {saved.to_json()[name]}. "
+                f"--{name.replace('_', '-')} is {value}, but the run to resume has {kept[name]}. "
                 "Leave it out, or start a new run with --out."
             )
 
@@ -127,6 +128,28 @@ def select_device(name: str) -> torch.device:
         raise UserError("--device cuda: PyTorch finds no GPU here. Use --device cpu, or install the driver.")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(automatic if name == "auto" else name)
+
+
+def require_at_least_one(knobs: Any, *names: str) -> None:
+    """Options that count something; one that may be left out is None then.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in names:
+        value = getattr(knobs, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
+
+
+def require_positive(knobs: Any, *names: str) -> None:
+    """Options that are step sizes, tolerances and penalties: positive and finite.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in names:
+        value = getattr(knobs, name)
+        require(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}: a positive number is needed.")
 
 
 def require(condition: bool, message: str) -> None:

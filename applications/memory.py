@@ -6,12 +6,14 @@ import contextlib
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 MEBIBYTE = 2**20
+T = TypeVar("T")
 
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Makes glibc give freed tensors back at once: resident memory is then live memory. Slower, so not for the clock."""
@@ -38,6 +40,12 @@ def reset_peak(device: torch.device) -> float:
     if clear.exists():
         clear.write_text("5")
     return peak(device)
+
+
+def peak_of(device: torch.device, run: Callable[[], T]) -> tuple[T, float]:
+    """What ``run`` returns, and the peak memory above what was held before, MiB."""
+    before = reset_peak(device)
+    return run(), peak(device) - before
 
 
 def peak(device: torch.device) -> float:

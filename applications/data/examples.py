@@ -35,6 +35,7 @@ class Examples:
         targets: int64 classes ``[n]``, or float64.
         num_classes: 0 for regression.
         image: channels, height and width where a row is an image with values in [0, 1].
+        num_test: how many of the last examples are the official test set; 0 where there is none.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Examples:
     targets: np.ndarray
     num_classes: int
     image: tuple[int, int, int] | None = None
+    num_test: int = 0
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -51,7 +53,12 @@ class Examples:
         return bool(scipy.sparse.issparse(self.features))
 
     def subset(self, chosen: np.ndarray) -> Examples:
-        return replace(self, features=self.features[chosen], targets=self.targets[chosen])
+        return replace(self, features=self.features[chosen], targets=self.targets[chosen], num_test=0)
+
+    def official(self) -> tuple[Examples, Examples]:
+        """What comes before the official test set, and that."""
+        rows = np.arange(len(self))
+        return self.subset(rows[: len(self) - self.num_test]), self.subset(rows[len(self) - self.num_test :])
 
     def tensors(self, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
         """Features (dense) and targets; classes stay int64."""
@@ -198,7 +205,7 @@ def _mnist(root: Path) -> Examples:
         raise unusable(root / "MNIST" / "raw", error) from error
     if len(images) != len(labels):
         raise unusable(root / "MNIST" / "raw", f"{len(images)} images and {len(labels)} labels")
-    return Examples("mnist", images, labels.astype(np.int64), 10, (1, 28, 28))
+    return Examples("mnist", images, labels.astype(np.int64), 10, (1, 28, 28), len(parts[1].targets))
 
 
 def _cifar10(root: Path) -> Examples:
@@ -217,7 +224,7 @@ def _cifar10(root: Path) -> Examples:
     labels = np.concatenate([np.asarray(part.targets, np.int64) for part in parts])
     if len(images) != len(labels):
         raise unusable(root / "cifar-10-batches-py", f"{len(images)} images and {len(labels)} labels")
-    return Examples("cifar10", images, labels, 10, (3, 32, 32))
+    return Examples("cifar10", images, labels, 10, (3, 32, 32), len(parts[1].targets))
 
 
 def _newsgroups(root: Path) -> Examples:

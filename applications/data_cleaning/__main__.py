@@ -12,7 +12,7 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from applications.command import Knobs, main, require
+from applications.command import Knobs, main, require, require_at_least_one
 from applications.data import load
 from applications.data_cleaning import curves, pictures
 from applications.data_cleaning.cleaning import Cleaning
@@ -65,11 +65,7 @@ class Config(Knobs):
     """Processor time of each curve with --setting stochastic; tuning a method's step sizes takes as much again."""
 
     def check(self) -> None:
-        for name, least in (("hidden", 1), ("repeats", 1), ("steps", 1)):
-            require(getattr(self, name) >= least, f"--{name} is {getattr(self, name)}: at least {least} is needed.")
-        for name in ("num_train", "num_val"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
+        require_at_least_one(self, "hidden", "repeats", "steps", "num_train", "num_val")
         require(0 <= self.noise < 1, f"--noise is {self.noise}: a part of the labels, from 0 to below 1.")
         require(0 < self.lr < math.inf, f"--lr is {self.lr}: a positive step size is needed.")
         require(0 < self.seconds < math.inf, f"--seconds is {self.seconds}: a positive time is needed.")

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from applications.data import Examples, mislabel, split
-
-OFFICIAL_TEST = 10_000
-"""The last rows of MNIST; training and validation examples come from those before them."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +60,7 @@ def make_task(examples: Examples, num_train: int | None, num_val: int | None, no
         UserError: there are too few examples, or a class would be missing in a part.
     """
     if examples.name == "mnist":
-        rows = np.arange(len(examples))
-        earlier, last = examples.subset(rows[:-OFFICIAL_TEST]), examples.subset(rows[-OFFICIAL_TEST:])
+        earlier, last = examples.official()
         parts = [*split(earlier, (num_train or 5_000, num_val or 5_000), seed), last]
     else:
         third = len(examples) // 3

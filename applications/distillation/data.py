@@ -12,8 +12,6 @@ from torch import Tensor
 from applications import data
 from applications.command import require
 
-MNIST_TEST = 10_000
-"""The last images of `data.load`: torchvision's test set, so that numbers compare with published ones."""
 HELD_OUT = 0.2
 """The part of the training images that curves and settings are judged on."""
 
@@ -52,9 +50,8 @@ def read(name: str, root: Path | None, images_per_class: int) -> Parts:
         f"--data {name} has {examples.features.shape[1]} features a row and no word of height and width: images are "
         "distilled here. Take digits or mnist.",
     )
-    if name == "mnist" and len(examples) > 2 * MNIST_TEST:
-        order = np.arange(len(examples))
-        rest, test = examples.subset(order[:-MNIST_TEST]), examples.subset(order[-MNIST_TEST:])
+    if name == "mnist" and len(examples) > 2 * examples.num_test:
+        rest, test = examples.official()
     else:
         rest, test = data.split(examples, (0.75, 0.25), seed=0)
     parts = data.split(rest, (1 - HELD_OUT, HELD_OUT), seed=0)

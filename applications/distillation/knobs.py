@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from applications.command import Knobs, require
+from applications.command import Knobs, require, require_at_least_one, require_positive
 from applications.distillation import data
 from applications.distillation.distill import Distillation, Schedule
 from applications.distillation.inner import Inner
@@ -51,15 +50,10 @@ class Config(Knobs):
     """Steps of the ConvNet on batches of all training images, the ceiling."""
 
     def check(self) -> None:
-        for name in ("images_per_class", "steps", "convnet_steps", "width", "batch", "full_steps"):
-            value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
+        require_at_least_one(self, "images_per_class", "steps", "convnet_steps", "width", "batch", "full_steps")
         require(self.seed >= 0, f"--seed is {self.seed}: it starts at 0.")
         require(self.repeats >= 2, f"--repeats is {self.repeats}: a mean with its spread needs 2.")
-        for name in ("lr", "l2", "convnet_lr", "convnet_l2"):
-            value = getattr(self, name)
-            shown = f"--{name.replace('_', '-')} is {value}"
-            require(0 < value < math.inf, f"{shown}: a positive number is needed.")
+        require_positive(self, "lr", "l2", "convnet_lr", "convnet_l2")
 
 
 def build(config: Config, kind: Literal["linear", "convnet"], parts: data.Parts) -> Inner:

@@ -41,9 +41,7 @@ def measure(config: Config, unrolled: bool, steps: int) -> float:
         cross_entropy(network.head(z), y).backward()
 
     step(2)  # libraries allocate on their first use
-    before = memory.reset_peak(device)
-    step(steps)
-    return memory.peak(device) - before
+    return memory.peak_of(device, lambda: step(steps))[1]
 
 
 def curve(config: Config) -> list[Row]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from applications.command import Knobs, require, select_device
+from applications.command import Knobs, require, require_at_least_one, require_positive, select_device
 from applications.data import Examples, load, split
 from applications.equilibrium.network import Convolutional, Dense, Network
 from applications.errors import UserError
-
-MNIST_TEST = 10_000
-"""The last images of MNIST are its test set, as everywhere."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +55,14 @@ class Config(Knobs):
     """Where to compute."""
 
     def check(self) -> None:
-        counts = ("width", "runs", "epochs", "batch_size", "max_iterations", "unrolled")
-        for name in counts:
-            value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
+        require_at_least_one(self, "width", "runs", "epochs", "batch_size", "max_iterations", "unrolled", "max_train")
         require(self.history >= 0, f"--history is {self.history}: it cannot be negative; 0 is the plain iteration.")
-        require(
-            self.max_train is None or self.max_train >= 1, f"--max-train is {self.max_train}: at least 1 is needed."
-        )
         require(len(self.depths) > 0 and min(self.depths, default=0) >= 1, "--depths: give numbers of at least 1.")
         require(
             0 < self.contraction < 1,
             f"--contraction is {self.contraction}: it lies between 0 and 1. From 1 on, an equilibrium need not exist.",
         )
-        for name in ("lr", "tol", "adjoint_rtol"):
-            value = getattr(self, name)
-            good = math.isfinite(value) and value > 0
-            require(good, f"--{name.replace('_', '-')} is {value}: a positive number is needed.")
+        require_positive(self, "lr", "tol", "adjoint_rtol")
         select_device(self.device)
 
 
@@ -108,9 +94,8 @@ def read(config: Config) -> Examples:
 def parts_of(config: Config, examples: Examples, seed: int) -> Parts:
     """Of MNIST, nine in ten training images and the official test images; of other sets, 60, 15 and 25 % at random."""
     if config.data == "mnist":
-        count = len(examples) - MNIST_TEST
-        test = examples.subset(np.arange(count, len(examples)))
-        train, validation = split(examples.subset(np.arange(count)), [count - count // 10, count // 10], seed)
+        rest, test = examples.official()
+        train, validation = split(rest, [len(rest) - len(rest) // 10, len(rest) // 10], seed)
     else:
         train, validation, test = split(examples, [0.6, 0.15, 0.25], seed)
     if config.max_train is not None and config.max_train < len(train):

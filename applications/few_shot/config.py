@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from applications.command import require_at_least_one
 from applications.errors import UserError
 
 Data = Literal["glyphs", "omniglot", "cifar-fs", "mini-imagenet"]
@@ -101,18 +102,13 @@ class Config:
     """Meta-steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        positive = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "checkpoint_every", "width")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: at least 1 is needed.")
+        counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "checkpoint_every", "width")
+        require_at_least_one(self, *counts, "eval_steps", "threads", "chunk_size")
         for name in ("inner_lr", "strength", "lr"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive.")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"--minutes is {self.minutes}: it must be positive.")
-        for name in ("eval_steps", "threads", "chunk_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: at least 1 is needed.")
         if not 0 <= self.inner_momentum < 1:
             raise UserError(f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
         if self.cg_steps < 0 or self.validate_every < 0:

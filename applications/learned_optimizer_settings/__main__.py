@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from applications.command import Knobs, main, require
+from applications.command import Knobs, main, require, require_at_least_one, require_positive
 from applications.learned_optimizer_settings import baselines, compare, plots
 from applications.learned_optimizer_settings.learn import MOST_POINTS, Learning
 from applications.learned_optimizer_settings.networks import Data, Networks
@@ -54,16 +54,12 @@ class Config(Knobs):
 
     def check(self) -> None:
         """See `Knobs`."""
-        for name in ("hidden", "batch", "outer_steps", "networks"):
-            value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
+        require_at_least_one(self, "hidden", "batch", "outer_steps", "networks")
         require(self.steps >= 2, f"--steps is {self.steps}: at least 2 are needed.")
         require(self.fresh >= 2, f"--fresh is {self.fresh}: at least 2 are needed for a standard error.")
         most = min(self.steps, MOST_POINTS)
         require(1 <= self.points <= most, f"--points is {self.points}: a schedule has 1 to {most} of them here.")
-        for name in ("start_lr", "outer_lr"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}: a positive number is needed.")
+        require_positive(self, "start_lr", "outer_lr")
         require(0 < self.start_momentum < 1, f"--start-momentum is {self.start_momentum}: it lies between 0 and 1.")
         for window in self.windows:
             require(

@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 from applications.data import Examples, load, split
 
 Params = dict[str, Tensor]
-MNIST_TEST_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,8 @@ class Data:
         examples = load(name, root)
         size = len(examples)
         if name == "mnist":
-            places, train = np.arange(size), int(0.8 * (size - MNIST_TEST_IMAGES))
-            test = examples.subset(places[-MNIST_TEST_IMAGES:])
-            rest = examples.subset(places[:-MNIST_TEST_IMAGES])
+            rest, test = examples.official()
+            train = int(0.8 * len(rest))
             parts = [*split(rest, (train, len(rest) - train), seed), test]
         else:
             train, validation = size // 2, size // 4

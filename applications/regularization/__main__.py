@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from applications.command import Knobs, main, require
+from applications.command import Knobs, main, require, require_at_least_one
 from applications.data import Examples, load, split
 from applications.errors import UserError
 from applications.regularization import augmentation, corpus, features, plots, weights
@@ -44,7 +44,7 @@ class Config(Knobs):
         for name in ("train", "validation", "steps"):
             value = getattr(self, name)
             require(value >= 0, f"--{name} is {value}: it is a number of them, or 0 for the default.")
-        require(self.hidden >= 1, f"--hidden is {self.hidden}: at least 1 is needed.")
+        require_at_least_one(self, "hidden")
         require(
             not (self.data == "20newsgroups" and self.problem != "features"),
             "--data 20newsgroups is text, for penalties of features: add --problem features.",

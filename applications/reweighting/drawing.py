@@ -15,9 +15,6 @@ from applications.errors import UserError
 
 Problem = Literal["long-tail", "noise"]
 
-OFFICIAL_TEST = {"mnist": 10_000, "cifar10": 10_000}
-"""Data sets whose last examples are their published test set; of others the test set is drawn."""
-
 
 @dataclass(frozen=True)
 class Drawn:
@@ -90,7 +87,7 @@ def draw(
         UserError: a class is too small.
     """
     number, num_classes = len(examples), examples.num_classes
-    held_out = OFFICIAL_TEST.get(examples.name, 0)
+    held_out = examples.num_test
     needed = (meta_per_class, validation_per_class, 0 if held_out else test_per_class)
     smallest = int(np.bincount(examples.targets[: number - held_out], minlength=num_classes).min())
     most = smallest - sum(needed)

@@ -13,7 +13,7 @@ from typing import Literal
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from applications.command import Knobs, main, require
+from applications.command import Knobs, main, require, require_at_least_one
 from applications.data import Examples, load, split
 from applications.run import Row, Run
 from applications.search import plots
@@ -46,8 +46,7 @@ class Config(Knobs):
 
     def check(self) -> None:
         """See `Knobs`."""
-        for name in ("repeats", "candidates"):
-            require(getattr(self, name) >= 1, f"--{name} is {getattr(self, name)}: at least 1 is needed.")
+        require_at_least_one(self, "repeats", "candidates")
         require(self.examples >= 0, f"--examples is {self.examples}: a number of examples, or 0 for all.")
 
 

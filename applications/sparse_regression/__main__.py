@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from applications.command import Knobs, main, require
+from applications.command import Knobs, main, require, require_at_least_one
 from applications.run import Run, slug
 from applications.sparse_regression import plots
 from applications.sparse_regression.compare import Comparison, compare, means
@@ -34,12 +34,10 @@ class Config(Knobs):
     def check(self) -> None:
         require(len(self.data) > 0, "--data names no data set: give diabetes, synthetic, sparse-ho or a file.")
         require(len(set(self.data)) == len(self.data), f"--data names one twice: {' '.join(self.data)}.")
-        require(self.draws >= 1, f"--draws is {self.draws}: at least 1 is needed.")
-        require(self.folds >= 1, f"--folds is {self.folds}: at least 1 is needed.")
+        require_at_least_one(self, "draws", "folds", "block_size")
         require(self.evaluations >= 2, f"--evaluations is {self.evaluations}: at least 2 are needed.")
         require(0 < self.test_size < 1, f"--test-size is {self.test_size}: a part between 0 and 1 is needed.")
         require(self.noise_features >= 0, f"--noise-features is {self.noise_features}: it cannot be negative.")
-        require(self.block_size >= 1, f"--block-size is {self.block_size}: at least 1 is needed.")
 
 
 def story(knobs: Config, run: Run) -> None:

@@ -9,16 +9,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import optuna
-import torch
 import tyro
 from optuna.trial import TrialState
 from tqdm import tqdm
 
 import bilevel as bl
+from applications import memory
+from applications.command import select_device
 from applications.errors import UserError, exit_code
 from applications.run import Run
 from applications.run_folder import RunFolder
@@ -171,7 +173,8 @@ def work(
             values = score_after(tunable, trial, settings, options.seed, tunable.steps)
             limits(trial, options, values[2], values[1] / tunable.steps)
             return values
-        value, peak = with_peak(lambda: score_within(tunable, trial, settings, options.seed, seconds))
+        training = partial(score_within, tunable, trial, settings, options.seed, seconds)
+        value, peak = memory.peak_of(select_device("auto"), training)
         limits(trial, options, peak, trial.user_attrs["seconds"] / max(1, trial.user_attrs["steps"]))
         return value
 
@@ -182,15 +185,6 @@ def work(
 
     if finished(study) < trials:
         study.optimize(bl.tuning.guard(objective), timeout=options.timeout, callbacks=[after])
-
-
-def with_peak(measure: Callable[[], float]) -> tuple[float, float]:
-    """What it returns, and its peak memory above the start, MiB."""
-    from applications import memory
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before = memory.reset_peak(device)
-    return measure(), memory.peak(device) - before
 
 
 def limits(trial: optuna.Trial, options: Options, peak_mib: float, step_seconds: float) -> None:

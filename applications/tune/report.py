@@ -43,11 +43,6 @@ def write(run: Run, study: optuna.Study, tunable: Tunable, seconds: float, seeds
     run.say(f"{', '.join(f'{n} {state.lower()}' for state, n in counts.items())}; files are in {run.folder.path}")
 
 
-def chosen(study: optuna.Study, tunable: Tunable, trial: optuna.trial.FrozenTrial) -> Settings:
-    """The settings of a trial, from its parameters."""
-    return tunable.suggest(optuna.trial.FixedTrial(trial.params))
-
-
 def winner(
     run: Run,
     study: optuna.Study,
@@ -58,12 +53,12 @@ def winner(
     seed: int,
 ) -> None:
     """Measure the best trial's settings and the defaults on the same fresh seeds, in turn; print, write, paste."""
-    settings = chosen(study, tunable, best)
+    settings = tunable.settings(best.params)
     bl.tuning.save(run.folder.path / "best.json", settings)
     run.say(f"\nBest: trial {best.number}, {tunable.score} {best.value:.4g}. As Python, or by --solver best.json:")
     for name, setting in settings.items():
         run.say(f"  {name} = {bl.tuning.expression(setting)}")
-    default = tunable.default_settings()
+    default = tunable.settings(tunable.default)
     if best.params == dict(tunable.default):
         run.say("The settings in use today are the best of the study: there is nothing to change.")
         return
@@ -125,7 +120,7 @@ def front(run: Run, study: optuna.Study, tunable: Tunable) -> None:
     sign = -1 if tunable.direction == "maximize" else 1
     within = [t for t in study.best_trials if all(value <= 0 for value in t.constraints.values())]
     for trial in sorted(within, key=lambda trial: sign * trial.values[0]):
-        settings = chosen(study, tunable, trial)
+        settings = tunable.settings(trial.params)
         bl.tuning.save(run.folder.path / f"front-{trial.number}.json", settings)
         texts = ", ".join(bl.tuning.expression(setting) for setting in settings.values())
         score, seconds, mib = trial.values

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import optuna
-import torch
 
 import bilevel as bl
 from applications import memory
+from applications.command import select_device
 
 Settings = dict[str, Any]
 """Names such as ``solver`` and ``hypergrad`` to what `bl.tuning.save` can write."""
@@ -46,8 +46,9 @@ class Tunable:
     steps: int
     trials: int = 30
 
-    def default_settings(self) -> Settings:
-        return self.suggest(optuna.trial.FixedTrial(dict(self.default)))
+    def settings(self, params: Mapping[str, Any]) -> Settings:
+        """Those of a trial with these parameters."""
+        return self.suggest(optuna.trial.FixedTrial(dict(params)))
 
 
 def score_within(
@@ -66,12 +67,13 @@ def score_after(
     tunable: Tunable, trial: optuna.trial.BaseTrial, settings: Settings, seed: int, steps: int
 ) -> tuple[float, float, float]:
     """The score after so many outer steps, their seconds, and the peak memory above the start, MiB."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before = memory.reset_peak(device)
-    begin = time.perf_counter()
-    records = (record for record in tunable.train(settings, seed) if record[0] >= steps)
-    found = next(iter(records), None)
-    elapsed, peak = time.perf_counter() - begin, memory.peak(device) - before
+
+    def last_record() -> tuple[Any, float]:
+        begin = time.perf_counter()
+        records = (record for record in tunable.train(settings, seed) if record[0] >= steps)
+        return next(records, None), time.perf_counter() - begin
+
+    (found, elapsed), peak = memory.peak_of(select_device("auto"), last_record)
     if found is None:
         raise ValueError(f"The training ended before {steps} steps.")
     _, value, fit = found

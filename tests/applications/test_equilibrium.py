@@ -13,7 +13,7 @@ from torch.nn.functional import conv2d, cross_entropy
 
 import bilevel as bl
 from applications.command import main
-from applications.equilibrium import convergence, footprint, gradients, knobs
+from applications.equilibrium import convergence, footprint, gradients
 from applications.equilibrium.__main__ import story
 from applications.equilibrium.convergence import iterations_needed
 from applications.equilibrium.knobs import Config, create_network, parts_of, read
@@ -21,6 +21,7 @@ from applications.equilibrium.methods import METHODS, hidden
 from applications.equilibrium.network import Convolutional, Dense
 from applications.equilibrium.train import Fitting
 from applications.run_folder import RunFolder
+from tests.runs import comparable
 
 
 def dense(width=6, contraction=0.8, scale=3.0):
@@ -174,10 +175,6 @@ def command(*arguments):
     return main("equilibrium", [*arguments], Config, story)
 
 
-def comparable(folder):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in RunFolder(folder).metrics()]
-
-
 def without_times(folder):
     tables = json.loads((folder / "results.json").read_text())["tables"]
     for rows in tables.values():
@@ -243,7 +240,7 @@ def test_mnist_keeps_its_test_images_and_is_learned(mnist_root):
     examples = read(config)
     first, second = (parts_of(config, examples, seed) for seed in (0, 1))
     assert first.train[0].shape == (200, 1, 28, 28)
-    assert first.test[1].shape == (knobs.MNIST_TEST,)
+    assert first.test[1].shape == (10_000,)
     assert first.test[1][:5].tolist() == [7, 2, 1, 0, 4]  # as everywhere
     assert torch.equal(first.test[0], second.test[0])
     assert not torch.equal(first.train[1], second.train[1])

@@ -20,6 +20,7 @@ from applications.learned_optimizer_settings.learn import EXACT, Learning, end_o
 from applications.learned_optimizer_settings.networks import Data, Networks, losses, train
 from applications.learned_optimizer_settings.settings import Settings
 from applications.run_folder import RunFolder
+from tests.runs import comparable
 
 STEPS = 8
 TINY = ["--data", "iris", "--steps", "6", "--hidden", "4", "--outer-steps", "6", "--networks", "2", "--points", "3"]
@@ -195,10 +196,6 @@ def test_every_setting_meets_the_same_fresh_networks():
 
 def command(*arguments: str) -> int:
     return main("learned_optimizer_settings", list(arguments), Config, story)
-
-
-def comparable(folder) -> list[dict]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in RunFolder(folder).metrics()]
 
 
 def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from applications.reweighting.measure import loss_grid, measure
 from applications.reweighting.networks import Mlp, ResNet32, stacked
 from applications.reweighting.train import ClassifierTraining, Settings
 from applications.reweighting.weighting import BatchLoss, WeightNet, focal_loss, look_ahead, losses_of, weighted_mean
-from applications.run_folder import RunFolder
+from tests.runs import comparable
 
 SIZES = {"imbalance": 10.0, "noise": 0.4, "meta_per_class": 5, "validation_per_class": 5, "test_per_class": 20}
 SETTINGS = Settings(
@@ -68,7 +68,7 @@ def test_uniform_noise_may_draw_the_true_class():
 
 def test_the_published_test_set_is_kept():
     random, labels = np.random.default_rng(0), np.arange(10_200) % 10
-    mnist = Examples("mnist", random.random((10_200, 4)), labels, 10)
+    mnist = Examples("mnist", random.random((10_200, 4)), labels, 10, num_test=10_000)
     drawn = draw(mnist, "noise", repeats=2, seed=0, **SIZES)
     assert drawn.test.tolist() == [list(range(200, 10_200))] * 2
     assert drawn.train.max() < 200
@@ -217,10 +217,6 @@ TINY = ["--repeats", "2", "--steps", "8", "--warm-up", "2", "--hidden", "8", "--
 
 def reweighting(*arguments):
     return main("reweighting", [*TINY, *map(str, arguments)], Config, story)
-
-
-def comparable(folder):
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in RunFolder(folder).metrics()]
 
 
 def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypatch):

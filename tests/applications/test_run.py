@@ -18,6 +18,7 @@ from applications.command import Knobs, from_json, main, require
 from applications.errors import UserError
 from applications.run import Run, aligned, markdown, slug
 from applications.run_folder import RunFolder
+from tests.runs import comparable
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,6 @@ def story(knobs: Walk, run: Run) -> None:
 
 def walk(*arguments: str) -> int:
     return main("walk", list(arguments), Walk, story)
-
-
-def comparable(folder: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in RunFolder(folder).metrics()]
 
 
 def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, capsys):

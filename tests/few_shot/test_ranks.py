@@ -15,7 +15,8 @@ import torch
 
 from applications.few_shot.__main__ import main
 from applications.run_folder import RunFolder
-from tests.few_shot.test_train import QUICK, ROOT, comparable
+from tests.few_shot.test_train import QUICK, ROOT
+from tests.runs import comparable
 
 EXACT = [*QUICK, "--tasks", "3", "--precision", "float64", "--learn-strength", "layer"]
 

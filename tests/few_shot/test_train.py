@@ -23,6 +23,7 @@ from applications.few_shot.__main__ import main
 from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.train import Session, create_learner, meta_train
 from applications.run_folder import RunFolder
+from tests.runs import comparable
 
 ROOT = Path(__file__).parents[2]
 QUICK = ["--width", "8", "--tasks", "2", "--inner-steps", "2", "--eval-tasks", "4", "--validate-every", "3"]
@@ -52,11 +53,6 @@ def wait_for_steps(folder, count, process, limit=90):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline, "the run made no progress"
         time.sleep(0.02)
-
-
-def comparable(folder):
-    """Metrics without the clock."""
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in RunFolder(folder).metrics()]
 
 
 def assert_same_run(folder, other):
