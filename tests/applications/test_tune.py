@@ -36,7 +36,7 @@ def ridge(arguments: list[str]) -> tune.Tunable:
             problem.hparams.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         )
         x.requires_grad_()
-        optimizer, step = torch.optim.Adam([x], lr=0.1), 0
+        optimizer, step = torch.optim.SGD([x], lr=0.1), 0  # Adam would hide that the default is bad
         while True:
             fit = bl.argmin(problem.inner, problem.init, x, **settings, throw="ignore")
             loss = problem.outer(fit.value, x)
