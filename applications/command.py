@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 import tyro
 
+import bilevel as bl
+from applications import tune
 from applications.errors import UserError, exit_code
 from applications.run import Interrupted, Run
 from applications.run_folder import RunFolder
@@ -47,8 +49,18 @@ class Knobs:
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
+@dataclass(frozen=True)
+class SolverKnobs(Knobs):
+    """Those of an application whose solvers can be tuned."""
+
+    solver: Path | None = None
+    """File of solver settings, as `tune` writes it, in place of the application's own."""
+
+
 K = TypeVar("K", bound=Knobs)
-PLACE = ("out", "resume")
+PLACE = ("out", "resume", "solver")
+"""What config.json does not hold; the settings of the solver's file are kept beside it."""
+SOLVER = "solver.json"
 
 
 def from_json(kind: type[K], values: dict[str, Any]) -> K:
@@ -71,22 +83,44 @@ def from_json(kind: type[K], values: dict[str, Any]) -> K:
     return kind(**{name: typed(name, value) for name, value in values.items()})
 
 
-def main(name: str, arguments: list[str], kind: type[K], story: Callable[[K, Run], None]) -> int:
+def main(
+    name: str,
+    arguments: list[str],
+    kind: type[K],
+    story: Callable[[K, Run], None],
+    tunable: Callable[[K], tune.Tunable] | None = None,
+) -> int:
     """Parse the knobs, make or open the run folder, tell the story.
 
     Args:
         name: of the package under applications.
         kind: the knobs; its docstring is the help.
         story: does the work through the `Run`; it reads its data before it writes anything.
+        tunable: what the subcommand ``tune`` searches with these knobs, `SolverKnobs` then; it reads its data when it
+            is called. The story finds the settings of ``--solver`` in the `Run`.
 
     Returns:
         0; 2 for bad input, which is told in one message; 128 and the number of the signal that interrupted it.
     """
-    knobs = tyro.cli(kind, args=arguments, prog=f"python -m applications.{name}")
-    return exit_code(lambda: _run(knobs, kind, story, name, arguments))
+    command = f"python -m applications.{name}"
+    if tunable is not None and arguments[:1] == ["tune"]:
+        return tune.main(
+            name, arguments[1:], lambda rest: tunable(_to_tune(tyro.cli(kind, args=rest, prog=f"{command} tune")))
+        )
+    more = f"\n\nAn Optuna study over its solver settings: {command} tune --help" if tunable is not None else ""
+    knobs = tyro.cli(kind, args=arguments, prog=command, description=f"{kind.__doc__}{more}")
+    return exit_code(lambda: _run(knobs, kind, story, tunable, f"{command} {shlex.join(arguments)}".strip(), name))
 
 
-def _run(knobs: K, kind: type[K], story: Callable[[K, Run], None], name: str, arguments: list[str]) -> int:
+def _run(
+    knobs: K,
+    kind: type[K],
+    story: Callable[[K, Run], None],
+    tunable: Callable[[K], tune.Tunable] | None,
+    command: str,
+    name: str,
+) -> int:
+    solver: Path | None = getattr(knobs, "solver", None)
     if knobs.resume is None:
         path = knobs.out or Path("runs") / name / time.strftime("%Y%m%d-%H%M%S")
         folder = RunFolder.new(path)
@@ -94,10 +128,14 @@ def _run(knobs: K, kind: type[K], story: Callable[[K, Run], None], name: str, ar
         folder = RunFolder.open(knobs.resume)
         given, knobs = knobs, from_json(kind, folder.read_json("config.json"))
         refuse_changes(given, knobs)
-    require_at_least_one(knobs, "threads")
-    knobs.check()
-    torch.set_num_threads(knobs.threads)
-    run = Run(folder, knobs.to_json(), f"python -m applications.{name} {shlex.join(arguments)}".strip())
+        kept = folder.path / SOLVER if (folder.path / SOLVER).is_file() else None
+        if solver is not None and (kept is None or bl.tuning.load(solver) != bl.tuning.load(kept)):
+            raise UserError("--solver has other settings than the run to resume. Leave it out, or start a new run.")
+        solver = kept
+    _prepare(knobs)
+    run = Run(folder, knobs.to_json(), command)
+    if solver is not None and tunable is not None:
+        run.settings = tune.read_settings(solver, tunable(knobs).names, name)
     try:
         story(knobs, run)
     except (Interrupted, KeyboardInterrupt) as interruption:
@@ -105,6 +143,20 @@ def _run(knobs: K, kind: type[K], story: Callable[[K, Run], None], name: str, ar
         return interruption.exit_code if isinstance(interruption, Interrupted) else 130
     run.say(f"\nFigures and pictures are in {folder.path}")
     return 0
+
+
+def _to_tune(knobs: K) -> K:
+    """Knobs of a study: what the search does not choose stays as they say."""
+    given = [option for option in ("resume", "solver") if getattr(knobs, option, None) is not None]
+    require(not given, f"tune has no --{' and no --'.join(given)}: the same command goes on, from the same settings.")
+    _prepare(knobs)
+    return knobs
+
+
+def _prepare(knobs: Knobs) -> None:
+    require_at_least_one(knobs, "threads")
+    knobs.check()
+    torch.set_num_threads(knobs.threads)
 
 
 def refuse_changes(given: Knobs, saved: Knobs) -> None:
@@ -116,18 +168,6 @@ def refuse_changes(given: Knobs, saved: Knobs) -> None:
                 f"--{name.replace('_', '-')} is {value}, but the run to resume has {kept[name]}. "
                 "Leave it out, or start a new run with --out."
             )
-
-
-def select_device(name: str) -> torch.device:
-    """``"auto"``, the GPU where there is one, ``"cpu"`` or ``"cuda"``.
-
-    Raises:
-        UserError: a GPU is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here. Use --device cpu, or install the driver.")
-    automatic = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(automatic if name == "auto" else name)
 
 
 def require_at_least_one(knobs: Any, *names: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
+import bilevel as bl
 from applications.errors import UserError
 from applications.run_folder import Interruption, RunFolder
 
@@ -49,10 +50,14 @@ class Run:
 
     Files: ``config.json``, ``metrics.jsonl`` (one record a step of each training), ``checkpoint-NAME.pt`` (one a
     training), ``results.json`` (parts with their seconds, and tables), ``report.md`` (the tables), pictures.
+
+    Attributes:
+        settings: of solvers, in place of the application's own, by name; kept in ``solver.json``.
     """
 
     def __init__(self, folder: RunFolder, config: Row, command: str, quiet: bool = False):
         self.folder, self.command, self.quiet = folder, command, quiet
+        self.settings: dict[str, Any] = {}
         self._config = config
         exists = (folder.path / "results.json").is_file()
         self._results: Row = folder.read_json("results.json") if exists else {"parts": {}, "tables": {}}
@@ -159,6 +164,8 @@ class Run:
         """The folder is made at the first thing to write: bad input leaves none."""
         if not self._begun:
             self.folder.begin(self._config)
+            if self.settings:  # the run is whole without the file that they came from
+                bl.tuning.save(self.folder.path / "solver.json", self.settings)
             self._begun = True
 
     def _save(self) -> None:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from applications.command import Knobs, main, require, require_at_least_one
+from applications.command import main
 from applications.data import load
 from applications.data_cleaning import curves, pictures
 from applications.data_cleaning.cleaning import Cleaning
-from applications.data_cleaning.model import Model, ModelName
+from applications.data_cleaning.knobs import Config
+from applications.data_cleaning.model import Model
 from applications.data_cleaning.scores import agreement, detection, kept
 from applications.data_cleaning.task import Task, make_task
+from applications.data_cleaning.tuning import tunable
 from applications.run import Row, Run
 
 Scores = dict[str, dict[str, float]]
@@ -29,52 +29,6 @@ class Found(TypedDict):
 
     accuracy: dict[str, float]
     found: Scores
-
-
-@dataclass(frozen=True)
-class Config(Knobs):
-    """Hyper-cleaning: learn on clean validation data what weight each training example deserves; find wrong labels."""
-
-    setting: Literal["cleaning", "stochastic"] = "cleaning"
-    """Implicit differentiation beside its baselines, or (one seed) the methods on mini-batches, error against time."""
-    data: str = "digits"
-    """digits, mnist, or another data set of `applications.data.load`; a path to .npz or svmlight files."""
-    data_root: Path | None = None
-    """Folder of MNIST; by default $BILEVEL_DATA or ~/.cache/bilevel."""
-    model: ModelName = "softmax"
-    """Softmax regression, or a network of one hidden layer."""
-    hidden: int = 32
-    """Units of that layer."""
-    noise: float = 0.5
-    """Part of the training labels that become wrong."""
-    num_train: int | None = None
-    """By default 5,000 of MNIST (20,000 with --setting stochastic), a third of other data."""
-    num_val: int | None = None
-    """By default 5,000 of MNIST, a third of other data."""
-    repeats: int = 3
-    """Seeds, from --seed on; the tables have means over them, the pictures the first."""
-    steps: int = 40
-    """Outer steps."""
-    lr: float = 0.3
-    """Of Adam on the weights' logits."""
-    ridge: float = 1e-2
-    """L2 penalty while the weights are learned."""
-    fit_ridge: float = 1e-3
-    """L2 penalty of the models whose accuracy is told, baselines too."""
-    seconds: float = 2.0
-    """Processor time of each curve with --setting stochastic; tuning a method's step sizes takes as much again."""
-
-    def check(self) -> None:
-        require_at_least_one(self, "hidden", "repeats", "steps", "num_train", "num_val")
-        require(0 <= self.noise < 1, f"--noise is {self.noise}: a part of the labels, from 0 to below 1.")
-        require(0 < self.lr < math.inf, f"--lr is {self.lr}: a positive step size is needed.")
-        require(0 < self.seconds < math.inf, f"--seconds is {self.seconds}: a positive time is needed.")
-        softmax = self.setting == "cleaning" or self.model == "softmax"
-        require(softmax, f"--model {self.model}: --setting stochastic is of softmax regression. Leave it out.")
-        for name in ("ridge", "fit_ridge"):
-            value = getattr(self, name)
-            positive = 0 < value < math.inf
-            require(positive, f"--{name.replace('_', '-')} is {value}: the fits need a positive penalty.")
 
 
 def story(knobs: Config, run: Run) -> None:
@@ -99,7 +53,7 @@ def story(knobs: Config, run: Run) -> None:
     for seed, task in tasks.items():
         model = Model.make(knobs.model, task, knobs.hidden, knobs.fit_ridge, seed)
         baselines = run.part(f"baselines, seed {seed}", partial(baseline_scores, model, task))
-        cleaning = Cleaning(replace(model, ridge=knobs.ridge), task, knobs.steps, knobs.lr)
+        cleaning = Cleaning(replace(model, ridge=knobs.ridge), task, knobs.steps, knobs.lr, run.settings)
         run.train(f"cleaning, seed {seed}", cleaning, show=("val_loss", "f1"))
         cleaned = run.part(f"cleaned, seed {seed}", partial(cleaned_scores, model, task, cleaning.weights.detach()))
         accuracies.append(baselines["accuracy"] | cleaned["accuracy"])
@@ -169,4 +123,4 @@ def mean(values: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main("data_cleaning", sys.argv[1:], Config, story))
+    sys.exit(main("data_cleaning", sys.argv[1:], Config, story, tunable))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from applications.data_cleaning.model import SOLVER, Model, Params, mean_loss
 from applications.data_cleaning.scores import detection
 from applications.data_cleaning.task import Task
 from applications.run import Row
+
+SETTINGS: dict[str, Any] = {"solver": SOLVER, "hypergrad": bl.Implicit(bl.CG(rtol=1e-2, max_steps=40))}
+"""Of the inner problem and its hypergradient; the operator is always the Gauss-Newton matrix."""
 
 
 class Cleaning:
@@ -28,15 +32,22 @@ class Cleaning:
     that is the Hessian itself, of a network an approximation that is positive definite.
 
     A `Training`: its state is W, x and Adam's moments.
+
+    Args:
+        settings: ``solver`` and ``hypergrad`` in place of `SETTINGS`.
     """
 
-    def __init__(self, model: Model, task: Task, steps: int, lr: float):
+    def __init__(self, model: Model, task: Task, steps: int, lr: float, settings: Mapping[str, Any] | None = None):
         self.model, self.task, self.steps = model, task, steps
         self.step, self.params = 0, model.start()
         self.logits = torch.zeros(len(task.train), dtype=task.train.features.dtype, requires_grad=True)
-        self.outer, self.solver = torch.optim.Adam([self.logits], lr=lr), SOLVER
+        self.outer = torch.optim.Adam([self.logits], lr=lr)
+        chosen = {**SETTINGS, **(settings or {})}
         operator = bl.GaussNewton(outputs=self.outputs, loss=self.weighted, rest=model.penalty)
-        self.hypergrad = bl.Implicit(bl.CG(rtol=1e-2, max_steps=40), operator=operator)
+        self.solver, self.hypergrad = chosen["solver"], chosen["hypergrad"]
+        if isinstance(self.hypergrad, bl.Implicit):
+            self.hypergrad = replace(self.hypergrad, operator=operator)
+        self.fit: bl.Solution | None = None
 
     @property
     def weights(self) -> Tensor:
@@ -61,23 +72,24 @@ class Cleaning:
 
     def records(self) -> Iterator[Row]:
         while self.step < self.steps:
-            fit = self.solve()
+            fit = self.fit = self.solve()
             loss = self.val_loss(fit.value)
             self.outer.zero_grad()
             loss.backward()
             self.outer.step()
             self.params = {name: value.detach() for name, value in fit.value.items()}
             self.step += 1
-            assert fit.adjoint is not None  # there was a backward pass
-            yield {
+            record = {
                 "step": self.step,
                 "val_loss": loss.item(),
                 "f1": detection(self.weights.detach(), self.task.wrong)["F1"],
                 "inner_steps": int(fit.stats["num_steps"]),
                 "inner_residual": fit.stats["residual_norm"].item(),
-                "adjoint_steps": int(fit.adjoint.stats["num_steps"]),
-                "adjoint_residual": fit.adjoint.stats["relative_residual"].item(),
             }
+            if fit.adjoint is not None:
+                record["adjoint_steps"] = int(fit.adjoint.stats["num_steps"])
+                record["adjoint_residual"] = fit.adjoint.stats["relative_residual"].item()
+            yield record
 
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "params": self.params, "logits": self.logits, "outer": self.outer.state_dict()}

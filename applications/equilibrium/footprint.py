@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import bilevel as bl
 from applications import memory
-from applications.command import select_device
+from applications.device import select_device
 from applications.equilibrium.knobs import Config, create_network, parts_of, read
 from applications.equilibrium.methods import equilibrium, iterate
 from applications.run import Row

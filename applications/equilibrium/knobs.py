@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from applications.command import Knobs, require, require_at_least_one, require_positive, select_device
+from applications.command import Knobs, require, require_at_least_one, require_positive
 from applications.data import Examples, load, split
+from applications.device import select_device
 from applications.equilibrium.network import Convolutional, Dense, Network
 from applications.errors import UserError
 

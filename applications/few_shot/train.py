@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import bilevel as bl
 from applications import ranks
-from applications.command import select_device
+from applications.device import select_device
 from applications.errors import UserError
 from applications.few_shot import data, evaluate, plots
 from applications.few_shot.config import Config
@@ -24,6 +24,7 @@ from applications.few_shot.episodes import Sampler
 from applications.few_shot.methods import Learner, meta_step
 from applications.few_shot.models import build
 from applications.run_folder import Interruption, ReadOnly, RunFolder
+from applications.tune import read_settings
 
 METHOD_NAMES = {
     "imaml": "implicit MAML",
@@ -123,16 +124,7 @@ def solver_settings(config: Config) -> dict[str, Any]:
     """
     if config.solver is None:
         return {}
-    try:
-        settings = bl.tuning.load(config.solver)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--solver {config.solver} cannot be used: {error}") from error
-    if not set(settings) <= {"solver", "hypergrad", "strength"} or not settings:
-        raise UserError(
-            f"--solver {config.solver} has {', '.join(settings) or 'nothing'}: 'solver', 'hypergrad' and 'strength' "
-            "are expected. `python -m applications.few_shot tune` writes such a file."
-        )
-    return settings
+    return read_settings(config.solver, ("solver", "hypergrad", "strength"), "few_shot")
 
 
 def create_learner(

@@ -13,8 +13,9 @@ from typing import Literal
 
 from torch import nn
 
-from applications.command import Knobs, main, require, select_device
+from applications.command import Knobs, main, require
 from applications.data import Examples, load
+from applications.device import select_device
 from applications.reweighting.drawing import Drawn, Problem, draw
 from applications.reweighting.measure import measure
 from applications.reweighting.networks import Mlp, ResNet32

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import bilevel as bl
 from applications import memory
-from applications.command import select_device
+from applications.device import select_device
 from applications.errors import UserError, exit_code
 from applications.run import Run
 from applications.run_folder import RunFolder

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 
 import bilevel as bl
 from applications import memory
-from applications.command import select_device
+from applications.device import select_device
+from applications.errors import UserError
+from applications.run import Training
 
 Settings = dict[str, Any]
 """Names such as ``solver`` and ``hypergrad`` to what `bl.tuning.save` can write."""
@@ -46,9 +49,44 @@ class Tunable:
     steps: int
     trials: int = 30
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the settings."""
+        return tuple(self.settings(self.default))
+
     def settings(self, params: Mapping[str, Any]) -> Settings:
         """Those of a trial with these parameters."""
         return self.suggest(optuna.trial.FixedTrial(dict(params)))
+
+
+def follow(
+    training: Training, score: Callable[[], float]
+) -> Iterator[tuple[int, Callable[[], float], bl.Solution | None]]:
+    """A `Training` as `Tunable.train` gives it: the score off the clock, the solution of its attribute ``fit``."""
+    for record in training.records():
+        yield record["step"], score, getattr(training, "fit", None)
+
+
+UNENDING = 10**9
+"""Steps of a training that its time ends; a schedule that depends on their number is then constant."""
+
+
+def read_settings(path: Path, names: Collection[str], application: str) -> Settings:
+    """What a file of ``--solver`` holds.
+
+    Raises:
+        UserError: it cannot be read, or holds something else.
+    """
+    try:
+        settings = bl.tuning.load(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--solver {path} cannot be used: {error}") from error
+    if not settings or not set(settings) <= set(names):
+        raise UserError(
+            f"--solver {path} has {', '.join(settings) or 'nothing'}: {', '.join(map(repr, names))} are expected. "
+            f"`python -m applications.{application} tune` writes such a file."
+        )
+    return settings
 
 
 def score_within(

@@ -9,9 +9,11 @@ study; `create_study` opens a storage that a killed process may have left in dis
 from .reports import best_trial, hypergradient_error, limit, loss_within, report
 from .settings import expression, from_json, load, save, to_json
 from .spaces import (
+    FIXED_POINT_SOLVERS,
     HYPERGRADS,
     INNER_SOLVERS,
     LINEAR_SOLVERS,
+    NONSYMMETRIC_SOLVERS,
     solver_from_trial,
     suggest_hypergrad,
     suggest_inner_solver,
@@ -20,9 +22,11 @@ from .spaces import (
 from .studies import create_study, guard, open_storage
 
 __all__ = [
+    "FIXED_POINT_SOLVERS",
     "HYPERGRADS",
     "INNER_SOLVERS",
     "LINEAR_SOLVERS",
+    "NONSYMMETRIC_SOLVERS",
     "best_trial",
     "create_study",
     "expression",

@@ -17,6 +17,7 @@ from ..hypergrad.one_step import OneStep
 from ..hypergrad.penalty import Penalty
 from ..hypergrad.truncated import Truncated
 from ..hypergrad.unroll import Unroll
+from ..inner.fixed_point import Anderson, Picard
 from ..inner.gradient_descent import GradientDescent
 from ..inner.lbfgs import LBFGS
 from ..inner.minimize import InnerSolver
@@ -26,8 +27,10 @@ from ..linalg.cg import CG
 from ..linalg.identity import Identity
 from ..linalg.minres import MINRES
 from ..linalg.neumann import Neumann
+from ..linalg.normal import NormalCG
 from ..linalg.nystrom import Nystrom, NystromPreconditioner
 from ..linalg.preconditioners import Jacobi
+from ..linalg.scipy import GMRES, BiCGSTAB
 from ..linalg.solve import LinearSolver
 from .settings import from_json, to_json
 
@@ -35,7 +38,11 @@ if TYPE_CHECKING:
     import optuna
 
 LINEAR_SOLVERS = ("CG", "Jacobi-CG", "Nystrom-CG", "Neumann", "MINRES", "Nystrom", "Identity")
+ITERATIVE: dict[str, type] = {kind.__name__: kind for kind in (CG, MINRES, Neumann, GMRES, BiCGSTAB, NormalCG)}
+NONSYMMETRIC_SOLVERS = ("Neumann", "GMRES", "BiCGSTAB", "NormalCG")
+"""Linear solvers for `fixed_point` and `root`, whose systems are not symmetric."""
 INNER_SOLVERS = ("GradientDescent", "LBFGS", "NewtonCG", "Adam")
+FIXED_POINT_SOLVERS = ("Anderson", "Picard")
 HYPERGRADS = ("Implicit", "OneStep", "FirstOrder", "FiniteDifference", "Penalty", "Unroll", "Truncated")
 ANY_SOLVER = ("Implicit", "OneStep", "FiniteDifference")
 """Methods that do with any inner solver and tell hyperparameters from the start."""
@@ -50,20 +57,23 @@ def suggest_linear_solver(
     *,
     choices: tuple[str, ...] = LINEAR_SOLVERS,
     max_steps: int = 64,
+    rtol: tuple[float, float] | None = None,
 ) -> LinearSolver:
     """Let a trial choose a linear solver and the settings that this one has.
 
     Args:
-        trial: its parameters are ``linear``, then ``linear.max_steps``, ``linear.rank``, ``linear.damping`` or
-            ``linear.factor`` as the choice needs.
+        trial: its parameters are ``linear``, then ``linear.max_steps``, ``linear.rtol``, ``linear.rank``,
+            ``linear.damping`` or ``linear.factor`` as the choice needs.
         name: the prefix of those.
-        choices: solvers to choose from, of `LINEAR_SOLVERS`.
+        choices: solvers to choose from, of `LINEAR_SOLVERS` and `NONSYMMETRIC_SOLVERS`.
         max_steps: upper end of the number of steps and of the rank, searched on a log scale.
+        rtol: ends of the relative residual at which an iterative solver stops before ``max_steps``, searched on a log
+            scale; None: each solver's own.
 
     Raises:
         ValueError: an unknown choice.
     """
-    choice = _choose(trial, name, choices, LINEAR_SOLVERS)
+    choice = _choose(trial, name, choices, {*LINEAR_SOLVERS, *NONSYMMETRIC_SOLVERS})
     solver: LinearSolver
     if choice == "Identity":
         solver = Identity(trial.suggest_float(f"{name}.factor", 1e-3, 1e3, log=True))
@@ -71,16 +81,16 @@ def suggest_linear_solver(
         rank = trial.suggest_int(f"{name}.rank", 1, max_steps, log=True)
         solver = Nystrom(rank, damping=trial.suggest_float(f"{name}.damping", 1e-4, 1e2, log=True))
     else:
-        steps = trial.suggest_int(f"{name}.max_steps", 1, max_steps, log=True)
-        if choice == "Neumann":
-            solver = Neumann(max_steps=steps)
-        elif choice == "MINRES":
-            solver = MINRES(max_steps=steps)
-        elif choice == "Nystrom-CG":
+        settings: dict[str, Any] = {"max_steps": trial.suggest_int(f"{name}.max_steps", 1, max_steps, log=True)}
+        if rtol is not None:
+            settings["rtol"] = trial.suggest_float(f"{name}.rtol", *rtol, log=True)
+        if choice == "Nystrom-CG":
             rank = trial.suggest_int(f"{name}.rank", 1, max_steps, log=True)
-            solver = CG(max_steps=steps, preconditioner=NystromPreconditioner(rank))
+            solver = CG(**settings, preconditioner=NystromPreconditioner(rank))
+        elif choice == "Jacobi-CG":
+            solver = CG(**settings, preconditioner=Jacobi())
         else:
-            solver = CG(max_steps=steps, preconditioner=Jacobi() if choice == "Jacobi-CG" else None)
+            solver = ITERATIVE[choice](**settings)
     return _kept(trial, name, solver)
 
 
@@ -91,25 +101,26 @@ def suggest_inner_solver(
     choices: tuple[str, ...] = INNER_SOLVERS,
     max_steps: int = 100,
     lr: tuple[float, float] = (1e-3, 1.0),
-) -> InnerSolver:
+) -> InnerSolver | Anderson | Picard:
     """Let a trial choose an inner solver and the settings that this one has.
 
-    Step rules make exactly their ``max_steps``; `LBFGS` and `NewtonCG` stop at ``gtol`` or after ``max_steps``.
+    Step rules make exactly their ``max_steps``; `LBFGS` and `NewtonCG` stop at ``gtol`` or after ``max_steps``,
+    `Anderson` and `Picard` at ``tol``.
 
     Args:
-        trial: its parameters are ``inner``, ``inner.max_steps``, then ``inner.lr``, ``inner.momentum``, ``inner.gtol``
-            or ``inner.cg_steps`` as the choice needs.
+        trial: its parameters are ``inner``, ``inner.max_steps``, then ``inner.lr``, ``inner.momentum``, ``inner.gtol``,
+            ``inner.cg_steps``, ``inner.tol``, ``inner.damping`` or ``inner.history`` as the choice needs.
         name: the prefix of those.
-        choices: solvers to choose from, of `INNER_SOLVERS`.
+        choices: solvers to choose from, of `INNER_SOLVERS`, or of `FIXED_POINT_SOLVERS` for `fixed_point`.
         max_steps: upper end of the number of steps, searched on a log scale.
         lr: ends of the step size, searched on a log scale.
 
     Raises:
         ValueError: an unknown choice.
     """
-    choice = _choose(trial, name, choices, INNER_SOLVERS)
+    choice = _choose(trial, name, choices, {*INNER_SOLVERS, *FIXED_POINT_SOLVERS})
     steps = trial.suggest_int(f"{name}.max_steps", 1, max_steps, log=True)
-    solver: InnerSolver
+    solver: InnerSolver | Anderson | Picard
     if choice in ("GradientDescent", "Adam"):
         size = trial.suggest_float(f"{name}.lr", *lr, log=True)
         if choice == "Adam":
@@ -117,6 +128,14 @@ def suggest_inner_solver(
         else:
             momentum = trial.suggest_float(f"{name}.momentum", 0.0, 0.95)
             solver = GradientDescent(size, max_steps=steps, momentum=momentum)
+    elif choice in FIXED_POINT_SOLVERS:
+        tol = trial.suggest_float(f"{name}.tol", 1e-6, 1e-1, log=True)
+        damping = trial.suggest_float(f"{name}.damping", 0.5, 1.0)
+        if choice == "Anderson":
+            history = trial.suggest_int(f"{name}.history", 1, 20, log=True)
+            solver = Anderson(history=history, damping=damping, max_steps=steps, tol=tol)
+        else:
+            solver = Picard(damping=damping, max_steps=steps, tol=tol)
     else:
         gtol = trial.suggest_float(f"{name}.gtol", 1e-6, 1e-1, log=True)
         if choice == "LBFGS":
@@ -134,6 +153,7 @@ def suggest_hypergrad(
     choices: tuple[str, ...] = ANY_SOLVER,
     linear: tuple[str, ...] = LINEAR_SOLVERS,
     max_steps: int = 64,
+    rtol: tuple[float, float] | None = None,
 ) -> Any:
     """Let a trial choose a hypergradient method, the linear solver of `Implicit`, and the settings of either.
 
@@ -147,6 +167,7 @@ def suggest_hypergrad(
             needs hyperparameters that are the start of the inner problem.
         linear: the choices of the linear solver.
         max_steps: upper end of its steps, and of ``Truncated``.
+        rtol: ends of its relative residual, see `suggest_linear_solver`.
 
     Raises:
         ValueError: an unknown choice.
@@ -154,7 +175,7 @@ def suggest_hypergrad(
     choice = _choose(trial, name, choices, HYPERGRADS)
     hypergrad: Any
     if choice == "Implicit":
-        solver = suggest_linear_solver(trial, choices=linear, max_steps=max_steps)
+        solver = suggest_linear_solver(trial, choices=linear, max_steps=max_steps, rtol=rtol)
         damped = trial.suggest_categorical(f"{name}.damped", [False, True])
         damping = trial.suggest_float(f"{name}.damping", 1e-4, 1e2, log=True) if damped else 0.0
         hypergrad = Implicit(solver, damping=damping)

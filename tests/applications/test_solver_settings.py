@@ -1,0 +1,74 @@
+"""`tune` and ``--solver`` of every application: real studies of a few trials on the embedded data."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sqlite3
+
+import pytest
+
+import bilevel as bl
+from applications.data_cleaning.cleaning import SETTINGS as CLEANING
+
+TUNED = {
+    "data_cleaning": CLEANING,
+}
+"""The settings that each application has by default."""
+
+QUICK = {
+    "data_cleaning": ["--num-train", "60", "--num-val", "60", "--repeats", "1", "--steps", "2"],
+}
+"""Knobs that make a run short."""
+
+
+def package(name: str):
+    return importlib.import_module(f"applications.{name}.__main__")
+
+
+def run(name: str, *arguments: str) -> int:
+    application = package(name)
+    from applications.command import main
+
+    return main(name, [*arguments, *QUICK[name]], application.Config, application.story, application.tunable)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_the_first_trial_has_the_settings_in_use_today(name):
+    tunable = package(name).tunable(package(name).Config())
+    assert tunable.settings(tunable.default) == TUNED[name]
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_a_study_and_a_run_with_its_winner(name, tmp_path, capsys):
+    study = tmp_path / "study"
+    assert run(name, "tune", "--trials", "4", "--seconds", "0.1", "--confirm", "2", "--out", str(study)) == 0
+    with sqlite3.connect(study / "study.db") as database:
+        (states,) = zip(*database.execute("select state from trials"), strict=True)
+    assert set(states) <= {"COMPLETE", "PRUNED"}
+    assert states[0] == "COMPLETE"
+    best = bl.tuning.load(study / "best.json")
+    assert set(best) == set(TUNED[name])
+    assert (study / "optimization-history.png").exists()
+
+    place = tmp_path / "run"
+    assert run(name, "--solver", str(study / "best.json"), "--out", str(place)) == 0
+    assert bl.tuning.load(place / "solver.json") == best
+    assert "solver" not in json.loads((place / "config.json").read_text())
+    results = (place / "results.json").read_bytes()
+    (study / "best.json").unlink()
+    assert run(name, "--resume", str(place)) == 0  # the run is whole without the file
+    assert (place / "results.json").read_bytes() == results
+
+    capsys.readouterr()
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"nothing": 1.0}')
+    assert run(name, "--solver", str(wrong), "--out", str(tmp_path / "none")) == 2
+    assert "--solver" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert run(name, "--solver", str(wrong), "--resume", str(place)) == 2
+
+
+def test_a_study_has_no_resume_of_its_own(tmp_path, capsys):
+    assert run("data_cleaning", "tune", "--resume", str(tmp_path)) == 2
+    assert "the same command goes on" in capsys.readouterr().err
