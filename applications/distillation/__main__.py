@@ -13,6 +13,7 @@ from applications.distillation.data import Parts, class_means, read, real_images
 from applications.distillation.distill import Distillation
 from applications.distillation.evaluate import by_adam, on_all_images, summary, test_accuracy
 from applications.distillation.knobs import Config, build, distillation
+from applications.distillation.tuning import tunable
 from applications.run import Row, Run
 
 LINEAR, FIXED, FRESH = "linear", "ConvNet, one initialisation", "ConvNet, any initialisation"
@@ -60,7 +61,7 @@ def story(config: Config, run: Run) -> None:
 def learn(
     config: Config, parts: Parts, kind: Literal["linear", "convnet"], fresh: bool, name: str, run: Run
 ) -> Distillation:
-    training = distillation(config, build(config, kind, parts), parts, fresh)
+    training = distillation(config, build(config, kind, parts, run.settings), parts, fresh)
     run.train(name, training, show=("loss", "validation"))
     return training
 
@@ -121,4 +122,4 @@ def caption(captions: dict[str, list[str]], table: list[Row], network: str, colu
 
 
 if __name__ == "__main__":
-    sys.exit(main("distillation", sys.argv[1:], Config, story))
+    sys.exit(main("distillation", sys.argv[1:], Config, story, tunable))

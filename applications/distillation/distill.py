@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+import bilevel as bl
 from applications.distillation.data import Images, Parts
 from applications.distillation.inner import Inner
 from applications.distillation.networks import Params, accuracy, initial, outputs
@@ -53,11 +54,12 @@ class Distillation:
         self.optimizer = torch.optim.Adam([self.images])
         self.generator = torch.Generator().manual_seed(schedule.seed)
         self.step = 0
+        self.fit: bl.Solution | None = None
         self.warm: Params | None = initial(inner.network, schedule.seed) if schedule.warm else None
 
     def records(self) -> Iterator[Row]:
         while self.step < self.steps:
-            fit = self.inner.train(self.start(), self.images, self.labels, guess=self.warm)
+            fit = self.fit = self.inner.train(self.start(), self.images, self.labels, guess=self.warm)
             x, y = self.real_batch()
             loss = cross_entropy(outputs(self.inner.network, fit.value, x), y)
             self.optimizer.zero_grad()

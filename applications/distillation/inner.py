@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,16 @@ from torch.nn.functional import cross_entropy
 import bilevel as bl
 from applications.distillation.networks import Params, outputs
 
+TO_THE_MINIMUM: dict[str, Any] = {
+    "solver": bl.LBFGS(),
+    "hypergrad": bl.Implicit(bl.CG(rtol=1e-3)),
+}
+CUT_OFF: dict[str, Any] = {
+    "solver": bl.LBFGS(max_steps=30, gtol=1e-6),
+    "hypergrad": bl.Implicit(bl.CG(rtol=1e-2, max_steps=20)),
+}
+"""Of a ConvNet: its training is cut off on purpose, and so is the solve for the hypergradient."""
+
 
 @dataclass(frozen=True)
 class Inner:
@@ -18,23 +30,22 @@ class Inner:
 
     Of the linear classifier, which starts at zero, this is softmax regression with weight decay: one minimum, and an
     implicit hypergradient that is exact up to the tolerances of both solves. Of a ConvNet it is training that stays
-    near its initialisation (as implicit MAML, Rajeswaran et al. 2019), cut off after ``max_steps``.
+    near its initialisation (as implicit MAML, Rajeswaran et al. 2019), cut off early.
 
     Attributes:
         network: its own parameters are not used.
-        max_steps: of L-BFGS; None: to its own tolerance.
-        products: of conjugate gradients at most, to a relative residual of 0.01; None: to one of 0.001.
+        settings: ``solver`` and ``hypergrad``.
+        throw: ``"warn"`` of a solve that did not converge; its residual is recorded either way.
         gauss_newton: the system of the hypergradient has the generalized Gauss-Newton matrix in place of the Hessian.
             The same for a linear classifier; for a network positive definite, with at most images x classes
-            eigenvalues above l2, which is why few products
-            do. What it leaves out vanishes where the images are fitted.
+            eigenvalues above l2, which is why few products do. What it leaves out vanishes where the images are fitted.
     """
 
     network: nn.Module
     l2: float
-    max_steps: int | None = None
-    products: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=lambda: TO_THE_MINIMUM)
     gauss_newton: bool = False
+    throw: Literal["warn", "ignore"] = "warn"
 
     def train(
         self, start: Params, images: Tensor, labels: Tensor, *, follow: bool = True, guess: Params | None = None
@@ -56,13 +67,13 @@ class Inner:
             moved = [(param - start[name]).square().sum() for name, param in params.items()]
             return self.l2 / 2 * torch.stack(moved).sum()
 
-        solver = bl.LBFGS() if self.max_steps is None else bl.LBFGS(max_steps=self.max_steps, gtol=0.0)
-        linear = bl.CG(rtol=1e-3) if self.products is None else bl.CG(rtol=1e-2, max_steps=self.products)
-        operator = bl.GaussNewton(logits, fit, rest=decay) if self.gauss_newton else "graph"
+        hypergrad = self.settings["hypergrad"]
+        if self.gauss_newton and isinstance(hypergrad, bl.Implicit):
+            hypergrad = replace(hypergrad, operator=bl.GaussNewton(logits, fit, rest=decay))
         return bl.argmin(
             lambda params: fit(logits(params)) + decay(params),
             start if guess is None else guess,
-            solver=solver,
-            hypergrad=bl.Implicit(linear, operator=operator) if follow else None,
-            throw="warn" if self.max_steps is None else "ignore",  # cut off on purpose: the residual is recorded
+            solver=self.settings["solver"],
+            hypergrad=hypergrad if follow else None,
+            throw=self.throw,
         )

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from applications.command import Knobs, require, require_at_least_one, require_positive
+from applications.command import SolverKnobs, require, require_at_least_one, require_positive
 from applications.distillation import data
 from applications.distillation.distill import Distillation, Schedule
-from applications.distillation.inner import Inner
+from applications.distillation.inner import CUT_OFF, Inner
 from applications.distillation.networks import ConvNet, Linear
-
-INNER_STEPS, PRODUCTS = 30, 20
-"""Of a ConvNet's training on the images by L-BFGS, and of the solve for its hypergradient."""
 
 
 @dataclass(frozen=True)
-class Config(Knobs):
+class Config(SolverKnobs):
     """A few synthetic images, learned so that a network trained on them alone classifies the real ones."""
 
     data: str = "digits"
@@ -53,23 +51,39 @@ class Config(Knobs):
         require_at_least_one(self, "images_per_class", "steps", "convnet_steps", "width", "batch", "full_steps")
         require(self.seed >= 0, f"--seed is {self.seed}: it starts at 0.")
         require(self.repeats >= 2, f"--repeats is {self.repeats}: a mean with its spread needs 2.")
+        require(
+            self.solver is None or self.network != "linear",
+            "--solver is of the ConvNet; the linear classifier is trained to its minimum. Leave --network out.",
+        )
         require_positive(self, "lr", "l2", "convnet_lr", "convnet_l2")
 
 
-def build(config: Config, kind: Literal["linear", "convnet"], parts: data.Parts) -> Inner:
-    """The inner problem at its start."""
+def build(
+    config: Config, kind: Literal["linear", "convnet"], parts: data.Parts, settings: Mapping[str, Any] | None = None
+) -> Inner:
+    """The inner problem at its start.
+
+    Args:
+        settings: of the ConvNet's solvers, in place of `CUT_OFF`.
+    """
     _, channels, height, breadth = parts.train.x.shape
     shape = (channels, height, breadth)
     if kind == "linear":
         return Inner(Linear(shape, parts.num_classes), config.l2)
     network = ConvNet(shape, parts.num_classes, config.width)
-    return Inner(network, config.convnet_l2, INNER_STEPS, PRODUCTS, gauss_newton=True)
+    return Inner(network, config.convnet_l2, {**CUT_OFF, **(settings or {})}, gauss_newton=True, throw="ignore")
 
 
-def distillation(config: Config, inner: Inner, parts: data.Parts, fresh: bool) -> Distillation:
-    """Its images start as the class means."""
+def distillation(
+    config: Config, inner: Inner, parts: data.Parts, fresh: bool, steps: int | None = None
+) -> Distillation:
+    """Its images start as the class means.
+
+    Args:
+        steps: in place of the knobs'.
+    """
     linear = isinstance(inner.network, Linear)
-    steps = config.steps if linear else config.convnet_steps
+    steps = steps or (config.steps if linear else config.convnet_steps)
     schedule = Schedule(
         steps,
         lr=config.lr if linear else config.convnet_lr,

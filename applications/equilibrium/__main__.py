@@ -15,6 +15,7 @@ from applications.equilibrium.knobs import Config, Parts, create_network, parts_
 from applications.equilibrium.methods import METHODS, Method
 from applications.equilibrium.network import Network
 from applications.equilibrium.train import Fitting, accuracy
+from applications.equilibrium.tuning import tunable
 from applications.run import Row, Run
 
 LOOKED_AT = 64
@@ -75,7 +76,7 @@ def fit(config: Config, examples: Examples, method: Method, seed: int, run: Run)
     """The network of one seed, trained by one method."""
     network = create_network(config, examples, seed)
     parts = parts_of(config, examples, seed)
-    run.train(part_name(method, seed), Fitting(network, method, parts, config, seed))
+    run.train(part_name(method, seed), Fitting(network, method, parts, config, seed, run.settings))
     return network
 
 
@@ -88,7 +89,8 @@ def summary(
         scores = []
         for index, network in enumerate(networks):
             parts = parts_of(config, examples, config.seed + index)
-            scores.append([accuracy(network, method, part, config) for part in (parts.validation, parts.test)])
+            held_out = (parts.validation, parts.test)
+            scores.append([accuracy(network, method, part, config, run.settings) for part in held_out])
         return scores
 
     scores = run.part(f"accuracy of {method}", measure)
@@ -140,4 +142,4 @@ def converge(networks: dict[str, Network], parts: Parts, history: int) -> dict[s
 
 
 if __name__ == "__main__":
-    sys.exit(main("equilibrium", sys.argv[1:], Config, story))
+    sys.exit(main("equilibrium", sys.argv[1:], Config, story, tunable))

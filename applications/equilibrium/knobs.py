@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from applications.command import Knobs, require, require_at_least_one, require_positive
+from applications.command import SolverKnobs, require, require_at_least_one, require_positive
 from applications.data import Examples, load, split
 from applications.device import select_device
 from applications.equilibrium.network import Convolutional, Dense, Network
@@ -17,7 +17,7 @@ from applications.errors import UserError
 
 
 @dataclass(frozen=True)
-class Config(Knobs):
+class Config(SolverKnobs):
     """A classifier whose hidden layer is a fixed point, trained by its implicit gradient, beside an unrolled one."""
 
     data: str = "digits"

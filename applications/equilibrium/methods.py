@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +29,9 @@ class Hidden(NamedTuple):
     solution: bl.Solution | None
 
 
-def hidden(network: Network, x: Tensor, method: Method, config: Config) -> Hidden:
+def hidden(
+    network: Network, x: Tensor, method: Method, config: Config, settings: Mapping[str, Any] | None = None
+) -> Hidden:
     """The hidden states of examples ``[n, ...]``, differentiable towards every parameter.
 
     ``"implicit"``: Anderson's acceleration finds the equilibrium of each example, and the adjoint series
@@ -35,14 +39,23 @@ def hidden(network: Network, x: Tensor, method: Method, config: Config) -> Hidde
     equilibrium, with the first term of that series alone, which is backpropagation through one application of the map
     (Fung et al. 2022, Bolte et al. 2023). ``"unrolled"``: ``config.unrolled`` plain iterations, each of them kept.
     ``"explicit"``: two layers with the same parameters, of which none is bounded.
+
+    Args:
+        settings: of ``"implicit"``, in place of `settings_of`.
     """
     injected = network.inject(x)
     if method == "explicit":
         return Hidden(torch.relu(network.mix(torch.relu(injected), network.weight)), None)
     if method == "unrolled":
         return Hidden(iterate(network, injected, config.unrolled), None)
-    hypergrad = bl.OneStep(1.0) if method == "one step" else bl.Implicit(adjoint(config))
-    solution = equilibrium(network, injected, forward_solver(config, injected), hypergrad, throw="warn")
+    chosen = settings_of(config)
+    if method == "one step":
+        chosen["hypergrad"] = bl.OneStep(1.0)
+    else:
+        chosen |= settings or {}
+    solver = chosen["solver"]
+    solver = replace(solver, tol=solver.tol * injected[0].numel() ** 0.5)
+    solution = equilibrium(network, injected, solver, chosen["hypergrad"], throw="ignore" if settings else "warn")
     return Hidden(solution.value, solution)
 
 
@@ -73,12 +86,16 @@ def equilibrium(
     )
 
 
-def forward_solver(config: Config, injected: Tensor) -> bl.Anderson:
-    """Anderson's acceleration to the tolerance of the knobs."""
-    tol = config.tol * injected[0].numel() ** 0.5
-    return bl.Anderson(history=config.history, max_steps=config.max_iterations, tol=tol)
+def settings_of(config: Config) -> dict[str, Any]:
+    """Of the implicit method, by the knobs: Anderson's acceleration, and the map's own iteration, transposed.
+
+    That iteration converges wherever the map contracts. The solver's ``tol`` is a root mean square over the hidden
+    units, so that it does not depend on their number.
+    """
+    solver = bl.Anderson(history=config.history, max_steps=config.max_iterations, tol=config.tol)
+    adjoint = bl.Neumann(alpha=1.0, rtol=config.adjoint_rtol, max_steps=ADJOINT_STEPS)
+    return {"solver": solver, "hypergrad": bl.Implicit(adjoint)}
 
 
-def adjoint(config: Config) -> bl.Neumann:
-    """The map's own iteration, transposed: it converges wherever the map contracts."""
-    return bl.Neumann(alpha=1.0, rtol=config.adjoint_rtol)
+ADJOINT_STEPS = 1000
+"""At most."""

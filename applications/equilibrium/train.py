@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +17,24 @@ from applications.run import Row
 
 
 class Fitting:
-    """A `Training` of a network; batches depend on the seed and the step only, so that its state is small."""
+    """A `Training` of a network; batches depend on the seed and the step only, so that its state is small.
 
-    def __init__(self, network: Network, method: Method, parts: Parts, config: Config, seed: int):
+    Args:
+        settings: see `hidden`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        method: Method,
+        parts: Parts,
+        config: Config,
+        seed: int,
+        settings: Mapping[str, Any] | None = None,
+    ):
         self.network, self.method, self.parts, self.config, self.seed = network, method, parts, config, seed
+        self.settings = settings
+        self.fit: bl.Solution | None = None
         self.optimizer = torch.optim.Adam(network.parameters(), lr=config.lr)
         self.steps_per_epoch = -(-len(parts.train[1]) // config.batch_size)
         self.steps, self.step = config.epochs * self.steps_per_epoch, 0
@@ -32,7 +46,8 @@ class Fitting:
             chosen = self._batch()
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.lr * (1 - self.step / self.steps)
-            found = hidden(self.network, x[chosen], self.method, self.config)
+            found = hidden(self.network, x[chosen], self.method, self.config, self.settings)
+            self.fit = found.solution
             loss = cross_entropy(self.network.head(found.z), y[chosen])
             self.optimizer.zero_grad()
             loss.backward()
@@ -44,7 +59,9 @@ class Fitting:
                 if found.solution.adjoint is not None:
                     record["adjoint_iterations"] = mean_steps(found.solution.adjoint)
             if self.step % self.steps_per_epoch == 0:
-                record["validation_accuracy"] = accuracy(self.network, self.method, self.parts.validation, self.config)
+                record["validation_accuracy"] = accuracy(
+                    self.network, self.method, self.parts.validation, self.config, self.settings
+                )
             yield record
 
     def state(self) -> dict[str, Any]:
@@ -70,12 +87,18 @@ def mean_steps(solution: bl.Solution) -> float:
 
 
 @torch.no_grad()
-def accuracy(network: Network, method: Method, part: tuple[Tensor, Tensor], config: Config) -> float:
+def accuracy(
+    network: Network,
+    method: Method,
+    part: tuple[Tensor, Tensor],
+    config: Config,
+    settings: Mapping[str, Any] | None = None,
+) -> float:
     """In percent, of a network evaluated as it was trained."""
     x, y = part
     right = 0
     for images, labels in zip(x.split(BATCH), y.split(BATCH), strict=True):
-        logits = network.head(hidden(network, images, method, config).z)
+        logits = network.head(hidden(network, images, method, config, settings).z)
         right += int((logits.argmax(1) == labels).sum())
     return 100 * right / len(y)
 

@@ -14,7 +14,9 @@ import bilevel as bl
 from applications.reweighting.drawing import Drawn
 from applications.reweighting.networks import Params, stacked
 from applications.reweighting.weighting import (
+    METHODS,
     BatchLoss,
+    Hypergrad,
     Inputs,
     Method,
     WeightNet,
@@ -69,10 +71,17 @@ class ClassifierTraining:
         rule: ``"unweighted"``, ``"focal"``, ``"class-frequency"`` (weights ``1 / n_class``), or the method whose
             hypergradient the weight net learns by.
         inputs: of the weight net.
+        hypergrad: in place of the one that the rule names.
     """
 
     def __init__(
-        self, make: Callable[[], nn.Module], drawn: Drawn, rule: Rule, settings: Settings, inputs: Inputs = "loss"
+        self,
+        make: Callable[[], nn.Module],
+        drawn: Drawn,
+        rule: Rule,
+        settings: Settings,
+        inputs: Inputs = "loss",
+        hypergrad: Hypergrad | None = None,
     ):
         self.drawn, self.rule, self.settings, self.steps = drawn, rule, settings, settings.steps
         device, repeats = drawn.images.device, len(drawn.train)
@@ -82,7 +91,9 @@ class ClassifierTraining:
             self.params.values(), settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
         self.net: WeightNet | None = None
+        self.fit: bl.Solution | None = None
         if is_method(rule):
+            self.hypergrad = hypergrad or METHODS[rule]
             self.net = WeightNet(repeats, inputs, settings.seed + 1, device)
             self.meta_optimizer = torch.optim.Adam(self.net.params.values(), settings.meta_lr)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -124,10 +135,9 @@ class ClassifierTraining:
     def meta_step(self, indices: Tensor, labels: Tensor, frequencies: Tensor, lr: float) -> float:
         """The weight nets follow the loss on the meta set of classifiers that made one step more."""
         assert self.net is not None
-        assert is_method(self.rule)
         images, meta = self.drawn.images[indices], self.meta_batch()
         batch = BatchLoss(lambda params: self.predict(params, images), labels, frequencies, self.net)
-        ahead = look_ahead(self.params, batch, self.rule, lr)
+        ahead = self.fit = look_ahead(self.params, batch, self.hypergrad, lr)
         outputs = self.predict(ahead.value, self.drawn.images[meta])
         meta_losses = losses_of(outputs, self.drawn.classes[meta]).mean(-1)
         weights = list(self.net.params.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -14,12 +15,26 @@ from applications.reweighting.networks import Mlp, Params, stacked
 
 Inputs = Literal["loss", "loss-and-class"]
 Method = Literal["unroll", "one-step", "sama", "neumann", "cg"]
+Hypergrad = bl.Unroll | bl.OneStep | bl.SAMA | bl.Implicit
 Predict = Callable[[Params], Tensor]
 
 FLOOR = 1e-2
 """Added to the mean weight that a weighted loss is divided by: where all weights vanish, so does the loss."""
 DAMPING = 1e-2
 """Of the Gauss-Newton matrix of one batch, which has far fewer rows than there are parameters."""
+METHODS: dict[Method, Hypergrad] = {
+    "unroll": bl.Unroll(),
+    "one-step": bl.OneStep(),
+    "sama": bl.SAMA(),
+    "neumann": bl.Implicit(bl.Neumann(max_steps=5), damping=DAMPING),
+    "cg": bl.Implicit(bl.CG(max_steps=5), damping=DAMPING),
+}
+"""All of them differentiate the look-ahead of `look_ahead`.
+
+``"unroll"``: through the step itself, the algorithm of the paper. ``"one-step"``: the derivative of one more step at
+the new point. ``"sama"``: the same by a difference of first derivatives. ``"neumann"`` and ``"cg"``: implicit, five
+products with the damped Gauss-Newton matrix of the batch.
+"""
 
 
 def losses_of(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -62,21 +77,17 @@ class WeightNet:
         return scores.squeeze(-1).sigmoid()
 
 
-def hypergrad_of(method: Method, lr: float, batch: BatchLoss) -> bl.Unroll | bl.OneStep | bl.SAMA | bl.Implicit:
-    """The method by its name; all of them differentiate the look-ahead of `look_ahead`.
-
-    ``"unroll"``: through the step itself, the algorithm of the paper. ``"one-step"``: the derivative of one more step
-    at the new point. ``"sama"``: the same by a difference of first derivatives. ``"neumann"`` and ``"cg"``: implicit,
-    five products with the damped Gauss-Newton matrix of the batch.
-    """
-    if method == "unroll":
-        return bl.Unroll()
-    if method == "one-step":
+def of_the_step(hypergrad: Hypergrad, lr: float, batch: BatchLoss) -> Hypergrad:
+    """The method for a look-ahead of this step size: one step more is as long, and implicit differentiation has the
+    Gauss-Newton matrix of the batch."""
+    if isinstance(hypergrad, bl.OneStep):
         return bl.OneStep(lr)
-    if method == "sama":
-        return bl.SAMA()
-    solver = bl.CG(max_steps=5) if method == "cg" else bl.Neumann(max_steps=5, alpha=lr)
-    return bl.Implicit(solver, operator=bl.GaussNewton(batch.outputs, batch.loss), damping=DAMPING)
+    if not isinstance(hypergrad, bl.Implicit):
+        return hypergrad
+    solver = hypergrad.linear_solver
+    if isinstance(solver, bl.Neumann):
+        solver = replace(solver, alpha=lr)
+    return replace(hypergrad, linear_solver=solver, operator=bl.GaussNewton(batch.outputs, batch.loss))
 
 
 class BatchLoss:
@@ -93,7 +104,7 @@ class BatchLoss:
         return self.loss(self.outputs(params))
 
 
-def look_ahead(params: Params, batch: BatchLoss, method: Method, lr: float) -> bl.Solution:
+def look_ahead(params: Params, batch: BatchLoss, hypergrad: Hypergrad, lr: float) -> bl.Solution:
     """One step of gradient descent on the weighted loss, differentiable towards the weight net."""
     step = bl.Steps(bl.SGD(lr), max_steps=1)
-    return bl.argmin(batch, params, solver=step, hypergrad=hypergrad_of(method, lr, batch), throw="ignore")
+    return bl.argmin(batch, params, solver=step, hypergrad=of_the_step(hypergrad, lr, batch), throw="ignore")

@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, one_hot
 
+import bilevel as bl
 from applications.command import main
 from applications.distillation import __main__ as application
-from applications.distillation import evaluate, knobs
+from applications.distillation import evaluate
 from applications.distillation.data import HELD_OUT, class_means, labels, read, real_images
 from applications.distillation.distill import FIRST_NETWORK, Distillation, Schedule
-from applications.distillation.inner import Inner
+from applications.distillation.inner import CUT_OFF, Inner
 from applications.distillation.knobs import Config
 from applications.distillation.networks import ConvNet, Linear, accuracy, initial, outputs
 from applications.run import Run
@@ -91,7 +92,8 @@ def test_the_linear_minimum_in_closed_form(toy):
 
 
 def test_training_cut_off_is_recorded_and_warns_not(toy):
-    inner = inner_of(ConvNet(SHAPE, 3, 4), max_steps=3, products=2, gauss_newton=True)
+    settings = {"solver": bl.LBFGS(max_steps=3, gtol=0.0), "hypergrad": bl.Implicit(bl.CG(max_steps=2))}
+    inner = inner_of(ConvNet(SHAPE, 3, 4), settings=settings, gauss_newton=True, throw="ignore")
     loss, fit = outer_loss(inner, toy[0].clone().requires_grad_(), *toy[1:])
     loss.backward()
     assert fit.stats["num_steps"] == 3
@@ -156,7 +158,7 @@ SMALL = "--steps 3 --l2 0.3 --convnet-steps 4 --width 4 --batch 32 --repeats 2 -
 
 def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "ADAM_STEPS", 3)
-    monkeypatch.setattr(knobs, "INNER_STEPS", 3)
+    monkeypatch.setitem(CUT_OFF, "solver", bl.LBFGS(max_steps=3, gtol=1e-6))
     assert command(*SMALL, "--out", str(tmp_path / "whole")) == 0
 
     stop_in = {False, True}  # once in the linear training, once in a ConvNet's

@@ -20,7 +20,15 @@ from applications.reweighting.drawing import draw
 from applications.reweighting.measure import loss_grid, measure
 from applications.reweighting.networks import Mlp, ResNet32, stacked
 from applications.reweighting.train import ClassifierTraining, Settings
-from applications.reweighting.weighting import BatchLoss, WeightNet, focal_loss, look_ahead, losses_of, weighted_mean
+from applications.reweighting.weighting import (
+    METHODS,
+    BatchLoss,
+    WeightNet,
+    focal_loss,
+    look_ahead,
+    losses_of,
+    weighted_mean,
+)
 from tests.runs import comparable
 
 SIZES = {"imbalance": 10.0, "noise": 0.4, "meta_per_class": 5, "validation_per_class": 5, "test_per_class": 20}
@@ -111,7 +119,7 @@ class Case:
         return bl.nn.functional_call(module, params, (x,))
 
     def meta_losses(self, method="unroll", lr=0.3):
-        ahead = look_ahead(self.params, self.batch, method, lr)
+        ahead = look_ahead(self.params, self.batch, METHODS[method], lr)
         return losses_of(self.predict(ahead.value, self.x_meta), self.y_meta).mean(-1)
 
     def hypergradient(self, method, repeat=None, lr=0.3):
@@ -136,7 +144,7 @@ def test_the_hypergradient_is_the_derivative_of_the_look_ahead(inputs):
 
 def test_the_derivative_of_one_more_step_by_hand():
     case = Case()
-    ahead = look_ahead(case.params, case.batch, "one-step", 0.3)
+    ahead = look_ahead(case.params, case.batch, METHODS["one-step"], 0.3)
     names, point = list(case.params), [value.detach().requires_grad_() for value in ahead.value.values()]
     params = dict(zip(names, point, strict=True))
     meta = losses_of(case.predict(params, case.x_meta), case.y_meta).mean(-1).sum()

@@ -10,14 +10,29 @@ import pytest
 
 import bilevel as bl
 from applications.data_cleaning.cleaning import SETTINGS as CLEANING
+from applications.distillation.inner import CUT_OFF
+from applications.equilibrium.knobs import Config as Equilibrium
+from applications.equilibrium.methods import settings_of
+from applications.regularization.features import SETTINGS as PENALTIES
+from applications.sparse_regression.criterion import SETTINGS as CRITERION
 
 TUNED = {
     "data_cleaning": CLEANING,
+    "distillation": CUT_OFF,
+    "equilibrium": settings_of(Equilibrium()),
+    "regularization": PENALTIES,
+    "reweighting": {"hypergrad": bl.Unroll(), "meta_lr": 3e-3},
+    "sparse_regression": CRITERION,
 }
 """The settings that each application has by default."""
 
 QUICK = {
-    "data_cleaning": ["--num-train", "60", "--num-val", "60", "--repeats", "1", "--steps", "2"],
+    "data_cleaning": "--num-train 60 --num-val 60 --repeats 1 --steps 2",
+    "distillation": "--network convnet --convnet-steps 2 --width 4 --batch 32 --repeats 2 --full-steps 3",
+    "equilibrium": "--runs 1 --epochs 1 --batch-size 600 --width 8 --depths 2 3",
+    "regularization": "--problem features --data digits --train 40 --validation 40 --steps 2",
+    "reweighting": "--repeats 2 --steps 4 --warm-up 1 --hidden 10 --problems noise",
+    "sparse_regression": "--data diabetes --draws 1 --folds 2 --evaluations 3 --noise-features 0",
 }
 """Knobs that make a run short."""
 
@@ -30,7 +45,7 @@ def run(name: str, *arguments: str) -> int:
     application = package(name)
     from applications.command import main
 
-    return main(name, [*arguments, *QUICK[name]], application.Config, application.story, application.tunable)
+    return main(name, [*arguments, *QUICK[name].split()], application.Config, application.story, application.tunable)
 
 
 @pytest.mark.parametrize("name", TUNED)
