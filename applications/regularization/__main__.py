@@ -4,51 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
 
-from applications.command import Knobs, main, require, require_at_least_one
-from applications.data import Examples, load, split
-from applications.errors import UserError
-from applications.regularization import augmentation, corpus, features, plots, weights
-from applications.regularization.augmentation import Augmented, Draws
-from applications.regularization.features import Regression
+from applications.command import main
+from applications.data import Examples
+from applications.regularization import augmentation, features, plots, weights
+from applications.regularization.augmentation import ROUNDS, Augmented, Draws
+from applications.regularization.features import FIRST_LOG_PENALTY, Regression
+from applications.regularization.knobs import Config
+from applications.regularization.parts import read
+from applications.regularization.tuning import tunable
 from applications.regularization.weights import Network
 from applications.run import Row, Run
-
-
-@dataclass(frozen=True)
-class Config(Knobs):
-    """Learn a penalty for each feature, a weight decay for each weight, or the strength of data augmentation."""
-
-    problem: Literal["all", "features", "weights", "augmentation"] = "all"
-    """Which of the three; all one after the other."""
-    data: str = "embedded"
-    """Documentation texts for features, scikit-learn's digits for the others; or digits, mnist, 20newsgroups (features
-    only), another name, or a file of examples (see applications/data)."""
-    data_root: Path | None = None
-    """The folder of the data sets; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
-    train: int = 0
-    """Training examples; 0: a quarter of all for features, at most 5,000; 50 for weights; 200 for augmentation."""
-    validation: int = 0
-    """Validation examples; 0: a quarter of all for features, at most 5,000; 50 for weights; 500 for augmentation."""
-    steps: int = 0
-    """Outer steps; 0: 12 for features and weights, 60 for augmentation."""
-    hidden: int = 1000
-    """Units of each hidden layer, for weights: 1,000 are a million weights."""
-
-    def check(self) -> None:
-        for name in ("train", "validation", "steps"):
-            value = getattr(self, name)
-            require(value >= 0, f"--{name} is {value}: it is a number of them, or 0 for the default.")
-        require_at_least_one(self, "hidden")
-        require(
-            not (self.data == "20newsgroups" and self.problem != "features"),
-            "--data 20newsgroups is text, for penalties of features: add --problem features.",
-        )
 
 
 def story(knobs: Config, run: Run) -> None:
@@ -56,32 +24,6 @@ def story(knobs: Config, run: Run) -> None:
     parts = {problem: read(problem, knobs) for problem in chosen}
     for problem in chosen:
         STORIES[problem](parts[problem], knobs, run)
-
-
-def read(problem: str, knobs: Config) -> list[Examples]:
-    """Training, validation and test examples, for weights a larger validation set besides: all disjoint.
-
-    Raises:
-        UserError: bad data.
-    """
-    embedded = knobs.data == "embedded"
-    if embedded and problem == "features":
-        examples = corpus.docstrings()
-    else:
-        examples = load("digits" if embedded else knobs.data, knobs.data_root, sparse=problem == "features")
-    if problem == "augmentation" and examples.image is None:
-        raise UserError(f"{examples.name} is no set of images, and --problem augmentation turns images.")
-    quarter = min(len(examples) // 4, 5000)
-    train, validation = {"features": (quarter, quarter), "weights": (50, 50), "augmentation": (200, 500)}[problem]
-    sizes = [knobs.train or train, knobs.validation or validation]
-    if problem == "weights":
-        sizes.append(9 * sizes[1])
-    if sum(sizes) >= len(examples):
-        raise UserError(
-            f"{examples.name} has {len(examples)} examples; {', '.join(map(str, sizes))} for training and validation "
-            "leave none to test on. Take smaller --train and --validation."
-        )
-    return split(examples, [*sizes, min(len(examples) - sum(sizes), 10_000)], knobs.seed)
 
 
 def learn_penalties(parts: list[Examples], knobs: Config, run: Run) -> None:
@@ -93,18 +35,21 @@ def learn_penalties(parts: list[Examples], knobs: Config, run: Run) -> None:
     )
     counts = [count for count in GROUPS if count < regression.num_features] + [regression.num_features]
     found: list[list[Row]] = []
+    learned: list[Row] = []
     for count in counts:
         name = f"{count:,} penalties"
         start = FIRST_LOG_PENALTY if count == 1 else found[0][-1]["log_penalty"]
-        search = regression.search(count, start, knobs.steps or 12, lr=1.3 if count == 1 else 0.6)
+        search = regression.search(
+            count, start, knobs.steps or 12, 1.3 if count == 1 else features.PENALTY_LR, run.settings
+        )
         run.train(name, search, show=("validation_loss", "test_loss"))
         found.append(run.metrics(name))
-    rows = [
-        none,
-        grid,
-        *({"penalties": f"{c:,}, learned", **f[-1]} for c, f in zip(counts, found, strict=True)),
-        all_labels,
-    ]
+        last = found[-1][-1]
+        if run.settings:  # whose fits may be rough: the table has good ones
+            penalties = search.hparams["log_penalties"][regression.groups(count)]
+            last = run.part(f"{name}, fitted well", lambda: regression.fitted(penalties))  # noqa: B023
+        learned.append({"penalties": f"{count:,}, learned", **last})
+    rows = [none, grid, *learned, all_labels]
     columns = ("penalties", "training_loss", "validation_loss", "test_loss", "validation_accuracy", "test_accuracy")
     run.table(f"Features: {train.name}", [{c.replace("_", " "): row[c] for c in columns} for row in rows])
     run.picture(
@@ -114,7 +59,6 @@ def learn_penalties(parts: list[Examples], knobs: Config, run: Run) -> None:
 
 
 GROUPS = (1, 8, 64)
-FIRST_LOG_PENALTY = -10.0
 
 
 def learn_decays(parts: list[Examples], knobs: Config, run: Run) -> None:
@@ -131,7 +75,8 @@ def learn_decays(parts: list[Examples], knobs: Config, run: Run) -> None:
     }
     rows: list[Row] = []
     for name, (sharing, held_out) in arms.items():
-        run.train(name, network.search(sharing, held_out, test, steps), show=("validation_accuracy", "test_accuracy"))
+        search = network.search(sharing, held_out, test, steps, run.settings)
+        run.train(name, search, show=("validation_accuracy", "test_accuracy"))
         last = run.metrics(name)[-1]
         decays = sum(x.numel() for x in network.decays(sharing).values())
         rows.append({"a decay for": name, "decays": decays, **accuracies(last)})
@@ -147,12 +92,10 @@ def learn_decays(parts: list[Examples], knobs: Config, run: Run) -> None:
 
 
 def learn_strengths(parts: list[Examples], knobs: Config, run: Run) -> None:
-    shape = parts[0].image
-    assert shape is not None
-    train, validation, test = ((x.view(-1, *shape), y) for x, y in (part.tensors() for part in parts))
+    train, validation, test = augmentation.images(parts)
     problem = Augmented.of(train, validation, test, parts[0].num_classes, knobs.seed)
     run.say(f"\nHow strongly to augment {parts[0].name}, {size(parts)} examples; the last two are turned and moved.")
-    search = problem.search(knobs.steps or 60, lr=0.2)
+    search = problem.search(knobs.steps or 60, augmentation.STRENGTH_LR, run.settings)
     run.train("strengths", search, show=("validation_loss", *augmentation.STRENGTHS[:2]))
     records = run.metrics("strengths")
     tail = records[-len(records) // 4 :]
@@ -180,10 +123,6 @@ def learn_strengths(parts: list[Examples], knobs: Config, run: Run) -> None:
     run.picture("augmented.png", plots.augmented_images(images, changed, problem.test[0]))
 
 
-ROUNDS = 12
-"""Of training with fixed strengths."""
-
-
 def both(a: weights.Part, b: weights.Part) -> weights.Part:
     return torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])
 
@@ -200,4 +139,4 @@ STORIES = {"features": learn_penalties, "weights": learn_decays, "augmentation":
 
 
 if __name__ == "__main__":
-    sys.exit(main("regularization", sys.argv[1:], Config, story))
+    sys.exit(main("regularization", sys.argv[1:], Config, story, tunable))

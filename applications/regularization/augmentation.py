@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
 import bilevel as bl
+from applications.data import Examples
 from applications.regularization.search import Params, Search, accuracy
 from applications.run import Row
 
@@ -109,15 +112,16 @@ class Augmented:
         fit = cross_entropy(functional_call(self.net, params, (transform(images, strengths, draws),)), targets)
         return fit + self.decay / 2 * sum((p.square().sum() for p in params.values()), torch.zeros(()))
 
-    def solve(self, params: Params, log_strengths: Params, step: int) -> bl.Solution:
-        """Some L-BFGS steps on new draws: near a minimum, not at it, so the adjoint's system is damped."""
+    def solve(
+        self, params: Params, log_strengths: Params, step: int, settings: Mapping[str, Any] | None = None
+    ) -> bl.Solution:
+        """Some steps on new draws; by ``settings`` in place of `SETTINGS`."""
         images = self.train[0].repeat(self.copies, 1, 1, 1)
         draws = Draws.of(images, 1_000_000 * (self.seed + 1) + step)
         return bl.argmin(
             lambda params: self.training_loss(params, log_strengths, images, draws),
             params,
-            solver=bl.LBFGS(max_steps=10),
-            hypergrad=bl.Implicit(bl.CG(max_steps=10), damping=DAMPING),
+            **{**SETTINGS, **(settings or {})},
             throw="ignore",
         )
 
@@ -129,13 +133,13 @@ class Augmented:
             accuracies = [accuracy(functional_call(self.net, params, (x,)), y) for x, y in (self.validation, self.test)]
         return {"validation_accuracy": accuracies[0], "test_accuracy": accuracies[1]}
 
-    def search(self, steps: int, lr: float) -> Search:
+    def search(self, steps: int, lr: float, settings: Mapping[str, Any] | None = None) -> Search:
         """Learn the strengths; the records have them."""
         x = {name: torch.tensor(math.log(START[name]), requires_grad=True) for name in STRENGTHS}
         return Search(
             x,
             self.start,
-            solve=lambda params, step: self.solve(params, x, step),
+            solve=lambda params, step: self.solve(params, x, step, settings),
             validation_loss=lambda params: self.loss(params, self.validation),
             measure=lambda params: {**self.measure(params), **{name: s.exp().item() for name, s in x.items()}},
             steps=steps,
@@ -163,7 +167,23 @@ class Augmented:
 
 DAMPING = 0.01
 """Added to the Hessian in the adjoint: without it, ten steps of CG leave a residual as large as the right-hand side."""
+ROUNDS = 12
+"""Of training with fixed strengths."""
+STRENGTH_LR = 0.2
+"""Of Adam on their logarithms."""
+SETTINGS: dict[str, Any] = {
+    "solver": bl.LBFGS(max_steps=10),
+    "hypergrad": bl.Implicit(bl.CG(max_steps=10), damping=DAMPING),
+}
+"""L-BFGS ends near a minimum, not at it, so the adjoint's system is damped."""
 GRID = {"rotation": tuple(math.radians(degrees) for degrees in (15, 30, 45)), "shift": (0.1, 0.2, 0.3)}
+
+
+def images(parts: list[Examples]) -> list[Part]:
+    """Each part's images ``[n, c, h, w]`` and classes."""
+    shape = parts[0].image
+    assert shape is not None
+    return [(x.view(-1, *shape), y) for x, y in (part.tensors() for part in parts)]
 
 
 def constant(strengths: dict[str, float]) -> Params:

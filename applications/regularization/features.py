@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse
@@ -17,6 +19,11 @@ from applications.regularization.search import Params, Search, accuracy
 from applications.run import Row
 
 Part = tuple[Tensor, Tensor]
+SETTINGS: dict[str, Any] = {
+    "solver": bl.LBFGS(gtol=1e-6, max_steps=1000),
+    "hypergrad": bl.Implicit(bl.CG(rtol=1e-2, max_steps=300, preconditioner=bl.Jacobi(3))),
+}
+"""Of the minimum, and of its adjoint: two digits, enough for a direction, with penalties far apart."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +57,16 @@ class Regression:
         penalty = (log_penalties.exp() * params["weight"].square().sum(1)).sum() / 2
         return loss(params, self.train) + penalty
 
-    def solve(self, params: Params, log_penalties: Tensor) -> bl.Solution:
-        """The minimum of ``g``; the adjoint to two digits, enough for a direction, penalties being far apart."""
-        return bl.argmin(
-            self.training_loss,
-            params,
-            log_penalties,
-            solver=bl.LBFGS(gtol=1e-6, max_steps=1000),
-            hypergrad=bl.Implicit(bl.CG(rtol=1e-2, max_steps=300, preconditioner=bl.Jacobi(3))),
-        )
+    def solve(self, params: Params, log_penalties: Tensor, settings: Mapping[str, Any] | None = None) -> bl.Solution:
+        """The minimum of ``g``; ``settings`` in place of `SETTINGS` may stop short of it."""
+        chosen = {**SETTINGS, **(settings or {})}
+        throw: Any = "ignore" if settings else "warn"
+        return bl.argmin(self.training_loss, params, log_penalties, **chosen, throw=throw)
+
+    def fitted(self, log_penalties: Tensor) -> Row:
+        """Validation loss and `measure` of a minimum from the start by `SETTINGS`: what these penalties are worth."""
+        params = self.solve(self.start(), log_penalties.detach(), SETTINGS).value
+        return {"validation_loss": loss(params, self.validation).item(), **self.measure(params)}
 
     def measure(self, params: Params) -> Row:
         return {
@@ -81,14 +89,21 @@ class Regression:
         rank = (square.t() @ ones).squeeze(1).argsort(stable=True).argsort()
         return rank * count // self.num_features
 
-    def search(self, num_penalties: int, log_penalty: float, steps: int, lr: float) -> Search:
-        """Learn that many penalties, all from the same start."""
+    def search(
+        self,
+        num_penalties: int,
+        log_penalty: float,
+        steps: int,
+        lr: float,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Search:
+        """Learn that many penalties, all from the same start; with ``settings`` in place of `SETTINGS`."""
         groups = self.groups(num_penalties)
         x = torch.full((num_penalties,), log_penalty, dtype=torch.float64, requires_grad=True)
         return Search(
             {"log_penalties": x},
             self.start(),
-            solve=lambda params, step: self.solve(params, x[groups]),
+            solve=lambda params, step: self.solve(params, x[groups], settings),
             validation_loss=lambda params: loss(params, self.validation),
             measure=lambda params: {**self.measure(params), "log_penalty": x.mean().item()},
             steps=steps,
@@ -148,3 +163,7 @@ def shared_penalties(train: Examples, validation: Examples, test: Examples) -> l
     cost = float(np.exp(-best["log_penalty"])) / (len(train) + len(validation))
     both = row("that one, trained on the validation examples too", cost, train, validation)
     return [row("none (scikit-learn)", np.inf, train), best, both]
+
+
+FIRST_LOG_PENALTY, PENALTY_LR = -10.0, 0.6
+"""Where the log-penalties start, and Adam's step on several."""

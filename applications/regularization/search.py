@@ -29,6 +29,9 @@ class Search:
         measure: plain numbers to record, of the solution's value (detached).
         lr: of Adam at first; it falls linearly, to nothing after the last step.
         most: what no hyperparameter may exceed.
+
+    Attributes:
+        fit: the last inner solution; None before the first step.
     """
 
     def __init__(
@@ -44,13 +47,14 @@ class Search:
     ):
         self.steps, self.step = steps, 0
         self.hparams, self.params = hparams, init
+        self.fit: bl.Solution | None = None
         self._solve, self._validation_loss, self._measure = solve, validation_loss, measure
         self._lr, self._most = lr, most
         self._adam = torch.optim.Adam(hparams.values(), lr=lr, betas=(0.5, 0.9))  # few steps: little momentum
 
     def records(self) -> Iterator[Row]:
         while self.step < self.steps:
-            fit = self._solve(self.params, self.step)
+            fit = self.fit = self._solve(self.params, self.step)
             loss = self._validation_loss(fit.value)
             self._adam.zero_grad()
             loss.backward()
@@ -61,14 +65,13 @@ class Search:
             for x in self.hparams.values():
                 x.data.clamp_(max=self._most)
             self.step += 1
-            assert fit.adjoint is not None
-            adjoint = {
-                "inner_gradient_norm": fit.stats["residual_norm"].item(),
-                "adjoint_steps": fit.adjoint.stats["num_steps"].item(),
-                "adjoint_residual": fit.adjoint.stats["relative_residual"].item(),
-                "adjoint": fit.adjoint.result.name,
-            }
-            yield {"step": self.step, "validation_loss": loss.item(), **measured, **adjoint}
+            record = {"step": self.step, "validation_loss": loss.item(), **measured}
+            record["inner_gradient_norm"] = fit.stats["residual_norm"].item()
+            if fit.adjoint is not None:
+                record["adjoint_steps"] = fit.adjoint.stats["num_steps"].item()
+                record["adjoint_residual"] = fit.adjoint.stats["relative_residual"].item()
+                record["adjoint"] = fit.adjoint.result.name
+            yield record
 
     def state(self) -> dict[str, Any]:
         hparams = {name: x.detach() for name, x in self.hparams.items()}

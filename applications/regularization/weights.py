@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -53,16 +54,16 @@ class Network:
         decay = sum(((log_decays[name].exp() * p.square()).sum() for name, p in params.items()), torch.zeros(()))
         return self.loss(params, part or self.train) + decay / 2
 
-    def solve(self, params: Params, log_decays: Params, train: Part | None = None) -> bl.Solution:
-        return bl.argmin(
-            self.training_loss,
-            params,
-            log_decays,
-            train,
-            solver=bl.GradientDescent(lr=LR, max_steps=INNER_STEPS, momentum=0.9),
-            hypergrad=bl.Implicit(bl.Neumann(alpha=LR, max_steps=NEUMANN_STEPS)),
-            throw="ignore",
-        )
+    def solve(
+        self,
+        params: Params,
+        log_decays: Params,
+        train: Part | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> bl.Solution:
+        """Some steps from ``params``; by ``settings`` in place of `SETTINGS`."""
+        chosen = {**SETTINGS, **(settings or {})}
+        return bl.argmin(self.training_loss, params, log_decays, train, **chosen, throw="ignore")
 
     def loss(self, params: Params, part: Part) -> Tensor:
         return cross_entropy(self.logits(params, part), part[1])
@@ -71,7 +72,14 @@ class Network:
         logits: Tensor = functional_call(self.net, params, (part[0],))
         return logits
 
-    def search(self, sharing: Sharing, validation: Part, test: Part, steps: int) -> Search:
+    def search(
+        self,
+        sharing: Sharing,
+        validation: Part,
+        test: Part,
+        steps: int,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Search:
         """Learn the decays on the validation examples; the test examples are only watched."""
         decays = self.decays(sharing)
 
@@ -80,7 +88,7 @@ class Network:
         return Search(
             decays,
             self.start,
-            solve=lambda params, step: self.solve(params, decays),
+            solve=lambda params, step: self.solve(params, decays, settings=settings),
             validation_loss=lambda params: self.loss(params, validation),
             measure=lambda params: self.accuracies(params, parts),
             steps=steps,
@@ -90,11 +98,16 @@ class Network:
 
     def train_on(self, train: Part, test: Part, steps: int) -> Row:
         """As long a training on other examples, all decays as at the start: what the labels are worth as training."""
-        decays, params = self.decays("layer"), self.start
-        for _ in range(steps):
-            found = self.solve(params, decays, train).value
-            params = {name: p.detach() for name, p in found.items()}
+        params = self.train_with(self.decays("layer"), train, steps)
         return self.accuracies(params, {"training": train, "test": test})
+
+    def train_with(self, log_decays: Params, train: Part, steps: int) -> Params:
+        """A training from the start with fixed decays, as long as that many steps of a search; by `SETTINGS`."""
+        params = self.start
+        for _ in range(steps):
+            found = self.solve(params, log_decays, train).value
+            params = {name: p.detach() for name, p in found.items()}
+        return params
 
     def accuracies(self, params: Params, parts: dict[str, Part]) -> Row:
         """``NAME_accuracy`` for each part, in percent."""
@@ -103,6 +116,10 @@ class Network:
 
 
 LR, INNER_STEPS, NEUMANN_STEPS = 0.1, 5, 5
+SETTINGS: dict[str, Any] = {
+    "solver": bl.GradientDescent(lr=LR, max_steps=INNER_STEPS, momentum=0.9),
+    "hypergrad": bl.Implicit(bl.Neumann(alpha=LR, max_steps=NEUMANN_STEPS)),
+}
 LOG_DECAY, MOST_LOG_DECAY, DECAY_LR = -7.0, 2.0, 1.7
 """Where the log-decays start, how far they may go (gradient descent diverges where a decay is above 2 / lr), and Adam's
 step on them."""

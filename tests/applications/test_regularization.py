@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from dataclasses import replace
 from itertools import islice
@@ -15,11 +16,12 @@ import torch
 import bilevel as bl
 from applications.command import main
 from applications.data import Examples, load, split
-from applications.regularization import augmentation, corpus, features
-from applications.regularization.__main__ import Config, read, story
+from applications.regularization import augmentation, corpus, features, weights
+from applications.regularization.__main__ import Config, read, story, tunable
 from applications.regularization.augmentation import STRENGTHS, Augmented, Draws, constant, transform
 from applications.regularization.features import Regression
 from applications.regularization.weights import Network, decay_shape
+from applications.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +229,7 @@ def test_bad_files_are_refused_and_nothing_is_written(bad_files, tmp_path, capsy
         (("--problem", "features", "--data", "20newsgroups", "--data-root", "EMPTY"), "20 newsgroups is not in"),
         (("--steps", "-1"), "--steps is -1"),
         (("--hidden", "0"), "--hidden is 0"),
+        (("--solver", "best.json"), "add the --problem that they were tuned on"),
     ],
 )
 def test_what_cannot_be_run_is_refused(bad_files, tmp_path, capsys, arguments, message):
@@ -243,6 +246,41 @@ def test_a_sparse_file_is_taken_for_features(tmp_path):
     arguments = ("--problem", "features", "--data", str(tmp_path / "data.svm"), "--steps", "2")
     assert run(*arguments, "--out", str(tmp_path / "run")) == 0
     assert (tmp_path / "run" / "penalties.png").is_file()
+
+
+@pytest.mark.parametrize(("problem", "module"), [("weights", weights), ("augmentation", augmentation)])
+def test_the_other_problems_are_tuned_from_todays_settings(problem, module):
+    tuned = tunable(Config(problem=problem, train=40, validation=40, hidden=8, steps=2))
+    settings = tuned.settings(tuned.default)
+    assert settings == module.SETTINGS
+    records = [record for record, _ in zip(tuned.train(settings, 0), range(4), strict=False)]
+    assert [step for step, _, _ in records] == [1, 2, 3, 4]
+    assert records[-1][2].adjoint.stats["num_steps"] > 0
+    first, last = (float(next(islice(tuned.train(settings, 0), n, None))[1]()) for n in (0, 3))
+    assert 0 < last < first  # of a fit at the hyperparameters reached, on validation examples
+
+
+@pytest.mark.parametrize("problem", ["weights", "augmentation"])
+def test_settings_reach_a_problem(problem, tmp_path):
+    """A method without a linear system leaves no adjoint in the records."""
+    bl.tuning.save(tmp_path / "best.json", {"hypergrad": bl.OneStep(0.1)})
+    arguments = ["--problem", problem, "--train", "40", "--validation", "40", "--hidden", "8", "--steps", "2"]
+    arguments += ["--solver", str(tmp_path / "best.json"), "--out", str(tmp_path / "run")]
+    assert main("regularization", arguments, Config, story, tunable) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert records
+    assert not any("adjoint" in record for record in records)
+
+
+def test_the_table_of_features_has_good_fits_of_what_rough_ones_learned(tmp_path):
+    bl.tuning.save(tmp_path / "best.json", {"solver": bl.GradientDescent(0.1, max_steps=1)})
+    arguments = ["--problem", "features", "--data", "iris", "--train", "40", "--validation", "40", "--steps", "2"]
+    arguments += ["--solver", str(tmp_path / "best.json"), "--out", str(tmp_path / "run")]
+    assert main("regularization", arguments, Config, story, tunable) == 0
+    folder = RunFolder(tmp_path / "run")
+    rows = {row["penalties"]: row for row in folder.read_json("results.json")["tables"]["Features: iris"]}
+    rough = [record for record in folder.metrics() if record["part"] == "1 penalties"][-1]
+    assert rows["1, learned"]["training loss"] < 0.9 * rough["training_loss"]
 
 
 def test_mnist(mnist_root):
