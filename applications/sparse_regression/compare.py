@@ -50,7 +50,7 @@ class Comparison:
     def descend(self, name: str, penalty: Penalty, start: Tensor, pull: float = 0.0, before: Row | None = None) -> None:
         """Minimise the criterion from the log-strengths ``start``, which cost the fits and seconds of ``before``."""
         before = before or {"fits": 0, "seconds": 0.0}
-        descent = Descent(Criterion(self.folds, penalty, pull), start, self.evaluations)
+        descent = Descent(Criterion(self.folds, penalty, pull, **self.run.settings), start, self.evaluations)
         seconds = self.run.train(f"{self.label}, {name}", descent, show=("criterion", "best"))
         assert descent.at is not None
         self.descents[name] = descent
@@ -67,8 +67,9 @@ class Comparison:
         start, cost = self.descents[LASSO].point.repeat(penalty.size), self.rows[LASSO]
         self.descend(free, penalty, start, before=cost)
         part = f"{self.label}, choice of the pull, {pulled}"
+        count, settings = len(self.folds), self.run.settings
         choice = self.run.part(
-            part, lambda: models.choose_pull(self.study, penalty, start, len(self.folds), self.evaluations)
+            part, lambda: models.choose_pull(self.study, penalty, start, count, self.evaluations, settings)
         )
         more = {"fits": cost["fits"] + choice["fits"], "seconds": cost["seconds"] + self.run.seconds(part)}
         self.descend(pulled, penalty, start, choice["pull"], before=more)

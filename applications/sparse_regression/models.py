@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -100,8 +101,14 @@ def least_squares_on_support(study: Study) -> Row:
     return {"fits": None, "criterion": None, **assess(study, coefficients, model.intercept_)}
 
 
-def choose_pull(study: Study, penalty: Penalty, start: Tensor, folds: int, evaluations: int) -> Row:
-    """The pull whose penalties, found on three quarters of the training examples, are best on the last quarter."""
+def choose_pull(
+    study: Study, penalty: Penalty, start: Tensor, folds: int, evaluations: int, settings: Mapping[str, Any]
+) -> Row:
+    """The pull whose penalties, found on three quarters of the training examples, are best on the last quarter.
+
+    Args:
+        settings: of the criterion, see `criterion.SETTINGS`.
+    """
     rows = np.random.default_rng(study.shuffle).permutation(len(study.targets))
     held_out, rest = np.split(rows, [len(rows) // 4])
     (x, y), (test_x, test_y) = study.subset(rest), study.subset(held_out)
@@ -109,7 +116,7 @@ def choose_pull(study: Study, penalty: Penalty, start: Tensor, folds: int, evalu
     cross_validation = Folds.make(part.features, part.targets, folds, study.shuffle, study.intercept)
     errors, fits = [], 0
     for pull in PULLS:
-        descent = run(Descent(Criterion(cross_validation, penalty, pull), start, evaluations))
+        descent = run(Descent(Criterion(cross_validation, penalty, pull, **settings), start, evaluations))
         errors.append(of_penalties(part, penalty, descent.point)["test error"])
         fits += descent.step * len(cross_validation)
     return {"pull": PULLS[int(np.argmin(errors))], "errors": errors, "fits": fits}

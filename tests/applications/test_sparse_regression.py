@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.linear_model import ElasticNetCV, LassoCV
 
+import bilevel as bl
 from applications.command import main
 from applications.errors import UserError
 from applications.run import Run
@@ -20,7 +21,9 @@ from applications.sparse_regression.compare import BLOCKS_PULLED, FEATURES, FEAT
 from applications.sparse_regression.criterion import Criterion
 from applications.sparse_regression.descent import Descent, run
 from applications.sparse_regression.folds import Folds
+from applications.sparse_regression.knobs import Config
 from applications.sparse_regression.penalties import Penalty, coordinate_descent
+from applications.sparse_regression.tuning import tunable
 
 FLOAT = torch.float64
 
@@ -63,6 +66,26 @@ def test_one_split_and_no_intercept(design):
     grid = LassoCV(alphas=[0.1], cv=held_out.pairs, fit_intercept=False, tol=1e-12).fit(*design)
     found = Criterion(held_out, Penalty(torch.zeros(8, dtype=torch.int64)))(torch.tensor([math.log(0.1)], dtype=FLOAT))
     assert found.criterion == pytest.approx(grid.mse_path_.mean(), rel=1e-7)
+
+
+def test_a_rougher_hypergradient_leaves_the_criterion_as_it_is(folds):
+    x = torch.linspace(-3, -1, 8, dtype=FLOAT)
+    exact, rough = (
+        Criterion(folds, Penalty(torch.arange(8)), **settings)(x)
+        for settings in ({}, {"hypergrad": bl.Implicit(bl.CG(rtol=0.5))})
+    )
+    assert rough.criterion == exact.criterion
+    assert not torch.equal(rough.gradient, exact.gradient)
+    assert torch.cosine_similarity(rough.gradient, exact.gradient, 0) > 0.5
+
+
+def test_tune_makes_evaluations_of_every_data_set_side_by_side():
+    knobs = Config(evaluations=3, noise_features=5)
+    tuned = tunable(knobs)
+    records = [(step, score()) for step, score, _ in tuned.train(tuned.settings(tuned.default), 0)]
+    assert [step for step, _ in records] == [1, 2, 3]
+    scores = [score for _, score in records]
+    assert 0 < scores[2] < scores[1] < scores[0] < 1
 
 
 def test_from_the_largest_penalty_on_nothing_is_selected(folds):
