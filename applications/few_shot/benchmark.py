@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -109,16 +107,11 @@ def _in_own_process(settings: Benchmark, method: Method, steps: int, rows: list[
         return Measurement(method, steps, None, None, note)
     try:
         with memory.environment(memory.RETURN_FREED):
-            peak, _ = _spawn(config, 1)
-        _, seconds = _spawn(config, settings.repeats)
+            peak, _ = memory.in_own_process(measure, config, 1)
+        _, seconds = memory.in_own_process(measure, config, settings.repeats)
     except (BrokenProcessPool, torch.OutOfMemoryError):
         return Measurement(method, steps, None, None, "out of memory")
     return Measurement(method, steps, peak, seconds)
-
-
-def _spawn(config: Config, repeats: int) -> tuple[float, float]:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, config, repeats).result()
 
 
 def _extrapolate(method: str, steps: int, rows: list[Measurement]) -> float:

@@ -42,9 +42,8 @@ def tunable(config: Config) -> Tunable:
         }
 
     def train(settings: Settings, seed: int) -> Iterator[tuple[int, Callable[[], float], bl.Solution | None]]:
-        session = Session.create(replace(config, seed=seed), settings)
-        for record in meta_train(session):
-            yield record["step"], lambda: validation_accuracy(session), session.solution
+        session = Session.create(replace(config, seed=seed), settings)  # now: reading data is not training
+        return ((r["step"], lambda: validation_accuracy(session), session.solution) for r in meta_train(session))
 
     default = {
         "inner": "GradientDescent",

@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -90,11 +91,13 @@ def run(name: str, options: Options, arguments: list[str], tunable: Tunable) -> 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = open_study(name, options, tunable, out)
     if options.worker is not None:
+        warm_up(tunable, options.seed)
         work(study, options, tunable, trials, seconds)
         return 0
     folder = RunFolder(out)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     output = Run(folder, config, f"python -m applications.{name} tune {' '.join(arguments)}".strip())
+    warm_up(tunable, options.seed)
     with bar(study, trials, tunable) as update:
         if options.workers > 1:
             with_workers(name, options, arguments, study, trials, update)
@@ -153,7 +156,16 @@ def open_study(name: str, options: Options, tunable: Tunable, out: Path) -> optu
                 "compared. Take another --out or --storage."
             )
         study.set_user_attr("settings", same)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([tunable.score, "seconds", "peak MiB"][: len(study.directions)])  # for a dashboard
     return study
+
+
+def warm_up(tunable: Tunable, seed: int) -> None:
+    """One step off the clock: libraries load and allocate at their first use, which the first trial must not pay."""
+    with suppress(bl.SolveError, ArithmeticError):
+        next(iter(tunable.train(tunable.settings(tunable.default), seed)), None)
 
 
 def work(
@@ -171,7 +183,7 @@ def work(
         # One seed for all: trials differ by their settings, and the winner is measured again on others.
         if options.objective == "pareto":
             values = score_after(tunable, trial, settings, options.seed, tunable.steps)
-            limits(trial, options, values[2], values[1] / tunable.steps)
+            limits(trial, options, values[2], values[1] / trial.user_attrs["steps"])
             return values
         training = partial(score_within, tunable, trial, settings, options.seed, seconds)
         value, peak = memory.peak_of(select_device("auto"), training)

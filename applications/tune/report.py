@@ -12,6 +12,7 @@ import numpy as np
 import optuna
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 from scipy import stats
 
 import bilevel as bl
@@ -149,9 +150,10 @@ def pictures(run: Run, study: optuna.Study, tunable: Tunable) -> None:
         kinds["timeline"] = {}
     page: list[str] = []
     for kind, settings in kinds.items():
+        few = {"params": most_important(study)} if kind == "slice" else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental; tight layouts
-            content = attempt(partial(picture, getattr(drawn, f"plot_{kind}"), study, settings))
+            content = attempt(partial(picture, getattr(drawn, f"plot_{kind}"), study, {**settings, **few}))
             figure = attempt(partial(getattr(interactive, f"plot_{kind}"), study, **settings))
         if content is not None:
             run.picture(f"{kind.replace('_', '-')}.png", content)
@@ -161,12 +163,27 @@ def pictures(run: Run, study: optuna.Study, tunable: Tunable) -> None:
     run.folder.write_bytes("study.html", html.encode())
 
 
+def most_important(study: optuna.Study, count: int = 6) -> list[str] | None:
+    """Parameters by their importance for the first objective; None where it cannot be told: all of them."""
+    several = len(study.directions) > 1
+    target = (lambda trial: trial.values[0]) if several else None
+    found = attempt(partial(optuna.importance.get_param_importances, study, target=target))
+    return list(found)[:count] if found else None
+
+
 def picture(plot: Callable[..., Any], study: optuna.Study, settings: dict[str, Any]) -> bytes:
     """A figure of Optuna's as a PNG, large enough for its labels."""
     axes = plot(study, **settings)
     first = axes if hasattr(axes, "figure") else np.ravel(axes)[0]
     figure: Figure = first.figure
     many = isinstance(axes, np.ndarray)
+    for panel in np.ravel(axes):
+        if panel.get_xscale() == "log":
+            panel.xaxis.set_minor_formatter(NullFormatter())  # less than two decades have labels on top of each other
+    if plot.__name__ == "plot_intermediate_values":
+        first.get_legend().remove()  # of every trial: longer than the picture
+        first.xaxis.set_major_locator(MaxNLocator(integer=True))
+        first.set_xlabel("Part of the time")
     figure.set_size_inches(3.2 * len(np.ravel(axes)) + 1 if many else 9, 4.2)
     figure.set_layout_engine("constrained")
     content = png(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -93,9 +94,31 @@ def test_the_same_command_resumes_and_more_trials_are_added(tmp_path, capsys):
     assert "its trials cannot be compared" in capsys.readouterr().err
 
 
+def test_the_first_trial_does_not_pay_for_what_loads_at_first_use(tmp_path):
+    begun = []
+
+    def slow_at_first(arguments: list[str]) -> tune.Tunable:
+        usual = ridge(arguments)
+
+        def train(settings, seed):
+            begun.append(seed)
+            if len(begun) == 1:
+                time.sleep(1.0)
+            yield from usual.train(settings, seed)
+
+        return dataclasses.replace(usual, train=train)
+
+    assert tune.main("ridge", ["--out", str(tmp_path), "--confirm", "2", "--trials", "1"], slow_at_first) == 0
+    (first,) = trials(tmp_path)
+    assert first.user_attrs["seconds"] < 1.0
+    assert first.user_attrs["steps"] > 1
+
+
 def test_several_objectives_have_a_front(tmp_path):
     assert run(tmp_path, "--objective", "pareto", "--trials", "5") == 0
-    found = trials(tmp_path, "ridge pareto")
+    study = optuna.load_study(study_name="ridge pareto", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert study.metric_names == ["validation loss", "seconds", "peak MiB"]
+    found = study.trials
     assert all(len(trial.values) == 3 and trial.values[1] > 0 for trial in found if trial.state.name == "COMPLETE")
     rows = json.loads((tmp_path / "results.json").read_text())["tables"]["The Pareto front"]
     scores = [row["validation loss"] for row in rows]

@@ -8,8 +8,11 @@ import bilevel as bl
 from bilevel.linalg.operator import Dense
 from bilevel.problems import Ridge
 from bilevel.tuning import (
+    FIXED_POINT_SOLVERS,
     HYPERGRADS,
     INNER_SOLVERS,
+    LINEAR_SOLVERS,
+    NONSYMMETRIC_SOLVERS,
     create_study,
     guard,
     solver_from_trial,
@@ -37,6 +40,35 @@ def test_a_trial_chooses_the_solver_and_its_settings(params, solver):
     assert suggest_linear_solver(trial) == solver
     assert trial.params == params
     assert solver.solve(Dense(spd(4)), randn(4)).value.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("choice", "solver"),
+    [
+        ("CG", bl.CG(rtol=1e-3, max_steps=7)),
+        ("Jacobi-CG", bl.CG(rtol=1e-3, max_steps=7, preconditioner=bl.Jacobi())),
+        ("Neumann", bl.Neumann(rtol=1e-3, max_steps=7)),
+        ("GMRES", bl.GMRES(rtol=1e-3, max_steps=7)),
+        ("BiCGSTAB", bl.BiCGSTAB(rtol=1e-3, max_steps=7)),
+        ("NormalCG", bl.NormalCG(rtol=1e-3, max_steps=7)),
+    ],
+)
+def test_a_trial_chooses_when_to_stop(choice, solver):
+    """Also solvers of systems that are not symmetric, where the search space asks for them."""
+    params = {"linear": choice, "linear.max_steps": 7, "linear.rtol": 1e-3}
+    trial = optuna.trial.FixedTrial(params)
+    choices = (*LINEAR_SOLVERS, *NONSYMMETRIC_SOLVERS)
+    assert suggest_linear_solver(trial, choices=choices, rtol=(1e-6, 0.5)) == solver
+    assert trial.params == params
+    assert solver_from_trial(trial, "linear") == solver
+
+
+def test_choices_that_solve_any_system_are_asked_for():
+    asked = bl.tuning.create_study("choices", seed=0).ask()
+    suggest_linear_solver(asked)
+    offered = asked.distributions["linear"].choices
+    assert set(offered) == set(LINEAR_SOLVERS)
+    assert "GMRES" not in offered
 
 
 def test_unknown_choice():
@@ -85,11 +117,19 @@ def test_a_trial_chooses_the_hypergradient(params, hypergrad):
             {"inner": "NewtonCG", "inner.max_steps": 9, "inner.gtol": 1e-3, "inner.cg_steps": 4},
             bl.NewtonCG(max_steps=9, gtol=1e-3, cg_steps=4),
         ),
+        (
+            {"inner": "Anderson", "inner.max_steps": 9, "inner.tol": 1e-3, "inner.damping": 0.75, "inner.history": 4},
+            bl.Anderson(history=4, damping=0.75, max_steps=9, tol=1e-3),
+        ),
+        (
+            {"inner": "Picard", "inner.max_steps": 9, "inner.tol": 1e-3, "inner.damping": 0.75},
+            bl.Picard(damping=0.75, max_steps=9, tol=1e-3),
+        ),
     ],
 )
 def test_a_trial_chooses_the_inner_solver(params, solver):
     trial = optuna.trial.FixedTrial(params)
-    assert suggest_inner_solver(trial) == solver
+    assert suggest_inner_solver(trial, choices=(*INNER_SOLVERS, *FIXED_POINT_SOLVERS)) == solver
     assert trial.params == params
     assert solver_from_trial(trial, "inner") == solver
 

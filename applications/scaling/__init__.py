@@ -1,0 +1,1 @@
+"""What grows with tasks, parameters, inner steps, hyperparameters and ranks."""
