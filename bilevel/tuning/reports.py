@@ -45,6 +45,24 @@ def report(
     """
     import optuna
 
+    value = _record(trial, step, loss, fit, error, worst)
+    if _hears(trial):
+        trial.report(value, step)
+        if trial.should_prune():
+            raise optuna.TrialPruned(f"Pruned at step {step}.")
+
+
+def _record(
+    trial: optuna.Trial,
+    step: int,
+    loss: Tensor | float,
+    fit: Solution | None,
+    error: Tensor | float | None,
+    worst: float,
+) -> float:
+    """The loss; see `report`, of which this is all but what the pruner says."""
+    import optuna
+
     value = float(loss)
     for role, solution in (("inner", fit), ("adjoint", fit.adjoint if fit is not None else None)):
         if solution is not None:
@@ -57,11 +75,13 @@ def report(
     if not math.isfinite(value) or abs(value) >= worst:
         trial.set_user_attr("diverged_at", step)
         raise optuna.TrialPruned(f"The loss is {value} at step {step}.")
+    return value
+
+
+def _hears(trial: optuna.Trial) -> bool:
+    """Whether it takes reports: those of a study with several objectives do not."""
     study = getattr(trial, "study", None)  # a FixedTrial has none
-    if study is None or len(study.directions) == 1:
-        trial.report(value, step)
-        if trial.should_prune():
-            raise optuna.TrialPruned(f"Pruned at step {step}.")
+    return study is None or len(study.directions) == 1
 
 
 Measured = Tensor | float | Callable[[], float]
@@ -79,7 +99,8 @@ def loss_within(
     """The loss that a run has reached when its time is over: the objective "outer loss at a time budget".
 
     The trial hears it at ``points`` equal parts of the time, so that the pruner compares runs at equal times. The last
-    step may begin just before the end. User attributes: ``steps``, ``seconds``.
+    step may begin just before the end. A run may end by itself before its time: what it reached then stands for the
+    rest of it, others are compared with that, and it is not pruned. User attributes: ``steps``, ``seconds``.
 
     Args:
         records: a generator that makes an outer step each time it is asked, and yields its number, loss and fit. For
@@ -108,7 +129,11 @@ def loss_within(
         raise ValueError("records is empty: there is no loss to return.")
     trial.set_user_attr("steps", made)
     trial.set_user_attr("seconds", elapsed)
-    return loss if told == points else float(value() if callable(value) else value)
+    if told < points:  # it ended by itself
+        loss = _record(trial, points, value() if callable(value) else value, fit, None, worst)
+        for point in range(told + 1, points + 1) if _hears(trial) else ():
+            trial.report(loss, point)
+    return loss
 
 
 def hypergradient_error(

@@ -150,3 +150,21 @@ def test_a_run_that_ends_before_its_time_returns_its_last_loss():
     study.optimize(lambda trial: loss_within(trial, [(1, 3.0, None), (2, lambda: 2.0, None)], 1e6), n_trials=1)
     assert study.trials[0].value == 2.0
     assert study.trials[0].user_attrs["steps"] == 2
+
+
+def test_what_a_run_that_ended_early_has_reached_stands_for_the_rest_of_its_time():
+    """Six finish at once with a low loss; a slow one is pruned beside them, and a bad one that has ended is not."""
+
+    def objective(trial):
+        if trial.number == 6:
+            return loss_within(trial, ((k, 2.0, None) for k in itertools.count()), 0.02, points=4)
+        return loss_within(trial, [(1, 3.0 if trial.number == 7 else 1.0 + trial.number / 10, None)], 1e6, points=4)
+
+    study = create_study("ended")
+    study.optimize(objective, n_trials=8)
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6 + ["PRUNED", "COMPLETE"]
+    assert study.trials[0].intermediate_values == dict.fromkeys([1, 2, 3, 4], 1.0)
+    assert study.trials[7].value == 3.0
+
+    study.optimize(lambda trial: loss_within(trial, [(1, lambda: math.nan, None)], 1e6), n_trials=1)
+    assert study.trials[8].state.name == "PRUNED"
