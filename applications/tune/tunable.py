@@ -104,17 +104,23 @@ def score_within(
 def score_after(
     tunable: Tunable, trial: optuna.trial.BaseTrial, settings: Settings, seed: int, steps: int
 ) -> tuple[float, float, float]:
-    """The score after so many outer steps, their seconds, and the peak memory above the start, MiB."""
+    """The score after so many outer steps, their seconds, and the peak memory above the start, MiB.
+
+    A training that ends by itself before them is taken as it ended.
+    """
 
     def last_record() -> tuple[Any, float]:
-        begin = time.perf_counter()
-        records = (record for record in tunable.train(settings, seed) if record[0] >= steps)
-        return next(records, None), time.perf_counter() - begin
+        begin, last = time.perf_counter(), None
+        for last in tunable.train(settings, seed):
+            if last[0] >= steps:
+                break
+        return last, time.perf_counter() - begin
 
     (found, elapsed), peak = memory.peak_of(select_device("auto"), last_record)
     if found is None:
-        raise ValueError(f"The training ended before {steps} steps.")
-    _, value, fit = found
+        raise ValueError("The training made no step.")
+    made, value, fit = found
     score = float(value() if callable(value) else value)
-    bl.tuning.report(trial, steps, score, fit)  # type: ignore[arg-type]
+    trial.set_user_attr("steps", made)
+    bl.tuning.report(trial, made, score, fit)  # type: ignore[arg-type]
     return score, elapsed, peak
