@@ -4,74 +4,26 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from applications.command import Knobs, main, require, require_at_least_one, require_positive
+import bilevel as bl
+from applications.command import main
 from applications.learned_optimizer_settings import baselines, compare, plots
-from applications.learned_optimizer_settings.learn import MOST_POINTS, Learning
+from applications.learned_optimizer_settings.knobs import Config
+from applications.learned_optimizer_settings.learn import Learning, Method, ways
 from applications.learned_optimizer_settings.networks import Data, Networks
 from applications.learned_optimizer_settings.settings import Settings
+from applications.learned_optimizer_settings.tuning import tunable
 from applications.run import Run
-
-
-@dataclass(frozen=True)
-class Config(Knobs):
-    """Learn the learning rate at a few points of a run, and the momentum, by the validation loss at its end."""
-
-    data: str = "digits"
-    """Embedded: digits, breast_cancer, wine, iris. With files: mnist, or a path of an .npz of features and targets."""
-    data_root: Path | None = None
-    """Folder of MNIST; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
-    steps: int = 200
-    """Of SGD in a training run."""
-    hidden: int = 32
-    """Units of the network's hidden layer."""
-    batch: int = 32
-    """Examples of a mini-batch."""
-    points: int = 6
-    """Control points of the schedule; it is piecewise linear in the logarithm."""
-    start_lr: float = 0.05
-    """Learning rate that the schedule starts from."""
-    start_momentum: float = 0.9
-    """Momentum to start from."""
-    hypergrad: Literal["unroll", "checkpoint", "forward"] = "unroll"
-    """The same derivative: fastest; with memory of 2 sqrt(steps) steps; with memory of one step."""
-    outer_steps: int = 40
-    """Steps of Adam on the settings, and trials of each baseline."""
-    outer_lr: float = 0.2
-    """Learning rate of Adam on the settings, which are logarithms; it falls to 0 like a cosine."""
-    networks: int = 4
-    """Training runs in each outer step and in each trial; they run side by side."""
-    windows: tuple[int, ...] = (20,)
-    """Truncated hypergradients to compare with: steps that each one looks ahead."""
-    fresh: int = 32
-    """Networks, with starts and mini-batches of their own, on which all settings are compared at the end."""
-
-    def check(self) -> None:
-        """See `Knobs`."""
-        require_at_least_one(self, "hidden", "batch", "outer_steps", "networks")
-        require(self.steps >= 2, f"--steps is {self.steps}: at least 2 are needed.")
-        require(self.fresh >= 2, f"--fresh is {self.fresh}: at least 2 are needed for a standard error.")
-        most = min(self.steps, MOST_POINTS)
-        require(1 <= self.points <= most, f"--points is {self.points}: a schedule has 1 to {most} of them here.")
-        require_positive(self, "start_lr", "outer_lr")
-        require(0 < self.start_momentum < 1, f"--start-momentum is {self.start_momentum}: it lies between 0 and 1.")
-        for window in self.windows:
-            require(
-                1 <= window < self.steps,
-                f"--windows has {window}: from 1 to less than the {self.steps} steps of a run make a window.",
-            )
-        require(len(set(self.windows)) == len(self.windows), "--windows has a number twice: leave one out.")
 
 
 def story(knobs: Config, run: Run) -> None:
     """Learn, search, compare on fresh networks."""
     data = Data.read(knobs.data, knobs.data_root, knobs.seed)
+    hypergrad, outer_lr = ways(knobs.hypergrad, knobs.outer_lr, run.settings)
     networks = Networks(data, knobs.networks, knobs.hidden, knobs.batch)
     run.say(
         f"{knobs.data}: {len(data.train[1])} training, {len(data.validation[1])} validation, {len(data.test[1])} test "
@@ -90,12 +42,11 @@ def story(knobs: Config, run: Run) -> None:
     # 2. Learn: through whole runs, and through windows.
     found: dict[str, dict[str, Any]] = {"start": numbers(start(), knobs.steps)}
     seconds: dict[str, float | None] = {"start": None}
-    learned = {f"window of {steps}": steps for steps in knobs.windows} | {"learned": None}
-    for name, steps in learned.items():
+    learned: dict[str, Method] = {f"window of {steps}": bl.Truncated(steps) for steps in knobs.windows}
+    learned["learned"] = hypergrad
+    for name, method in learned.items():
         settings = start()
-        learning = Learning(
-            networks, settings, knobs.steps, knobs.outer_steps, knobs.outer_lr, knobs.seed, knobs.hypergrad, steps
-        )
+        learning = Learning(networks, settings, knobs.steps, knobs.outer_steps, outer_lr, knobs.seed, method)
         seconds[name] = run.train(name, learning)
         found[name] = numbers(settings, knobs.steps)
 
@@ -121,13 +72,14 @@ def story(knobs: Config, run: Run) -> None:
         )
         for name, one in found.items()
     }
+    truncated = isinstance(hypergrad, bl.Truncated)
     titles = {
         "start": f"start: constant {knobs.start_lr:g}",
         "constant": "constant, best of a grid",
         "cosine": "cosine, best of a grid",
         "TPE": f"schedule of {knobs.points} points by TPE",
-        "learned": "learned through whole runs",
-        **{name: f"learned through windows of {steps}" for name, steps in learned.items() if steps},
+        "learned": "learned as --solver says" if truncated else "learned through whole runs",
+        **{f"window of {steps}": f"learned through windows of {steps}" for steps in knobs.windows},
     }
     rows = [row(titles[name], found[name], results[name], results["learned"], seconds[name]) for name in found]
     run.table(f"{knobs.data}: settings on {knobs.fresh} fresh networks", rows)
@@ -179,4 +131,4 @@ def history(records: list[dict[str, Any]], settings: Settings, steps: int) -> li
 
 
 if __name__ == "__main__":
-    sys.exit(main("learned_optimizer_settings", sys.argv[1:], Config, story))
+    sys.exit(main("learned_optimizer_settings", sys.argv[1:], Config, story, tunable))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.command import require
 from applications.learned_optimizer_settings.networks import Networks, seed_of
 from applications.learned_optimizer_settings.settings import Settings
 
@@ -25,6 +26,23 @@ EXACT: dict[str, Method] = {
     "forward": bl.ForwardMode(max_hparams=MOST_POINTS + 1),
 }
 """The same derivative: the fastest; with memory of ``2 sqrt(steps)`` steps; with memory of one step."""
+
+SETTINGS: dict[str, Any] = {"hypergrad": EXACT["unroll"], "outer_lr": 0.2}
+"""Of the outer loop: ``--hypergrad`` and ``--outer-lr``."""
+
+
+def ways(hypergrad: str, outer_lr: float, settings: Mapping[str, Any]) -> tuple[Method, float]:
+    """The hypergradient method and Adam's learning rate: those of ``--solver`` before those of the knobs.
+
+    Raises:
+        UserError: a setting that cannot be used here.
+    """
+    chosen = {"hypergrad": EXACT[hypergrad], "outer_lr": outer_lr, **settings}
+    method, lr = chosen["hypergrad"], chosen["outer_lr"]
+    require(isinstance(method, Method), f"--solver has {method}: Unroll, Truncated or ForwardMode is needed.")
+    positive = isinstance(lr, int | float) and 0 < lr < math.inf
+    require(positive, f"--solver has an outer_lr of {lr}: a positive number is needed.")
+    return method, lr
 
 
 def end_of_run(networks: Networks, settings: Settings, steps: int, stop: int, method: Method, seed: int) -> Tensor:
@@ -44,7 +62,7 @@ class Learning:
     """Learns the settings; each outer step trains fresh networks on fresh mini-batches.
 
     Exact: the validation loss at the end of the run, differentiated through all steps (Maclaurin et al. 2015;
-    Franceschi et al. 2017). With a window: the loss at two points of the run, differentiated through the ``window``
+    Franceschi et al. 2017). `bl.Truncated`: the loss at two points of the run, differentiated through the window of
     steps before each. Every learning rate then answers for what comes at most ``window`` steps later, as in online
     tuning (Baydin et al. 2018 with a window of one), at the same number of training steps on average.
     """
@@ -57,12 +75,12 @@ class Learning:
         outer_steps: int,
         outer_lr: float,
         seed: int,
-        hypergrad: str = "unroll",
-        window: int | None = None,
+        hypergrad: Method = SETTINGS["hypergrad"],
     ):
         self.networks, self.settings, self.steps_of_run = networks, settings, steps_of_run
         self.steps, self.outer_lr, self.seed = outer_steps, outer_lr, seed
-        self.window, self.exact = window, EXACT[hypergrad]
+        self.hypergrad = hypergrad
+        self.window = hypergrad.last if isinstance(hypergrad, bl.Truncated) else None
         self.optimizer = torch.optim.Adam(settings.tensors, lr=outer_lr, betas=(0.9, 0.95))
         self.step = 0
 
@@ -88,9 +106,8 @@ class Learning:
     def gradient(self) -> float:
         """Leave the hypergradient in ``grad``; the validation loss of the last runs, mean over the networks."""
         for place, stop in enumerate(self.stops()):
-            method = bl.Truncated(last=self.window) if self.window else self.exact
             seed = seed_of(self.seed, LEARNING, self.step, place)
-            loss = end_of_run(self.networks, self.settings, self.steps_of_run, stop, method, seed).mean()
+            loss = end_of_run(self.networks, self.settings, self.steps_of_run, stop, self.hypergrad, seed).mean()
             loss.backward()
         return loss.item()
 

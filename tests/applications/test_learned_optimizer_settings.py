@@ -19,6 +19,7 @@ from applications.learned_optimizer_settings.__main__ import Config, history, st
 from applications.learned_optimizer_settings.learn import EXACT, Learning, end_of_run
 from applications.learned_optimizer_settings.networks import Data, Networks, losses, train
 from applications.learned_optimizer_settings.settings import Settings
+from applications.learned_optimizer_settings.tuning import tunable
 from applications.run_folder import RunFolder
 from tests.runs import comparable
 
@@ -83,7 +84,7 @@ def test_learning_by_forward_mode_is_learning_by_reverse_mode():
     learned = []
     for name in ("forward", "checkpoint"):
         learned.append(settings())
-        list(Learning(networks(), learned[-1], STEPS, 3, 0.2, seed=0, hypergrad=name).records())
+        list(Learning(networks(), learned[-1], STEPS, 3, 0.2, seed=0, hypergrad=EXACT[name]).records())
     torch.testing.assert_close(learned[0].log_lr, learned[1].log_lr, rtol=1e-8, atol=0)
     torch.testing.assert_close(learned[0].logit, learned[1].logit, rtol=1e-8, atol=0)
     assert (learned[0].log_lr - settings().log_lr).abs().min() > 0.1
@@ -165,7 +166,7 @@ def test_learning_rates_that_diverge_are_halved():
 
 
 def test_windows_end_at_points_of_the_whole_run():
-    learning = Learning(networks(), settings(), 100, 5, 0.1, seed=0, window=3)
+    learning = Learning(networks(), settings(), 100, 5, 0.1, seed=0, hypergrad=bl.Truncated(3))
     seen = []
     for learning.step in range(200):
         seen += learning.stops()
@@ -195,7 +196,7 @@ def test_every_setting_meets_the_same_fresh_networks():
 
 
 def command(*arguments: str) -> int:
-    return main("learned_optimizer_settings", list(arguments), Config, story)
+    return main("learned_optimizer_settings", list(arguments), Config, story, tunable)
 
 
 def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypatch):
@@ -220,6 +221,35 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypa
     assert timeless[0] == timeless[1]
     for picture in ("schedules", "search", "training"):
         assert (tmp_path / "whole" / f"{picture}.png").stat().st_size > 10_000
+
+
+def test_a_short_horizon_is_judged_by_whole_runs():
+    """Each trial of a study: the score of settings is that of the same settings, however they were found."""
+    study = tunable(Config(data="iris", steps=STEPS, hidden=4, outer_steps=3, networks=2, points=3, fresh=3))
+    for choice in ({"hypergrad": "truncated", "hypergrad.last": 2}, {"hypergrad": "forward"}):
+        settings = study.settings({**choice, "outer_lr": 0.3})
+        records = list(study.train(settings, 5))
+        assert [step for step, _, _ in records] == [1, 2, 3]
+        nets = Networks(Data.read("iris", seed=5), 2, 4)
+        at = Settings.constant(0.05, 0.9, 3)
+        list(Learning(nets, at, STEPS, 3, 0.3, 5, settings["hypergrad"]).records())
+        fresh = dataclasses.replace(nets, count=3)
+        assert records[-1][1]() == baselines.loss_of(fresh, *at.numbers(STEPS), 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"outer_lr": -1.0}', "outer_lr of -1.0"),
+        ('{"hypergrad": {"type": "OneStep"}}', "Unroll, Truncated or ForwardMode"),
+        ('{"solver": 1}', "'hypergrad', 'outer_lr' are expected"),
+    ],
+)
+def test_bad_solver_settings_end_with_2(content, message, tmp_path, capsys):
+    (tmp_path / "bad.json").write_text(content)
+    assert command(*TINY, "--solver", str(tmp_path / "bad.json"), "--out", str(tmp_path / "run")) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
