@@ -5,55 +5,28 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
-from typing import Literal
 
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from applications.command import Knobs, main, require, require_at_least_one
-from applications.data import Examples, load, split
+from applications.command import main
 from applications.run import Row, Run
 from applications.search import plots
 from applications.search.comparison import Comparison
-from applications.search.contests import Contest, built_in, of_file
-from applications.search.methods import METHODS
+from applications.search.contests import Contest, contests_of
+from applications.search.knobs import Config
+from applications.search.methods import METHODS, check_settings
+from applications.search.tuning import tunable
 
 OURS = "hypergradient"
 
 
-@dataclass(frozen=True)
-class Config(Knobs):
-    """Held-out loss against time of BilevelSearchCV, GridSearchCV, RandomizedSearchCV and Optuna on the same folds."""
-
-    data: str = "built-in"
-    """built-in: eight contests from 1 to 1,000 hyperparameters. A set (diabetes, digits, mnist, ...), or a file (.npz):
-    one penalty, and a penalty for each feature."""
-    data_root: Path | None = None
-    """Folder of the data sets that are not built in; by default $BILEVEL_DATA, then ~/.cache/bilevel."""
-    task: Literal["regression", "classification"] = "classification"
-    """What the targets of --data are."""
-    examples: int = 0
-    """Take so many of --data, at random; 0: all."""
-    per_feature: bool = True
-    """Whether --data is searched with a penalty for each feature too."""
-    repeats: int = 1
-    """Splits into training and test examples, each with its own folds; the tables have the means."""
-    candidates: int = 20
-    """Of random search and of Optuna; the grids have up to 64."""
-
-    def check(self) -> None:
-        """See `Knobs`."""
-        require_at_least_one(self, "repeats", "candidates")
-        require(self.examples >= 0, f"--examples is {self.examples}: a number of examples, or 0 for all.")
-
-
 def story(knobs: Config, run: Run) -> None:
     """Compare, tabulate, draw."""
-    contests = built_in(knobs.seed) if knobs.data == "built-in" else of_file(chosen(knobs), knobs.per_feature)
-    comparison = Comparison(contests, knobs.repeats, knobs.candidates, knobs.seed)
+    check_settings(run.settings)
+    contests = contests_of(knobs, knobs.seed)
+    comparison = Comparison(contests, knobs.repeats, knobs.candidates, knobs.seed, run.settings)
     run.say(f"{len(contests)} contests, {knobs.repeats} splits, 5 folds each; seconds are CPU time of one thread.")
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -64,12 +37,6 @@ def story(knobs: Config, run: Run) -> None:
         "Hypergradient beside the best of the others", [against_the_best(contest, records) for contest in contests]
     )
     run.picture("curves.png", plots.curves(contests, records))
-
-
-def chosen(knobs: Config) -> Examples:
-    """The examples of --data."""
-    examples = load(knobs.data, knobs.data_root, task=knobs.task)
-    return split(examples, [knobs.examples], knobs.seed)[0] if knobs.examples else examples
 
 
 def of(contest: Contest, method: str, records: Iterable[Row]) -> list[Row]:
@@ -133,4 +100,4 @@ def seconds_to_match(own: list[Row], theirs: list[Row]) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main("search", sys.argv[1:], Config, story))
+    sys.exit(main("search", sys.argv[1:], Config, story, tunable))

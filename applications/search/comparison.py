@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,12 @@ def warm_up() -> None:
     BilevelSearchCV(Ridge(), {"alpha": (0.1, 10)}).fit(x, x[:, 0])
 
 
+def parts_of(contest: Contest, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Features and targets of the training and of the test examples."""
+    parts = split(contest.examples, [1 - TEST_SHARE, TEST_SHARE], seed)
+    return [(np.asarray(part.features), part.targets) for part in parts]
+
+
 class Comparison:
     """A step is one method on one contest and one split into training and test examples.
 
@@ -31,17 +37,25 @@ class Comparison:
 
     Args:
         repeats: splits, each with its own folds. candidates: of random search and Optuna.
+        settings: of `BilevelSearchCV`, in place of `methods.SETTINGS`.
     """
 
-    def __init__(self, contests: list[Contest], repeats: int, candidates: int, seed: int):
-        self.candidates, self.seed, self.step = candidates, seed, 0
+    def __init__(
+        self,
+        contests: list[Contest],
+        repeats: int,
+        candidates: int,
+        seed: int,
+        settings: Mapping[str, Any] | None = None,
+    ):
+        self.candidates, self.seed, self.settings, self.step = candidates, seed, settings or {}, 0
         self.plan = [
             (contest, repeat, method) for contest in contests for repeat in range(repeats) for method in METHODS
         ]
         self.steps = len(self.plan)
         for contest in contests:  # whether every class is in every part is known before anything is computed
             for repeat in range(repeats):
-                self._parts(contest, repeat)
+                parts_of(contest, self.seed + repeat)
 
     def records(self) -> Iterator[Row]:
         warm_up()
@@ -57,13 +71,9 @@ class Comparison:
     def restore(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
 
-    def _parts(self, contest: Contest, repeat: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        parts = split(contest.examples, [1 - TEST_SHARE, TEST_SHARE], self.seed + repeat)
-        return [(np.asarray(part.features), part.targets) for part in parts]
-
     def _compare(self, contest: Contest, repeat: int, method: str) -> Row:
-        train, test = self._parts(contest, repeat)
-        found = METHODS[method](Task(contest, train[0], train[1], self.candidates, self.seed + repeat))
+        train, test = parts_of(contest, self.seed + repeat)
+        found = METHODS[method](Task(contest, *train, self.candidates, self.seed + repeat, self.settings))
         curve = [
             [float(found.seconds[i]), float(found.losses[i]), held_out(contest, found.params[i], train, test)]
             for i in found.improvements()

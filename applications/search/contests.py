@@ -13,8 +13,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
-from applications.data import Examples, load
+from applications.data import Examples, load, split
 from applications.search.feature_models import FeatureKernelRidge, FeatureLogistic, FeatureRidge
+from applications.search.knobs import Config
 
 PENALTIES = (1e-3, 1e3)
 """Of every penalty, three decades around the default on both sides."""
@@ -53,6 +54,22 @@ class Contest:
     def key(self, name: str) -> str:
         """The name of a hyperparameter in the pipeline."""
         return f"{type(self.model).__name__.lower()}__{name}"
+
+
+def contests_of(knobs: Config, seed: int) -> list[Contest]:
+    """Those of --data.
+
+    Args:
+        seed: of what is drawn: data sets, and examples of a file.
+
+    Raises:
+        UserError: bad data.
+    """
+    if knobs.data == "built-in":
+        return built_in(seed)
+    examples = load(knobs.data, knobs.data_root, task=knobs.task)
+    chosen = split(examples, [knobs.examples], seed)[0] if knobs.examples else examples
+    return of_file(chosen, knobs.per_feature)
 
 
 def built_in(seed: int) -> list[Contest]:

@@ -46,13 +46,18 @@ class Evaluation:
 
 @dataclass
 class CrossValidation:
-    """x to the mean loss over the folds and its hypergradient; it remembers each evaluation."""
+    """x to the mean loss over the folds and its hypergradient; it remembers each evaluation.
+
+    Attributes:
+        heard: is called with each new evaluation.
+    """
 
     folds: Folds
     space: Space
     predict: Predict
     constants: dict[str, torch.Tensor]
     history: list[Evaluation] = field(default_factory=list)
+    heard: Callable[[Evaluation], None] = lambda evaluation: None
 
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         if self.history and np.array_equal(self.history[-1].x, x):
@@ -67,6 +72,7 @@ class CrossValidation:
         seconds = time.perf_counter() - begin
         found = Evaluation(x.copy(), losses.detach().numpy(), train_losses.numpy(), gradient.numpy(), seconds)
         self.history.append(found)
+        self.heard(found)
         return float(found.test_losses.mean()), found.gradient
 
 
@@ -157,7 +163,7 @@ class BilevelSearchCV(MetaEstimatorMixin, BaseEstimator):
         Raises:
             ValueError, TypeError: bad data or settings; the message names them.
         """
-        self._check_settings()
+        self.check_settings()
         given, (X, y) = X, validate_data(self, X, y, ensure_min_samples=2)
         y, num_classes = self._targets(y)
         before, model, prefix = take_apart(self.estimator)
@@ -172,7 +178,8 @@ class BilevelSearchCV(MetaEstimatorMixin, BaseEstimator):
         constants = {
             name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items() if name not in searched
         }
-        search = CrossValidation(folds, space, entry.twin(folds, model.get_params(deep=False)), constants)
+        twin = entry.twin(folds, model.get_params(deep=False))
+        search = CrossValidation(folds, space, twin, constants, heard=self._heard)
         self.n_iter_ = self._minimize(search, values)
         self.n_splits_, self.n_evaluations_ = len(splits), len(search.history)
         self.path_ = np.stack([evaluation.x for evaluation in search.history])
@@ -184,7 +191,15 @@ class BilevelSearchCV(MetaEstimatorMixin, BaseEstimator):
             self.refit_time_ = time.perf_counter() - begin
         return self
 
-    def _check_settings(self) -> None:
+    def _heard(self, evaluation: Evaluation) -> None:
+        """After each evaluation; a subclass may follow the search, or end it by an exception."""
+
+    def check_settings(self) -> None:
+        """Of the search itself; `fit` does it too.
+
+        Raises:
+            ValueError: naming the setting.
+        """
         if not isinstance(self.max_iter, int | np.integer) or self.max_iter < 1:
             raise ValueError(f"max_iter is {self.max_iter!r}: a whole number, at least 1, is needed.")
         if not isinstance(self.n_starts, int | np.integer) or self.n_starts < 1:

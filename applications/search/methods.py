@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import optuna
@@ -22,21 +22,32 @@ from sklearn.model_selection import (
     cross_val_score,
 )
 
+from applications.errors import UserError
 from applications.search.contests import Contest
 from applications.search.estimator import BilevelSearchCV
 
 Params = dict[str, Any]
 
+SETTINGS: dict[str, Any] = {"tol": 1e-4, "max_iter": 50, "n_starts": 1}
+"""Of `BilevelSearchCV`: its defaults."""
+
+S = TypeVar("S", bound=BilevelSearchCV)
+
 
 @dataclass(frozen=True)
 class Task:
-    """What a method is given: the training examples of one repeat, the folds, how many candidates, a seed."""
+    """What a method is given: the training examples of one repeat, the folds, how many candidates, a seed.
+
+    Attributes:
+        settings: of `BilevelSearchCV`, in place of `SETTINGS`.
+    """
 
     contest: Contest
     x: np.ndarray
     y: np.ndarray
     candidates: int
     seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def folds(self) -> BaseCrossValidator:
         kind = StratifiedKFold if self.contest.examples.num_classes else KFold
@@ -70,10 +81,28 @@ def untuned(task: Task) -> Found:
 
 def hypergradient(task: Task) -> Found:
     """`BilevelSearchCV` from the defaults."""
+    search = search_of(task, BilevelSearchCV)
+    return from_results(lambda: search.fit(task.x, task.y))
+
+
+def search_of(task: Task, kind: type[S]) -> S:
+    """The search of a task, not begun."""
     contest = task.contest
     space = {contest.key(name): bounds for name, bounds in contest.bounds.items()}
-    search = BilevelSearchCV(contest.estimator(), space, cv=task.folds(), refit=False)
-    return from_results(lambda: search.fit(task.x, task.y))
+    settings = {**SETTINGS, **task.settings}
+    return kind(contest.estimator(), space, cv=task.folds(), refit=False, random_state=task.seed, **settings)
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse what `BilevelSearchCV` would refuse, before anything is computed.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    try:
+        BilevelSearchCV(None, {}, **settings).check_settings()
+    except ValueError as error:
+        raise UserError(f"--solver: {error}") from error
 
 
 def grid(task: Task) -> Found:

@@ -31,7 +31,9 @@ from applications.search.estimator import CrossValidation
 from applications.search.folds import make_folds, take_apart
 from applications.search.methods import METHODS
 from applications.search.models import hyperparameters, searchable
+from applications.search.one_by_one import one_by_one
 from applications.search.space import make_space
+from applications.search.tuning import Watched, tunable
 
 
 @parametrize_with_checks(
@@ -232,6 +234,68 @@ def test_more_starts_are_never_worse():
     np.testing.assert_array_equal(more.path_, again.path_)
 
 
+def test_a_loop_that_calls_can_be_asked():
+    seen = []
+
+    def count(give):
+        try:
+            for number in range(4):
+                seen.append(number)
+                give(number)
+        finally:
+            seen.append("ended")
+
+    assert list(one_by_one(count)) == [0, 1, 2, 3]
+    seen.clear()
+    asked = one_by_one(count)
+    assert [next(asked), next(asked), seen] == [0, 1, [0, 1]]  # it waits
+    asked.close()
+    assert seen == [0, 1, "ended"]
+
+    def fail(give):
+        give(0)
+        raise ValueError("bad")
+
+    asked = one_by_one(fail)
+    next(asked)
+    with pytest.raises(ValueError, match="bad"):
+        next(asked)
+
+
+def test_a_search_evaluation_by_evaluation_is_the_whole_search():
+    x, y = data("regression")
+    arguments = (KernelRidge(kernel="rbf", gamma=90.0), {"alpha": (1e-4, 1e2), "gamma": (1e-4, 1e2)})
+    whole = BilevelSearchCV(*arguments, n_starts=2, random_state=0).fit(x, y)
+    watched = Watched(*arguments, n_starts=2, random_state=0)
+    assert list(watched.losses(x, y)) == whole.cv_results_["mean_test_loss"].tolist()
+    assert watched.best_score_ == whole.best_score_
+    begun = Watched(*arguments).losses(x, y)
+    assert next(begun) == whole.cv_results_["mean_test_loss"][0]
+    begun.close()
+
+
+def test_a_tuned_search_is_the_comparison_s(tmp_path):
+    """By default the study's first trial reaches the loss that the comparison tells, in as many evaluations."""
+    x, y = make_regression(60, 5, noise=5.0, random_state=0)
+    np.savez(tmp_path / "own.npz", features=x, targets=y)
+    study = tunable(Config(data=str(tmp_path / "own.npz"), task="regression"))
+    records = list(study.train(study.settings(study.default), 3))
+    plan = Comparison(of_file(Examples("own", x, y, 0)), 1, 3, seed=3)
+    (told,) = [r for r in plan.records() if r["method"] == "hypergradient" and "feature" in r["contest"]]
+    assert [step for step, _, _ in records] == list(range(1, told["candidates"] + 1))
+    assert records[-1][1] == told["cv_loss"] < records[0][1]
+    short = list(study.train({"tol": 1e-4, "max_iter": 1, "n_starts": 1}, 3))
+    assert 1 < len(short) < len(records)
+
+
+def test_bad_settings_end_with_2(tmp_path, capsys):
+    (tmp_path / "bad.json").write_text('{"tol": -1.0}')
+    settings = ("--data", "diabetes", "--task", "regression", "--solver", str(tmp_path / "bad.json"))
+    assert search_command(*settings, "--out", str(tmp_path / "run")) == 2
+    assert "tol is -1.0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_groups_and_no_refit():
     x, y = data("regression")
     search = BilevelSearchCV(Ridge(), {"alpha": (1e-2, 1e2)}, cv=GroupKFold(3), refit=False)
@@ -304,7 +368,7 @@ def test_the_comparison_resumes_where_it_stood(tmp_path, monkeypatch):
 
 
 def search_command(*arguments: str) -> int:
-    return main("search", list(arguments), Config, story)
+    return main("search", list(arguments), Config, story, tunable)
 
 
 def test_a_file_of_the_user_is_searched(tmp_path, capsys):
