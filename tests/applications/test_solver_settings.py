@@ -13,15 +13,19 @@ from applications.data_cleaning.cleaning import SETTINGS as CLEANING
 from applications.distillation.inner import CUT_OFF
 from applications.equilibrium.knobs import Config as Equilibrium
 from applications.equilibrium.methods import settings_of
+from applications.learned_optimizer_settings.learn import SETTINGS as LEARNING
 from applications.regularization.features import SETTINGS as PENALTIES
+from applications.search.methods import SETTINGS as SEARCH
 from applications.sparse_regression.criterion import SETTINGS as CRITERION
 
 TUNED = {
     "data_cleaning": CLEANING,
     "distillation": CUT_OFF,
     "equilibrium": settings_of(Equilibrium()),
+    "learned_optimizer_settings": LEARNING,
     "regularization": PENALTIES,
     "reweighting": {"hypergrad": bl.Unroll(), "meta_lr": 3e-3},
+    "search": SEARCH,
     "sparse_regression": CRITERION,
 }
 """The settings that each application has by default."""
@@ -30,8 +34,10 @@ QUICK = {
     "data_cleaning": "--num-train 60 --num-val 60 --repeats 1 --steps 2",
     "distillation": "--network convnet --convnet-steps 2 --width 4 --batch 32 --repeats 2 --full-steps 3",
     "equilibrium": "--runs 1 --epochs 1 --batch-size 600 --width 8 --depths 2 3",
+    "learned_optimizer_settings": "--data iris --steps 6 --outer-steps 2 --networks 2 --points 3 --windows 2 --fresh 3",
     "regularization": "--problem features --data digits --train 40 --validation 40 --steps 2",
     "reweighting": "--repeats 2 --steps 4 --warm-up 1 --hidden 10 --problems noise",
+    "search": "--data diabetes --task regression --examples 80 --candidates 2 --no-per-feature",
     "sparse_regression": "--data diabetes --draws 1 --folds 2 --evaluations 3 --noise-features 0",
 }
 """Knobs that make a run short."""
