@@ -150,9 +150,9 @@ def pictures(run: Run, study: optuna.Study, tunable: Tunable) -> None:
         kinds["timeline"] = {}
     page: list[str] = []
     for kind, settings in kinds.items():
-        few = {"params": most_important(study)} if kind == "slice" else {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # experimental; tight layouts
+            warnings.simplefilter("ignore")  # experimental; tight layouts; importances of few trials
+            few = {"params": most_important(study)} if kind == "slice" else {}
             content = attempt(partial(picture, getattr(drawn, f"plot_{kind}"), study, {**settings, **few}))
             figure = attempt(partial(getattr(interactive, f"plot_{kind}"), study, **settings))
         if content is not None:
