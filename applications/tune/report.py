@@ -152,8 +152,9 @@ def pictures(run: Run, study: optuna.Study, tunable: Tunable) -> None:
     for kind, settings in kinds.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental; tight layouts; importances of few trials
-            few = {"params": most_important(study)} if kind == "slice" else {}
-            content = attempt(partial(picture, getattr(drawn, f"plot_{kind}"), study, {**settings, **few}))
+            if kind == "slice":
+                settings = {**settings, "params": most_important(study)}
+            content = attempt(partial(picture, getattr(drawn, f"plot_{kind}"), study, settings))
             figure = attempt(partial(getattr(interactive, f"plot_{kind}"), study, **settings))
         if content is not None:
             run.picture(f"{kind.replace('_', '-')}.png", content)

@@ -35,7 +35,7 @@ QUICK = {
     "distillation": "--network convnet --convnet-steps 2 --width 4 --batch 32 --repeats 2 --full-steps 3",
     "equilibrium": "--runs 1 --epochs 1 --batch-size 600 --width 8 --depths 2 3",
     "learned_optimizer_settings": "--data iris --steps 6 --outer-steps 2 --networks 2 --points 3 --windows 2 --fresh 3",
-    "regularization": "--problem features --data digits --train 40 --validation 40 --steps 2",
+    "regularization": "--problem features --data iris --train 40 --validation 40 --steps 2",
     "reweighting": "--repeats 2 --steps 4 --warm-up 1 --hidden 10 --problems noise",
     "search": "--data diabetes --task regression --examples 80 --candidates 2 --no-per-feature",
     "sparse_regression": "--data diabetes --draws 1 --folds 2 --evaluations 3 --noise-features 0",
