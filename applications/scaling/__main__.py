@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
 from applications import memory
 from applications.command import Knobs, main, require, require_at_least_one
@@ -185,22 +186,26 @@ def picture(curves: dict[str, tuple[str, list[Row]]]) -> bytes:
     for panel in panels.flat[len(curves) :]:
         panel.axis("off")
     for panel, (title, (column, rows)) in zip(panels.flat, curves.items(), strict=False):
-        memory_panel = panel.twinx() if any("MiB" in key for key in rows[0]) else None
-        for key in rows[0]:
-            if key == column:
-                continue
+        units = {"seconds": panel}
+        if any("MiB" in key for key in rows[0]):
+            units["peak MiB"] = panel.twinx()
+        for key in [key for key in rows[0] if key != column]:
             kept = [(row[column], row[key]) for row in rows if row[key]]
-            on, colour = (memory_panel, ORANGE) if "MiB" in key else (panel, BLUE)
-            assert on is not None
-            dashed = "unrolled" in key or "shards" in key
-            on.plot(*zip(*kept, strict=True), color=colour, marker="o", ms=4, ls="--" if dashed else "-", label=key)
-        panel.set(xscale="log", yscale="log", xlabel=column, ylabel="seconds")
+            on, colour = (units["peak MiB"], ORANGE) if "MiB" in key else (panel, BLUE)
+            style = "--" if "unrolled" in key or "shards" in key else "-"
+            on.plot(*zip(*kept, strict=True), color=colour, marker="o", ms=4, ls=style, label=key)
+        panel.set(xscale="log", xlabel=column)
         panel.set_title(title, fontsize=9)
-        handles = panel.get_legend_handles_labels()
-        if memory_panel is not None:
-            memory_panel.set(yscale="log", ylabel="peak MiB")
-            handles = tuple(a + b for a, b in zip(handles, memory_panel.get_legend_handles_labels(), strict=True))
-        panel.legend(*handles, fontsize=7)
+        for unit, axes in units.items():
+            axes.set(yscale="log", ylabel=unit)
+            low, high = axes.get_ylim()
+            axes.set_ylim(low / 2, max(high * 2, 100 * low))  # what hardly grows is to look so
+            for one in (axes.xaxis, axes.yaxis):
+                one.set_minor_formatter(NullFormatter())
+        if column == "ranks":
+            panel.set_xticks([row[column] for row in rows], [str(row[column]) for row in rows])
+        handles = [pair for axes in units.values() for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+        panel.legend(*zip(*handles, strict=True), fontsize=7)
     figure.tight_layout()
     return png(figure)
 

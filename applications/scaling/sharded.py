@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 import bilevel as bl
 from applications import ranks
@@ -46,10 +46,10 @@ def problem(examples: int, features: int) -> Callable[[], Tensor]:
     log_penalties = torch.full((features,), -4.0, requires_grad=True)
 
     def mean_loss(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(x @ weights, y, reduction="sum") / examples
+        return cross_entropy(linear(x, weights), y, reduction="sum") / examples
 
     def inner(weights: Tensor, log_penalties: Tensor) -> Tensor:
-        decay = (log_penalties.exp().unsqueeze(-1) * weights.square()).sum()
+        decay = (log_penalties.exp() * weights.square()).sum()
         return mean_loss(weights, x_train, y_train) + decay / 2 / bl.distributed.world_size()
 
     def hypergradient() -> Tensor:
@@ -57,7 +57,7 @@ def problem(examples: int, features: int) -> Callable[[], Tensor]:
         hypergrad = bl.Implicit(bl.CG(max_steps=20))
         fit = bl.argmin(
             bl.distributed.sharded(inner),
-            torch.zeros(features, CLASSES),
+            torch.zeros(CLASSES, features),  # the layout whose products are fastest
             log_penalties,
             solver=solver,
             hypergrad=hypergrad,

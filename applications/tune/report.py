@@ -123,7 +123,7 @@ def front(run: Run, study: optuna.Study, tunable: Tunable) -> None:
     for trial in sorted(within, key=lambda trial: sign * trial.values[0]):
         settings = tunable.settings(trial.params)
         bl.tuning.save(run.folder.path / f"front-{trial.number}.json", settings)
-        texts = ", ".join(bl.tuning.expression(setting) for setting in settings.values())
+        texts = ", ".join(f"{name}={bl.tuning.expression(setting)}" for name, setting in settings.items())
         score, seconds, mib = trial.values
         row = {"trial": str(trial.number), tunable.score: score, "seconds": seconds, "MiB": mib, "settings": texts}
         rows.append(row)

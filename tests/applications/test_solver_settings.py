@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sqlite3
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,13 @@ def run(name: str, *arguments: str) -> int:
     from applications.command import main
 
     return main(name, [*arguments, *QUICK[name].split()], application.Config, application.story, application.tunable)
+
+
+def test_every_application_has_tune():
+    """All that `docs/applications.md` lists; few-shot learning has tests of its own."""
+    pages = {path.stem for path in (Path(__file__).parents[2] / "docs" / "applications").glob("*.md")}
+    assert pages == set(TUNED) == set(QUICK)
+    assert "applications.few_shot tune" in (Path(__file__).parents[2] / "docs" / "tuning.md").read_text()
 
 
 @pytest.mark.parametrize("name", TUNED)
