@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilevel as bl
 from applications.benchmarks.contest import Contestant, Round, checkout, needs, timed
-from applications.benchmarks.hyperparameters import MAX_STEPS, RTOL, Data, Hyperparameters, objective
+from applications.benchmarks.hyperparameters import MAX_STEPS, RTOL, Data, Hyperparameters, Linear, objective
 
 Hypergradient = Callable[["Tensors"], tuple[Any, dict[str, Any]]]
 """One hypergradient from the solved W, with facts about it."""
@@ -24,15 +24,16 @@ Hypergradient = Callable[["Tensors"], tuple[Any, dict[str, Any]]]
 def contestants(workload: Hyperparameters) -> dict[str, Callable[[], Contestant]]:
     """The peers stand twice where they take a preconditioner: as they come, and with the one that ours is given."""
 
-    def in_torch(build: Callable[[Tensors], Hypergradient]) -> Callable[[], Contestant]:
-        return lambda: InTorch(Tensors(workload.data()), build)
+    def in_torch(build: Callable[[Tensors], Hypergradient], layer: Linear = linear) -> Callable[[], Contestant]:
+        return lambda: InTorch(Tensors(workload.data(), layer), build)
 
-    def with_diagonal(build: Callable[..., Hypergradient]) -> Callable[[], Contestant]:
-        return in_torch(functools.partial(build, preconditioned=True))
+    def with_diagonal(build: Callable[..., Hypergradient], layer: Linear = linear) -> Callable[[], Contestant]:
+        return in_torch(functools.partial(build, preconditioned=True), layer)
 
     return {
-        "bilevel": with_diagonal(ours),
-        "bilevel, plain CG": in_torch(ours),
+        "bilevel": with_diagonal(ours, bl.nn.linear),
+        "bilevel, plain CG": in_torch(ours, bl.nn.linear),
+        "bilevel, plain CG, PyTorch's linear": in_torch(ours),
         "hypertorch": in_torch(hypertorch),
         "TorchOpt": in_torch(torchopt),
         "TorchOpt, same preconditioner": with_diagonal(torchopt),
@@ -44,9 +45,10 @@ def contestants(workload: Hyperparameters) -> dict[str, Callable[[], Contestant]
 
 
 class Tensors:
-    """`Data` as tensors, without a copy."""
+    """`Data` as tensors, without a copy, and the layer that multiplies with them."""
 
-    def __init__(self, data: Data):
+    def __init__(self, data: Data, layer: Linear = linear):
+        self.linear = layer
         self.x_train, self.y_train = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
         self.x_val, self.y_val = torch.from_numpy(data.x_val), torch.from_numpy(data.y_val)
         self.solution = torch.from_numpy(data.solution)
@@ -54,10 +56,10 @@ class Tensors:
         self.inverse_diagonal = 1 / torch.from_numpy(data.diagonal())
 
     def inner(self, params: Tensor, log_penalties: Tensor) -> Tensor:
-        return objective(params, log_penalties, self.x_train, self.y_train)
+        return objective(params, log_penalties, self.x_train, self.y_train, self.linear)
 
     def outer(self, params: Tensor) -> Tensor:
-        return cross_entropy(linear(self.x_val, params), self.y_val)
+        return cross_entropy(self.linear(self.x_val, params), self.y_val)
 
 
 class InTorch:
@@ -76,6 +78,9 @@ class InTorch:
         return Round(seconds, found.detach().double().numpy().ravel(), {**facts, **self.facts})
 
 
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.mkldnn._linear_pointwise)
+
+
 class Passes(TorchDispatchMode):
     """Counts the matrix products with X as an operand, in either orientation."""
 
@@ -85,7 +90,7 @@ class Passes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         reads_x = any(isinstance(arg, Tensor) and arg.data_ptr() == self.x.data_ptr() for arg in args)
-        self.count += reads_x and func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        self.count += reads_x and func.overloadpacket in PRODUCTS
         return func(*args, **(kwargs or {}))
 
 

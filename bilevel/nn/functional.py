@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .product import matmul
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`torch.nn.functional.linear`: ``x [n, in], weight [out, in], bias [out]``, or all with a first dimension T."""
-    return x @ weight.mT + bias.unsqueeze(-2)
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`: ``x [n, in], weight [out, in], bias [out]``, or all with a first dimension T.
+
+    On a CPU in float32 products with few classes are up to twice as fast as PyTorch's own (by oneDNN, see `matmul`).
+    """
+    product = matmul(x, weight.mT)
+    return product if bias is None else product + bias.unsqueeze(-2)
 
 
 def functional_call(
