@@ -78,7 +78,7 @@ class InTorch:
         return Round(seconds, found.detach().double().numpy().ravel(), {**facts, **self.facts})
 
 
-PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.mkldnn._linear_pointwise)
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, getattr(torch.ops.mkldnn, "_linear_pointwise", None))
 
 
 class Passes(TorchDispatchMode):
