@@ -19,7 +19,7 @@ import tyro
 import bilevel as bl
 from applications import tune
 from applications.errors import UserError, exit_code
-from applications.run import Interrupted, Run
+from applications.run import SOLVER, Interrupted, Run
 from applications.run_folder import RunFolder
 
 
@@ -60,7 +60,6 @@ class SolverKnobs(Knobs):
 K = TypeVar("K", bound=Knobs)
 PLACE = ("out", "resume", "solver")
 """What config.json does not hold; the settings of the solver's file are kept beside it."""
-SOLVER = "solver.json"
 
 
 def from_json(kind: type[K], values: dict[str, Any]) -> K:

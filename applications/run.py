@@ -17,6 +17,8 @@ from applications.run_folder import Interruption, RunFolder
 T = TypeVar("T")
 Row = dict[str, Any]
 
+SOLVER = "solver.json"
+"""The settings of solvers that a run was given."""
 CHECKPOINT_SECONDS = 5.0
 """Between checkpoints of a training; there is one at its end and at an interruption too."""
 
@@ -52,7 +54,7 @@ class Run:
     training), ``results.json`` (parts with their seconds, and tables), ``report.md`` (the tables), pictures.
 
     Attributes:
-        settings: of solvers, in place of the application's own, by name; kept in ``solver.json``.
+        settings: of solvers, in place of the application's own, by name; kept in `SOLVER`.
     """
 
     def __init__(self, folder: RunFolder, config: Row, command: str, quiet: bool = False):
@@ -165,7 +167,7 @@ class Run:
         if not self._begun:
             self.folder.begin(self._config)
             if self.settings:  # the run is whole without the file that they came from
-                bl.tuning.save(self.folder.path / "solver.json", self.settings)
+                bl.tuning.save(self.folder.path / SOLVER, self.settings)
             self._begun = True
 
     def _save(self) -> None:

@@ -119,7 +119,7 @@ def front(run: Run, study: optuna.Study, tunable: Tunable) -> None:
     """The Pareto front, best score first, each settings as a file."""
     rows = []
     sign = -1 if tunable.direction == "maximize" else 1
-    within = [t for t in study.best_trials if all(value <= 0 for value in t.constraints.values())]
+    within = filter(bl.tuning.within_limits, study.best_trials)
     for trial in sorted(within, key=lambda trial: sign * trial.values[0]):
         settings = tunable.settings(trial.params)
         bl.tuning.save(run.folder.path / f"front-{trial.number}.json", settings)

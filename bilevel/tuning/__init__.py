@@ -6,7 +6,7 @@ study; `create_study` opens a storage that a killed process may have left in dis
 `load` and `expression` take the winner back into a program.
 """
 
-from .reports import best_trial, hypergradient_error, limit, loss_within, report
+from .reports import best_trial, hypergradient_error, limit, loss_within, report, within_limits
 from .settings import expression, from_json, load, save, to_json
 from .spaces import (
     FIXED_POINT_SOLVERS,
@@ -44,4 +44,5 @@ __all__ = [
     "suggest_inner_solver",
     "suggest_linear_solver",
     "to_json",
+    "within_limits",
 ]

@@ -177,6 +177,11 @@ def limit(trial: optuna.Trial, name: str, value: float, at_most: float) -> None:
     trial.set_constraint(name, value / at_most - 1 if math.isfinite(value) else math.inf)
 
 
+def within_limits(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether it keeps to every `limit`."""
+    return all(value <= 0 for value in trial.constraints.values())
+
+
 def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial:
     """The best trial that keeps to every limit (Optuna's own ``best_trial`` of a study with one objective).
 
@@ -186,7 +191,7 @@ def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial:
     from optuna.trial import TrialState
 
     done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]
-    within = [t for t in done if all(value <= 0 for value in t.constraints.values())]
+    within = [t for t in done if within_limits(t)]
     if not within:
         raise ValueError(
             f"None of the {len(study.trials)} trials is complete and within its limits ({len(done)} are complete): "
