@@ -190,16 +190,18 @@ def picture(curves: dict[str, tuple[str, list[Row]]]) -> bytes:
         if any("MiB" in key for key in rows[0]):
             units["peak MiB"] = panel.twinx()
         for key in [key for key in rows[0] if key != column]:
-            kept = [(row[column], row[key]) for row in rows if row[key]]
+            kept = [(row[column], row[key]) for row in rows if (row[key] or 0) > 0]
             on, colour = (units["peak MiB"], ORANGE) if "MiB" in key else (panel, BLUE)
             style = "--" if "unrolled" in key or "shards" in key else "-"
-            on.plot(*zip(*kept, strict=True), color=colour, marker="o", ms=4, ls=style, label=key)
+            if kept:
+                on.plot(*zip(*kept, strict=True), color=colour, marker="o", ms=4, ls=style, label=key)
         panel.set(xscale="log", xlabel=column)
         panel.set_title(title, fontsize=9)
         for unit, axes in units.items():
             axes.set(yscale="log", ylabel=unit)
             low, high = axes.get_ylim()
-            axes.set_ylim(low / 2, max(high * 2, 100 * low))  # what hardly grows is to look so
+            if low > 0:  # something is drawn; what hardly grows is to look so
+                axes.set_ylim(low / 2, max(high * 2, 100 * low))
             for one in (axes.xaxis, axes.yaxis):
                 one.set_minor_formatter(NullFormatter())
         if column == "ranks":

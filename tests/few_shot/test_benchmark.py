@@ -14,7 +14,7 @@ from applications.few_shot.benchmark import Benchmark, Measurement, _extrapolate
 @pytest.fixture(scope="module")
 def measured(glyph_root, tmp_path_factory):
     out = tmp_path_factory.mktemp("benchmark")
-    arguments = ["--inner-steps", "100", "10", "--repeats", "2", "--out", str(out), "--tasks", "4"]
+    arguments = ["--inner-steps", "100", "10", "--repeats", "1", "--out", str(out), "--tasks", "2"]
     assert benchmark.main([*arguments, "--config.data-root", str(glyph_root)]) == 0
     return out
 
