@@ -43,6 +43,19 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
         return pool.submit(function, *arguments).result()
 
 
+def peak_and_seconds(measure: Callable[..., tuple[float, float]], *arguments: Any, repeats: int) -> tuple[float, float]:
+    """Peak of one repeat where freed memory goes back at once, and seconds of so many where it does not.
+
+    ``measure(*arguments, repeats)`` gives both; each counts from a fresh process of its own.
+
+    Raises:
+        BrokenProcessPool: see `in_own_process`.
+    """
+    with environment(RETURN_FREED):
+        peak, _ = in_own_process(measure, *arguments, 1)
+    return peak, in_own_process(measure, *arguments, repeats)[1]
+
+
 def reset_peak(device: torch.device) -> float:
     """Forget earlier peaks; what the process holds now, MiB."""
     if device.type == "cuda":

@@ -44,12 +44,9 @@ def tunable(config: Config) -> tune.Tunable:
         def loss() -> float:
             """Of a network that the settings in use today train: a bad training must not be judged by itself."""
             start, images = initial(judge.network, seed), training.images.detach()
+            fit = judge.train(start, images, training.labels, follow=False)
             x, y = parts.validation
-            return float(
-                cross_entropy(
-                    outputs(judge.network, judge.train(start, images, training.labels, follow=False).value, x), y
-                )
-            )
+            return float(cross_entropy(outputs(judge.network, fit.value, x), y))
 
         return tune.follow(training, loss)
 

@@ -106,9 +106,7 @@ def _in_own_process(settings: Benchmark, method: Method, steps: int, rows: list[
         note = f"not run: about {needed:.0f} needed, {available:.0f} there"
         return Measurement(method, steps, None, None, note)
     try:
-        with memory.environment(memory.RETURN_FREED):
-            peak, _ = memory.in_own_process(measure, config, 1)
-        _, seconds = memory.in_own_process(measure, config, settings.repeats)
+        peak, seconds = memory.peak_and_seconds(measure, config, repeats=settings.repeats)
     except (BrokenProcessPool, torch.OutOfMemoryError):
         return Measurement(method, steps, None, None, "out of memory")
     return Measurement(method, steps, peak, seconds)

@@ -86,7 +86,7 @@ def story(knobs: Scaling, run: Run) -> None:
                 **point(
                     run,
                     f"{n} tasks",
-                    partial(memory.in_own_process, benchmark.measure, replace(few_shot, tasks=n)),
+                    partial(memory.peak_and_seconds, benchmark.measure, replace(few_shot, tasks=n)),
                     knobs.repeats,
                 ),
             }
@@ -96,7 +96,7 @@ def story(knobs: Scaling, run: Run) -> None:
 
     def hypergradient(size: Size) -> Row:
         name = f"{size.width} wide, {size.penalties} penalties, {size.inner_steps} steps, {size.method}"
-        return point(run, name, partial(memory.in_own_process, penalized.measure, size, knobs.threads), knobs.repeats)
+        return point(run, name, partial(memory.peak_and_seconds, penalized.measure, size, knobs.threads), knobs.repeats)
 
     axis(
         "A hypergradient against its parameters",
@@ -121,14 +121,13 @@ def story(knobs: Scaling, run: Run) -> None:
     run.picture("scaling.png", picture(curves))
 
 
-def point(run: Run, name: str, measure: Callable[[int], tuple[float, float]], repeats: int) -> Row:
-    """Seconds, and MiB from a process whose freed memory goes back to the system; None where it ran out."""
+def point(run: Run, name: str, measure: Callable[..., tuple[float, float]], repeats: int) -> Row:
+    """Seconds and peak MiB; None where the process ran out of memory."""
 
     def both() -> Row:
         try:
-            with memory.environment(memory.RETURN_FREED):
-                peak, _ = measure(1)
-            return {"seconds": measure(repeats)[1], "MiB": peak}
+            peak, seconds = measure(repeats=repeats)
+            return {"seconds": seconds, "MiB": peak}
         except BrokenProcessPool:
             return {"seconds": None, "MiB": None}
 
