@@ -10,6 +10,7 @@ Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalC
 `EmpiricalFisher`. Tolerances: `Adaptive`.
 How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
 Many tasks: `stack`, `map_tasks`, `mean_over_tasks`, `losses_of_tasks`; layers made for Hessian products: `nn`.
+Recorded as a CUDA graph: `capture`.
 Many processes: `distributed`. From JAXopt: `custom_root`, `custom_fixed_point`, `compat`. Optuna: `tuning`.
 Files: `files`.
 """
@@ -50,6 +51,7 @@ from .linalg.nystrom import Nystrom, NystromPreconditioner
 from .linalg.preconditioners import AdamPreconditioner, Jacobi
 from .linalg.scipy import GMRES, LSMR, BiCGSTAB
 from .qp import QPSolution, quadratic_program
+from .recording import Captured, capture
 from .solution import NonFiniteError, Result, Solution, SolveError, SolveWarning
 from .tasks import losses_of_tasks, map_tasks, mean_over_tasks
 from .tree import stack
@@ -69,6 +71,7 @@ __all__ = [
     "Adaptive",
     "Anderson",
     "BiCGSTAB",
+    "Captured",
     "Cholesky",
     "EmpiricalFisher",
     "EvolutionStrategies",
@@ -105,6 +108,7 @@ __all__ = [
     "Truncated",
     "Unroll",
     "argmin",
+    "capture",
     "compat",
     "custom_fixed_point",
     "custom_root",

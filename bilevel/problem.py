@@ -13,6 +13,7 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
 from .closure import Autocast, Recorder
+from .recording import recording
 from .solution import NonFiniteError
 from .tree import Raveler, Tree, leaves
 
@@ -102,7 +103,7 @@ class Problem:
             start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
         self.start = start if differentiable else start.detach()
         self.shrink: Shrink | None = None  # the prox of a composite problem
-        if not bool(torch.isfinite(self.start.f).all()):
+        if not recording() and not bool(torch.isfinite(self.start.f).all()):
             raise NonFiniteError(blame_nonfinite("objective", init, args))
 
     def evaluate(self, y: Tensor) -> Evaluation:
@@ -175,7 +176,7 @@ class RootProblem:
         self.data: Any = None  # what a solver of a special form needs beside the residual
         self.y = self.raveler.ravel(point).detach().clone()
         self.r = self.raveler.ravel(leaves(found)).detach()
-        if not bool(torch.isfinite(self.r).all()):
+        if not recording() and not bool(torch.isfinite(self.r).all()):
             raise NonFiniteError(blame_nonfinite("residual", init, args))
 
     def evaluate(self, y: Tensor) -> Tensor:

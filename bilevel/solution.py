@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from .recording import recording
 
 Throw = Literal["raise", "warn", "fallback", "ignore"]
 
@@ -68,7 +70,7 @@ class AdjointCell:
 
 @dataclass
 class Solution:
-    """The outcome of one solve, or of a batch of T.
+    """The outcome of one solve, or of a batch of T; a tree of its value, stats and adjoint for `torch.utils._pytree`.
 
     Attributes:
         value: the solution; of `argmin` a tree like ``init``, of a linear solver a tensor ``[*batch, n]``.
@@ -117,6 +119,18 @@ class Solution:
         return self.adjoint_cell.solution
 
 
+def _flatten(solution: Solution) -> tuple[list[Any], Any]:
+    return [solution.value, solution.stats, solution.adjoint], solution.recovered
+
+
+def _unflatten(parts: Iterable[Any], recovered: Any) -> Solution:
+    value, stats, adjoint = parts
+    return Solution(value, stats, recovered, adjoint_cell=AdjointCell(adjoint))
+
+
+pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="bilevel.Solution")
+
+
 def check_throw(throw: str) -> None:
     if throw not in ("raise", "warn", "fallback", "ignore"):
         raise ValueError(f"throw is {throw!r}: it is 'raise', 'warn', 'fallback' or 'ignore'.")
@@ -132,7 +146,7 @@ def settle(solution: Solution, throw: Throw, what: str, advice: str) -> None:
 
     A non-finite solve always raises, but for ``throw="ignore"``: NaN gradients destroy a training run.
     """
-    if throw == "ignore" or solution.result.ok:
+    if throw == "ignore" or recording() or solution.result.ok:
         return
     message = f"{what}: {_describe(solution)}. {advice}"
     if throw == "raise" or solution.result is Result.NONFINITE:

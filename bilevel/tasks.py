@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .closure import Autocast, in_transform
 from .problem import graph_nodes, other_variable
+from .recording import Captured
 from .tree import Tree, leaves, tree_map
 
 
@@ -27,7 +28,7 @@ def map_tasks(fn: Callable[..., Tree], *data: Tree, chunk_size: int | None = Non
     Args:
         fn: from data of t tasks, leaves ``[t, ...]``, to a tree of tensors ``[t, ...]``. Called from several threads
             where ``num_threads`` says so: it must then not change what they share (`nn.functional_call` serves
-            modules, that of PyTorch does not), nor draw from the global random generator.
+            modules, that of PyTorch does not), nor draw from the global random generator. Or one of `capture`.
         data: trees of tensors ``[T, ...]``.
         chunk_size: tasks at a time, at most; None: as many as there are, shared among the threads.
         num_threads: threads that work side by side; `torch.get_num_threads` is the number to take on a CPU.
@@ -73,7 +74,7 @@ def mean_over_tasks(
     sums: list[Tensor] = [torch.zeros_like(leaf) for leaf in wanted]
 
     def chunk_gradient(*chunk: Tree) -> tuple[Tensor, list[Tensor], Any]:
-        return _gradient(fn, flat, spec, chunk, 1 / num_tasks)
+        return _run(_gradient, fn, flat, spec, chunk, 1 / num_tasks)
 
     for losses, grads, rest in _in_chunks(chunk_gradient, data, chunk_size, num_threads):
         total.append(losses)
@@ -106,7 +107,7 @@ def losses_of_tasks(
     wanted = _wanted(flat)
 
     def chunk_gradient(own: list[Tensor], *chunk: Tree) -> tuple[Tensor, list[Tensor], Any]:
-        return _gradient(fn, own, spec, chunk, 1.0)
+        return _run(_gradient, fn, own, spec, chunk, 1.0)
 
     for losses, grads, rest in _in_chunks(chunk_gradient, (flat, *data), chunk_size, num_threads):
         total.append(losses)
@@ -114,6 +115,11 @@ def losses_of_tasks(
         all_grads.append(grads)
     joined = [torch.cat(grads) for grads in zip(*all_grads, strict=True)]
     return _Known.apply(torch.cat(total), joined, *wanted), rests
+
+
+def _run(program: Callable[..., Any], fn: Callable[..., Any], *args: Any) -> Any:
+    """``program(fn, *args)``, from its recording where ``fn`` is captured."""
+    return fn.run(program, *args) if isinstance(fn, Captured) else program(fn, *args)
 
 
 def _wanted(flat: Sequence[Tensor]) -> list[Tensor]:

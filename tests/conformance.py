@@ -77,7 +77,7 @@ def check_linear_solver(solver: LinearSolver, tolerance: float = 1e-8) -> None:
     assert relative_error(alone.value, truth[1]) <= tolerance
 
     assert torch.equal(solution.state.x0, solution.value)
-    warm = solver.solve(Dense(matrix), b, LinearState(truth + 1e-3 * randn(3, 12, seed=4)))
+    warm = solver.solve(Dense(matrix), b, LinearState(truth + 1e-8 * randn(3, 12, seed=4)))
     assert warm.result is Result.CONVERGED
     assert relative_error(warm.value, truth) <= tolerance
     assert (warm.stats["num_steps"] <= solution.stats["num_steps"]).all()

@@ -11,8 +11,9 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *("files", "solution", "tree", "nn", "closure", "prox", "problem", "tasks", "linalg", "inner", "hypergrad"),
-    *("argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed", "tuning"),
+    *("files", "tree", "recording", "solution", "nn", "closure", "prox", "problem", "tasks", "linalg", "inner"),
+    *("hypergrad", "argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed"),
+    "tuning",
     "__init__",
 ]
 

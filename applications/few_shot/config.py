@@ -87,6 +87,8 @@ class Config:
     """Tasks that are worked on side by side on a CPU; None: as many as PyTorch has threads."""
     chunk_size: int | None = None
     """Tasks in one tensor program; None: a few on a CPU, so that their tensors stay in the cache, all on a GPU."""
+    capture: bool = False
+    """Record the meta-step as a CUDA graph and replay it, on a GPU; for methods that make a fixed number of steps."""
     precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
     """Arithmetic: tf32 and bf16 are for GPUs."""
 
@@ -117,6 +119,8 @@ class Config:
             raise UserError(f"--learn-strength needs an imaml method: {self.method} has no proximal term.")
         if self.solver is not None and not self.method.startswith("imaml"):
             raise UserError(f"--solver needs an imaml method: {self.method} has a hypergradient of its own.")
+        if self.capture and self.method == "imaml-hf":
+            raise UserError("--capture records a fixed number of steps: --method imaml-hf searches for its step sizes.")
         if self.norm == "image" and self.width % 8:
             raise UserError(f"--width is {self.width}: with --norm image it must be a multiple of 8.")
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils import _pytree as pytree
 
 import bilevel as bl
 from applications.few_shot.config import Config
@@ -72,6 +73,12 @@ class Learner:
             return self.chosen["hypergrad"]
         linear = bl.CG(max_steps=config.cg_steps) if config.cg_steps else bl.Identity(1 / config.strength)
         return bl.Implicit(linear, operator=config.hessian)
+
+    @cached_property
+    def task_objectives(self) -> Callable[..., Any]:
+        """``(params, *episodes of t tasks) -> objectives [t], Queried``, recorded where the configuration says so."""
+        objectives = partial(_task_objectives, self)
+        return bl.capture(objectives) if self.config.capture else objectives
 
     def with_steps(self, steps: int) -> Learner:
         """The same, which makes so many steps of adaptation (at most, where it stops by itself)."""
@@ -164,24 +171,26 @@ class Queried:
     solution: bl.Solution
 
 
+pytree.register_dataclass(Queried)  # a recording returns it
+
+
 def meta_step(learner: Learner, episodes: Episodes) -> Outcome:
     """The meta-objective of the configured method on these episodes, a few tasks at a time."""
-    method = METHODS[learner.config.method]
-
-    def chunk(params: dict[str, Params], *data: Tensor) -> tuple[Tensor, Queried]:
-        own = replace(learner, meta=params["meta"], log_strength=params["log_strength"])
-        queried = method(own, Episodes(*data))
-        return queried.objective, queried
-
     params = {"meta": learner.meta, "log_strength": learner.log_strength}
     data = episodes.tensors()
-    objective, found = bl.mean_over_tasks(chunk, params, *data, **learner.sharing(episodes.support_x))
+    objective, found = bl.mean_over_tasks(learner.task_objectives, params, *data, **learner.sharing(episodes.support_x))
     return Outcome(
         objective,
         torch.cat([queried.loss for queried in found]).detach().mean(),
         torch.cat([queried.accuracy for queried in found]).mean(),
         bl.Solution.joined([queried.solution for queried in found]),
     )
+
+
+def _task_objectives(learner: Learner, params: dict[str, Params], *data: Tensor) -> tuple[Tensor, Queried]:
+    own = replace(learner, meta=params["meta"], log_strength=params["log_strength"])
+    queried = METHODS[learner.config.method](own, Episodes(*data))
+    return queried.objective, queried
 
 
 def adapt(learner: Learner, x: Tensor, y: Tensor, hypergrad: Any = None) -> bl.Solution:

@@ -299,10 +299,7 @@ def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:
     """Whether these are the same memory, so that a kept graph still belongs to them."""
-    return len(a) == len(b) and all(
-        x.data_ptr() == y.data_ptr() and x.shape == y.shape and x._version == y._version
-        for x, y in zip(a, b, strict=True)
-    )
+    return len(a) == len(b) and all(x.is_set_to(y) and x._version == y._version for x, y in zip(a, b, strict=True))
 
 
 def _refuse_layer_norm(call: Call) -> None:

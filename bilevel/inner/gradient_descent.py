@@ -81,7 +81,9 @@ class GradientDescent:
         return descend(problem, self.gtol, self.max_steps, direction)
 
     def _step_sizes(self, at: Evaluation) -> Tensor:
+        if not isinstance(self.lr, tuple):
+            return torch.full_like(at.f, self.lr)  # made on the device: nothing is copied to it
         lr = torch.as_tensor(self.lr, dtype=torch.float64, device=at.f.device)
-        if lr.dim() and lr.shape != at.f.shape:
+        if lr.shape != at.f.shape:
             raise ValueError(f"lr has {lr.numel()} step sizes for {tuple(at.f.shape)} problems: give one or T.")
         return lr.expand_as(at.f)

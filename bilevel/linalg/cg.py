@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..recording import recording
 from ..solution import Result, make_codes
 from ..tree import dot, norm, scale
 from .lanczos import Lanczos
@@ -161,7 +162,7 @@ def _verify(
     precondition: Precondition | None,
 ) -> None:
     """Replace the recurrence's residual by the true one, and go on from it where the two have drifted apart."""
-    if not bool(state.steps.any()):
+    if not recording() and not bool(state.steps.any()):
         return
     for attempt in range(RESTARTS + 1):
         finite = torch.isfinite(state.relative)
@@ -169,7 +170,7 @@ def _verify(
         state.relative = torch.where(finite, norm(state.r), state.relative)
         drifted = (state.codes == int(Result.CONVERGED)) & (state.relative > target)
         spent = state.steps >= max_steps
-        if attempt == RESTARTS or not bool((drifted & ~spent).any()):
+        if attempt == RESTARTS or recording() or not bool((drifted & ~spent).any()):
             break
         state.active = drifted & ~spent
         _sweep(operator, state, target, max_steps - int(state.steps.max()), precondition)

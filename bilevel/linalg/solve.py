@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..recording import recording
 from ..solution import Result, Solution, make_codes
 from ..tree import norm, scale
 from .lanczos import Lanczos
@@ -136,6 +137,8 @@ class IterativeSolver(ABC):
         return state.precondition
 
     def step_limit(self, b: Tensor) -> int:
+        if self.max_steps is None and recording():
+            raise NotImplementedError(f"{type(self).__name__} stops by its tolerance: give it max_steps.")
         return self.max_steps or min(10 * b.shape[-1], 1000)
 
 
@@ -203,7 +206,10 @@ def relative_tolerance(rtol: float | Tensor, atol: float, scale: Tensor) -> Tens
 
 
 def stop_now(active: Tensor, step: int) -> bool:
-    """Whether no problem is active any more. On a GPU it asks every eighth step only: each is a synchronisation."""
-    if active.device.type != "cpu" and step % 8 != 7:
+    """Whether no problem is active any more. On a GPU it asks every eighth step only: each is a synchronisation.
+
+    In a recording it cannot ask, and the steps go on to their limit.
+    """
+    if recording() or (active.device.type != "cpu" and step % 8 != 7):
         return False
     return not bool(active.any())

@@ -15,6 +15,7 @@ from torch.autograd import Function, forward_ad
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from ..recording import recording
 from .batched import BatchedFunction, per_channel
 from .kernels import Pair, apart, empty_images, side_by_side
 
@@ -142,8 +143,8 @@ def _count(x: Tensor) -> int:
 
 def _extremes(x: Tensor, weight: Tensor, size: int) -> Tensor:
     """In each window the largest entry, where the channel's weight is negative the smallest."""
-    transformed = maybe_current_level() is not None or forward_ad._current_level >= 0
-    if not transformed and x.device.type == "cpu" and not bool((weight < 0).any()):
+    hidden = maybe_current_level() is not None or forward_ad._current_level >= 0 or recording()
+    if not hidden and x.device.type == "cpu" and not bool((weight < 0).any()):
         return _Largest.apply(x, size)[0]
     with torch.no_grad():
         signed = x * per_channel(torch.where(weight < 0, -1.0, 1.0).to(x.dtype))

@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import bilevel as bl
+from applications.few_shot.config import Config
+from applications.few_shot.methods import meta_step
+from applications.few_shot.train import Session
+from bilevel import recording
+
+T = 4
+
+
+class Traced:
+    """A recording on a CPU by the rules of a CUDA graph: the operations alone, and any look at a value is an error."""
+
+    def __init__(self, fn, inputs):
+        self.inputs = list(inputs)
+        self.program = make_fx(fn, tracing_mode="fake")(*inputs)
+        self.program.graph.eliminate_dead_code()
+        made_on_the_host = [node for node in self.program.graph.nodes if node.op == "get_attr"]
+        if made_on_the_host:
+            raise RuntimeError(f"copies from the host: {made_on_the_host}")
+        self.outputs = [torch.empty_like(out) for out in self.program(*self.inputs)]
+
+    def replay(self):
+        for out, found in zip(self.outputs, self.program(*self.inputs), strict=True):
+            out.copy_(found)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Programs on the CPU are recorded; the list has one entry for each recording."""
+    made = []
+
+    class Counted(Traced):
+        def __init__(self, fn, inputs):
+            super().__init__(fn, inputs)
+            made.append(self)
+
+    monkeypatch.setitem(recording.GRAPHS, "cpu", Counted)
+    return made
+
+
+def data(seed, tasks=T):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tasks, 6, 3, dtype=torch.float64, generator=generator)
+    return x, torch.randn(tasks, 6, dtype=torch.float64, generator=generator)
+
+
+def start(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {"w": torch.randn(3, dtype=torch.float64, generator=generator).requires_grad_()}
+
+
+def losses_of(solver=None, linear=None):
+    """Losses of proximal least squares, by an inner solve."""
+    solver = solver or bl.GradientDescent(0.1, max_steps=4, safeguard=True)
+    hypergrad = bl.Implicit(linear or bl.CG(max_steps=3))
+
+    def losses(params, x, y):
+        def inner(u, x, y):
+            return (x @ u - y).square().mean() + (u - params["w"]).square().sum()
+
+        begin = torch.zeros(len(x), 3, dtype=x.dtype)
+        fit = bl.argmin(torch.vmap(inner), begin, x, y, solver=solver, hypergrad=hypergrad)
+        return fit.value.pow(4).sum(-1), fit
+
+    return losses
+
+
+def gradient(fn, params, *tensors, **sharing):
+    mean, fits = bl.mean_over_tasks(fn, params, *tensors, **sharing)
+    (grad,) = torch.autograd.grad(mean, params["w"])
+    return mean, grad, bl.Solution.joined(fits)
+
+
+@pytest.mark.parametrize("linear", [None, bl.Neumann(max_steps=6, alpha=0.1), bl.CG(rtol=1e-4, max_steps=3)])
+def test_a_replay_gives_the_numbers_of_the_function(recorded, linear):
+    fn = losses_of(linear=linear)
+    captured = bl.capture(fn)
+    for seed in range(3):  # other values, of parameters too: one recording
+        params, tensors = start(seed), data(seed)
+        mean, grad, fit = gradient(fn, params, *tensors)
+        again, recorded_grad, recorded_fit = gradient(captured, params, *tensors)
+        torch.testing.assert_close(again, mean, rtol=1e-12, atol=0)
+        torch.testing.assert_close(recorded_grad, grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(recorded_fit.value, fit.value)
+        for ours, theirs in ((recorded_fit, fit), (recorded_fit.adjoint, fit.adjoint)):
+            assert ours.stats.keys() == theirs.stats.keys()
+            for name in theirs.stats:
+                torch.testing.assert_close(ours.stats[name], theirs.stats[name], rtol=1e-9, atol=1e-12)
+    assert len(recorded) == 1
+
+
+def test_results_belong_to_the_caller(recorded):
+    captured = bl.capture(lambda x: {"square": x.square(), "name": "kept", "nothing": None})
+    one = captured(torch.tensor([2.0]))
+    two = captured(torch.tensor([3.0]))
+    assert one["square"].item() == 4
+    assert two == {"square": torch.tensor([9.0]), "name": "kept", "nothing": None}
+
+
+def test_other_shapes_settings_and_flags_are_other_recordings(recorded):
+    captured = bl.capture(losses_of())
+    for tasks in (4, 4, 6):
+        gradient(captured, start(), *data(0, tasks))
+    assert len(recorded) == 2
+    gradient(captured, start(), *data(0, 6), chunk_size=2)  # three chunks of one shape, a sixth of the sum each
+    assert len(recorded) == 3
+    with torch.no_grad():
+        bl.mean_over_tasks(captured, start(), *data(0, 4))
+    assert len(recorded) == 4
+
+
+def test_chunks_over_threads_share_a_recording(recorded):
+    fn = losses_of()
+    params, tensors = start(), data(1, 8)
+    expected = gradient(fn, params, *tensors, chunk_size=2)
+    found = gradient(bl.capture(fn), params, *tensors, chunk_size=2, num_threads=2)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-10, atol=1e-12)
+    assert len(recorded) == 1
+
+
+def test_map_and_losses_of_tasks(recorded):
+    own = {"w": torch.randn(T, 3, dtype=torch.float64).requires_grad_()}
+
+    def own_losses(params, x, y):
+        residual = torch.einsum("tnd,td->tn", x, params["w"]) - y
+        return residual.square().mean(-1), residual.detach()
+
+    x, y = data(2)
+    found, _ = bl.losses_of_tasks(bl.capture(own_losses), own, x, y)
+    expected, _ = own_losses(own, x, y)
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(losses.sum(), own["w"])[0] for losses in (found, expected)]
+    torch.testing.assert_close(*grads)
+    mapped = bl.map_tasks(bl.capture(lambda x: x.square().sum(-1)), x, chunk_size=2)
+    torch.testing.assert_close(mapped, x.square().sum(-1))
+    assert len(recorded) == 2
+
+
+@pytest.mark.parametrize(
+    ("fn", "words"),
+    [
+        (losses_of(solver=bl.LBFGS()), "value"),
+        (losses_of(linear=bl.CG(rtol=1e-8)), "max_steps"),
+        (losses_of(solver=bl.GradientDescent((0.1,) * T, max_steps=2)), "host"),
+    ],
+)
+def test_what_cannot_be_recorded_is_told(recorded, fn, words):
+    with pytest.raises(RuntimeError, match=f"could not be recorded.*{words}"):
+        gradient(bl.capture(fn), start(), *data(0))
+
+
+def test_a_device_without_graphs_calls_the_function():
+    calls = []
+
+    def fn(x):
+        calls.append(x)
+        return x.square()
+
+    captured = bl.capture(fn)
+    x = torch.ones(2, requires_grad=True)
+    assert not captured(x).requires_grad
+    captured(x)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("method", ["imaml", "fomaml", "reptile", "maml"])
+def test_the_meta_step_of_few_shot_learning(recorded, method):
+    config = Config(method=method, width=4, inner_steps=1, cg_steps=1, tasks=2, queries=1, precision="float64")
+    found = []
+    for capture in (False, True):
+        session = Session.create(Config(**{**vars(config), "capture": capture}))
+        sampler = session.sampler("train")
+        for step in range(2):
+            outcome = meta_step(session.learner, sampler.episodes(2, step))
+            grads = torch.autograd.grad(outcome.objective, list(session.learner.meta.values()))
+            found.append((outcome.objective.detach(), outcome.query_loss, outcome.accuracy, list(grads)))
+    for eager, graph in zip(found[:2], found[2:], strict=True):
+        torch.testing.assert_close(graph, eager, rtol=1e-7, atol=1e-9)
+    assert len(recorded) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu(tmp_path):
+    config = Config(width=16, tasks=8, device="cuda", safeguard=False, inner_steps=5, cg_steps=3)
+    found = []
+    for capture in (False, True):
+        session = Session.create(Config(**{**vars(config), "capture": capture}))
+        sampler = session.sampler("train")
+        for step in range(3):
+            outcome = meta_step(session.learner, sampler.episodes(8, step))
+            found.append(torch.autograd.grad(outcome.objective, list(session.learner.meta.values())))
+    for eager, graph in zip(found[:3], found[3:], strict=True):
+        for e, g in zip(eager, graph, strict=True):
+            assert torch.linalg.vector_norm(e - g) <= 1e-4 * torch.linalg.vector_norm(e) + 1e-7
