@@ -30,8 +30,12 @@ def table(entry: dict[str, Any]) -> str:
     """Markdown, fastest first."""
     rows, peer = entry["rows"], best_peer(entry["rows"])
     rate = entry["matmul_gflops"]
+    machine = entry["machine"]
     lines = [
         f"### {entry['title']}",
+        "",
+        f"{machine['threads']} cores of an {machine['cpu']} with {machine['instructions']}, a matrix product at "
+        f"{rate:.0f} GFLOP/s",
         "",
         "| | median s (least, most) | best peer / this | error | peak MiB | notes |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
