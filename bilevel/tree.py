@@ -53,6 +53,11 @@ def scale(factor: Tensor, vector: Tensor) -> Tensor:
     return factor.to(vector.dtype).unsqueeze(-1) * vector
 
 
+def axpy(factor: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """``y + factor x`` in one pass over the memory, a factor for each problem."""
+    return torch.addcmul(y, factor.to(x.dtype).unsqueeze(-1), x)
+
+
 class Raveler:
     """Maps a tree to one flat vector for each problem, ``[*batch, n]``, and back.
 

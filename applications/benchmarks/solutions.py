@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -45,6 +45,7 @@ class Task:
     Attributes:
         outer_lr: of Adam on x, the same for all two-loop contestants.
         sgd_lr: outer step of the stochastic methods, which are plain gradient steps.
+        multiply: the product of features and weights: PyTorch's, or ours for our contestants.
     """
 
     kind: str
@@ -54,6 +55,7 @@ class Task:
     ridge: float
     outer_lr: float
     sgd_lr: float
+    multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul
 
     @property
     def size(self) -> int:
@@ -67,14 +69,14 @@ class Task:
         features, labels = self.train if batch is None else (self.train[0][batch], self.train[1][batch])
         if self.kind == "penalties":
             penalty = (x.exp() * weights.square().sum(1)).sum() / 2
-            return cross_entropy(features @ weights, labels) + penalty
-        losses = cross_entropy(features @ weights, labels, reduction="none")
+            return cross_entropy(self.multiply(features, weights), labels) + penalty
+        losses = cross_entropy(self.multiply(features, weights), labels, reduction="none")
         each = x if batch is None else x[batch]
         return (each.sigmoid() * losses).mean() + self.ridge / 2 * weights.square().sum()
 
     def outer(self, weights: Tensor, x: Tensor, batch: Tensor | None = None) -> Tensor:
         features, labels = self.val if batch is None else (self.val[0][batch], self.val[1][batch])
-        return cross_entropy(features @ weights, labels)
+        return cross_entropy(self.multiply(features, weights), labels)
 
     @cached_property
     def _curvature(self) -> float:
@@ -337,6 +339,7 @@ def sparse_classes(samples: int, size: int, useful: int, seed: int) -> tuple[tup
 
 def ours(task: Task) -> dict[str, Callable[[], Begin]]:
     """What `advise` recommends, `Adaptive`, every method that suits, and the stochastic ones."""
+    task = replace(task, multiply=bl.nn.matmul)
     problem = task.bilevel()
     builders: dict[str, Callable[[], Begin]] = {
         "bilevel: advised": lambda: partial(advised, task),

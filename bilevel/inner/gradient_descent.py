@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..problem import Evaluation, Problem
 from ..solution import Solution
-from ..tree import scale
+from ..tree import axpy
 from .minimize import Progress, check_settings, choose, descend
 
 
@@ -58,7 +58,7 @@ class GradientDescent:
             if progress.done(step):
                 break
             velocity = self.momentum * velocity + at.g if self.momentum else at.g
-            y = at.y - scale(lr, velocity)
+            y = axpy(-lr, velocity, at.y)
             progress.count()
             if self.gtol is None and not self.safeguard and step == self.max_steps - 1:
                 at = Evaluation(y, at.f, at.g)  # nothing asks for the last gradient: argmin measures it once

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..problem import Evaluation, Problem
 from ..solution import Solution
-from ..tree import dot, norm, scale
+from ..tree import axpy, dot, norm, scale
 from .minimize import check_settings, descend
 
 
@@ -78,8 +78,8 @@ class _Memory:
         for s, y, rho in reversed(self.pairs):
             alpha = rho * dot(s, q)
             alphas.append(alpha)
-            q = q - scale(alpha, y)
+            q = axpy(-alpha, y, q)
         q = scale(self.gamma, q)
         for (s, y, rho), alpha in zip(self.pairs, reversed(alphas), strict=True):
-            q = q + scale(alpha - rho * dot(y, q), s)
+            q = axpy(alpha - rho * dot(y, q), s, q)
         return q

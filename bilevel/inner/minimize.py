@@ -12,7 +12,7 @@ from torch import Tensor
 from ..linalg.solve import stop_now
 from ..problem import Evaluation, Problem
 from ..solution import Result, Solution, make_codes
-from ..tree import dot, norm, scale
+from ..tree import axpy, dot, norm
 
 INNER_ADVICE = (
     "The hypergradient holds at a minimum only: raise max_steps, lower the step size, loosen gtol, or take "
@@ -123,7 +123,7 @@ def line_search(
     for _ in range(max_trials):
         if not bool(pending.any()):
             break
-        trial = problem.evaluate(at.y + scale(torch.where(pending, step, torch.zeros_like(step)), direction))
+        trial = problem.evaluate(axpy(torch.where(pending, step, torch.zeros_like(step)), direction, at.y))
         new_slope = dot(trial.g, direction)
         decreased = trial.f <= at.f + SUFFICIENT_DECREASE * step * slope
         level = (trial.f <= at.f + rounding) & (new_slope <= (2 * SUFFICIENT_DECREASE - 1) * slope)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..problem import Evaluation, Problem, Shrink
 from ..prox import Prox
 from ..solution import Result, Solution, make_codes
-from ..tree import dot, norm, scale
+from ..tree import axpy, dot, norm, scale
 from .minimize import Progress, check_tolerance, choose
 
 
@@ -71,7 +71,7 @@ class ProximalGradient:
             progress.end(size <= self._tolerance(at, step), Result.CONVERGED)
             progress.end(~moved, Result.STAGNATED)
             if self.accelerated:
-                extrapolated = at.y + scale(momentum, at.y - last.y)
+                extrapolated = axpy(momentum, at.y - last.y, at.y)
                 ahead = problem.evaluate(torch.where(progress.active.unsqueeze(-1), extrapolated, at.y))
             else:
                 ahead = at

@@ -18,7 +18,7 @@ from ..linalg.scipy import GMRES
 from ..linalg.solve import LinearSolver
 from ..problem import RootProblem
 from ..solution import Result, Solution, make_codes
-from ..tree import norm, scale
+from ..tree import axpy, norm
 from .minimize import Ends, check_tolerance
 
 
@@ -102,7 +102,7 @@ def _backtrack(
     step, pending = torch.ones_like(size), active.clone()
     best_y, best_r = y, r
     for _ in range(max_halvings):
-        trial = y + scale(torch.where(pending, step, torch.zeros_like(step)), direction)
+        trial = axpy(torch.where(pending, step, torch.zeros_like(step)), direction, y)
         trial_r = problem.evaluate(trial)
         better = pending & (norm(trial_r) < (1 - 1e-4 * step) * size)
         where = better.unsqueeze(-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..recording import recording
 from ..solution import Result, make_codes
-from ..tree import dot, norm, scale
+from ..tree import axpy, dot, norm, scale
 from .lanczos import Lanczos
 from .operator import Operator
 from .solve import IterativeSolver, Outcome, Precondition, Preconditioner, Stopping, normalise, stop_now
@@ -138,8 +138,8 @@ def _sweep(
         state.active = state.active & finite & convex
         alpha = torch.where(state.active, rz / curvature, torch.zeros_like(rz))
         keep = state.active.unsqueeze(-1)
-        state.x = torch.where(keep, state.x + scale(alpha, p), state.x)
-        state.r = torch.where(keep, state.r - scale(alpha, product), state.r)
+        state.x = torch.where(keep, axpy(alpha, p, state.x), state.x)
+        state.r = torch.where(keep, axpy(-alpha, product, state.r), state.r)
         state.relative = torch.where(state.active, norm(state.r), state.relative)
         state.remember()
         state.mark(state.active & (state.relative <= target), Result.CONVERGED)
@@ -150,7 +150,7 @@ def _sweep(
         if lanczos is not None:
             lanczos.append(curvature / rz + carried, beta.clamp_min(0).sqrt() * curvature / rz, made)
             carried = beta * curvature / rz
-        p, rz = torch.where(keep, z + scale(beta, p), p), torch.where(state.active, rz_next, rz)
+        p, rz = axpy(beta, p, z), torch.where(state.active, rz_next, rz)
 
 
 def _verify(

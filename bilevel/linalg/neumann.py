@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..solution import Result, make_codes
-from ..tree import norm, scale
+from ..tree import axpy, norm, scale
 from .operator import Operator
 from .solve import IterativeSolver, Outcome, Precondition, Stopping, stop_now
 
@@ -51,7 +51,7 @@ class Neumann(IterativeSolver):
         for step in range(stopping.max_steps):
             if stop_now(active, step):
                 break
-            x = torch.where(active.unsqueeze(-1), x + scale(alpha, r), x)
+            x = torch.where(active.unsqueeze(-1), axpy(alpha, r, x), x)
             r = torch.where(active.unsqueeze(-1), unit - operator.matvec(x), r)
             steps = steps + active
             relative = torch.where(active, norm(r), relative)

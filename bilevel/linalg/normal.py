@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..solution import Result, make_codes
-from ..tree import dot, norm, scale
+from ..tree import axpy, dot, norm
 from .operator import Operator
 from .solve import IterativeSolver, Outcome, Precondition, Stopping, stop_now
 
@@ -56,15 +56,15 @@ class NormalCG(IterativeSolver):
             active = active & finite & ~flat
             alpha = torch.where(active, gamma / curvature, torch.zeros_like(gamma))
             keep = active.unsqueeze(-1)
-            x = torch.where(keep, x + scale(alpha, p), x)
-            r = torch.where(keep, r - scale(alpha, product), r)
+            x = torch.where(keep, axpy(alpha, p, x), x)
+            r = torch.where(keep, axpy(-alpha, product, r), r)
             relative = torch.where(active, norm(r), relative)
             codes = torch.where(active & (relative <= target), make_codes(Result.CONVERGED, codes), codes)
             active = active & (relative > target)
             s = operator.rmatvec(r)
             gamma_next = dot(s, s)
             beta = torch.where(active, gamma_next / gamma, torch.zeros_like(gamma))
-            p, gamma = torch.where(keep, s + scale(beta, p), p), torch.where(active, gamma_next, gamma)
+            p, gamma = axpy(beta, p, s), torch.where(active, gamma_next, gamma)
 
         true = norm(unit - operator.matvec(x))
         relative = torch.where(torch.isfinite(relative), true, relative)

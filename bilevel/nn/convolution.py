@@ -25,7 +25,8 @@ def conv2d(
     """`torch.nn.functional.conv2d` made for Hessian products: the same values, derivatives of any order.
 
     T networks at once, all operands with a first dimension T or under `torch.vmap` over weights, are convolved by the
-    kernel that is fastest on the device; see `choose_kernels`. On a CPU the output is in the channels-last layout.
+    kernel that is fastest for their shapes: on a GPU as measured at the first call, on a CPU grouped convolution or
+    what `choose_kernels` has measured. On a CPU the output is in the channels-last layout.
 
     Args:
         x: images ``[n, channels, height, width]``. weight: ``[filters, channels, kernel, kernel]``.

@@ -6,12 +6,14 @@ Each has ``output``, ``input`` and ``weight``: the three partial maps of the tri
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from collections.abc import Hashable, Sequence
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..recording import recording
 
 Pair = tuple[int, int]
 Geometry = tuple[Pair, Pair]
@@ -91,20 +93,29 @@ class Unfold:
 
 KERNELS: dict[KernelName, Kernels] = {"loop": Loop(), "grouped": Grouped(), "unfold": Unfold()}
 
-_chosen: dict[str, KernelName] = {}
+MapName = Literal["output", "input", "weight"]
+
+MEASURED = {"cuda"}
+"""Types of devices where the first call with operands of some shapes measures all kernels."""
+
+DEFAULT: KernelName = "grouped"
+"""What is taken where nothing has been measured."""
+
+_fastest: dict[Hashable, KernelName] = {}
+"""By map, device, dtype and shapes."""
 
 
 def output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """``x * weight`` of one network, or of T by the kernels of their device."""
+    """``x * weight`` of one network, or of T by the fastest kernel."""
     if x.dim() == 5:
-        return _kernels_for(x).output(x, weight, geometry)
+        return _of_tasks("output", x, weight, geometry)
     return F.conv2d(_layout(x), weight, None, *geometry)
 
 
 def input(g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
     """The gradient of x, images of ``size``."""
     if g.dim() == 5:
-        return _kernels_for(g).input(g, weight, geometry, size)
+        return _of_tasks("input", g, weight, geometry, size)
     like = empty_images(len(g), weight.shape[1], size, g)
     return _backward(_layout(g), like, weight, geometry, 0)
 
@@ -112,28 +123,60 @@ def input(g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
 def weight(x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
     """The gradient of the weight, kernels of ``size``."""
     if x.dim() == 5:
-        return _kernels_for(x).weight(x, g, geometry, size)
+        return _of_tasks("weight", x, g, geometry, size)
     like = empty_images(g.shape[1], x.shape[1], size, g)
     return _backward(_layout(g), _layout(x), like, geometry, 1)
 
 
-def _kernels_for(tensor: Tensor) -> Kernels:
-    """``grouped``, until `choose_kernels` has measured."""
-    return KERNELS[_chosen.get(tensor.device.type, "grouped")]
+def choose_kernels(
+    x: Tensor, weight: Tensor, geometry: Geometry, repeats: int = 5
+) -> dict[MapName, dict[KernelName, float]]:
+    """Measure all kernels on such operands; for operands of these shapes the fastest are taken from now on.
 
-
-def choose_kernels(x: Tensor, weight: Tensor, geometry: Geometry, repeats: int = 5) -> dict[KernelName, float]:
-    """Measure all kernels on such operands and take the fastest for their device, from now on.
+    On a GPU every map does this by itself the first time, so that it is for CPUs.
 
     Args:
-        x: ``[T, n, c, h, w]``. weight: ``[T, o, c, k, k]``.
+        x: ``[T, n, c, h, w]``. weight: ``[T, o, c, k, k]``. geometry: stride and padding.
 
     Returns:
-        Seconds of output, input and weight together, by name.
+        For ``"output"``, and for the gradients of ``"input"`` and ``"weight"``, the seconds of each kernel.
     """
-    seconds = {name: _time(kernels, x, weight, geometry, repeats) for name, kernels in KERNELS.items()}
-    _chosen[x.device.type] = min(seconds, key=lambda name: seconds[name])
+    y = output(x, weight, geometry)
+    image, filters = (x.shape[-2], x.shape[-1]), (weight.shape[-2], weight.shape[-1])
+    return {
+        "output": _measure("output", x, weight, geometry, repeats=repeats),
+        "input": _measure("input", y, weight, geometry, image, repeats=repeats),
+        "weight": _measure("weight", x, y, geometry, filters, repeats=repeats),
+    }
+
+
+def _of_tasks(name: MapName, a: Tensor, b: Tensor, *settings: Any) -> Tensor:
+    key = _key(name, a, b, settings)
+    if key not in _fastest and a.device.type in MEASURED and not recording():
+        _measure(name, a, b, *settings)
+    result: Tensor = getattr(KERNELS[_fastest.get(key, DEFAULT)], name)(a, b, *settings)
+    return result
+
+
+def _measure(name: MapName, a: Tensor, b: Tensor, *settings: Any, repeats: int = 5) -> dict[KernelName, float]:
+    """Seconds of each kernel, the least of a few; the fastest is kept."""
+
+    def clock(kernels: Kernels) -> float:
+        begin = time.perf_counter()
+        getattr(kernels, name)(a, b, *settings)
+        if a.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    for kernels in KERNELS.values():
+        clock(kernels)
+    seconds = {kernel: min(clock(kernels) for _ in range(repeats)) for kernel, kernels in KERNELS.items()}
+    _fastest[_key(name, a, b, settings)] = min(seconds, key=lambda kernel: seconds[kernel])
     return seconds
+
+
+def _key(name: MapName, a: Tensor, b: Tensor, settings: tuple[Any, ...]) -> Hashable:
+    return name, a.device.type, a.dtype, a.shape, b.shape, settings
 
 
 def _layout(x: Tensor) -> Tensor:
@@ -145,23 +188,6 @@ def _layout(x: Tensor) -> Tensor:
     if x.stride() == strides:
         return x
     return x.contiguous(memory_format=torch.channels_last).as_strided((n, c, h, w), strides)
-
-
-def _time(kernels: Kernels, x: Tensor, weight: Tensor, geometry: Geometry, repeats: int) -> float:
-    def run() -> None:
-        y = kernels.output(x, weight, geometry)
-        kernels.input(y, weight, geometry, (x.shape[-2], x.shape[-1]))
-        kernels.weight(x, y, geometry, (weight.shape[-2], weight.shape[-1]))
-
-    def clock(fn: Callable[[], None]) -> float:
-        begin = time.perf_counter()
-        fn()
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    clock(run)
-    return min(clock(run) for _ in range(repeats))
 
 
 def _backward(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, index: int, groups: int = 1) -> Tensor:

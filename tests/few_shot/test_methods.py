@@ -194,8 +194,8 @@ def test_float32_meets_the_float64_reference_on_real_omniglot(omniglot_root):
 
     The reference of the benchmark is plain PyTorch, task by task, in float64. ReLU and max-pool have kinks: where
     rounding sends a task to the other side of one, its gradient is another one, also between two runs of PyTorch's own
-    layers (3 of these 16 tasks). So most tasks are held to the bar, and in float64 all of them. The rounding of the rest is
-    the processor's: 2e-6 with AVX-512, 1.7e-5 without.
+    layers (3 of these 16 tasks). So most tasks are held to the bar, and in float64 all of them. The rounding of the
+    rest is the processor's: 2e-6 with AVX-512, 1.7e-5 without.
     """
     workload = MetaStep(root=str(omniglot_root))
     reference = workload.reference()

@@ -5,8 +5,8 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
-from bilevel.nn import Conv2d, choose_kernels, conv2d
-from bilevel.nn.kernels import KERNELS, _chosen
+from bilevel.nn import Conv2d, choose_kernels, conv2d, kernels
+from bilevel.nn.kernels import KERNELS
 from tests.conformance import relative_error
 
 GEOMETRIES = [((1, 1), (1, 1)), ((2, 2), (1, 1)), ((2, 1), (0, 2))]
@@ -18,12 +18,14 @@ def operands(*batch, channels=2, dtype=torch.float64):
 
 
 @pytest.fixture
-def kernel(request):
-    before = dict(_chosen)
-    _chosen["cpu"] = request.param
-    yield request.param
-    _chosen.clear()
-    _chosen.update(before)
+def nothing_measured(monkeypatch):
+    monkeypatch.setattr(kernels, "_fastest", {})
+
+
+@pytest.fixture
+def kernel(request, monkeypatch, nothing_measured):
+    monkeypatch.setattr(kernels, "DEFAULT", request.param)
+    return request.param
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -90,12 +92,33 @@ def test_networks_side_by_side_are_one_by_one(kernel, geometry):
     assert relative_error(shared[2], F.conv2d(x[0, 0], w[0, 2], None, *geometry)) < 1e-13
 
 
-@pytest.mark.parametrize("kernel", ["grouped"], indirect=True)
-def test_the_kernel_is_chosen_by_measurement(kernel):
+def test_the_kernel_is_chosen_by_measurement(nothing_measured):
     x, w = operands(4, dtype=torch.float32)
     seconds = choose_kernels(x, w, ((1, 1), (1, 1)), repeats=2)
-    assert set(seconds) == set(KERNELS)
-    assert _chosen["cpu"] == min(seconds, key=seconds.get)
+    assert list(seconds) == ["output", "input", "weight"]
+    for name, each in seconds.items():
+        assert set(each) == set(KERNELS)
+        assert min(each, key=each.get) in [chosen for key, chosen in kernels._fastest.items() if key[0] == name]
+    assert len(kernels._fastest) == 3
+
+
+def test_a_device_that_measures_does_it_once_for_each_shape(nothing_measured, monkeypatch):
+    monkeypatch.setattr(kernels, "MEASURED", {"cpu"})
+    measured = []
+    measure = kernels._measure
+    monkeypatch.setattr(
+        kernels, "_measure", lambda *args, **kwargs: measured.append(args[0]) or measure(*args, **kwargs)
+    )
+    x, w = (t.requires_grad_() for t in operands(4))
+    for _ in range(2):
+        y = conv2d(x, w)
+        grads = torch.autograd.grad(y.sin().sum(), [x, w])
+    assert sorted(measured) == ["input", "output", "weight"]
+    conv2d(x[:2], w[:2])
+    assert measured.count("output") == 2
+    expected = torch.autograd.grad(torch.vmap(F.conv2d)(x, w).sin().sum(), [x, w])
+    for grad, other in zip(grads, expected, strict=True):
+        assert relative_error(grad, other) < 1e-12
 
 
 def test_the_module_is_torchs():
