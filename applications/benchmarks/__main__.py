@@ -15,8 +15,11 @@ import tyro
 
 from applications.benchmarks import report
 from applications.benchmarks.contest import timed
+from applications.benchmarks.meta_step import MetaStep
 from applications.benchmarks.runner import OURS, contest
+from applications.benchmarks.unrolling import Unrolling
 from applications.benchmarks.workloads import KINDS, NAMES
+from applications.device import select_device
 from applications.errors import UserError, exit_code
 from applications.run_folder import RunFolder
 
@@ -35,6 +38,8 @@ class Settings:
     """Contestants by name, instead of all."""
     data_root: Path | None = None
     """Folder with Omniglot and MNIST; without it glyphs and scikit-learn's digits."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the meta-steps of A and C are made; the other workloads are for CPUs."""
     rounds: int = 3
     """Turns of every contestant, each a process of its own."""
     runs: int = 2
@@ -61,6 +66,8 @@ def run(settings: Settings, arguments: list[str]) -> int:
         changes = dict(changes)
         if settings.data_root is not None and hasattr(KINDS[kind], "root"):
             changes["root"] = str(settings.data_root)
+        if settings.device != "cpu":
+            changes["device"] = settings.device
         workload = KINDS[kind](**changes)
         names = [n for n in workload.contestants() if settings.peer == "all" or n.startswith(OURS)]
         names = [n for n in names if not settings.only or n in settings.only]
@@ -70,18 +77,19 @@ def run(settings: Settings, arguments: list[str]) -> int:
         entry: dict[str, Any] = {
             "title": workload.title(),
             "command": "python -m applications.benchmarks " + shlex.join(arguments),
-            "machine": machine(),
-            "matmul_gflops": matmul_gflops(),
+            "machine": machine(settings.device),
+            "matmul_gflops": matmul_gflops(settings.device),
             "flops": workload.flops(),
             "rows": [],
         }
         for row in contest(kind, changes, names, settings.rounds, settings.runs, settings.timeout):
             entry["rows"].append(row.to_json())
             print(f"  {row.name}: {row.note or f'{row.median:.3g} s'}", flush=True)
-        results[name] = entry
+        kept = name if settings.device == "cpu" else f"{name}-{settings.device}"
+        results[kept] = entry
         settings.out.mkdir(parents=True, exist_ok=True)
         folder.write_json("results.json", results)
-        folder.write_bytes(f"{name}.png", report.picture(entry))
+        folder.write_bytes(f"{kept}.png", report.picture(entry))
         folder.write_bytes("tables.md", "\n".join(map(report.table, results.values())).encode())
         print(report.table(entry), flush=True)
     return 0
@@ -92,13 +100,17 @@ def check(settings: Settings) -> None:
     unknown = [name for name in settings.workloads if name not in NAMES]
     if unknown:
         raise UserError(f"There is no workload {', '.join(unknown)}. There are {', '.join(NAMES)}.")
+    select_device(settings.device)
+    elsewhere = [name for name in settings.workloads if KINDS[NAMES[name][0]] not in (MetaStep, Unrolling)]
+    if settings.device != "cpu" and elsewhere:
+        raise UserError(f"--device {settings.device}: {', '.join(elsewhere)} is for CPUs. Name A or C by --workloads.")
     if settings.rounds < 1 or settings.runs < 1 or not settings.timeout > 0:
         raise UserError("--rounds, --runs and --timeout must be positive.")
     if settings.data_root is not None and not settings.data_root.is_dir():
         raise UserError(f"--data-root {settings.data_root} is no folder.")
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """What the times depend on."""
     versions: dict[str, str] = {}
     for package in PACKAGES:
@@ -107,8 +119,10 @@ def machine() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             continue
     cpu = next((line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.machine())
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
     return {
         "cpu": cpu,
+        **gpu,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -121,9 +135,10 @@ def _cpuinfo() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def matmul_gflops(size: int = 2048, repeats: int = 9) -> float:
-    """The rate of a float32 matrix product on all threads, the best of a few."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matmul_gflops(device: str, repeats: int = 9) -> float:
+    """The rate of a float32 matrix product on all threads, or on the GPU; the best of a few."""
+    size = 2048 if device == "cpu" else 8192
+    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
     seconds = [timed(lambda: a @ b)[0] for _ in range(repeats)]
     return 2 * size**3 / min(seconds) / 1e9
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
+import torch
 
 T = TypeVar("T")
 
@@ -45,12 +46,14 @@ class Workload(ABC):
     """A problem with settings of plain values (a frozen dataclass), and who does it how.
 
     Attributes:
-        letter: ``"A"`` ... ``"D"``. tolerance: largest relative error of an answer that counts; None: no answer.
+        letter: ``"A"`` ... ``"D"``. device: where memory is measured.
+        tolerance: largest relative error of an answer that counts; None: no answer.
         warm_up: the first run is no measurement: libraries compile and allocate. Memory is measured after it.
         repeats: more than one run says something.
     """
 
     letter: ClassVar[str]
+    device: str = "cpu"
     tolerance: ClassVar[float | None] = None
     warm_up: ClassVar[bool] = True
     repeats: ClassVar[bool] = True
@@ -78,10 +81,17 @@ class NotHere(Exception):
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:
-    """Wall seconds and what ``work`` returned."""
+    """Wall seconds, those of a GPU with it, and what ``work`` returned."""
+    _wait()
     begin = time.perf_counter()
     found = work()
+    _wait()
     return time.perf_counter() - begin, found
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def needs(module: str) -> Any:

@@ -41,6 +41,7 @@ class MetaStep(Workload):
     Args:
         root: folder of Omniglot; None: the built-in glyphs.
         inner_steps: gradient steps of the adaptation.
+        device: ``"cpu"`` or ``"cuda"``, for everybody; the reference is computed on the CPU.
     """
 
     ways: int = 5
@@ -48,6 +49,7 @@ class MetaStep(Workload):
     root: str | None = None
     inner_steps: int = 16
     seed: int = 0
+    device: str = "cpu"
 
     letter: ClassVar[str] = "A"
     tolerance: ClassVar[float | None] = 1e-3
@@ -55,18 +57,23 @@ class MetaStep(Workload):
     def title(self) -> str:
         """See `Workload`."""
         name = "glyphs" if self.root is None else "Omniglot"
-        return f"A: one meta-step of implicit MAML, {name} {self.ways}-way 1-shot, {self.tasks} tasks"
+        where = "" if self.device == "cpu" else ", on a GPU"
+        return f"A: one meta-step of implicit MAML, {name} {self.ways}-way 1-shot, {self.tasks} tasks{where}"
 
     def contestants(self) -> dict[str, Callable[[], Contestant]]:
         """See `Workload`."""
         from applications.benchmarks.peers_meta_step import contestants
 
-        return {
-            "bilevel": lambda: self.ours(),
-            "bilevel, one thread": lambda: self.ours(threads=1),
-            "bilevel, all tasks at once": lambda: self.ours(chunk_size=self.tasks, threads=1),
-            **contestants(self),
-        }
+        if self.device == "cuda":
+            own = {"bilevel": lambda: self.ours(capture=True), "bilevel, no CUDA graph": lambda: self.ours()}
+        else:
+            own = {
+                "bilevel": lambda: self.ours(),
+                "bilevel, one thread": lambda: self.ours(threads=1),
+                "bilevel, all tasks at once": lambda: self.ours(chunk_size=self.tasks, threads=1),
+                "bilevel, task by task": lambda: self.ours(chunk_size=1, threads=1),
+            }
+        return {**own, **contestants(self)}
 
     @cached_property
     def config(self) -> Config:
@@ -86,19 +93,19 @@ class MetaStep(Workload):
             cg_steps=CG_STEPS,
             tasks=self.tasks,
             seed=self.seed,
-            device="cpu",
+            device=self.device,  # type: ignore[arg-type]
         )
 
     def problem(self, **changes: Any) -> tuple[Learner, Episodes]:
         """Network and episodes, the same in every process; the head is away from zero, where most gradients vanish."""
-        config = replace(self.config, **changes)
+        config, device = replace(self.config, **changes), torch.device(self.device)
         classes = data.load(config.data, config.data_root, split=config.split).train
-        learner = create_learner(config, classes, torch.device("cpu"))
+        learner = create_learner(config, classes, device)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
             head = learner.meta["head.weight"]
             head.copy_(torch.nn.init.kaiming_uniform_(torch.empty(head.shape), a=5**0.5))
-        sampler = create_sampler(config, classes, "train", QUERIES, torch.device("cpu"))
+        sampler = create_sampler(config, classes, "train", QUERIES, device)
         return learner, sampler.episodes(self.tasks, 0)
 
     def ours(self, **changes: Any) -> Contestant:
@@ -132,8 +139,8 @@ class MetaStep(Workload):
     def reference(self) -> np.ndarray | None:
         """``[2, tasks, n]``; plain PyTorch in float64, task by task, double backward and a textbook CG."""
         learner, episodes = self.problem()
-        meta = [param.detach().double() for param in learner.meta.values()]
-        tasks = zip(*(tensor[:CHECKED_TASKS] for tensor in episodes.tensors()), strict=True)
+        meta = [param.detach().cpu().double() for param in learner.meta.values()]
+        tasks = zip(*(tensor[:CHECKED_TASKS].cpu() for tensor in episodes.tensors()), strict=True)
         return torch.stack([_reference(meta, task, self.inner_steps) for task in tasks], 1).numpy()
 
     def flops(self) -> float | None:
@@ -156,7 +163,7 @@ class MetaStep(Workload):
 
 def checked(answer: Tensor) -> np.ndarray:
     """The part of ``[tasks, n]`` that is compared."""
-    return answer[:CHECKED_TASKS].detach().double().numpy()
+    return answer[:CHECKED_TASKS].detach().double().cpu().numpy()
 
 
 def flat(tensors: Iterable[Tensor]) -> Tensor:

@@ -29,7 +29,7 @@ def contestants(workload: MetaStep) -> dict[str, Callable[[], Contestant]]:
 def task_by_task(workload: MetaStep, make: Callable[[nn.Module, int], Callable[[Task], Tensor]]) -> Contestant:
     """Runs ``make``'s function of a task on all tasks; it gives the task's gradient, flat."""
     learner, episodes = workload.problem()
-    net = build(workload.ways)
+    net = build(workload.ways).to(workload.device)
     with torch.no_grad():
         for param, value in zip(net.parameters(), learner.meta.values(), strict=True):
             param.copy_(value)

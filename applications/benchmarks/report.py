@@ -34,8 +34,7 @@ def table(entry: dict[str, Any]) -> str:
     lines = [
         f"### {entry['title']}",
         "",
-        f"{machine['threads']} cores of an {machine['cpu']} with {machine['instructions']}, a matrix product at "
-        f"{rate:.0f} GFLOP/s",
+        f"{_place(machine)}, a matrix product at {rate:.0f} GFLOP/s",
         "",
         "| | median s (least, most) | best peer / this | error | peak MiB | notes |",
         "| --- | ---: | ---: | ---: | ---: | --- |",
@@ -51,6 +50,11 @@ def table(entry: dict[str, Any]) -> str:
         memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
         lines.append(f"| {row['name']} | {time} | {ratio} | {error} | {memory} | {_notes(row, entry, middle, rate)} |")
     return "\n".join([*lines, ""])
+
+
+def _place(machine: dict[str, Any]) -> str:
+    cores = f"{machine['threads']} cores of an {machine['cpu']} with {machine['instructions']}"
+    return f"{machine['gpu']}, beside {cores}" if "gpu" in machine else cores
 
 
 def _notes(row: dict[str, Any], entry: dict[str, Any], seconds: float, rate: float) -> str:

@@ -28,16 +28,16 @@ def main(kind: str, settings: str, name: str, folder: str, runs: str) -> None:
     except NotHere as error:
         write(Path(folder), {"not_here": str(error)})
         return
-    cpu, rounds = torch.device("cpu"), []
+    device, rounds = torch.device(workload.device), []
     if workload.warm_up:
         contestant()
-    before = memory.reset_peak(cpu)
+    before = memory.reset_peak(device)
     for _ in range(int(runs)):
         rounds.append(contestant())
     found = {
         "rounds": [{**asdict(one), "answer": None} for one in rounds],
-        "peak_mib": memory.peak(cpu) - before,
-        "resident_mib": memory.peak(cpu),
+        "peak_mib": memory.peak(device) - before,
+        "resident_mib": memory.peak(device),
         "threads": torch.get_num_threads(),
     }
     if rounds[-1].answer is not None:

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from applications.benchmarks import __main__ as command
 from applications.benchmarks import report, runner, workloads
@@ -83,6 +84,7 @@ def test_the_command_writes_results_tables_and_pictures_and_keeps_earlier_ones(t
 
 ENTRY = {
     "title": "an earlier one",
+    "machine": {"cpu": "AMD EPYC", "instructions": "AVX2", "threads": 2},
     "matmul_gflops": 100.0,
     "flops": 1e11,
     "rows": [
@@ -97,9 +99,10 @@ for _row in ENTRY["rows"]:
 
 def test_the_table_has_ratios_rates_and_reasons():
     lines = report.table(ENTRY).splitlines()
-    assert lines[4] == "| bilevel | 2 (1, 2) | 2.50 | 1e-06, 1 of 16 beyond | 10 | 50 GFLOP/s, 50 % of a matmul |"
-    assert lines[5] == "| peer | 5 (5, 5) | 1.00 |  |  | 20 GFLOP/s, 20 % of a matmul |"
-    assert lines[6] == "| gone |  |  |  |  | not / here |"
+    assert lines[2] == "2 cores of an AMD EPYC with AVX2, a matrix product at 100 GFLOP/s"
+    assert lines[6] == "| bilevel | 2 (1, 2) | 2.50 | 1e-06, 1 of 16 beyond | 10 | 50 GFLOP/s, 50 % of a matmul |"
+    assert lines[7] == "| peer | 5 (5, 5) | 1.00 |  |  | 20 GFLOP/s, 20 % of a matmul |"
+    assert lines[8] == "| gone |  |  |  |  | not / here |"
 
 
 def test_curves_are_drawn_where_there_are_some():
@@ -109,6 +112,23 @@ def test_curves_are_drawn_where_there_are_some():
     assert report.picture(entry) != report.picture(ENTRY)
 
 
+def test_a_gpu_is_named():
+    machine = {**ENTRY["machine"], "gpu": "NVIDIA H200"}
+    assert "NVIDIA H200, beside 2 cores of an AMD EPYC" in report.table({**ENTRY, "machine": machine})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_meta_step_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("BILEVEL_DATA", str(tmp_path))
+    monkeypatch.setitem(workloads.NAMES, "A", ("MetaStep", {"ways": 3, "tasks": 3, "inner_steps": 2}))
+    arguments = ["--workloads", "A", "--device", "cuda", "--rounds", "1", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["A-cuda"]["rows"]
+    for row in rows[:2]:
+        assert not row["note"]
+        assert row["peak_mib"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -116,6 +136,11 @@ def test_curves_are_drawn_where_there_are_some():
         (["--rounds", "0"], "must be positive"),
         (["--data-root", "/nowhere/at/all"], "is no folder"),
         (["--workloads", "B", "--only", "nobody"], "no contestant of B"),
+        pytest.param(
+            ["--device", "cuda"],
+            "finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
     ],
 )
 def test_bad_input(arguments, message, capsys):
