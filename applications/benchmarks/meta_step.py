@@ -71,6 +71,8 @@ class MetaStep(Workload):
                 "bilevel": lambda: self.ours(),
                 "bilevel, one thread": lambda: self.ours(threads=1),
                 "bilevel, all tasks at once": lambda: self.ours(chunk_size=self.tasks, threads=1),
+                "bilevel, four tasks at once": lambda: self.ours(chunk_size=4, threads=1),
+                "bilevel, four on each thread": lambda: self.ours(chunk_size=4),
                 "bilevel, task by task": lambda: self.ours(chunk_size=1, threads=1),
             }
         return {**own, **contestants(self)}
