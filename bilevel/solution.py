@@ -107,11 +107,19 @@ class Solution:
         adjoints = [part.adjoint for part in parts]
         known = [adjoint for adjoint in adjoints if adjoint is not None]
         return cls(
-            pytree.tree_map(lambda *leaves: torch.cat(leaves).detach(), *(part.value for part in parts)),
+            pytree.tree_map(
+                lambda *leaves: None if leaves[0] is None else torch.cat(leaves).detach(),
+                *(part.value for part in parts),
+            ),
             {name: torch.cat([part.stats[name] for part in parts]) for name in parts[0].stats},
             tuple(dict.fromkeys(name for part in parts for name in part.recovered)),
             adjoint_cell=AdjointCell(cls.joined(known) if len(known) == len(parts) else None),
         )
+
+    def without_values(self) -> Solution:
+        """The stats, and those of the adjoint: what to keep of many solves, whose values are large; they are None."""
+        adjoint = None if self.adjoint is None else self.adjoint.without_values()
+        return Solution(None, self.stats, self.recovered, adjoint_cell=AdjointCell(adjoint))
 
     @property
     def adjoint(self) -> Solution | None:

@@ -47,6 +47,7 @@ def mean_over_tasks(
     *data: Tree,
     chunk_size: int | None = None,
     num_threads: int = 1,
+    keep: Callable[[Any], Any] | None = None,
 ) -> tuple[Tensor, list[Any]]:
     """The mean of the losses of T tasks, as a function of ``params``: the meta-objective of few-shot learning.
 
@@ -59,9 +60,12 @@ def mean_over_tasks(
             see `map_tasks` for what threads ask of it.
         params: a tree of tensors, the same for all tasks.
         data, chunk_size, num_threads: as in `map_tasks`.
+        keep: what to keep of what else ``fn`` returned, called when the gradient of the chunk is known; None: all.
+            Solutions of many tasks are large: ``Solution.without_values`` keeps their stats.
 
     Returns:
-        The mean, 0-d, and what else ``fn`` returned for each chunk, in order.
+        The mean, 0-d, and for each chunk, in order, what is kept of what else ``fn`` returned: its tensors detached, a
+        `Solution` without its state.
 
     Raises:
         ValueError: no tasks, or leaves that disagree about T; the losses are no vector ``[t]``, or depend on a tensor
@@ -74,7 +78,7 @@ def mean_over_tasks(
     sums: list[Tensor] = [torch.zeros_like(leaf) for leaf in wanted]
 
     def chunk_gradient(*chunk: Tree) -> tuple[Tensor, list[Tensor], Any]:
-        return _run(_gradient, fn, flat, spec, chunk, 1 / num_tasks)
+        return _run(_gradient, fn, flat, spec, chunk, 1 / num_tasks, keep)
 
     for losses, grads, rest in _in_chunks(chunk_gradient, data, chunk_size, num_threads):
         total.append(losses)
@@ -128,21 +132,28 @@ def _wanted(flat: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _gradient(
-    fn: Callable[..., tuple[Tensor, Any]], flat: list[Tensor], spec: pytree.TreeSpec, chunk: tuple[Tree, ...], by: float
+    fn: Callable[..., tuple[Tensor, Any]],
+    flat: list[Tensor],
+    spec: pytree.TreeSpec,
+    chunk: tuple[Tree, ...],
+    by: float,
+    keep: Callable[[Any], Any] | None = None,
 ) -> tuple[Tensor, list[Tensor], Any]:
-    """Losses, the gradients of ``by`` times their sum for the leaves that require grad, and the rest."""
+    """Losses, the gradients of ``by`` times their sum for the leaves that require grad, what is kept of the rest."""
     free = [leaf.detach().requires_grad_(leaf.requires_grad and torch.is_grad_enabled()) for leaf in flat]
     losses, rest = fn(pytree.tree_unflatten(free, spec), *chunk)
     if losses.shape != (_count(chunk),):
         raise ValueError(
             f"fn returned losses of shape {tuple(losses.shape)} for {_count(chunk)} tasks: one for each is needed."
         )
-    wanted = _wanted(free)
-    if not (wanted and losses.requires_grad):
-        return losses.detach(), [torch.zeros_like(leaf) for leaf in wanted], rest
-    _refuse_captured(losses, wanted)
-    grads = torch.autograd.grad(losses.sum() * by, wanted, allow_unused=True, materialize_grads=True)
-    return losses.detach(), list(grads), rest
+    wanted, grads = _wanted(free), None
+    if wanted and losses.requires_grad:
+        _refuse_captured(losses, wanted)
+        grads = torch.autograd.grad(losses.sum() * by, wanted, allow_unused=True, materialize_grads=True)
+    found = [torch.zeros_like(leaf) for leaf in wanted] if grads is None else list(grads)
+    # What is kept would keep the graph of its chunk.
+    kept = pytree.tree_map_only(Tensor, Tensor.detach, keep(rest) if keep else rest)
+    return losses.detach(), found, kept
 
 
 def _refuse_captured(losses: Tensor, wanted: Sequence[Tensor]) -> None:

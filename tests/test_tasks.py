@@ -42,9 +42,39 @@ def test_the_mean_and_its_gradient(problem, chunk_size, num_threads):
     torch.testing.assert_close(mean, losses.mean())
     torch.testing.assert_close(found[0], expected, rtol=1e-10, atol=1e-12)
     assert not found[1].any()
+    assert not any(fit.value.requires_grad for fit in fits)  # nor is a chunk's graph kept
     joined = bl.Solution.joined(fits)
     assert joined.stats["num_steps"].shape == (T,)
     assert joined.adjoint.value.shape == (T, 3)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_what_is_kept_is_chosen_once_the_gradient_is_known(problem, num_threads):
+    params, *data = problem
+    values, seen = [], []
+
+    def losses(params, x, y):
+        found, fit = task_losses(params, x, y)
+        values.append(weakref.ref(fit.value))
+        return found, fit
+
+    def keep(fit):
+        seen.append(fit.adjoint.stats["num_steps"].shape)
+        return fit.without_values()
+
+    _, every = bl.mean_over_tasks(task_losses, params, *data, chunk_size=1)
+    mean, fits = bl.mean_over_tasks(losses, params, *data, chunk_size=1, num_threads=num_threads, keep=keep)
+    assert seen == [(1,)] * T
+    assert not any(value() is not None for value in values)
+    lean, full = bl.Solution.joined(fits), bl.Solution.joined(every)
+    assert lean.value is None
+    assert lean.adjoint.value is None
+    for ours, theirs in ((lean, full), (lean.adjoint, full.adjoint)):
+        assert ours.stats.keys() == theirs.stats.keys()
+        for name in theirs.stats:
+            assert torch.equal(ours.stats[name], theirs.stats[name])
+    assert lean.result == full.result
+    torch.autograd.grad(mean, params["w"])
 
 
 def test_the_result_does_not_depend_on_the_threads(problem):

@@ -134,7 +134,7 @@ class MetaStep(Workload):
     def _gradient(learner: Learner, episodes: Episodes):  # type: ignore[no-untyped-def]
         for param in learner.meta.values():
             param.grad = None
-        outcome = meta_step(learner, episodes)
+        outcome = meta_step(learner, episodes, values=True)
         outcome.objective.backward()
         return outcome
 

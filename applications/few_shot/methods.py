@@ -149,7 +149,8 @@ class Outcome:
 
     Attributes:
         objective: its gradient is the meta-gradient. query_loss, accuracy: means over the tasks, detached.
-        solution: of the adaptation; its ``adjoint`` tells of the linear solve.
+        solution: of the adaptation; its ``adjoint`` tells of the linear solve. Without values, unless they were
+            asked for: they are two networks a task.
     """
 
     objective: Tensor
@@ -174,11 +175,13 @@ class Queried:
 pytree.register_dataclass(Queried)  # a recording returns it
 
 
-def meta_step(learner: Learner, episodes: Episodes) -> Outcome:
+def meta_step(learner: Learner, episodes: Episodes, values: bool = False) -> Outcome:
     """The meta-objective of the configured method on these episodes, a few tasks at a time."""
     params = {"meta": learner.meta, "log_strength": learner.log_strength}
     data = episodes.tensors()
-    objective, found = bl.mean_over_tasks(learner.task_objectives, params, *data, **learner.sharing(episodes.support_x))
+    keep = None if values else _without_values
+    sharing = learner.sharing(episodes.support_x)
+    objective, found = bl.mean_over_tasks(learner.task_objectives, params, *data, **sharing, keep=keep)
     return Outcome(
         objective,
         torch.cat([queried.loss for queried in found]).detach().mean(),
@@ -191,6 +194,10 @@ def _task_objectives(learner: Learner, params: dict[str, Params], *data: Tensor)
     own = replace(learner, meta=params["meta"], log_strength=params["log_strength"])
     queried = METHODS[learner.config.method](own, Episodes(*data))
     return queried.objective, queried
+
+
+def _without_values(queried: Queried) -> Queried:
+    return replace(queried, solution=queried.solution.without_values())
 
 
 def adapt(learner: Learner, x: Tensor, y: Tensor, hypergrad: Any = None) -> bl.Solution:

@@ -40,7 +40,7 @@ def prepare(config, splits):
 
 
 def meta_gradient(learner, episodes):
-    outcome = meta_step(learner, episodes)
+    outcome = meta_step(learner, episodes, values=True)
     return torch.cat([g.flatten() for g in torch.autograd.grad(outcome.objective, learner.parameters())]), outcome
 
 
@@ -150,7 +150,7 @@ def test_strength_is_learned_by_its_hypergradient(learn, toy_splits):
     config = replace(config, inner_steps=30, newton_cg_steps=50, cg_steps=200)
     learner, episodes = prepare_tiny(config, toy_splits)
     assert list(learner.log_strength) == (["all"] if learn == "scalar" else ["2", "4"])
-    outcome = meta_step(learner, episodes)
+    outcome = meta_step(learner, episodes, values=True)
     for name, log_strength in learner.log_strength.items():
         (grad,) = torch.autograd.grad(outcome.objective, log_strength, retain_graph=True)
 
