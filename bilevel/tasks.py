@@ -61,7 +61,8 @@ def mean_over_tasks(
         params: a tree of tensors, the same for all tasks.
         data, chunk_size, num_threads: as in `map_tasks`.
         keep: what to keep of what else ``fn`` returned, called when the gradient of the chunk is known; None: all.
-            Solutions of many tasks are large: ``Solution.without_values`` keeps their stats.
+            Solutions of many tasks are large: ``Solution.without_values`` keeps their stats. Of a captured ``fn`` it is
+            part of the recording: pass the same function each time.
 
     Returns:
         The mean, 0-d, and for each chunk, in order, what is kept of what else ``fn`` returned: its tensors detached, a
