@@ -184,7 +184,7 @@ def meta_step(learner: Learner, episodes: Episodes, values: bool = False) -> Out
     objective, found = bl.mean_over_tasks(learner.task_objectives, params, *data, **sharing, keep=keep)
     return Outcome(
         objective,
-        torch.cat([queried.loss for queried in found]).detach().mean(),
+        torch.cat([queried.loss for queried in found]).mean(),
         torch.cat([queried.accuracy for queried in found]).mean(),
         bl.Solution.joined([queried.solution for queried in found]),
     )
