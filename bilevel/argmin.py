@@ -20,6 +20,7 @@ from .inner.fixed_point import Anderson
 from .inner.lbfgs import LBFGS
 from .inner.minimize import INNER_ADVICE, InnerSolver
 from .inner.newton_cg import NewtonCG
+from .inner.outcome import advice_for, look_closer
 from .inner.proximal import ProximalGradient
 from .inner.roots import Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
@@ -91,7 +92,9 @@ def argmin(
         if throw == "fallback" and not found.result.ok:
             found = measure(NewtonCG().minimize(problem))
             found.recovered = ("NewtonCG",)
-        settle(found, throw, "The inner solve", INNER_ADVICE)
+        if throw != "ignore":
+            found = look_closer(problem, found)
+            settle(found, throw, "The inner solve", advice_for(problem, found, INNER_ADVICE))
         return found
 
     return differentiable_solve(
@@ -147,7 +150,7 @@ def _composite(
         size = found.stats["residual_norm"]
         found = measure(found)
         found.stats["residual_norm"] = size  # at the solver's own step, as it was judged
-        settle(found, throw, "The inner solve", COMPOSITE_ADVICE)
+        settle(found, throw, "The inner solve", advice_for(problem, found, COMPOSITE_ADVICE))
         return found
 
     return differentiable_solve(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,11 +30,14 @@ class Result(enum.IntEnum):
 
     CONVERGED = 0, "the tolerance was met"
     STEPS_DONE = 1, "the requested number of steps was made; no tolerance was asked for"
-    MAX_STEPS = 2, "the step limit was reached before the tolerance was met"
-    STAGNATED = 3, "no further progress was possible in this precision before the tolerance was met"
-    NEGATIVE_CURVATURE = 4, "a direction of zero or negative curvature was met: the matrix is not positive definite"
-    DIVERGED = 5, "the iterates grew instead of converging"
-    NONFINITE = 6, "a NaN or an infinity appeared"
+    INACCURATE = 2, "the answer is less accurate than a solve without a tolerance promises"
+    MAX_STEPS = 3, "the step limit was reached before the tolerance was met"
+    STAGNATED = 4, "no further progress was possible in this precision before the tolerance was met"
+    DAMPED = 5, "a damped system was solved in place of the one that was asked for, which could not be"
+    NEGATIVE_CURVATURE = 6, "a direction of zero or negative curvature was met: the matrix is not positive definite"
+    UNBOUNDED = 7, "the loss still falls while the params grow: it may have no minimum"
+    DIVERGED = 8, "the iterates grew instead of converging, or the answer is worse than zero"
+    NONFINITE = 9, "a NaN or an infinity appeared"
 
     @property
     def ok(self) -> bool:
@@ -75,7 +78,8 @@ class Solution:
     Attributes:
         value: the solution; of `argmin` a tree like ``init``, of a linear solver a tensor ``[*batch, n]``.
         stats: tensors of the batch shape. Always ``num_steps`` (int64), ``residual_norm`` (float64: of an
-            inner solve the gradient norm, of a linear solve ``||b - A x||``) and ``result`` (int8 codes).
+            inner solve the gradient norm, of a linear solve ``||b - A x||``) and ``result`` (int8 codes). Of a solve
+            without a tolerance also ``step_norm``, the distance to the solution as the solver predicts it.
         recovered: names of the fallbacks that were used, in order.
         state: what a later solve can start from; None where the solver keeps nothing.
     """
@@ -149,14 +153,19 @@ def make_codes(result: Result, like: Tensor) -> Tensor:
     return torch.full_like(like, int(result), dtype=torch.int8)
 
 
-def settle(solution: Solution, throw: Throw, what: str, advice: str) -> None:
+Advice = str | Mapping[Result | None, str]
+"""What to try: one text, or one for each `Result`, and under None that for all others."""
+
+
+def settle(solution: Solution, throw: Throw, what: str, advice: Advice) -> None:
     """Let a failed solve be heard as ``throw`` says; a good one passes silently.
 
     A non-finite solve always raises, but for ``throw="ignore"``: NaN gradients destroy a training run.
     """
     if throw == "ignore" or recording() or solution.result.ok:
         return
-    message = f"{what}: {_describe(solution)}. {advice}"
+    hint = advice if isinstance(advice, str) else advice.get(solution.result, advice[None])
+    message = f"{what}: {_describe(solution)}. {hint}"
     if throw == "raise" or solution.result is Result.NONFINITE:
         raise SolveError(message, solution)
     warnings.warn(message, SolveWarning, stacklevel=3)

@@ -171,7 +171,7 @@ def test_conditions_from_1_to_1e4_each_meet_the_tolerance():
     _, fit = hypergradient(problem, bl.NewtonCG(gtol=1e-9), bl.Implicit(bl.CG(rtol=1e-8)))
     assert (fit.stats["residual_norm"] <= 1e-9).all()
     assert (fit.adjoint.stats["relative_residual"] <= 1e-8).all()
-    assert len(set(fit.stats["num_steps"].tolist())) >= 4
+    assert len(set(fit.stats["num_steps"].tolist())) >= 3
     assert len(set(fit.adjoint.stats["num_steps"].tolist())) == 5
     assert fit.adjoint.value.shape == problem.init.shape
 

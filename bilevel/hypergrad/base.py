@@ -14,6 +14,7 @@ from ..inner.minimize import INNER_ADVICE, InnerSolver
 from ..problem import Linearization, Objective, Problem
 from ..solution import Solution, Throw, settle
 from ..tree import Raveler, Tree, leaves
+from .seen import Seen
 from .statement import ResidualStatement, Statement, free_leaves, raveler_of
 
 
@@ -25,6 +26,7 @@ class Point:
         params: leaves of the solution, detached. hparams: the tensors that the problem reached, detached.
         found: the inner solve; its ``stats`` have the batch shape.
         minimize: solves an objective of the leaves, ``[*batch]`` losses, from ``params``, with the inner solver.
+        seen: what the problem gave there when it was solved.
     """
 
     statement: Statement
@@ -35,6 +37,7 @@ class Point:
     minimize: Callable[[Problem], Solution] | None = None
     found: Solution | None = None
     state: Any = None
+    seen: Seen | None = None
     _at: Linearization | None = field(default=None, repr=False)
 
     @property
@@ -45,7 +48,15 @@ class Point:
         """The residual with its graph; the one that the solve ended with, where it is still there."""
         if self._at is None:
             self._at = self.statement.linearize(self.params, self.hparams)
+            if self.seen is not None:
+                self.seen.check(self._at.loss, self.raveler.ravel([r.detach() for r in self._at.residual]))
         return self._at
+
+    def check_unchanged(self) -> None:
+        """Raise where the objective, which is about to be evaluated elsewhere, is not the one that was solved."""
+        if self.seen is not None and self.seen.loss is not None:
+            with torch.no_grad():
+                self.seen.check_loss(self.statement.closure(self.params, self.hparams))
 
     def release(self) -> None:
         """Drop the graph."""
@@ -57,6 +68,7 @@ class Point:
             raise TypeError(
                 f"{method} needs the objective of an argmin; a root or fixed point has none: use hypergrad=Implicit()."
             )
+        self.check_unchanged()
 
     def solve(self, objective: Callable[[list[Tensor]], Tensor], what: str) -> Tensor:
         """Minimise another objective of the leaves, from the solution, with the user's solver; flat ``[*batch, n]``."""

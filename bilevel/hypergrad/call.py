@@ -14,14 +14,34 @@ from torch.utils import _pytree as pytree
 
 from ..linalg.curvature import fused_norm, has_layer_norm
 from ..problem import Linearization, graph_nodes, refuse_hidden
-from ..solution import AdjointCell, Result, Solution, Throw, make_codes, settle
-from .base import Hypergrad, Point
+from ..recording import recording
+from ..solution import AdjointCell, Result, Solution, SolveError, Throw, make_codes, settle
+from .base import Hypergrad, Point, Pulled
+from .seen import Seen
 from .statement import Statement
 
-ADJOINT_ADVICE = (
-    "The hypergradient is inexact: raise max_steps, loosen rtol, give CG a preconditioner; for negative "
-    "curvature take MINRES, a stronger regularizer, or Implicit(damping=...) (throw='fallback' tries these)"
-)
+ADJOINT_ADVICE: dict[Result | None, str] = {
+    None: "The hypergradient is inexact: raise max_steps, loosen rtol, or give CG a preconditioner",
+    Result.INACCURATE: (
+        "The inner solution is farther from the minimum than its solver could see, or the matrix too ill-conditioned "
+        "for this precision: scale the params or the data, take float64, NewtonCG(), or a tolerance of your own (gtol, "
+        "rtol) if this accuracy is enough"
+    ),
+    Result.DAMPED: "The hypergradient is biased by the damping: a stronger regularizer would make the system regular",
+    Result.NEGATIVE_CURVATURE: (
+        "The params are no minimum, or not yet: start elsewhere or solve further; take MINRES, "
+        "Implicit(operator=GaussNewton(...)), a stronger regularizer, or Implicit(damping=...) (throw='fallback' tries "
+        "MINRES and damping)"
+    ),
+    Result.DIVERGED: (
+        "Its residual is larger than that of zero: the hypergradient is worse than none. Raise max_steps, or take MINRES, "
+        "whose residual never grows"
+    ),
+    Result.NONFINITE: (
+        "In the linear solve, or in the derivative by the hyperparameters: look for functions whose slope is infinite "
+        "there (sqrt or norm at zero, also behind torch.where), and for an outer loss that is not finite"
+    ),
+}
 
 
 Solve = Callable[[Any, Callable[[Solution], Solution]], Solution]
@@ -33,6 +53,7 @@ class Record:
 
     found: Solution | None = None
     point: Point | None = None
+    seen: Seen | None = None
     names: list[str] = field(default_factory=list)
     adjoint_cell: AdjointCell = field(default_factory=AdjointCell)
     fused: str | None = None
@@ -80,6 +101,7 @@ class Call:
             self.minimize,
             self.record.found,
             self.linear_state,
+            self.record.seen if self.throw != "ignore" else None,
         )
 
     def keep(self, adjoint: Solution | None, point: Point) -> None:
@@ -89,6 +111,28 @@ class Call:
             value = pytree.tree_unflatten(point.raveler.unravel(adjoint.value), self.spec)
             cell.solution = Solution(value, adjoint.stats, adjoint.recovered, state=adjoint.state)
             settle(adjoint, self.throw, "The adjoint solve of the hypergradient", ADJOINT_ADVICE)
+
+    def check_finite(self, pulled: Pulled) -> Pulled:
+        """Mark, or where there is no linear solve refuse, a hypergradient that is not finite.
+
+        Raises:
+            SolveError: as ``throw`` says.
+        """
+        grads = [grad for grad in (*pulled.hparams, *(pulled.start or [])) if grad is not None and grad.numel()]
+        if self.throw == "ignore" or recording() or not grads:
+            return pulled
+        largest = torch.stack([torch.linalg.vector_norm(grad.detach(), torch.inf).double() for grad in grads])
+        finite = torch.isfinite(largest).all()
+        if pulled.adjoint is not None:
+            stats = pulled.adjoint.stats
+            codes = torch.where(finite, stats["result"], make_codes(Result.NONFINITE, stats["result"]))
+            adjoint = dataclasses.replace(pulled.adjoint, stats={**stats, "result": codes})
+            return dataclasses.replace(pulled, adjoint=adjoint)
+        if not bool(finite):
+            assert self.record.found is not None
+            message = f"The hypergradient is NaN or infinite. {ADJOINT_ADVICE[Result.NONFINITE]}"
+            raise SolveError(message, self.record.found)
+        return pulled
 
     def vmapped(self, in_dims: Sequence[int | None]) -> Call:
         return dataclasses.replace(

@@ -38,6 +38,7 @@ class EvolutionStrategies:
 
     def pull(self, point: Point, cotangent: Tensor) -> Pulled:
         """See `Hypergrad`."""
+        point.check_unchanged()
         generator = torch.Generator().manual_seed(self.seed)
         moving = [tensor.is_floating_point() for tensor in point.hparams]
         total = [torch.zeros_like(tensor) for tensor in point.hparams]

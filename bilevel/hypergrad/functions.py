@@ -23,6 +23,7 @@ from ..tree import norm
 from .base import Pulled
 from .call import Call, inspect, measured
 from .implicit import Implicit
+from .seen import Seen
 
 
 def solution(call: Call, start: list[Tensor], hparams: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -42,10 +43,12 @@ class _Solution(torch.autograd.Function):
 
         def measure(found: Solution) -> Solution:
             params = [leaf.clone() for leaf in problem.raveler.unravel(found.value.detach())]
-            record.found = found
+            record.found, record.seen = found, None
             record.point = point = call.point(params, [tensor.detach() for tensor in hparams])
             at = point.linearization()
-            size = norm(point.raveler.ravel([r.detach() for r in at.residual]))
+            residual = point.raveler.ravel([r.detach() for r in at.residual])
+            size = norm(residual)
+            record.seen = point.seen = Seen.of(problem, at.loss, residual)
             return measured(found, size, torch.isfinite(size if at.loss is None else at.loss.detach()))
 
         found = call.solve(problem, measure)
@@ -214,7 +217,7 @@ def _plain_pull(call: Call, params: list[Tensor], hparams: list[Tensor], cotange
     point = call.record.point
     if point is None or point.params[0].shape != params[0].shape or not _same(point.hparams, hparams):
         point = call.point([leaf.detach() for leaf in params], [tensor.detach() for tensor in hparams])
-    pulled = call.hypergrad.pull(point, point.raveler.ravel([g.detach() for g in cotangents]))
+    pulled = call.check_finite(call.hypergrad.pull(point, point.raveler.ravel([g.detach() for g in cotangents])))
     point.release()
     call.keep(pulled.adjoint, point)
     return pulled
@@ -245,7 +248,9 @@ def _differentiable_pull(
         _, pull = _vjp(residual, [hparams[index] for index in chosen])
         for index, grad in zip(chosen, pull([-part for part in u])[0], strict=True):
             by_hparams[index] = grad
-    return Pulled(by_hparams)
+    pulled = Pulled(by_hparams)
+    hidden = in_transform() or any(is_functorch_wrapped_tensor(tensor) for tensor in (*params, *hparams, *cotangents))
+    return pulled if hidden else call.check_finite(pulled)
 
 
 def _implicit(call: Call, what: str) -> Implicit:

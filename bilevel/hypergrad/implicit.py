@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -12,15 +12,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..closure import Closure
+from ..inner.nearness import Goal
 from ..linalg.cg import CG
 from ..linalg.curvature import FuncHessian, GraphHessian
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
+from ..linalg.neumann import largest_eigenvalue
 from ..linalg.operator import Damped, Operator
 from ..linalg.scipy import GMRES
-from ..linalg.solve import LinearSolver, LinearState
+from ..linalg.solve import LinearSolver, LinearState, default_rtol, report
 from ..problem import Linearization, Problem
-from ..solution import Result, Solution
+from ..solution import Result, Solution, make_codes
+from ..tree import dot, norm
 from .base import Point, Pulled
 from .composite import CompositeStatement
 from .statement import ResidualStatement
@@ -70,7 +73,7 @@ class Implicit:
             return point.statement.solve(point, hessian, b, transpose, partial(self._solve, point))
         b = _without_unused(point, b)
         operator = self.operator_at(point)
-        return self._solve(point, operator.T if transpose else operator, b)
+        return self._doubted(point, b, self._solve(point, operator.T if transpose else operator, b))
 
     def _solve(self, point: Point, operator: Operator, b: Tensor) -> Solution:
         solver = self.linear_solver or (CG() if operator.symmetric else GMRES())
@@ -82,7 +85,10 @@ class Implicit:
         """``J`` at the solution."""
         at, raveler = point.linearization(), point.raveler
         if callable(self.operator):
-            return self.operator(_problem(point), at)
+            problem = _problem(point)
+            if point.seen is not None:
+                point.seen.check_loss(problem.start.f)
+            return self.operator(problem, at)
         if isinstance(point.statement, ResidualStatement):
             return GraphJacobian(raveler, at, point.statement.symmetric)
         if self.operator == "graph":
@@ -96,23 +102,59 @@ class Implicit:
         return Damped(operator, damping) if damping else operator
 
     def _recover(self, operator: Operator, b: Tensor, failed: Solution) -> Solution:
-        """Try, in the problems that failed, a solver for indefinite matrices, then ever more damping."""
-        attempts: list[tuple[LinearSolver, float]] = (
-            [(MINRES(rtol=FALLBACK_RTOL), 0.0)] if operator.symmetric else [(GMRES(rtol=FALLBACK_RTOL), 0.0)]
-        )
-        for damping in (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0):
-            attempts.append((CG(FALLBACK_RTOL) if operator.symmetric else GMRES(FALLBACK_RTOL), damping))
-        best = failed
-        for solver, damping in attempts:
+        """Try, in the problems that failed, a solver for indefinite matrices, then ever more damping.
+
+        Each attempt is judged by the system that was asked for.
+        """
+        rtol = getattr(self.linear_solver, "rtol", None) or default_rtol(b.dtype)
+        general: type[MINRES | GMRES] = MINRES if operator.symmetric else GMRES
+        best, size = failed, None
+        for damping in (0.0, *FALLBACK_DAMPING):
             if best.result.ok or best.result is Result.NONFINITE:
                 break
-            name = type(solver).__name__ + (f" with damping {damping:g}" if damping else "")
-            tried = solver.solve(self._damped(operator, damping), b)
+            if damping and size is None:
+                size = float(largest_eigenvalue(operator, 5).max())
+            more = damping * (size or 0.0)
+            solver: LinearSolver = CG(rtol) if damping and operator.symmetric else general(rtol=rtol)
+            tried = solver.solve(self._damped(operator, more), b)
+            if damping:
+                tried = _judged(self._damped(operator, 0.0), b, tried)
+            name = type(solver).__name__ + (f" with damping {more:.2g}" if damping else "")
             best = _merge(best, tried, (*best.recovered, name))
         return best
 
+    def _doubted(self, point: Point, b: Tensor, solved: Solution) -> Solution:
+        """`Result.INACCURATE` in the problems where solves without a tolerance are not as near as they promise.
 
-FALLBACK_RTOL = 1e-4
+        ``u . r`` is to first order what the distance to the solution costs the outer loss (the dual-weighted residual):
+        with exact curvature it sees what the steps of the inner solver may not have seen.
+        """
+        codes, goal = solved.stats["result"], Goal.of(b.dtype)
+        doubtful = torch.zeros_like(codes, dtype=torch.bool)
+        found = None if point.found is None else point.found.stats
+        if found is not None and "step_norm" in found and found["step_norm"].shape == codes.shape:
+            residual = point.raveler.ravel([r.detach() for r in point.linearization().residual])
+            allowed = torch.maximum(goal.promised * norm(point.raveler.ravel(point.params)), 100 * found["step_norm"])
+            far = dot(solved.value, residual).abs() > allowed * norm(b)
+            doubtful = far & (found["result"] <= int(Result.STEPS_DONE))
+        if self.linear_solver is None and "condition" in solved.stats:
+            doubtful = doubtful | (torch.finfo(b.dtype).eps * solved.stats["condition"] > LOST_TO_ROUNDING)
+        codes = torch.where(doubtful & (codes < int(Result.INACCURATE)), make_codes(Result.INACCURATE, codes), codes)
+        return replace(solved, stats={**solved.stats, "result": codes})
+
+
+FALLBACK_DAMPING = (1e-6, 1e-3, 1.0)
+"""In units of the norm of the matrix."""
+
+LOST_TO_ROUNDING = 1e-2
+"""The condition number in units of rounding errors above which a default solve doubts its own answer."""
+
+
+def _judged(asked: Operator, b: Tensor, tried: Solution) -> Solution:
+    """A damped answer, with the residual that it leaves in the system that was asked for, and a result of its own."""
+    codes = tried.stats["result"]
+    codes = torch.where(codes <= int(Result.STEPS_DONE), make_codes(Result.DAMPED, codes), codes)
+    return report(tried.value, codes, tried.stats["num_steps"], norm(b - asked.matvec(tried.value)), norm(b))
 
 
 def _without_unused(point: Point, b: Tensor) -> Tensor:
@@ -136,7 +178,10 @@ def _problem(point: Point) -> Problem:
 
 
 def _merge(old: Solution, new: Solution, recovered: tuple[str, ...]) -> Solution:
-    """Keep the problems that were solved, take ``new`` in the others."""
-    keep = old.stats["result"] <= int(Result.STEPS_DONE)
-    stats = {name: torch.where(keep, stat, new.stats[name]) for name, stat in old.stats.items() if name in new.stats}
-    return Solution(torch.where(keep.unsqueeze(-1), old.value, new.value), stats, recovered)
+    """Keep the problems that were solved; in the others take ``new`` where it leaves less, or as much with less."""
+    before, after = (part.stats["relative_residual"] for part in (old, new))
+    smaller = (after <= 1.1 * before) & (norm(new.value) < 0.5 * norm(old.value))
+    better = ~(before * 0.99 <= after) | smaller | (new.stats["result"] <= int(Result.STEPS_DONE))
+    take = (old.stats["result"] > int(Result.STEPS_DONE)) & better
+    stats = {name: torch.where(take, new.stats[name], stat) for name, stat in old.stats.items() if name in new.stats}
+    return Solution(torch.where(take.unsqueeze(-1), new.value, old.value), stats, recovered)

@@ -14,8 +14,9 @@ from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import InnerSolver
 from ..problem import Objective
 from ..solution import Solution, Throw
-from ..tree import Tree, leaves
+from ..tree import Tree, leaves, norm
 from .path import Path, Randomness, eager_problem, finish, fixed_steps, unrollable
+from .seen import changed
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,16 @@ class _Segment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[..., tuple[Tensor, ...]], *operands: Tensor) -> tuple[Tensor, ...]:
         ctx.run, ctx.randomness = run, Randomness.now(operands[0])
-        ctx.save_for_backward(*operands)
-        return tuple(out.clone() for out in run(*operands))
+        outputs = tuple(out.clone() for out in run(*operands))
+        ctx.save_for_backward(*operands, outputs[0])  # kept anyway, as an operand of the next segment
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        *operands, reached = ctx.saved_tensors
         with ctx.randomness.again():
-            _, pull = torch.func.vjp(ctx.run, *ctx.saved_tensors)  # type: ignore[misc]
+            outputs, pull = torch.func.vjp(ctx.run, *operands)  # type: ignore[misc]
+        roundoff = torch.finfo(reached.dtype).eps ** 0.75
+        if bool((norm(outputs[0] - reached) > roundoff * torch.maximum(norm(reached), norm(operands[0]))).any()):
+            raise changed("objective")
         return (None, *pull(grads))

@@ -12,7 +12,8 @@ from ..problem import RootProblem
 from ..solution import Result, Solution
 from ..tree import norm
 from .minimize import check_tolerance
-from .roots import RootProgress, default_tol
+from .nearness import Nearness
+from .roots import RootProgress
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Picard:
     Args:
         damping: in (0, 1]; 1 is the plain iteration, less helps maps that oscillate.
         max_steps: steps at most.
-        tol: stop a problem at this norm of ``y - T(y)``; None: 1e-10 (float64) or 1e-5 (float32), times the norm at
-            the start where that is larger than one.
+        tol: stop a problem at this norm of ``y - T(y)``; None: where the distance to the fixed point, as the
+            contraction of the last step predicts it, is at most 1e-8 (float64) or 3e-5 (float32) times ``||y||``.
     """
 
     damping: float = 1.0
@@ -71,8 +72,11 @@ class Anderson:
     def find(self, problem: RootProblem) -> Solution:
         """Iterate; see `RootSolver`."""
         y, r = problem.y, problem.r
-        progress = RootProgress.begin(r, default_tol(r) if self.tol is None else self.tol)
-        start = norm(r)
+        progress = RootProgress.begin(r, self.tol)
+        nearness = Nearness(y) if self.tol is None else None
+        if nearness is not None:
+            progress.end(nearness.look(norm(r), y), Result.CONVERGED)
+        start = norm(r) + norm(y)
         steps_back: list[Tensor] = []
         changes: list[Tensor] = []
         for step in range(self.max_steps):
@@ -92,11 +96,15 @@ class Anderson:
                 )
                 steps_back = [*steps_back, new_y - y][-self.history :]
                 changes = [*changes, new_r - r][-self.history :]
+            # r is the distance to the fixed point where T forgets its argument; where it contracts by q, 1 - q of it.
+            stretch = (norm(new_y - y) / norm(new_r - r)).nan_to_num(1.0, 1.0).clamp_min(1.0)
             y, r = new_y, new_r
             progress.count()
             progress.look(norm(r))
-            progress.end(norm(r) > 1e8 * (1 + start), Result.DIVERGED)
-        return progress.solution(y)
+            if nearness is not None:
+                progress.end(nearness.look(stretch * norm(r), y), Result.CONVERGED)
+            progress.end(norm(r) > 1e8 * start, Result.DIVERGED)
+        return progress.solution(y, **({} if nearness is None else {"step_norm": nearness.predicted}))
 
     def _mixed(self, r: Tensor, steps_back: Tensor, changes: Tensor) -> Tensor:
         """What the weights ``argmin ||r - changes w||`` take off the plain step; ``[*batch, n]``."""

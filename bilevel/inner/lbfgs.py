@@ -11,6 +11,7 @@ from ..problem import Evaluation, Problem
 from ..solution import Solution
 from ..tree import axpy, dot, norm, scale
 from .minimize import check_settings, descend
+from .nearness import Nearness
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class LBFGS:
 
     Args:
         max_steps: steps at most.
-        gtol: stop a problem at this gradient norm; None: 1e-4 (float32) or 1e-9 (float64), times the gradient
-            norm at the start where that is larger than one.
+        gtol: stop a problem at this gradient norm; None: where the next step is at most 1e-8 (float64) or 3e-5
+            (float32) times the norm of the params, whatever the scales of loss, params and start; see `Nearness`.
         history: curvature pairs kept, two vectors each.
     """
 
@@ -37,22 +38,34 @@ class LBFGS:
 
     def minimize(self, problem: Problem) -> Solution:
         """Minimise; see `InnerSolver`."""
-        memory = _Memory(self.history)
-        gtol = default_gtol(problem) if self.gtol is None else self.gtol
-        return descend(problem, gtol, self.max_steps, memory.direction)
+        memory = Memory(self.history, problem)
+        nearness = Nearness(problem.start.y) if self.gtol is None else None
+        return descend(problem, self.gtol, self.max_steps, memory.direction, nearness)
 
 
-def default_gtol(problem: Problem) -> Tensor:
-    """A gradient norm that float32 or float64 can reach on problems of these scales, for each."""
-    base = 1e-9 if problem.start.g.dtype == torch.float64 else 1e-4
-    return base * norm(problem.start.g).clamp_min(1.0)
+def first_step(problem: Problem) -> Tensor:
+    """One over the curvature along the gradient at the start, by one more gradient, ``[*batch]`` float64.
+
+    Where the curvature is not positive there: the step that would bring a loss of that slope to zero.
+    """
+    at = problem.start
+    slope, size = norm(at.g), norm(at.y)
+    to_zero = at.f.abs() / slope
+    length = torch.where(size > 0, size, torch.where(to_zero > 0, to_zero, torch.ones_like(size)))
+    reach = torch.finfo(at.g.dtype).eps ** 0.5 * length / slope
+    reach = torch.where(torch.isfinite(reach), reach, torch.zeros_like(reach))
+    ahead = problem.evaluate(axpy(-reach, at.g, at.y))
+    step = reach * slope.square() / dot(at.g - ahead.g, at.g)
+    unit = torch.where((to_zero > 0) & torch.isfinite(to_zero), to_zero, torch.ones_like(to_zero))
+    step = torch.where((step > 0) & torch.isfinite(step), step, unit / slope)
+    return torch.where(slope > 0, step, torch.zeros_like(step))
 
 
-class _Memory:
+class Memory:
     """Curvature pairs and the two-loop recursion; a pair without positive curvature counts as none."""
 
-    def __init__(self, history: int):
-        self.history = history
+    def __init__(self, history: int, problem: Problem):
+        self.history, self.problem = history, problem
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
         self.previous: Evaluation | None = None
         self.gamma: Tensor | None = None
@@ -60,14 +73,14 @@ class _Memory:
     def direction(self, at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor]:
         if self.previous is None:
             self.previous = at
-            return -at.g, 1 / norm(at.g).clamp_min(1.0)
+            return -at.g, first_step(self.problem)
         self._remember(at.y - self.previous.y, at.g - self.previous.g)
         self.previous = at
         return -self._two_loops(at.g), torch.ones_like(at.f)
 
     def _remember(self, s: Tensor, y: Tensor) -> None:
         curvature, yy = dot(s, y), dot(y, y)
-        useful = curvature > torch.finfo(s.dtype).eps * yy
+        useful = curvature > torch.finfo(s.dtype).eps * norm(s) * yy.sqrt()
         rho = torch.where(useful, 1 / curvature, torch.zeros_like(curvature))
         self.gamma = torch.where(useful, curvature / yy, torch.ones_like(yy) if self.gamma is None else self.gamma)
         self.pairs = [*self.pairs, (s, y, rho)][-self.history :]

@@ -13,11 +13,29 @@ from ..linalg.solve import stop_now
 from ..problem import Evaluation, Problem
 from ..solution import Result, Solution, make_codes
 from ..tree import axpy, dot, norm
+from .nearness import Nearness
 
-INNER_ADVICE = (
-    "The hypergradient holds at a minimum only: raise max_steps, lower the step size, loosen gtol, or take "
-    "LBFGS or NewtonCG (throw='fallback' does that)"
-)
+INNER_ADVICE: dict[Result | None, str] = {
+    None: (
+        "The hypergradient holds at a minimum only: raise max_steps, lower the step size, loosen gtol, or take LBFGS or "
+        "NewtonCG (throw='fallback' does that)"
+    ),
+    Result.STAGNATED: (
+        "The hypergradient holds at a minimum only: scale the params or the data, take float64, NewtonCG "
+        "(throw='fallback' does that), or a gtol of your own if this accuracy is enough"
+    ),
+    Result.NEGATIVE_CURVATURE: (
+        "The gradient vanishes at a maximum or saddle, which is no minimum: start elsewhere, for instance at random params"
+    ),
+    Result.UNBOUNDED: (
+        "Without a minimum there is no hypergradient: add a penalty on the params (separable classes need one), or raise "
+        "max_steps if you know that there is one"
+    ),
+    Result.NONFINITE: (
+        "Lower the step size, start elsewhere, or look whether the loss falls without end (without a penalty it may have "
+        "no minimum)"
+    ),
+}
 
 
 class InnerSolver(Protocol):
@@ -61,6 +79,10 @@ class Ends:
         self.codes = torch.where(self.active & where, make_codes(result, self.codes), self.codes)
         self.active = self.active & ~where
 
+    def mark(self, where: Tensor, result: Result) -> None:
+        """Give the problems of a mask this result, whether they have ended or not."""
+        self.codes = torch.where(where, make_codes(result, self.codes), self.codes)
+
     def count(self) -> None:
         self.steps = self.steps + self.active
 
@@ -101,17 +123,32 @@ def choose(where: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:
     )
 
 
+GROWTH, ENOUGH_STEPS = 2.0, 64
+"""How much farther from the start the params are than when at most half of the steps were made, and how many steps it takes
+to say that a loss may have no minimum."""
+
 SUFFICIENT_DECREASE = 1e-4
 CURVATURE = 0.9
 
 
+MAX_TRIALS, FEW_TRIALS = 30, 5
+
+
 def line_search(
-    problem: Problem, at: Evaluation, direction: Tensor, step: Tensor, active: Tensor, max_trials: int = 30
+    problem: Problem,
+    at: Evaluation,
+    direction: Tensor,
+    step: Tensor,
+    active: Tensor,
+    near: Tensor | None = None,
 ) -> tuple[Evaluation, Tensor, Tensor]:
     """Bisection to a weak Wolfe point (Lewis and Overton 2013), each problem with its own bracket.
 
     Near the minimum, where the losses differ by rounding only, the decrease is judged by the slopes instead
     (the approximate Wolfe condition of Hager and Zhang 2005), so that small gradient norms can be reached.
+
+    Args:
+        near: problems that are near their minimum, where a step that fails does so by rounding: few trials tell.
 
     Returns:
         The accepted points (the old ones where none was found), the step sizes, and the mask of success.
@@ -119,8 +156,10 @@ def line_search(
     slope = dot(at.g, direction)
     low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
     pending, best, taken = active & (slope < 0), at, torch.zeros_like(step)
-    rounding = 1e3 * torch.finfo(at.g.dtype).eps * at.f.abs()
-    for _ in range(max_trials):
+    rounding = torch.finfo(at.g.dtype).eps ** 0.6 * at.f.abs()
+    for trials in range(MAX_TRIALS):
+        if near is not None and trials == FEW_TRIALS:
+            pending = pending & ~near
         if not bool(pending.any()):
             break
         trial = problem.evaluate(axpy(torch.where(pending, step, torch.zeros_like(step)), direction, at.y))
@@ -145,22 +184,40 @@ def descend(
     gtol: float | Tensor | None,
     max_steps: int,
     direction: Callable[[Evaluation, Tensor], tuple[Tensor, Tensor]],
+    nearness: Nearness | None = None,
 ) -> Solution:
     """Line-search descent.
 
     Args:
         direction: from the point and the last step sizes (0 at first) to directions ``[*batch, n]`` and the
             step sizes to try first.
+        nearness: the rule that ends it, in place of ``gtol``; the directions predict the solution.
     """
-    at = problem.start
+    at = halfway = before = problem.start
     progress = Progress.begin(at, gtol)
+    if nearness is not None:
+        progress.codes = torch.where(progress.active, make_codes(Result.MAX_STEPS, at.f), progress.codes)
     size = torch.zeros_like(at.f)
-    for _ in range(max_steps):
+    for step in range(max_steps + 1):
         if not bool(progress.active.any()):
             break
         towards, first = direction(at, size)
-        at, size, moved = line_search(problem, at, towards, first, progress.active)
+        near = None
+        if nearness is not None:
+            decrement = first * dot(at.g, towards).abs()
+            progress.end(nearness.look(first * norm(towards), at.y, decrement, at.f), Result.CONVERGED)
+            near = nearness.acceptable
+        if step == max_steps:
+            break
+        if step & (step - 1) == 0:  # 0, 1, 2, 4, 8, ...
+            before, halfway = halfway, at
+        at, size, moved = line_search(problem, at, towards, first, progress.active, near)
         progress.count()
         progress.look(at)
+        if nearness is not None:
+            progress.end(~moved & nearness.acceptable, Result.CONVERGED)
         progress.end(~moved, Result.STAGNATED)
-    return progress.solution(at.y, step_size=size)
+    unfinished = (progress.codes == int(Result.MAX_STEPS)) & (progress.steps >= ENOUGH_STEPS)
+    growing = norm(at.y - problem.start.y) > GROWTH * norm(before.y - problem.start.y)
+    progress.mark(unfinished & growing & (at.f < halfway.f), Result.UNBOUNDED)
+    return progress.solution(at.y, step_size=size, **({} if nearness is None else {"step_norm": nearness.predicted}))

@@ -12,8 +12,8 @@ from ..linalg.curvature import HessianMode, hessian
 from ..problem import Evaluation, Problem
 from ..solution import Solution
 from ..tree import norm
-from .lbfgs import default_gtol
 from .minimize import check_settings, descend
+from .nearness import Nearness
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class NewtonCG:
     def minimize(self, problem: Problem) -> Solution:
         """Minimise; see `InnerSolver`."""
 
+        start = norm(problem.start.g)
+
         def direction(at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor]:
             operator = hessian(problem, problem.linearize(at.y), self.operator)
-            slack = torch.minimum(torch.full_like(at.f, 0.5), norm(at.g).sqrt())
+            slack = (norm(at.g) / start).sqrt().clamp_max(0.5)
             steps = truncated_cg(operator, at.g, slack, self.cg_steps)
             unusable = ~(norm(steps) > 0) | ~torch.isfinite(steps).all(-1)
             return -torch.where(unusable.unsqueeze(-1), at.g, steps), torch.ones_like(at.f)
 
-        gtol = default_gtol(problem) if self.gtol is None else self.gtol
-        return descend(problem, gtol, self.max_steps, direction)
+        nearness = Nearness(problem.start.y) if self.gtol is None else None
+        return descend(problem, self.gtol, self.max_steps, direction, nearness)

@@ -20,6 +20,7 @@ from ..problem import RootProblem
 from ..solution import Result, Solution, make_codes
 from ..tree import axpy, norm
 from .minimize import Ends, check_tolerance
+from .nearness import Nearness
 
 
 class RootSolver(Protocol):
@@ -32,12 +33,12 @@ class RootSolver(Protocol):
 
 @dataclass
 class RootProgress(Ends):
-    """The stopping rule of root solvers, problem by problem."""
+    """The stopping rule of root solvers, problem by problem; without a tolerance only a residual of zero ends it."""
 
-    tol: float | Tensor
+    tol: float | None
 
     @classmethod
-    def begin(cls, r: Tensor, tol: float | Tensor) -> RootProgress:
+    def begin(cls, r: Tensor, tol: float | None) -> RootProgress:
         size = norm(r)
         codes = make_codes(Result.MAX_STEPS, size)
         progress = cls(codes, torch.zeros_like(codes, dtype=torch.int64), torch.ones_like(codes, dtype=torch.bool), tol)
@@ -46,13 +47,8 @@ class RootProgress(Ends):
 
     def look(self, size: Tensor) -> None:
         """End the problems whose residual norm is small enough, or not finite."""
-        self.end(size <= self.tol, Result.CONVERGED)
+        self.end(size <= (self.tol or 0.0), Result.CONVERGED)
         self.end(~torch.isfinite(size), Result.NONFINITE)
-
-
-def default_tol(r: Tensor) -> Tensor:
-    """A residual norm that float32 or float64 can reach on problems of these scales, for each."""
-    return (1e-10 if r.dtype == torch.float64 else 1e-5) * norm(r).clamp_min(1.0)
 
 
 @dataclass(frozen=True)
@@ -65,8 +61,8 @@ class Newton:
     Args:
         linear_solver: for ``J d = -r``; None: `LU` up to 512 unknowns, `GMRES` beyond.
         max_steps: Newton steps at most.
-        tol: stop a problem at this residual norm; None: 1e-10 (float64) or 1e-5 (float32), times the norm at the
-            start where that is larger than one.
+        tol: stop a problem at this residual norm; None: where the next step is at most 1e-8 (float64) or 3e-5
+            (float32) times the norm of the unknowns, whatever their scale and that of the residual.
     """
 
     linear_solver: LinearSolver | None = None
@@ -79,19 +75,28 @@ class Newton:
     def find(self, problem: RootProblem) -> Solution:
         """Find a root; see `RootSolver`."""
         y, r = problem.y, problem.r
-        tol = default_tol(r) if self.tol is None else self.tol
-        progress = RootProgress.begin(r, tol)
+        progress = RootProgress.begin(r, self.tol)
+        nearness = Nearness(y) if self.tol is None else None
         solver = self.linear_solver or (LU() if y.shape[-1] <= 512 else GMRES(rtol=1e-6))
-        for _ in range(self.max_steps):
+        for step in range(self.max_steps + 1):
             if not bool(progress.active.any()):
                 break
             operator = GraphJacobian(problem.raveler, problem.linearize(y))
             wanted = torch.where(progress.active.unsqueeze(-1), -r, torch.zeros_like(r))
-            y, r, moved = _backtrack(problem, y, r, solver.solve(operator, wanted).value, progress.active)
+            move, size = solver.solve(operator, wanted).value, norm(r)
+            if nearness is not None:
+                progress.end(nearness.look(norm(move), y), Result.CONVERGED)
+            if step == self.max_steps:
+                break
+            y, r, moved = _backtrack(problem, y, r, move, progress.active)
             progress.count()
             progress.look(norm(r))
+            if nearness is not None:
+                # The next step is as much smaller as the residual is.
+                arrived = nearness.reached(norm(move) * norm(r) / size, y)
+                progress.end(arrived | (~moved & nearness.acceptable), Result.CONVERGED)
             progress.end(~moved, Result.STAGNATED)
-        return progress.solution(y)
+        return progress.solution(y, **({} if nearness is None else {"step_norm": nearness.predicted}))
 
 
 def _backtrack(
@@ -134,7 +139,6 @@ class ScipyRoot:
     def find(self, problem: RootProblem) -> Solution:
         """Find a root; see `RootSolver`."""
         like, method = problem.y, self.method.lower()
-        tol = default_tol(problem.r) if self.tol is None else self.tol
         calls = 0
 
         def tensor(x: np.ndarray) -> Tensor:
@@ -150,22 +154,46 @@ class ScipyRoot:
             flat = blocks.reshape(-1, *blocks.shape[-2:]).double().cpu()
             return torch.block_diag(*flat).numpy()
 
+        def solve(start: np.ndarray, tol: float) -> np.ndarray:
+            options: dict[str, Any] = (
+                {"maxfev" if method == "hybr" else "maxiter": self.max_steps}
+                if dense
+                else {"maxiter": self.max_steps, "fatol": tol / like.numel() ** 0.5}
+            )
+            try:
+                return scipy.optimize.root(
+                    residual,
+                    start,
+                    jac=jacobian if dense else None,
+                    method=self.method,
+                    tol=1e-14 if dense else None,
+                    options=options,
+                ).x
+            except (ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
+                raise ValueError(f"ScipyRoot({self.method!r}) broke down: {error}. Try Newton().") from error
+
         dense = method in ("hybr", "lm")
-        options: dict[str, Any] = (
-            {"maxfev" if method == "hybr" else "maxiter": self.max_steps}
-            if dense
-            else {"maxiter": self.max_steps, "fatol": float(torch.as_tensor(tol).min()) / like.numel() ** 0.5}
-        )
-        jac: Callable[..., Any] | None = jacobian if dense else None
-        try:
-            x = scipy.optimize.root(
-                residual, to_numpy(like), jac=jac, method=self.method, tol=1e-14 if dense else None, options=options
-            ).x
-        except (ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
-            raise ValueError(f"ScipyRoot({self.method!r}) broke down: {error}. Try Newton().") from error
-        y = tensor(x)
-        size = norm(problem.evaluate(y))
+        y, size = like, norm(problem.r)
+        done = size <= (self.tol or 0.0)
+        for _ in range(1 if dense or self.tol is not None else REFERENCES):
+            if bool(done.all()) or calls >= self.max_steps or not bool(torch.isfinite(size).all()):
+                break
+            y = tensor(solve(to_numpy(y), self.tol or 1e-4 * float(size[~done].max())))
+            size = norm(problem.evaluate(y))
+            done = size <= self.tol if self.tol is not None else self._arrived(problem, y, size)
         codes = make_codes(Result.MAX_STEPS if calls >= self.max_steps else Result.STAGNATED, size)
-        codes = torch.where(size <= tol, make_codes(Result.CONVERGED, codes), codes)
+        codes = torch.where(done, make_codes(Result.CONVERGED, codes), codes)
         codes = torch.where(torch.isfinite(size), codes, make_codes(Result.NONFINITE, codes))
         return Solution(y, {"num_steps": torch.full_like(codes, calls, dtype=torch.int64), "result": codes})
+
+    @staticmethod
+    def _arrived(problem: RootProblem, y: Tensor, size: Tensor) -> Tensor:
+        """Whether Newton's next step would be small."""
+        operator = GraphJacobian(problem.raveler, problem.linearize(y))
+        solver = LU() if y.shape[-1] <= 512 else GMRES(rtol=1e-2)
+        nearness = Nearness(y)
+        return nearness.look(norm(solver.solve(operator, -problem.evaluate(y)).value), y) | nearness.near | (size == 0)
+
+
+REFERENCES = 5
+"""How often SciPy is asked again for a residual of a ten thousandth, where the solution is not near yet."""

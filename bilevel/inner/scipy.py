@@ -10,16 +10,19 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+from ..linalg.cg import truncated_cg
 from ..linalg.curvature import GraphHessian
 from ..linalg.operator import to_numpy
 from ..problem import Evaluation, Problem
 from ..solution import Result, Solution, make_codes
-from ..tree import norm
-from .lbfgs import default_gtol
+from ..tree import dot, norm
+from .lbfgs import Memory
 from .minimize import check_settings
+from .nearness import Nearness
 
 DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
-HESSIAN_METHODS = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
+PRODUCT_METHODS = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
+HESSIAN_METHODS = ("dogleg", "trust-exact")
 TOLERANCE_OPTIONS = {
     "l-bfgs-b": lambda gtol: {"gtol": gtol, "ftol": 0.0, "maxfun": 10**9},
     "tnc": lambda gtol: {"gtol": gtol, "ftol": 0.0, "xtol": 0.0, "maxfun": 10**9},
@@ -54,31 +57,49 @@ class ScipyMinimize:
 
     def minimize(self, problem: Problem) -> Solution:
         """Minimise; see `InnerSolver`."""
-        gtol = default_gtol(problem) if self.gtol is None else self.gtol
-        shape = problem.start.y
+        shape, start = problem.start.y, problem.start
+        method = self.method.lower()
+        free = method in DERIVATIVE_FREE
+        latest, watch = start, _Watch(problem)
+        if self._done(start) or (self.gtol is None and not free and watch.arrived(start)):
+            return self._solution(problem, start, 0)
 
         def tensor(x: np.ndarray) -> Tensor:
             return torch.from_numpy(np.array(x)).to(shape.device, shape.dtype).view_as(shape)
 
         def value_and_grad(x: np.ndarray) -> tuple[float, np.ndarray]:
-            at = problem.evaluate(tensor(x))
-            return float(at.f.sum()), to_numpy(at.g)
+            nonlocal latest
+            latest = problem.evaluate(tensor(x))
+            return float(latest.f.sum()), to_numpy(latest.g)
 
         def hessp(x: np.ndarray, v: np.ndarray) -> np.ndarray:
             return to_numpy(_hessian_at(problem, tensor(x)).matvec(tensor(v)))
 
-        method = self.method.lower()
-        free = method in DERIVATIVE_FREE
+        def hess(x: np.ndarray) -> np.ndarray:
+            blocks = _hessian_at(problem, tensor(x)).to_dense()
+            return torch.block_diag(*blocks.reshape(-1, *blocks.shape[-2:]).double().cpu()).numpy()
+
+        def stop(x: np.ndarray) -> None:
+            y = tensor(x)
+            if watch.arrived(latest if torch.equal(latest.y, y) else problem.evaluate(y)):
+                raise StopIteration
+
+        products = {"hessp": hessp} if method in PRODUCT_METHODS else {}
+        if method in HESSIAN_METHODS:
+            products = {"hess": hess}
         outcome = scipy.optimize.minimize(
             (lambda x: value_and_grad(x)[0]) if free else value_and_grad,
-            to_numpy(problem.start.y),
+            to_numpy(start.y),
             jac=None if free else True,
-            hessp=hessp if method in HESSIAN_METHODS else None,
             method=self.method,
-            options=self._options(method, float(torch.as_tensor(gtol).min()), problem.start),
+            options=self._options(method, self.gtol or 0.0, start),
+            callback=stop if self.gtol is None and not free else None,
+            **products,
         )
-        at = problem.evaluate(tensor(outcome.x))
-        return self._solution(at, gtol, int(outcome.get("nit", outcome.nfev)))
+        return self._solution(problem, problem.evaluate(tensor(outcome.x)), int(outcome.get("nit", outcome.nfev)))
+
+    def _done(self, at: Evaluation) -> bool:
+        return bool((norm(at.g) <= (self.gtol or 0.0)).all())
 
     def _options(self, method: str, gtol: float, start: Evaluation) -> dict[str, Any]:
         # SciPy looks at the largest entry, we at the 2-norm of each problem.
@@ -86,12 +107,33 @@ class ScipyMinimize:
         tolerance = TOLERANCE_OPTIONS.get(method, lambda gtol: {"gtol": gtol})
         return {**tolerance(entry), "maxiter": self.max_steps}
 
-    def _solution(self, at: Evaluation, gtol: float | Tensor, steps: int) -> Solution:
+    def _solution(self, problem: Problem, at: Evaluation, steps: int) -> Solution:
         size = norm(at.g)
+        near = size <= self.gtol if self.gtol is not None else _near(problem, at)
         codes = make_codes(Result.MAX_STEPS if steps >= self.max_steps else Result.STAGNATED, at.f)
-        codes = torch.where(size <= gtol, make_codes(Result.CONVERGED, codes), codes)
+        codes = torch.where(near, make_codes(Result.CONVERGED, codes), codes)
         codes = torch.where(torch.isfinite(size), codes, make_codes(Result.NONFINITE, codes))
         return Solution(at.y, {"num_steps": torch.full_like(codes, steps, dtype=torch.int64), "result": codes})
+
+
+class _Watch:
+    """Judges SciPy's iterates by the step that L-BFGS would make of them."""
+
+    def __init__(self, problem: Problem):
+        self.memory, self.nearness = Memory(10, problem), Nearness(problem.start.y)
+
+    def arrived(self, at: Evaluation) -> bool:
+        """Whether all problems are near their solutions."""
+        towards, first = self.memory.direction(at, at.f)
+        decrement = first * dot(at.g, towards).abs()
+        return bool(self.nearness.look(first * norm(towards), at.y, decrement, at.f).all())
+
+
+def _near(problem: Problem, at: Evaluation) -> Tensor:
+    """Which problems are near their solutions, by Newton's step there."""
+    step = truncated_cg(_hessian_at(problem, at.y), at.g, torch.full_like(at.f, 0.1), 50)
+    nearness = Nearness(at.y)
+    return nearness.look(norm(step), at.y, dot(at.g, step).abs(), at.f) | nearness.acceptable
 
 
 def _hessian_at(problem: Problem, y: Tensor) -> GraphHessian:

@@ -44,7 +44,8 @@ class CG(IterativeSolver):
         _sweep(operator, state, stopping.target, stopping.max_steps, precondition, lanczos)
         if not stopping.ordered:
             _verify(operator, unit, state, stopping.target, stopping.max_steps, precondition)
-        return Outcome(state.x, state.codes, state.steps, state.relative, lanczos)
+        condition = torch.where(torch.isfinite(state.least), state.size / state.least, torch.ones_like(state.size))
+        return Outcome(state.x, state.codes, state.steps, state.relative, lanczos, condition)
 
 
 def truncated_cg(operator: Operator, b: Tensor, rtol: Tensor, max_steps: int) -> Tensor:
@@ -59,7 +60,8 @@ def truncated_cg(operator: Operator, b: Tensor, rtol: Tensor, max_steps: int) ->
 class _State:
     """Where each problem stands; ``x``, ``r``, ``best_x`` are ``[*batch, n]``, the others ``[*batch]``.
 
-    ``size`` is about ``||A||``: curvature is zero where it is below the rounding error of that.
+    ``size`` is about ``||A||``: curvature is zero where it is below the rounding error of that. ``least`` is the
+    smallest positive curvature of a direction.
     """
 
     x: Tensor
@@ -69,6 +71,7 @@ class _State:
     steps: Tensor
     codes: Tensor
     size: Tensor
+    least: Tensor
     best_x: Tensor
     best_relative: Tensor
 
@@ -85,6 +88,7 @@ class _State:
             steps=torch.zeros_like(length, dtype=torch.int64),
             codes=stopping.initial_codes(),
             size=torch.zeros_like(length),
+            least=torch.full_like(length, torch.inf),
             best_x=zero,
             best_relative=relative,
         )
@@ -136,6 +140,7 @@ def _sweep(
         state.steps = state.steps + state.active
         made = state.active
         state.active = state.active & finite & convex
+        state.least = torch.where(state.active, torch.fmin(state.least, curvature / length.square()), state.least)
         alpha = torch.where(state.active, rz / curvature, torch.zeros_like(rz))
         keep = state.active.unsqueeze(-1)
         state.x = torch.where(keep, axpy(alpha, p, state.x), state.x)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from ..recording import recording
 from ..solution import Result, Solution, make_codes
 from ..tree import norm
 from .operator import Operator
@@ -55,9 +56,11 @@ class Nystrom:
         reuse = isinstance(kept, Inverse) and kept.basis.shape[:-1] == b.shape
         inverse = kept if reuse else self._invert(operator)
         assert isinstance(inverse, Inverse)
-        x = inverse(unit)
-        x = torch.where(inverse.usable.unsqueeze(-1), x, torch.zeros_like(x))
-        relative = norm(unit - operator.matvec(x))
+        x, relative = inverse.applied(operator, unit)
+        if reuse and not recording() and bool((relative > inverse.expected).any()):
+            reuse, inverse = False, self._invert(operator)
+            x, relative = inverse.applied(operator, unit)
+        inverse = inverse if reuse else replace(inverse, relative=relative)
         codes = torch.where(
             inverse.usable, make_codes(Result.STEPS_DONE, length), make_codes(Result.NEGATIVE_CURVATURE, length)
         )
@@ -76,6 +79,10 @@ class Nystrom:
         # With all n directions nothing is outside; a small damping would only amplify the rounding of U U^T.
         outside = 0.0 if basis.shape[-1] == operator.size else 1 / self.damping
         return Inverse(basis, inside, torch.full_like(inside[..., 0], outside), usable)
+
+
+STALE, STALE_FLOOR = 3.0, 1e-6
+"""A sketch is made anew where it leaves a residual of so many times what it left when it was made."""
 
 
 @dataclass(frozen=True)
@@ -119,17 +126,30 @@ class Inverse:
 
     Attributes:
         basis: U, ``[*batch, n, k]`` with orthonormal columns. inside: ``[*batch, k]``. outside, usable: ``[*batch]``.
+        relative: the residual that it left as an approximate inverse when it was made, ``[*batch]``.
     """
 
     basis: Tensor
     inside: Tensor
     outside: Tensor
     usable: Tensor
+    relative: Tensor | None = None
 
     def __call__(self, r: Tensor) -> Tensor:
         within = (self.basis.mT @ r.unsqueeze(-1)).squeeze(-1)
         weights = (self.inside - self.outside.unsqueeze(-1)) * within
         return self.outside.unsqueeze(-1) * r + (self.basis @ weights.unsqueeze(-1)).squeeze(-1)
+
+    @property
+    def expected(self) -> Tensor:
+        """The residual above which it is taken for that of another matrix."""
+        return STALE * (torch.ones_like(self.outside) if self.relative is None else self.relative.clamp_min(STALE_FLOOR))
+
+    def applied(self, operator: Operator, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """The approximate solution of ``A x = unit``, zero where the sketch is of no use, and its residual norm."""
+        x = self(unit)
+        x = torch.where(self.usable.unsqueeze(-1), x, torch.zeros_like(x))
+        return x, norm(unit - operator.matvec(x))
 
 
 def sketch(operator: Operator, rank: int, seed: int, kind: SketchKind) -> tuple[Tensor, Tensor, Tensor]:

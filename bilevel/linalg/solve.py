@@ -67,13 +67,17 @@ class Stopping:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an algorithm made of a normalised right-hand side; ``relative`` is its residual norm."""
+    """What an algorithm made of a normalised right-hand side; ``relative`` is its residual norm.
+
+    ``condition``: a lower bound of the matrix's condition number, where the algorithm sees one.
+    """
 
     x: Tensor
     codes: Tensor
     steps: Tensor
     relative: Tensor
     lanczos: Lanczos | None = None
+    condition: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,14 @@ class IterativeSolver(ABC):
         """Solve ``A x = b``; see `LinearSolver`."""
         if self.symmetric_only:
             require_symmetric(operator, type(self).__name__)
+        kept = None if state is None else state.precondition
+        solution = self._solve(operator, b, state)
+        if kept is not None and solution.state.precondition is kept and failed(solution):
+            # A preconditioner of another problem may do harm.
+            return self._solve(operator, b, LinearState(solution.value))
+        return solution
+
+    def _solve(self, operator: Operator, b: Tensor, state: LinearState | None) -> Solution:
         x0, r0 = first_guess(operator, b, state)
         unit, length = normalise(r0)
         size = norm(b) if x0 is not None else length
@@ -118,6 +130,8 @@ class IterativeSolver(ABC):
         codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
         value = value if x0 is None else x0 + value
         solution = report(value, codes, found.steps, found.relative * length, size)
+        if found.condition is not None:
+            solution.stats["condition"] = found.condition
         solution.state = LinearState(value, precondition, found.lanczos)
         return solution
 
@@ -188,13 +202,23 @@ def normalise(b: Tensor) -> tuple[Tensor, Tensor]:
     return unit, torch.where(usable, length * factor.squeeze(-1).double(), largest.double())
 
 
+WORSE = 1 + 1e-4
+"""A relative residual above it is worse than that of zero; one of exactly 1 may come out a little larger."""
+
+
+def failed(solution: Solution) -> bool:
+    """Whether a solve did not do what was asked; in a recording nobody can know."""
+    return not recording() and not solution.result.ok
+
+
 def report(value: Tensor, codes: Tensor, steps: Tensor, residual: Tensor, scale: Tensor) -> Solution:
-    """A `Solution` whose stats have the batch shape.
+    """A `Solution` whose stats have the batch shape; an answer that is worse than zero has diverged.
 
     Args:
         residual: ``||b - A x||``. scale: ``||b||``. Both float64.
     """
     relative = torch.where(scale > 0, residual / scale, torch.zeros_like(residual))
+    codes = torch.where((relative > WORSE) & (codes < int(Result.NEGATIVE_CURVATURE)), make_codes(Result.DIVERGED, codes), codes)
     stats = {"num_steps": steps, "residual_norm": residual, "relative_residual": relative, "result": codes}
     return Solution(value, stats)
 

@@ -52,7 +52,7 @@ def test_conditions_from_1_to_1e4_each_meet_the_tolerance(solver):
     found = solver.minimize(problem)
     assert found.result is Result.CONVERGED
     assert (problem.evaluate(found.value).g.norm(dim=-1) <= solver.gtol).all()
-    assert len(set(found.stats["num_steps"].tolist())) >= 4
+    assert len(set(found.stats["num_steps"].tolist())) >= 3
     assert found.stats["step_size"].shape == (5,)
 
 

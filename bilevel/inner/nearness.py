@@ -1,0 +1,96 @@
+"""When a solve without a tolerance of the user's is near enough: by the step to the solution that the solver predicts.
+
+A gradient norm has the units of the loss over those of the params, so no number of it is small by itself, and its size
+at the start says nothing of the solution. The step to the solution has the units of the params: it is measured against
+the params that were reached, so that neither the scales of loss, params and data nor the start matter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..tree import norm
+
+PATIENCE = 10
+"""Steps in which the predicted step does not halve, after which the precision is held to be used up."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How near is near enough, relative to the norm of the params.
+
+    Attributes:
+        wanted: a solve ends there. accepted: what counts as converged where rounding allows no more.
+        promised: what holds when the adjoint solve looks again.
+    """
+
+    wanted: float
+    accepted: float
+    promised: float
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> Goal:
+        """That of a precision."""
+        if dtype == torch.float64:
+            return cls(1e-8, 1e-7, 1e-6)
+        if dtype == torch.float32:
+            return cls(3e-5, 3e-4, 1e-3)
+        roundoff = torch.finfo(dtype).eps
+        return cls(4 * roundoff, 16 * roundoff, 64 * roundoff)
+
+
+class Nearness:
+    """The stopping rule, problem by problem; all tensors are of the batch shape.
+
+    Args:
+        like: the params at the start, ``[*batch, n]``.
+
+    Attributes:
+        predicted: the distance to the solution, as the last step says.
+    """
+
+    def __init__(self, like: Tensor):
+        self.goal, self.start = Goal.of(like.dtype), like
+        self.least = torch.full(like.shape[:-1], torch.inf, dtype=torch.float64, device=like.device)
+        self.predicted = self.first = self.least
+        self.idle = torch.zeros_like(self.least, dtype=torch.int64)
+        self.near = self.flat = self.done = torch.zeros_like(self.idle, dtype=torch.bool)
+
+    def look(self, predicted: Tensor, y: Tensor, decrement: Tensor | None = None, f: Tensor | None = None) -> Tensor:
+        """Which problems have arrived.
+
+        Args:
+            predicted: the norm of the step to the solution. y: the params there.
+            decrement: by how much the step lowers the loss, twice. f: the loss.
+        """
+        # One short step may be chance: two in a row are not.
+        chance = torch.where(torch.isinf(self.predicted), predicted, (predicted * self.predicted).sqrt())
+        both = torch.maximum(predicted, chance)
+        self.predicted = torch.where(self.done, self.predicted, predicted)
+        self.near = both <= self.goal.accepted * norm(y)
+        if f is None:
+            travelled = norm(y - self.start)
+            self.near = self.near | (predicted <= 10 * torch.finfo(y.dtype).eps * travelled)
+        # Of params that end at zero only the loss has a scale: the step does not change it any more.
+        if decrement is not None and f is not None:
+            self.first = torch.where(torch.isinf(self.first), decrement, self.first)
+            self.flat = (decrement <= 2 * self.goal.wanted**2 * f.abs()) & (decrement <= self.goal.wanted * self.first)
+        waiting = self.acceptable & ~(predicted <= self.least / 2)
+        self.idle = torch.where(waiting, self.idle + 1, torch.zeros_like(self.idle))
+        self.least = torch.where(waiting, self.least, predicted)
+        used_up = self.idle >= torch.where(self.flat, 2, PATIENCE)
+        self.done = self.done | self.reached(both, y) | used_up
+        return self.done
+
+    def reached(self, predicted: Tensor, y: Tensor) -> Tensor:
+        """Where the step is as small as is wanted, or nothing beside the way that the params have come (to zero)."""
+        vanished = torch.finfo(y.dtype).eps ** 2 * norm(y - self.start)
+        return predicted <= torch.maximum(self.goal.wanted * norm(y), vanished)
+
+    @property
+    def acceptable(self) -> Tensor:
+        """Which problems have converged as far as rounding allows, where no further progress is possible."""
+        return self.near | self.flat
