@@ -17,6 +17,9 @@ from ..tree import norm
 PATIENCE = 10
 """Steps in which the predicted step does not halve, after which the precision is held to be used up."""
 
+VANISHED = 1e-30
+"""Of the way that the params have come: what is shorter is zero."""
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -87,8 +90,7 @@ class Nearness:
 
     def reached(self, predicted: Tensor, y: Tensor) -> Tensor:
         """Where the step is as small as is wanted, or nothing beside the way that the params have come (to zero)."""
-        vanished = torch.finfo(y.dtype).eps ** 2 * norm(y - self.start)
-        return predicted <= torch.maximum(self.goal.wanted * norm(y), vanished)
+        return predicted <= torch.maximum(self.goal.wanted * norm(y), VANISHED * norm(y - self.start))
 
     @property
     def acceptable(self) -> Tensor:
