@@ -75,8 +75,8 @@ class GradientDescent:
         return progress.solution(at.y, step_size=lr)
 
     def _search(self, problem: Problem, lr: Tensor) -> Solution:
-        def direction(at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor]:
-            return -at.g, torch.where(last > 0, 2 * last, lr)
+        def direction(at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return -at.g, torch.where(last > 0, 2 * last, lr), last > 0
 
         return descend(problem, self.gtol, self.max_steps, direction)
 

@@ -43,10 +43,11 @@ class LBFGS:
         return descend(problem, self.gtol, self.max_steps, memory.direction, nearness)
 
 
-def first_step(problem: Problem) -> Tensor:
+def first_step(problem: Problem) -> tuple[Tensor, Tensor]:
     """One over the curvature along the gradient at the start, by one more gradient, ``[*batch]`` float64.
 
-    Where the curvature is not positive there: the step that would bring a loss of that slope to zero.
+    Where the curvature is not positive there: the step that would bring a loss of that slope to zero. Second, where it
+    is positive.
     """
     at = problem.start
     slope, size = norm(at.g), norm(at.y)
@@ -57,8 +58,9 @@ def first_step(problem: Problem) -> Tensor:
     ahead = problem.evaluate(axpy(-reach, at.g, at.y))
     step = reach * slope.square() / dot(at.g - ahead.g, at.g)
     unit = torch.where((to_zero > 0) & torch.isfinite(to_zero), to_zero, torch.ones_like(to_zero))
-    step = torch.where((step > 0) & torch.isfinite(step), step, unit / slope)
-    return torch.where(slope > 0, step, torch.zeros_like(step))
+    curved = (step > 0) & torch.isfinite(step)
+    step = torch.where(curved, step, unit / slope)
+    return torch.where(slope > 0, step, torch.zeros_like(step)), curved
 
 
 class Memory:
@@ -70,20 +72,22 @@ class Memory:
         self.previous: Evaluation | None = None
         self.gamma: Tensor | None = None
 
-    def direction(self, at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor]:
+    def direction(self, at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The direction, its first step size, and where the newest curvature is positive; see `descend`."""
         if self.previous is None:
             self.previous = at
-            return -at.g, first_step(self.problem)
-        self._remember(at.y - self.previous.y, at.g - self.previous.g)
+            return -at.g, *first_step(self.problem)
+        useful = self._remember(at.y - self.previous.y, at.g - self.previous.g)
         self.previous = at
-        return -self._two_loops(at.g), torch.ones_like(at.f)
+        return -self._two_loops(at.g), torch.ones_like(at.f), useful
 
-    def _remember(self, s: Tensor, y: Tensor) -> None:
+    def _remember(self, s: Tensor, y: Tensor) -> Tensor:
         curvature, yy = dot(s, y), dot(y, y)
         useful = curvature > torch.finfo(s.dtype).eps * norm(s) * yy.sqrt()
         rho = torch.where(useful, 1 / curvature, torch.zeros_like(curvature))
         self.gamma = torch.where(useful, curvature / yy, torch.ones_like(yy) if self.gamma is None else self.gamma)
         self.pairs = [*self.pairs, (s, y, rho)][-self.history :]
+        return useful
 
     def _two_loops(self, g: Tensor) -> Tensor:
         assert self.gamma is not None

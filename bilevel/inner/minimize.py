@@ -123,7 +123,7 @@ def choose(where: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:
     )
 
 
-GROWTH, ENOUGH_STEPS = 2.0, 64
+GROWTH, ENOUGH_STEPS = 1.5, 32
 """How much farther from the start the params are than when at most half of the steps were made, and how many steps it takes
 to say that a loss may have no minimum."""
 
@@ -179,19 +179,22 @@ def line_search(
     return best, taken, active & (taken > 0)
 
 
+Direction = Callable[[Evaluation, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
 def descend(
     problem: Problem,
     gtol: float | Tensor | None,
     max_steps: int,
-    direction: Callable[[Evaluation, Tensor], tuple[Tensor, Tensor]],
+    direction: Direction,
     nearness: Nearness | None = None,
 ) -> Solution:
     """Line-search descent.
 
     Args:
-        direction: from the point and the last step sizes (0 at first) to directions ``[*batch, n]`` and the
-            step sizes to try first.
-        nearness: the rule that ends it, in place of ``gtol``; the directions predict the solution.
+        direction: from the point and the last step sizes (0 at first) to directions ``[*batch, n]``, the step sizes to
+            try first, and where such a step, made of positive curvature, predicts the solution.
+        nearness: the rule that ends it, in place of ``gtol``.
     """
     at = halfway = before = problem.start
     progress = Progress.begin(at, gtol)
@@ -201,11 +204,12 @@ def descend(
     for step in range(max_steps + 1):
         if not bool(progress.active.any()):
             break
-        towards, first = direction(at, size)
+        towards, first, known = direction(at, size)
         near = None
         if nearness is not None:
-            decrement = first * dot(at.g, towards).abs()
-            progress.end(nearness.look(first * norm(towards), at.y, decrement, at.f), Result.CONVERGED)
+            predicted, decrement = first * norm(towards), first * dot(at.g, towards).abs()
+            predicted = torch.where(known | (decrement == 0), predicted, torch.inf)
+            progress.end(nearness.look(predicted, at.y, decrement, at.f), Result.CONVERGED)
             near = nearness.acceptable
         if step == max_steps:
             break
@@ -217,7 +221,16 @@ def descend(
         if nearness is not None:
             progress.end(~moved & nearness.acceptable, Result.CONVERGED)
         progress.end(~moved, Result.STAGNATED)
-    unfinished = (progress.codes == int(Result.MAX_STEPS)) & (progress.steps >= ENOUGH_STEPS)
-    growing = norm(at.y - problem.start.y) > GROWTH * norm(before.y - problem.start.y)
-    progress.mark(unfinished & growing & (at.f < halfway.f), Result.UNBOUNDED)
+    progress.mark(_grows(progress, at, before, problem.start, nearness) & (at.f < halfway.f), Result.UNBOUNDED)
     return progress.solution(at.y, step_size=size, **({} if nearness is None else {"step_norm": nearness.predicted}))
+
+
+def _grows(
+    progress: Progress, at: Evaluation, before: Evaluation, start: Evaluation, nearness: Nearness | None
+) -> Tensor:
+    """Which problems did not end although their params still move away from the start by steps that do not shrink."""
+    unfinished = (progress.codes == int(Result.MAX_STEPS)) | (progress.codes == int(Result.STAGNATED))
+    growing = norm(at.y - start.y) > GROWTH * norm(before.y - start.y)
+    if nearness is not None:
+        growing = growing & (nearness.predicted > 1e-3 * norm(at.y))
+    return unfinished & growing & (progress.steps >= ENOUGH_STEPS)

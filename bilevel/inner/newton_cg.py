@@ -45,12 +45,12 @@ class NewtonCG:
 
         start = norm(problem.start.g)
 
-        def direction(at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor]:
+        def direction(at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             operator = hessian(problem, problem.linearize(at.y), self.operator)
             slack = (norm(at.g) / start).sqrt().clamp_max(0.5)
             steps = truncated_cg(operator, at.g, slack, self.cg_steps)
             unusable = ~(norm(steps) > 0) | ~torch.isfinite(steps).all(-1)
-            return -torch.where(unusable.unsqueeze(-1), at.g, steps), torch.ones_like(at.f)
+            return -torch.where(unusable.unsqueeze(-1), at.g, steps), torch.ones_like(at.f), ~unusable
 
         nearness = Nearness(problem.start.y) if self.gtol is None else None
         return descend(problem, self.gtol, self.max_steps, direction, nearness)

@@ -124,9 +124,10 @@ class _Watch:
 
     def arrived(self, at: Evaluation) -> bool:
         """Whether all problems are near their solutions."""
-        towards, first = self.memory.direction(at, at.f)
+        towards, first, known = self.memory.direction(at, at.f)
         decrement = first * dot(at.g, towards).abs()
-        return bool(self.nearness.look(first * norm(towards), at.y, decrement, at.f).all())
+        predicted = torch.where(known | (decrement == 0), first * norm(towards), torch.inf)
+        return bool(self.nearness.look(predicted, at.y, decrement, at.f).all())
 
 
 def _near(problem: Problem, at: Evaluation) -> Tensor:

@@ -143,7 +143,9 @@ class Inverse:
     @property
     def expected(self) -> Tensor:
         """The residual above which it is taken for that of another matrix."""
-        return STALE * (torch.ones_like(self.outside) if self.relative is None else self.relative.clamp_min(STALE_FLOOR))
+        return STALE * (
+            torch.ones_like(self.outside) if self.relative is None else self.relative.clamp_min(STALE_FLOOR)
+        )
 
     def applied(self, operator: Operator, unit: Tensor) -> tuple[Tensor, Tensor]:
         """The approximate solution of ``A x = unit``, zero where the sketch is of no use, and its residual norm."""
