@@ -34,8 +34,8 @@ ADJOINT_ADVICE: dict[Result | None, str] = {
         "MINRES and damping)"
     ),
     Result.DIVERGED: (
-        "Its residual is larger than that of zero: the hypergradient is worse than none. Raise max_steps, or take MINRES, "
-        "whose residual never grows"
+        "Its residual is larger than that of zero: the hypergradient is worse than none. Raise max_steps, or take "
+        "MINRES, whose residual never grows"
     ),
     Result.NONFINITE: (
         "In the linear solve, or in the derivative by the hyperparameters: look for functions whose slope is infinite "

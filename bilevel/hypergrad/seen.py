@@ -28,8 +28,8 @@ def changed(what: str) -> ObjectiveChangedError:
     return ObjectiveChangedError(
         f"The {what} has changed since it was solved: evaluated again at the solution, it gives another value, so its "
         "hypergradient would be that of another problem. Either it captured a variable that was assigned anew (that of "
-        "a loop: bind it as a default argument, or pass it as one of args), or data were changed in place (pass a copy, "
-        "or differentiate before), or it is random (dropout, noise, a batch drawn inside: fix what is drawn)."
+        "a loop: bind it as a default argument, or pass it as one of args), or data were changed in place (pass a "
+        "copy, or differentiate before), or it is random (dropout, noise, a batch drawn inside: fix what is drawn)."
     )
 
 
@@ -72,9 +72,9 @@ class Seen:
 
     def check_loss(self, loss: Tensor) -> None:
         """The same of the losses alone."""
-        if self.loss is not None and loss.shape == self.loss.shape and not recording():
-            if bool(self._differs(loss).any()):
-                raise changed("objective")
+        known = self.loss is not None and loss.shape == self.loss.shape and not recording()
+        if known and bool(self._differs(loss).any()):
+            raise changed("objective")
 
     def _differs(self, loss: Tensor) -> Tensor:
         assert self.loss is not None

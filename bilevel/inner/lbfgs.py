@@ -43,11 +43,12 @@ class LBFGS:
         return descend(problem, self.gtol, self.max_steps, memory.direction, nearness)
 
 
-def first_step(problem: Problem) -> tuple[Tensor, Tensor]:
-    """One over the curvature along the gradient at the start, by one more gradient, ``[*batch]`` float64.
+def first_step(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Down the gradient at the start, as far as the curvature along it says, at the price of one more gradient.
 
-    Where the curvature is not positive there: the step that would bring a loss of that slope to zero. Second, where it
-    is positive.
+    Returns:
+        The unit direction ``[*batch, n]``; the length, and where the curvature is positive, ``[*batch]``. Where it is
+        not, the length is that which would bring a loss of that slope to zero.
     """
     at = problem.start
     slope, size = norm(at.g), norm(at.y)
@@ -56,18 +57,25 @@ def first_step(problem: Problem) -> tuple[Tensor, Tensor]:
     reach = torch.finfo(at.g.dtype).eps ** 0.5 * length / slope
     reach = torch.where(torch.isfinite(reach), reach, torch.zeros_like(reach))
     ahead = problem.evaluate(axpy(-reach, at.g, at.y))
-    step = reach * slope.square() / dot(at.g - ahead.g, at.g)
+    # In units of the slope: the squares of a small gradient underflow in float32.
+    step = reach / dot(scale(1 / slope, at.g - ahead.g), scale(1 / slope, at.g))
     unit = torch.where((to_zero > 0) & torch.isfinite(to_zero), to_zero, torch.ones_like(to_zero))
     curved = (step > 0) & torch.isfinite(step)
-    step = torch.where(curved, step, unit / slope)
-    return torch.where(slope > 0, step, torch.zeros_like(step)), curved
+    length = torch.where(curved, step * slope, unit)
+    downhill = scale(torch.where(slope > 0, -1 / slope, torch.zeros_like(slope)), at.g)
+    return downhill, torch.where(slope > 0, length, torch.zeros_like(length)), curved
 
 
 class Memory:
-    """Curvature pairs and the two-loop recursion; a pair without positive curvature counts as none."""
+    """Curvature pairs and the two-loop recursion; a pair without positive curvature counts as none.
+
+    Gradients are taken in units of the first one: the squares of small ones underflow in float32.
+    """
 
     def __init__(self, history: int, problem: Problem):
         self.history, self.problem = history, problem
+        size = norm(problem.start.g)
+        self.unit = torch.where((size > 0) & torch.isfinite(size), 1 / size, torch.ones_like(size))
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
         self.previous: Evaluation | None = None
         self.gamma: Tensor | None = None
@@ -76,10 +84,10 @@ class Memory:
         """The direction, its first step size, and where the newest curvature is positive; see `descend`."""
         if self.previous is None:
             self.previous = at
-            return -at.g, *first_step(self.problem)
-        useful = self._remember(at.y - self.previous.y, at.g - self.previous.g)
+            return first_step(self.problem)
+        useful = self._remember(at.y - self.previous.y, scale(self.unit, at.g - self.previous.g))
         self.previous = at
-        return -self._two_loops(at.g), torch.ones_like(at.f), useful
+        return -self._two_loops(scale(self.unit, at.g)), torch.ones_like(at.f), useful
 
     def _remember(self, s: Tensor, y: Tensor) -> Tensor:
         curvature, yy = dot(s, y), dot(y, y)

@@ -17,23 +17,24 @@ from .nearness import Nearness
 
 INNER_ADVICE: dict[Result | None, str] = {
     None: (
-        "The hypergradient holds at a minimum only: raise max_steps, lower the step size, loosen gtol, or take LBFGS or "
-        "NewtonCG (throw='fallback' does that)"
+        "The hypergradient holds at a minimum only: raise max_steps, lower the step size, loosen gtol, or take LBFGS "
+        "or NewtonCG (throw='fallback' does that)"
     ),
     Result.STAGNATED: (
         "The hypergradient holds at a minimum only: scale the params or the data, take float64, NewtonCG "
         "(throw='fallback' does that), or a gtol of your own if this accuracy is enough"
     ),
     Result.NEGATIVE_CURVATURE: (
-        "The gradient vanishes at a maximum or saddle, which is no minimum: start elsewhere, for instance at random params"
+        "The gradient vanishes at a maximum or saddle, which is no minimum: start elsewhere, for instance at random "
+        "params"
     ),
     Result.UNBOUNDED: (
-        "Without a minimum there is no hypergradient: add a penalty on the params (separable classes need one), or raise "
-        "max_steps if you know that there is one"
+        "Without a minimum there is no hypergradient: add a penalty on the params (separable classes need one), or "
+        "raise max_steps if you know that there is one"
     ),
     Result.NONFINITE: (
-        "Lower the step size, start elsewhere, or look whether the loss falls without end (without a penalty it may have "
-        "no minimum)"
+        "Lower the step size, start elsewhere, or look whether the loss falls without end (without a penalty it may "
+        "have no minimum)"
     ),
 }
 
@@ -124,8 +125,8 @@ def choose(where: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:
 
 
 GROWTH, ENOUGH_STEPS = 1.5, 32
-"""How much farther from the start the params are than when at most half of the steps were made, and how many steps it takes
-to say that a loss may have no minimum."""
+"""How much farther from the start the params are than when at most half of the steps were made, and how many steps it
+takes to say that a loss may have no minimum."""
 
 SUFFICIENT_DECREASE = 1e-4
 CURVATURE = 0.9
@@ -232,5 +233,5 @@ def _grows(
     unfinished = (progress.codes == int(Result.MAX_STEPS)) | (progress.codes == int(Result.STAGNATED))
     growing = norm(at.y - start.y) > GROWTH * norm(before.y - start.y)
     if nearness is not None:
-        growing = growing & (nearness.predicted > 1e-3 * norm(at.y))
+        growing = growing & ~(nearness.predicted <= 1e-3 * norm(at.y))
     return unfinished & growing & (progress.steps >= ENOUGH_STEPS)

@@ -15,9 +15,9 @@ PROBES = 5
 """Products that the look at the curvature of a stationary start costs."""
 
 RANDOM_ADVICE = (
-    "The objective gives another value each time that it is evaluated at the same params: it is random (dropout, noise, "
-    "a batch drawn inside), and line searches and hypergradients need one function. Put modules into eval(), draw the "
-    "noise before, or take a stochastic method (bilevel.stochastic)"
+    "The objective gives another value each time that it is evaluated at the same params: it is random (dropout, "
+    "noise, a batch drawn inside), and line searches and hypergradients need one function. Put modules into eval(), "
+    "draw the noise before, or take a stochastic method (bilevel.stochastic)"
 )
 
 

@@ -84,7 +84,7 @@ class ScipyMinimize:
             if watch.arrived(latest if torch.equal(latest.y, y) else problem.evaluate(y)):
                 raise StopIteration
 
-        products = {"hessp": hessp} if method in PRODUCT_METHODS else {}
+        products: dict[str, Any] = {"hessp": hessp} if method in PRODUCT_METHODS else {}
         if method in HESSIAN_METHODS:
             products = {"hess": hess}
         outcome = scipy.optimize.minimize(

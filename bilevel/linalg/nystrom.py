@@ -143,9 +143,8 @@ class Inverse:
     @property
     def expected(self) -> Tensor:
         """The residual above which it is taken for that of another matrix."""
-        return STALE * (
-            torch.ones_like(self.outside) if self.relative is None else self.relative.clamp_min(STALE_FLOOR)
-        )
+        made = torch.ones_like(self.outside) if self.relative is None else self.relative.clamp_min(STALE_FLOOR)
+        return STALE * made
 
     def applied(self, operator: Operator, unit: Tensor) -> tuple[Tensor, Tensor]:
         """The approximate solution of ``A x = unit``, zero where the sketch is of no use, and its residual norm."""

@@ -218,9 +218,8 @@ def report(value: Tensor, codes: Tensor, steps: Tensor, residual: Tensor, scale:
         residual: ``||b - A x||``. scale: ``||b||``. Both float64.
     """
     relative = torch.where(scale > 0, residual / scale, torch.zeros_like(residual))
-    codes = torch.where(
-        (relative > WORSE) & (codes < int(Result.NEGATIVE_CURVATURE)), make_codes(Result.DIVERGED, codes), codes
-    )
+    worse = (relative > WORSE) & (codes < int(Result.NEGATIVE_CURVATURE))
+    codes = torch.where(worse, make_codes(Result.DIVERGED, codes), codes)
     stats = {"num_steps": steps, "residual_norm": residual, "relative_residual": relative, "result": codes}
     return Solution(value, stats)
 
