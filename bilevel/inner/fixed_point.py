@@ -24,7 +24,7 @@ class Picard:
         damping: in (0, 1]; 1 is the plain iteration, less helps maps that oscillate.
         max_steps: steps at most.
         tol: stop a problem at this norm of ``y - T(y)``; None: where the distance to the fixed point, as the
-            contraction of the last step predicts it, is at most 1e-8 (float64) or 3e-5 (float32) times ``||y||``.
+            contraction of the last step predicts it, is at most 1e-9 (float64) or 3e-5 (float32) times ``||y||``.
     """
 
     damping: float = 1.0

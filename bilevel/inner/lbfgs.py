@@ -22,7 +22,7 @@ class LBFGS:
 
     Args:
         max_steps: steps at most.
-        gtol: stop a problem at this gradient norm; None: where the next step is at most 1e-8 (float64) or 3e-5
+        gtol: stop a problem at this gradient norm; None: where the next step is at most 1e-9 (float64) or 3e-5
             (float32) times the norm of the params, whatever the scales of loss, params and start; see `Nearness`.
         history: curvature pairs kept, two vectors each.
     """

@@ -38,7 +38,7 @@ class Goal:
     def of(cls, dtype: torch.dtype) -> Goal:
         """That of a precision."""
         if dtype == torch.float64:
-            return cls(1e-8, 1e-7, 1e-6)
+            return cls(1e-9, 1e-7, 1e-6)
         if dtype == torch.float32:
             return cls(3e-5, 3e-4, 1e-3)
         roundoff = torch.finfo(dtype).eps

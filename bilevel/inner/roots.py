@@ -60,7 +60,7 @@ class Newton:
     Args:
         linear_solver: for ``J d = -r``; None: `LU` up to 512 unknowns, `GMRES` beyond.
         max_steps: Newton steps at most.
-        tol: stop a problem at this residual norm; None: where the next step is at most 1e-8 (float64) or 3e-5
+        tol: stop a problem at this residual norm; None: where the next step is at most 1e-9 (float64) or 3e-5
             (float32) times the norm of the unknowns, whatever their scale and that of the residual.
     """
 
