@@ -27,6 +27,7 @@ from .hypergrad.implicit import Implicit
 from .hypergrad.one_step import OneStep
 from .hypergrad.penalty import Penalty
 from .hypergrad.sama import SAMA
+from .hypergrad.seen import ObjectiveChangedError
 from .hypergrad.truncated import Truncated
 from .hypergrad.unroll import Unroll
 from .inner.external import External
@@ -91,6 +92,7 @@ __all__ = [
     "NormalCG",
     "Nystrom",
     "NystromPreconditioner",
+    "ObjectiveChangedError",
     "OneStep",
     "Penalty",
     "Picard",

@@ -88,9 +88,14 @@ class Anderson:
             keep = progress.active.unsqueeze(-1)
             new_y = torch.where(keep, y + move, y)
             new_r = torch.where(keep, problem.evaluate(new_y), r)
+            # Where the mixture left the domain of T, the problem goes on from where it was, by the plain iteration.
+            lost = ~torch.isfinite(norm(new_r))
+            mixed = torch.stack(changes, -1).abs().amax((-2, -1)) > 0 if changes else torch.zeros_like(lost)
+            back = (lost & mixed).unsqueeze(-1)
+            new_y, new_r = torch.where(back, y, new_y), torch.where(back, r, new_r)
             if self.history:
                 # A problem that got worse forgets: its differences count as zero and get no weight.
-                worse = (norm(new_r) > 10 * norm(r)).unsqueeze(-1)
+                worse = back | (norm(new_r) > 10 * norm(r)).unsqueeze(-1)
                 steps_back, changes = (
                     [torch.where(worse, torch.zeros_like(d), d) for d in kept] for kept in (steps_back, changes)
                 )

@@ -53,17 +53,27 @@ def first_step(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     at = problem.start
     slope, size = norm(at.g), norm(at.y)
     to_zero = at.f.abs() / slope
-    length = torch.where(size > 0, size, torch.where(to_zero > 0, to_zero, torch.ones_like(size)))
+    to_zero = torch.where((to_zero > 0) & torch.isfinite(to_zero), to_zero, torch.ones_like(to_zero))
+    reach = torch.where(size > 0, size, to_zero)
+    step = _step_along_gradient(problem, reach, slope)
+    unseen = (slope > 0) & ~(step > 0)
+    if bool(unseen.any()):  # too near for the rounding of the gradient
+        step = torch.where(unseen, _step_along_gradient(problem, (reach * to_zero).sqrt(), slope), step)
+    curved = (step > 0) & torch.isfinite(step)
+    length = torch.where(curved, step * slope, to_zero)
+    downhill = scale(torch.where(slope > 0, -1 / slope, torch.zeros_like(slope)), at.g)
+    return downhill, torch.where(slope > 0, length, torch.zeros_like(length)), curved
+
+
+def _step_along_gradient(problem: Problem, length: Tensor, slope: Tensor) -> Tensor:
+    """One over the curvature along the gradient, by a difference over a small part of ``length``."""
+    at = problem.start
     reach = torch.finfo(at.g.dtype).eps ** 0.5 * length / slope
     reach = torch.where(torch.isfinite(reach), reach, torch.zeros_like(reach))
     ahead = problem.evaluate(axpy(-reach, at.g, at.y))
     # In units of the slope: the squares of a small gradient underflow in float32.
     step = reach / dot(scale(1 / slope, at.g - ahead.g), scale(1 / slope, at.g))
-    unit = torch.where((to_zero > 0) & torch.isfinite(to_zero), to_zero, torch.ones_like(to_zero))
-    curved = (step > 0) & torch.isfinite(step)
-    length = torch.where(curved, step * slope, unit)
-    downhill = scale(torch.where(slope > 0, -1 / slope, torch.zeros_like(slope)), at.g)
-    return downhill, torch.where(slope > 0, length, torch.zeros_like(length)), curved
+    return torch.where(torch.isfinite(step), step, torch.zeros_like(step))
 
 
 class Memory:

@@ -1,0 +1,89 @@
+"""What an inner solver that failed is told by name: saddles, losses without a minimum, random objectives."""
+
+import pytest
+import torch
+from torch.nn.functional import softplus
+
+import bilevel as bl
+
+DTYPES = [torch.float32, torch.float64]
+
+
+def double_well(y, x):
+    """Minima at +-sqrt(x), a maximum at 0."""
+    return ((y**2 - x) ** 2).sum()
+
+
+class TestStationaryStarts:
+    @pytest.mark.parametrize(
+        "solver", [bl.LBFGS(), bl.NewtonCG(), bl.ScipyMinimize(), bl.GradientDescent(0.1, 20), bl.LBFGS(gtol=1e-3)]
+    )
+    @pytest.mark.parametrize("linear", [None, bl.LU(), bl.MINRES()])
+    def test_a_maximum_is_no_minimum(self, solver, linear):
+        x = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        with pytest.warns(bl.SolveWarning, match="maximum or saddle"):
+            fit = bl.argmin(
+                double_well, torch.zeros(2, dtype=torch.float64), x, solver=solver, hypergrad=bl.Implicit(linear)
+            )
+        assert fit.result is bl.Result.NEGATIVE_CURVATURE
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_saddle_that_was_reached(self, dtype):
+        x = torch.tensor(1.0, dtype=dtype, requires_grad=True)
+
+        def inner(y):
+            return (y[0] ** 2 - x) ** 2 + y[1] ** 2
+
+        with pytest.raises(bl.SolveError, match="maximum or saddle"):
+            bl.argmin(inner, torch.tensor([0.0, 1.0], dtype=dtype), throw="raise")
+
+    def test_of_a_batch_the_one(self):
+        x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        start = torch.tensor([[0.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
+        with pytest.warns(bl.SolveWarning, match="in 1 of 2 problems"):
+            fit = bl.argmin(lambda y, x: ((y**2 - x.unsqueeze(-1)) ** 2).sum(-1), start, x)
+        assert fit.stats["result"].tolist() == [int(bl.Result.NEGATIVE_CURVATURE), int(bl.Result.CONVERGED)]
+
+    def test_a_minimum_passes(self):
+        x = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+        fit = bl.argmin(double_well, torch.ones(2, dtype=torch.float64), x)
+        assert fit.result is bl.Result.CONVERGED
+        assert torch.autograd.grad(fit.value.sum(), x)[0].item() == pytest.approx(1.0)
+
+
+class TestWithoutAMinimum:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_separable_classes(self, dtype):
+        a = torch.randn(30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+        labels = (a @ torch.ones(4, dtype=dtype)).sign()
+        with pytest.warns(bl.SolveWarning, match="no minimum.*penalty"):
+            fit = bl.argmin(lambda w: softplus(-labels * (a @ w)).mean(), torch.zeros(4, dtype=dtype), hypergrad=None)
+        assert fit.result is bl.Result.UNBOUNDED
+
+    @pytest.mark.parametrize(
+        "inner", [lambda y: -y.sum(), lambda y: (-y).exp().sum(), lambda y: -(1 + y**2).log().sum()]
+    )
+    def test_losses_that_fall_without_end(self, inner):
+        with pytest.warns(bl.SolveWarning, match="may have no minimum"):
+            bl.argmin(lambda y: inner(y) + 0 * y.square().sum(), torch.ones(2, dtype=torch.float64), hypergrad=None)
+
+    def test_a_minimum_that_is_far_is_not_called_so(self):
+        curvature = torch.logspace(0, 7, 8, dtype=torch.float64)
+        target = 1e6 * torch.ones(8, dtype=torch.float64)
+
+        def inner(y):
+            return (curvature * (y - target).square()).sum()
+
+        fit = bl.argmin(inner, torch.zeros(8, dtype=torch.float64), solver=bl.LBFGS(max_steps=40), throw="ignore")
+        assert fit.result is not bl.Result.UNBOUNDED
+
+
+def test_a_random_objective_is_named():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    a, b = torch.randn(32, 4), torch.randn(32, 1)
+
+    def inner(params):
+        return (torch.func.functional_call(net, params, (a,)) - b).square().mean()
+
+    with pytest.warns(bl.SolveWarning, match="random \\(dropout"):
+        bl.argmin(inner, dict(net.named_parameters()), hypergrad=None)
