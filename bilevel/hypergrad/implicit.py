@@ -70,7 +70,8 @@ class Implicit:
         """Solve ``J^T u = b`` or ``J u = b`` at the solution, with the fallbacks that were allowed."""
         if isinstance(point.statement, CompositeStatement):
             hessian = self.operator_at(point.statement.smooth(point))
-            return point.statement.solve(point, hessian, b, transpose, partial(self._solve, point))
+            solved = point.statement.solve(point, hessian, b, transpose, partial(self._solve, point))
+            return self._doubted(point, b, solved)
         b = _without_unused(point, b)
         operator = self.operator_at(point)
         return self._doubted(point, b, self._solve(point, operator.T if transpose else operator, b))

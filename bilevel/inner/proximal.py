@@ -14,6 +14,7 @@ from ..prox import Prox
 from ..solution import Result, Solution, make_codes
 from ..tree import axpy, dot, norm, scale
 from .minimize import Progress, check_tolerance, choose
+from .nearness import Goal
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class ProximalGradient:
         step_size: eta to start with; None: ``1 / curvature`` at the start, one more gradient. Halved for a problem
             whenever its loss lies above the quadratic model.
         max_steps: steps at most, two gradients each (one without acceleration), and one for each halving.
-        tol: stop a problem at ``||y - prox(y - eta grad g(y), eta)|| / eta``; None: 1e-9 (float64) or 1e-5 (float32),
-            times ``||y|| / eta + ||grad g||``, so that the scale of the loss does not matter.
+        tol: stop a problem at ``||y - prox(y - eta grad g(y), eta)|| / eta``; None: where the distance to the solution,
+            as the contraction of the last steps predicts it, is at most 1e-9 (float64) or 3e-5 (float32) times
+            ``||y|| + eta ||grad g||``.
         accelerated: Nesterov's extrapolation, started again where it points uphill (O'Donoghue and Candes 2015).
     """
 
@@ -52,10 +54,11 @@ class ProximalGradient:
         shrink = problem.shrink or self.prox.prox
         ahead = at = problem.start
         step = self._first_step(problem)
-        t, size = torch.ones_like(step), residual_norm(shrink, at, step)
+        t, r = torch.ones_like(step), residual(shrink, at, step)
+        size, stretch = norm(r) / step, torch.ones_like(step)
         progress = Progress.begin(at, None)
         progress.codes = torch.where(progress.active, make_codes(Result.MAX_STEPS, at.f), progress.codes)
-        progress.end(size <= self._tolerance(at, step), Result.CONVERGED)
+        progress.end(size <= self._tolerance(at, step, stretch), Result.CONVERGED)
         for _ in range(self.max_steps):
             if not bool(progress.active.any()):
                 break
@@ -67,34 +70,46 @@ class ProximalGradient:
             t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
             momentum = torch.where(restart, torch.zeros_like(t), (t - 1) / t_next)
             last, at, t = at, choose(moved, new, at), t_next
-            size = residual_norm(shrink, at, step)
-            progress.end(size <= self._tolerance(at, step), Result.CONVERGED)
+            before, r = r, residual(shrink, at, step)
+            size = norm(r) / step
+            # The distance to the solution is longer than the step by as much as the last steps changed it less.
+            longer = (norm(at.y - last.y) / norm(r - before)).nan_to_num(1.0, 1.0).clamp_min(1.0)
+            stretch = torch.maximum(longer, stretch**0.97)
+            progress.end(size <= self._tolerance(at, step, stretch), Result.CONVERGED)
             progress.end(~moved, Result.STAGNATED)
             if self.accelerated:
                 extrapolated = axpy(momentum, at.y - last.y, at.y)
                 ahead = problem.evaluate(torch.where(progress.active.unsqueeze(-1), extrapolated, at.y))
             else:
                 ahead = at
-        return progress.solution(at.y, residual_norm=size, step_size=step)
+        stats = {} if self.tol is not None else {"step_norm": stretch * norm(r)}
+        return progress.solution(at.y, residual_norm=size, step_size=step, **stats)
 
     def _first_step(self, problem: Problem) -> Tensor:
         at = problem.start
         if self.step_size is not None:
             return torch.full_like(at.f, self.step_size)
-        return inverse_curvature(lambda y: problem.evaluate(y).g, at.y, at.g)
+        size = norm(at.y)
+        for _ in range(REACHES):
+            step, seen = curvature_seen(lambda y: problem.evaluate(y).g, at.y, at.g, size)
+            if bool(seen.all()):
+                break
+            # Params that start at zero have no scale: where the gradient does not change, a larger one is tried.
+            size = torch.where(seen, size, torch.where(size > 0, size, torch.ones_like(size)) * 1e3)
+        return step
 
-    def _tolerance(self, at: Evaluation, step: Tensor) -> Tensor:
+    def _tolerance(self, at: Evaluation, step: Tensor, stretch: Tensor) -> Tensor:
         if self.tol is not None:
             return torch.full_like(at.f, self.tol)
-        # Both terms of y - eta g are as accurate as this.
-        base = 1e-9 if at.g.dtype == torch.float64 else 1e-5
-        return base * (norm(at.y) / step + norm(at.g))
+        # Both terms of y - eta g are as accurate as rounding, and no less is asked for.
+        terms, roundoff = norm(at.y) / step + norm(at.g), torch.finfo(at.g.dtype).eps
+        return torch.maximum(0.1 * Goal.of(at.g.dtype).wanted / stretch, torch.full_like(step, 2 * roundoff)) * terms
 
 
-def residual_norm(shrink: Shrink, at: Evaluation, step: Tensor) -> Tensor:
-    """``||y - prox(y - eta g, eta)|| / eta``, ``[*batch]`` float64: the gradient norm where the prox does nothing."""
+def residual(shrink: Shrink, at: Evaluation, step: Tensor) -> Tensor:
+    """``y - prox(y - eta g, eta)``, ``[*batch, n]``: eta times the gradient where the prox does nothing."""
     with torch.no_grad():
-        return norm(at.y - shrink(at.y - scale(step, at.g), step)) / step
+        return at.y - shrink(at.y - scale(step, at.g), step)
 
 
 def inverse_curvature(gradient: Callable[[Tensor], Tensor], y: Tensor, g: Tensor) -> Tensor:
@@ -102,16 +117,26 @@ def inverse_curvature(gradient: Callable[[Tensor], Tensor], y: Tensor, g: Tensor
 
     A difference of two gradients: no Hessian product. 1 where the gradient does not change.
     """
+    return curvature_seen(gradient, y, g, norm(y.detach()))[0]
+
+
+REACHES = 8
+"""How often the curvature at the start is looked for, ever farther away."""
+
+
+def curvature_seen(gradient: Callable[[Tensor], Tensor], y: Tensor, g: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The same over a small part of ``size`` (1 for 0), and where the gradient changed by more than rounding."""
     count, roundoff = y.shape[-1], torch.finfo(y.dtype).eps
     # Signs without a pattern (multiples of the golden ratio): they meet every eigenvector, and are always the same.
     turns = torch.arange(count, device=y.device, dtype=torch.float64) * ((math.sqrt(5) - 1) / 2)
     signs = torch.where(turns % 1 < 0.5, 1.0, -1.0).to(y.dtype)
-    length = norm(y.detach())
-    length = math.sqrt(roundoff) * torch.where(length > 0, length, torch.ones_like(length))
+    length = math.sqrt(roundoff) * torch.where(size > 0, size, torch.ones_like(size))
     change = norm(gradient(y.detach() + scale(length / math.sqrt(count), signs)).detach() - g.detach())
     step = length / change
     largest = torch.finfo(y.dtype).max / 1e6
-    return torch.where((change > 0) & torch.isfinite(step), step, torch.ones_like(step)).clamp(1 / largest, largest)
+    seen = (change > 0) & torch.isfinite(step)
+    plain = change > 10 * roundoff * norm(g.detach())
+    return torch.where(seen, step, torch.ones_like(step)).clamp(1 / largest, largest), seen & plain
 
 
 def _step(
