@@ -203,13 +203,11 @@ class Stochastic(ABC):
         if not numbers[0]:
             bad = complaints(self._oracles, now["inner"], now["outer"], inner, outer, second)
             raise self._failure(found, bad)
-        losses = {"inner": numbers[1], "outer": numbers[2]}
-        growth = self._growth.after(
-            {
-                name: Seen(*numbers[3 * place : 3 * place + 3], losses.get(name))
-                for place, name in enumerate(directions, start=1)
-            }
-        )
+        seen, losses = {}, {"inner": numbers[1], "outer": numbers[2]}
+        for place, name in enumerate(directions, start=1):
+            length, move, size = numbers[3 * place : 3 * place + 3]
+            seen[name] = Seen(length, move, size, losses.get(name))
+        growth = self._growth.after(seen)
         if growth.diverges:
             self._growth = Growth({})  # what is tried next, such as smaller steps, is judged by itself
             raise self._failure(found, [], growth)
