@@ -66,7 +66,7 @@ class Adaptive:
         return self.value
 
     def settings(self) -> dict[str, Any]:
-        """``solver`` and ``hypergrad`` for `argmin`: `LBFGS` and `CG` at this tolerance, or at what the dtype allows."""
+        """``solver`` and ``hypergrad`` for `argmin`: `LBFGS` and `CG` at this tolerance, or as the dtype allows."""
         if self.value > end_of(torch.float32):
             return {"solver": LBFGS(gtol=self.gtol), "hypergrad": Implicit(CG(rtol=self.rtol))}
         return {

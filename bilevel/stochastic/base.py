@@ -258,7 +258,8 @@ class Stochastic(ABC):
         return {
             **self._fixed(),
             "num_steps": self.num_steps,
-            **{level: copies(named_leaves(tree)) for level, tree in self._trees().items()},
+            "inner_params": [leaf.detach().clone() for leaf in self._inner],
+            "outer_params": [leaf.detach().clone() for leaf in self._outer],
             "vectors": copies(self._state),
             "memory": copies(self._memory),
         }
@@ -271,8 +272,7 @@ class Stochastic(ABC):
                 other batches; nothing is changed.
         """
         params: dict[str, Layout] = {
-            level: {name: blank(leaf) for name, leaf in named_leaves(tree).items()}
-            for level, tree in self._trees().items()
+            level: {name: blank(leaf) for name, leaf in tensors.items()} for level, tensors in self._named().items()
         }
         check_state(state, self._fixed(), params, {"vectors": self._vectors(), "memory": self._tables()})
         device = self._inner[0].device
@@ -281,15 +281,16 @@ class Stochastic(ABC):
             for part in ("vectors", "memory")
         )
         with torch.no_grad():
-            copy_into(self._inner + self._outer, [*state["inner_params"].values(), *state["outer_params"].values()])
+            copy_into(self._inner + self._outer, [*state["inner_params"], *state["outer_params"]])
         self._state, self._memory, self.num_steps, self._growth = vectors, memory, state["num_steps"], Growth({})
 
-    def _trees(self) -> dict[str, Tree]:
-        return {"inner_params": self.inner_params, "outer_params": self.outer_params}
+    def _named(self) -> dict[str, dict[str, Tensor]]:
+        """The params of both levels, by where they stand in their trees."""
+        return {"inner_params": named_leaves(self.inner_params), "outer_params": named_leaves(self.outer_params)}
 
     def _fixed(self) -> dict[str, Any]:
         """What must be the same in the method that a state is loaded into."""
-        return {"method": type(self).__name__}
+        return {"method": type(self).__name__, "names": {level: list(own) for level, own in self._named().items()}}
 
     def _vectors(self) -> Layout:
         """What of `State` is kept."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ def check_state(
 
     Args:
         settings: entries that must be the same.
-        params: for each level the layout of its params, in order.
+        params: for each level the layout of its params, in order; in the state they are a list.
         kept: entries that are of this layout, or empty.
 
     Raises:
@@ -41,7 +41,10 @@ def check_state(
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         raise ValueError(f"state has num_steps {steps!r}: a whole number is needed, 0 or more.")
     for name, layout in params.items():
-        _check_layout(name, state[name], layout)
+        found = state[name]
+        if not isinstance(found, Sequence) or len(found) != len(layout):
+            raise ValueError(f"state has {name} that are no list of {len(layout)} tensors.")
+        _check_layout(name, dict(zip(layout, found, strict=True)), layout)
     for name, layout in kept.items():
         if steps or state[name]:
             _check_layout(name, state[name], layout)
