@@ -161,8 +161,8 @@ class Stochastic(ABC):
                 }
                 found = self._advance(now, supply(inner_batch), supply(outer_batch))
                 gradients, products = oracles.gradients - costs[0], oracles.products - costs[1]
-                growth = self._judge(now, found, batches_of(inner_batch), batches_of(outer_batch), products > 0)
                 record = _record(found, gradients, products)
+                growth = self._judge(now, found, record, batches_of(inner_batch), batches_of(outer_batch))
                 self._commit(now, found)
         except BaseException:
             oracles.gradients, oracles.products = costs
@@ -188,25 +188,27 @@ class Stochastic(ABC):
         """All of this method, checked."""
         return {name: self._lr(name) for name in ("inner_lr", "linear_lr", "outer_lr") if hasattr(self, name)}
 
-    def _judge(self, now: State, found: Advance, inner: list[Any], outer: list[Any], second: bool) -> Growth:
+    def _judge(self, now: State, found: Advance, record: Step, inner: list[Any], outer: list[Any]) -> Growth:
         """The growth with this step; one device-to-host copy, which the last finite iterate is worth."""
-        directions = {"inner": (found.inner, "inner"), "outer": (found.outer, "outer")}
-        if found.linear is not None:
-            directions["linear"] = (found.linear, "adjoint")
+        directions = {"inner": (record.inner_norm, "inner"), "outer": (record.outer_norm, "outer")}
+        if record.linear_norm is not None:
+            directions["linear"] = (record.linear_norm, "adjoint")
+        length = torch.linalg.vector_norm
         sizes = [
             size
             for direction, name in directions.values()
-            for size in (norm(direction), norm(found.state[name] - now.get(name, 0.0)), norm(found.state[name]))
+            for size in (direction, length(found.state[name] - now.get(name, 0.0)), length(found.state[name]))
         ]
         finite = torch.stack([torch.isfinite(vector).all() for vector in found.state.values()]).all()
         numbers = torch.stack([n.double() for n in (finite, found.inner_loss, found.outer_loss, *sizes)]).tolist()
         if not numbers[0]:
+            second = record.products > 0
             bad = complaints(self._oracles, now["inner"], now["outer"], inner, outer, second)
             raise self._failure(found, bad)
         seen, losses = {}, {"inner": numbers[1], "outer": numbers[2]}
         for place, name in enumerate(directions, start=1):
-            length, move, size = numbers[3 * place : 3 * place + 3]
-            seen[name] = Seen(length, move, size, losses.get(name))
+            steepness, move, size = numbers[3 * place : 3 * place + 3]
+            seen[name] = Seen(steepness, move, size, losses.get(name))
         growth = self._growth.after(seen)
         if growth.diverges:
             self._growth = Growth({})  # what is tried next, such as smaller steps, is judged by itself
