@@ -124,7 +124,7 @@ def reduce_gradients(params: Iterable[Tensor], *numbers: float, group: Group = N
     """
     params = list(params)
     if world_size(group) == 1:
-        return list(numbers)
+        return [float(number) for number in numbers]
     with _telling(group):
         device = params[0].device if params else _device(group)
         present = [float(param.grad is not None) for param in params]
@@ -132,7 +132,7 @@ def reduce_gradients(params: Iterable[Tensor], *numbers: float, group: Group = N
         dtype = torch.float32
         for param in params:
             dtype = torch.promote_types(dtype, param.dtype.to_real())
-        layout = hash((len(numbers), *((param.numel(), param.dtype.itemsize) for param in params)))
+        layout = hash((len(numbers), *((param.numel(), param.dtype.itemsize) for param in params))) >> 2  # fits int64
         own = {place: _flat(param, device, dtype) for place, param in enumerate(params) if param.grad is not None}
     if _agree(group, layout):
         raise ValueError(

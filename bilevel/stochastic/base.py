@@ -72,10 +72,10 @@ class Stochastic(ABC):
     Step sizes are functions of the step number instead: `Decay`, your own, or `TorchSchedule`, which has the sizes of
     any scheduler of torch. They may be 0, or end at 0, and may be set between two steps (``method.inner_lr = 0.01``).
 
-    A batch counts as it is drawn: losses are means over their batch, so in an epoch whose last batch is short the
-    examples of that batch count more. To weigh all examples alike, leave that batch out (``drop_last=True`` of a
-    ``DataLoader`` that shuffles), return ``losses.sum() / batch_size`` with the usual size, or take `SABA` with the
-    sizes of the batches.
+    Every batch counts alike: losses are means over their batch, so in an epoch whose last batch is short the examples
+    of that batch count more. To weigh all examples alike, leave that batch out (``drop_last=True`` of a ``DataLoader``
+    that shuffles), divide the sum over a batch by the average size, ``losses.sum() * num_batches / num_examples``, or
+    take `SABA` with the sizes of the batches.
 
     Args:
         inner_params, outer_params: y and x: trees of leaf tensors that require grad.

@@ -22,17 +22,14 @@ def given(trial: optuna.trial.BaseTrial) -> dict[str, Any]:
     return found
 
 
-def refuse_unused(trial: optuna.trial.BaseTrial, prefix: str = "") -> None:
+def refuse_unused(trial: optuna.trial.BaseTrial) -> None:
     """Refuse parameters that a trial was enqueued with and never asked for: Optuna would ignore them.
-
-    Args:
-        prefix: of the names that are looked at.
 
     Raises:
         ValueError: it names them, and the nearest that was asked for.
     """
     fixed, asked = given(trial), trial.params
-    unused = [name for name in fixed if name.startswith(prefix) and name not in asked]
+    unused = [name for name in fixed if name not in asked]
     if not unused:
         return
     told = []
@@ -43,6 +40,23 @@ def refuse_unused(trial: optuna.trial.BaseTrial, prefix: str = "") -> None:
         f"The trial was given {', '.join(told)}, but never asks for it: misspelt, or of another choice. It asks for "
         f"{', '.join(sorted(asked)) or 'nothing'}."
     )
+
+
+def refuse_misspelt(trial: optuna.trial.BaseTrial, name: str) -> None:
+    """The same at once, for settings under ``name.`` that are nearly one of those asked for; the rest may come yet.
+
+    Raises:
+        ValueError: it names the two.
+    """
+    fixed, prefix = given(trial), f"{name}."
+    asked = [other.removeprefix(prefix) for other in trial.params if other.startswith(prefix) and other not in fixed]
+    for other in fixed:
+        if other.startswith(prefix) and other not in trial.params:
+            near = difflib.get_close_matches(other.removeprefix(prefix), asked, n=1, cutoff=0.75)
+            if near:
+                raise ValueError(
+                    f"The trial was given {other!r} (did you mean {prefix + near[0]!r}?), but never asks for it."
+                )
 
 
 def earlier(trial: optuna.trial.BaseTrial, name: str) -> optuna.distributions.BaseDistribution | None:

@@ -32,7 +32,7 @@ from ..linalg.nystrom import Nystrom, NystromPreconditioner
 from ..linalg.preconditioners import Jacobi
 from ..linalg.scipy import GMRES, BiCGSTAB
 from ..linalg.solve import LinearSolver
-from .resumed import refuse_unused, suggest_choice
+from .resumed import refuse_misspelt, suggest_choice
 from .settings import from_json, to_json
 
 if TYPE_CHECKING:
@@ -72,8 +72,7 @@ def suggest_linear_solver(
             scale; None: each solver's own.
 
     Raises:
-        ValueError: an unknown choice, other choices than those that the study was begun with, or a default that the
-            choice does not ask for.
+        ValueError: an unknown choice, other choices than those that the study was begun with, or a misspelt default.
     """
     choice = _choose(trial, name, choices, {*LINEAR_SOLVERS, *NONSYMMETRIC_SOLVERS})
     solver: LinearSolver
@@ -118,8 +117,7 @@ def suggest_inner_solver(
         lr: ends of the step size, searched on a log scale.
 
     Raises:
-        ValueError: an unknown choice, other choices than those that the study was begun with, or a default that the
-            choice does not ask for.
+        ValueError: an unknown choice, other choices than those that the study was begun with, or a misspelt default.
     """
     choice = _choose(trial, name, choices, {*INNER_SOLVERS, *FIXED_POINT_SOLVERS})
     steps = trial.suggest_int(f"{name}.max_steps", 1, max_steps, log=True)
@@ -174,8 +172,7 @@ def suggest_hypergrad(
         rtol: ends of its relative residual, see `suggest_linear_solver`.
 
     Raises:
-        ValueError: an unknown choice, other choices than those that the study was begun with, or a default that the
-            choice does not ask for.
+        ValueError: an unknown choice, other choices than those that the study was begun with, or a misspelt default.
     """
     choice = _choose(trial, name, choices, HYPERGRADS)
     hypergrad: Any
@@ -222,6 +219,6 @@ def _choose(trial: optuna.trial.BaseTrial, name: str, choices: tuple[str, ...], 
 
 
 def _kept(trial: optuna.trial.BaseTrial, name: str, setting: Any) -> Any:
-    refuse_unused(trial, f"{name}.")
+    refuse_misspelt(trial, name)
     trial.set_user_attr(KEPT + name, json.dumps(to_json(setting)))
     return setting

@@ -58,7 +58,7 @@ def create_study(
         grace_seconds: see `open_storage`.
         defaults: parameters of the first trial, the settings that are in use today: the best of the study is then never
             worse than they are. Parameters that are left out are sampled; those that the trial never asks for are
-            refused by `guard`, and by the ``suggest`` functions where they begin with their names.
+            refused by `guard`, and by the ``suggest`` functions where they are nearly a setting of theirs.
 
     Raises:
         ValueError: an unknown sampler; a study of this name with other directions; a damaged storage.

@@ -165,6 +165,31 @@ def test_params_changed_between_steps_are_read_again():
     torch.testing.assert_close(y.detach(), expected)
 
 
+def test_uneven_batches_weigh_examples_alike_by_the_average_size():
+    """As the docstring of `Stochastic` says: the mean of the steps on all batches is the step on all the data."""
+    data = torch.tensor([1.0, -2.0, 3.0, 4.0, 0.5, 7.0, 1.5], dtype=torch.float64)
+    batches = data.split(3)  # 3, 3, 1
+
+    def step(size, *batch):
+        y, x = vector(0.5), vector(0.25)
+        method = SOBA(
+            y,
+            x,
+            lambda y, x, b: (b * (y - x - b).square()).sum() / size(b),
+            lambda y, x, b: (b * (y - b).square() + x.square()).sum() / size(b),
+            inner_lr=0.1,
+            outer_lr=0.1,
+        )
+        method.step(*batch)
+        return torch.cat([y.detach(), x.detach(), *method.state_dict()["vectors"].values()])
+
+    whole = step(len, data, data)
+    averaged = torch.stack([step(lambda b: len(data) / len(batches), b, b) for b in batches]).mean(0)
+    torch.testing.assert_close(averaged, whole)
+    plain = torch.stack([step(len, b, b) for b in batches]).mean(0)
+    assert (plain - whole).norm() > 1e-2
+
+
 def test_draws_are_used_in_turn_and_over_again():
     seen = []
 
