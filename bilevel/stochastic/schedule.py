@@ -102,12 +102,18 @@ def peak(step_size: StepSize) -> float:
     return highest
 
 
+ROUNDING = 1e-12
+"""What a step size may fall below 0."""
+
+
 def size_at(name: str, step_size: StepSize, step: int) -> float:
     """The step size of one step, checked, and named in the error."""
     if not callable(step_size):
         return check_not_negative(name, step_size)
+    size = step_size(step)
     try:
-        return check_not_negative(name, step_size(step))
+        # Where a schedule ends at 0, rounding may leave it just below: 0.7 - 10 * 0.07 is -1e-16.
+        return check_not_negative(name, 0.0 if _is_number(size) and -ROUNDING < size < 0 else size)
     except ValueError as error:
         raise ValueError(f"At step {step}, {error}") from error
 

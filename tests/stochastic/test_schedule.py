@@ -64,6 +64,14 @@ def test_schedules_that_end_at_zero(name):
     assert method.num_steps == 11
 
 
+def test_rounding_at_the_end_of_a_schedule_is_no_negative_size():
+    assert 0.7 - 10 * 0.07 < 0
+    method = soba(inner_lr=lambda t: 0.7 - 0.07 * (10 + t), outer_lr=0.0, linear_lr=0.1)
+    method.step()
+    with pytest.raises(ValueError, match=r"At step 1, inner_lr is -0.07"):
+        method.step()
+
+
 @pytest.mark.parametrize("size", [np.float32(0.25), np.float64(0.25), 0.25])
 def test_numbers_of_numpy_are_numbers(size):
     y = vector(1.0)
