@@ -13,11 +13,14 @@ from ..tree import norm
 from .oracles import Oracles
 
 LENGTH = 10
-"""Steps in a row of which a divergence consists at least."""
+"""Steps of which a divergence consists at least."""
 GROWTH = 1e6
 """Of the norm of a direction over them."""
 STRIDE = 0.5
 """The least length of such a step, as a part of the iterate that it leads to."""
+
+NOISE = 0.1
+"""How far the norm may fall back on one batch."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,17 @@ class Seen:
 
 @dataclass(frozen=True)
 class Run:
-    """Steps in a row that grow: the first and the last of them, and their number."""
+    """Steps that grow: the first and the last of them, and their number; a batch that is kinder does not end it."""
 
     first: Seen
     last: Seen
     length: int = 0
 
     def after(self, seen: Seen) -> Run:
-        """The run with one step more, or a new one that begins there."""
-        grows = seen.norm > self.last.norm and seen.move >= STRIDE * seen.size
-        return Run(self.first, seen, self.length + 1) if grows else Run(seen, seen)
+        """The run with one step more, as it was, or, far below its highest norm, a new one that begins there."""
+        if seen.norm > self.last.norm and seen.move >= STRIDE * seen.size:
+            return Run(self.first, seen, self.length + 1)
+        return self if seen.norm >= NOISE * self.last.norm else Run(seen, seen)
 
     @property
     def growth(self) -> float:
@@ -59,7 +63,7 @@ class Growth:
 
     Where steps are too long, an iterate is thrown across the minimum to a point farther away, again and again: each
     move is as long as the iterate itself, and the direction grows from step to step. Neither holds of a start at zero,
-    of a solution that moves, or of one outlying batch, for `LENGTH` steps in a row.
+    of a solution that moves, or of one outlying batch, for `LENGTH` steps.
     """
 
     runs: Mapping[str, Run]
@@ -78,7 +82,7 @@ class Growth:
         name, run = max(self.runs.items(), key=lambda item: item[1].growth)
         return (
             f"the norm of the {name} direction grew from {run.first.norm:.2g} to {run.last.norm:.2g} in {run.length} "
-            "steps"
+            "long steps"
         )
 
 
