@@ -6,11 +6,16 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .hypergrad.implicit import Implicit
 from .inner.lbfgs import LBFGS
 from .linalg.cg import CG
+from .linalg.operator import Operator
+from .linalg.solve import LinearState, default_rtol
+from .problem import Problem
+from .solution import Solution
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Adaptive:
 
     Args:
         value: the tolerance now: of the inner solver ``gtol = value * scale``, of the linear one ``rtol = value``.
+            Where float32 cannot reach it any more, the solvers of `settings` take their own default for that dtype.
         smallest: where it ends.
         scale: the inner gradient norm that counts as one, such as that at the start.
         slowest, fastest: factors in (0, 1), the largest and the smallest of a step.
@@ -60,8 +66,13 @@ class Adaptive:
         return self.value
 
     def settings(self) -> dict[str, Any]:
-        """``solver`` and ``hypergrad`` for `argmin`: `LBFGS` and `CG` at this tolerance."""
-        return {"solver": LBFGS(gtol=self.gtol), "hypergrad": Implicit(CG(rtol=self.rtol))}
+        """``solver`` and ``hypergrad`` for `argmin`: `LBFGS` and `CG` at this tolerance, or as the dtype allows."""
+        if self.value > end_of(torch.float32):
+            return {"solver": LBFGS(gtol=self.gtol), "hypergrad": Implicit(CG(rtol=self.rtol))}
+        return {
+            "solver": _ReachableLBFGS(gtol=self.gtol, value=self.value),
+            "hypergrad": Implicit(_ReachableCG(rtol=self.rtol)),
+        }
 
     def after(self, loss: float | Tensor) -> Adaptive:
         """The tolerance for the next outer step, given the outer loss of this one."""
@@ -75,3 +86,28 @@ class Adaptive:
             wanted = min(1.0, progress / first) * 0.1
             factor = min(self.slowest, max(self.fastest, wanted / self.value))
         return replace(self, value=max(self.smallest, self.value * factor), previous=now, first_progress=first)
+
+
+def end_of(dtype: torch.dtype) -> float:
+    """The least relative tolerance of an inner gradient that can be reached: rounding leaves a thousandth of one."""
+    return 1e3 * torch.finfo(dtype).eps
+
+
+@dataclass(frozen=True)
+class _ReachableLBFGS(LBFGS):
+    """`LBFGS` with its own default where ``value``, its tolerance relative to the scale, is beyond the dtype."""
+
+    value: float = 0.0
+
+    def minimize(self, problem: Problem) -> Solution:
+        reached = self.value > end_of(problem.start.g.dtype)
+        return LBFGS(self.max_steps, self.gtol if reached else None, self.history).minimize(problem)
+
+
+@dataclass(frozen=True)
+class _ReachableCG(CG):
+    """`CG` at ``rtol``, or at its own default where that is looser."""
+
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+        own = default_rtol(b.dtype)
+        return CG(rtol=own if self.rtol is None else max(self.rtol, own)).solve(operator, b, state)

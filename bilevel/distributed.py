@@ -2,15 +2,16 @@
 
 `sharded` turns the loss of a rank's own data into the loss of all data: then `argmin`, its Hessian products, CG and the
 hypergradient are those of one process, and all ranks go through the same steps. `AllReduce` does the same for a linear
-operator. `reduce_gradients` sums gradients of any training in one flat all-reduce. Without a process group all of them
-do nothing, so that one program serves one process and many.
+operator. `reduce_gradients` sums gradients of any training in one flat all-reduce, and `together` lets no rank wait for
+one that raised. Without a process group all of them do nothing, so that one program serves one process and many.
 
 Gloo on CPUs, NCCL on GPUs; no DDP hooks, which do not see functional gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -101,30 +102,143 @@ def all_reduce(tensor: Tensor, group: Group = None) -> Tensor:
 
 
 def reduce_gradients(params: Iterable[Tensor], *numbers: float, group: Group = None) -> list[float]:
-    """Sum the ``grad`` of the params over the ranks, in place, and some numbers with them: one flat all-reduce.
+    """Sum the ``grad`` of the params over the ranks, and some numbers with them: as one process would have them.
 
     For an average over tasks, each rank's loss is its sum divided by the number of all tasks. A grad that is None on
-    this rank counts as zero, and is filled in.
+    this rank counts as zero; one that is None on every rank (of frozen params, of those that no loss used) stays None,
+    so that an optimizer passes it by. Gradients are summed in the widest dtype of the params, at least float32, and a
+    sparse one becomes dense.
+
+    Three all-reduces: a word that all ranks are here, with the same params; the numbers, in float64; all gradients.
 
     Args:
-        numbers: such as losses, or a flag that asks all ranks to stop; summed in float64.
+        params: the same on every rank, in the same order.
+        numbers: such as losses, or a flag that asks all ranks to stop.
 
     Returns:
         The sums of the numbers.
+
+    Raises:
+        ValueError: the ranks have other params, or another count of numbers; on every rank.
+        RankError: another rank raised, here or in a block of `together`.
     """
     params = list(params)
     if world_size(group) == 1:
-        return list(numbers)
-    grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
-    wide = torch.float64 if numbers and grads[0].device.type == "cpu" else torch.float32
-    dtype = torch.promote_types(wide, grads[0].dtype) if grads else wide
-    extra = torch.tensor(numbers, dtype=dtype, device=grads[0].device if grads else None)
-    flat = torch.cat([*(grad.reshape(-1).to(dtype) for grad in grads), extra])
+        return [float(number) for number in numbers]
+    with _telling(group):
+        device = params[0].device if params else _device(group)
+        present = [float(param.grad is not None) for param in params]
+        header = torch.tensor([*present, *map(float, numbers)], dtype=torch.float64, device=device)
+        dtype = torch.float32
+        for param in params:
+            dtype = torch.promote_types(dtype, param.dtype.to_real())
+        layout = hash((len(numbers), *((param.numel(), param.dtype.itemsize) for param in params))) >> 2  # fits int64
+        own = {place: _flat(param, device, dtype) for place, param in enumerate(params) if param.grad is not None}
+    if _agree(group, layout):
+        raise ValueError(
+            "The ranks call reduce_gradients with other params or another count of numbers: all need the same, in the "
+            "same order."
+        )
+    header = all_reduce(header, group)
+    some = [place for place in range(len(params)) if header[place] > 0]
+    _reduce_flat([params[place] for place in some], [own.get(place) for place in some], device, dtype, group)
+    return [float(number) for number in header[len(params) :]]
+
+
+def _reduce_flat(
+    params: list[Tensor], own: list[Tensor | None], device: torch.device, dtype: torch.dtype, group: Group
+) -> None:
+    """One all-reduce of all gradients; each becomes that of its param."""
+    if not params:
+        return
+    sizes = [param.numel() * (2 if param.is_complex() else 1) for param in params]
+    parts = [
+        torch.zeros(size, device=device, dtype=dtype) if part is None else part
+        for part, size in zip(own, sizes, strict=True)
+    ]
+    flat = torch.cat(parts)
     dist.all_reduce(flat, group=group)
-    parts = flat.split([*(grad.numel() for grad in grads), len(numbers)])
-    for param, part in zip(params, parts, strict=False):
-        param.grad = part.view_as(param).to(param.dtype)
-    return [float(number) for number in parts[-1]]
+    for param, part in zip(params, flat.split(sizes), strict=True):
+        if param.is_complex():
+            part = torch.view_as_complex(part.view(-1, 2))
+        param.grad = part.view(param.shape).to(param.device, param.dtype)
+
+
+def _flat(param: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    grad = param.grad
+    assert grad is not None
+    grad = grad.detach().to_dense()
+    grad = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+    return grad.reshape(-1).to(device, dtype)
+
+
+class RankError(RuntimeError):
+    """Another rank raised: this one stops, too, and does not wait for it."""
+
+
+@contextmanager
+def together(group: Group = None) -> Iterator[None]:
+    """A block that all ranks leave in the same way: where one of them raises, the others raise `RankError`.
+
+        with together():
+            loss = objective(batch)         # of this rank's own data, which may be bad
+            loss.backward()
+            totals = reduce_gradients(params, loss)
+
+    A rank whose process ends is heard by the others in any case; one that catches its error, or has something to do
+    before it ends, would leave them waiting in the next all-reduce, for half an hour by default. Costs an all-reduce of
+    three numbers. Of collectives the block has `reduce_gradients` only.
+
+    Raises:
+        RankError: at the end of the block, or in its `reduce_gradients`.
+    """
+    with _telling(group):
+        yield
+    _agree(group)
+
+
+@contextmanager
+def _telling(group: Group) -> Iterator[None]:
+    """Tells the other ranks of an error in the block, unless they know of it."""
+    try:
+        yield
+    except BaseException as error:
+        known = isinstance(error, RankError) or getattr(error, "told_to_ranks", False)
+        if not known and world_size(group) > 1:
+            error.told_to_ranks = True  # type: ignore[attr-defined]
+            with suppress(Exception):  # the ranks may be gone, and this error is the one to see
+                _exchange(group, rank(group) + 1)
+        raise
+
+
+def _agree(group: Group, layout: int = 0) -> bool:
+    """Wait until all ranks are here; whether their layouts differ.
+
+    Raises:
+        RankError: one of them raised before it came.
+    """
+    if world_size(group) == 1:
+        return False
+    failed, highest, lowest = _exchange(group, 0, layout)
+    if failed:
+        raise RankError(
+            f"Rank {failed - 1} raised an error, so rank {rank(group)} stops as well: its own message says why."
+        )
+    return highest != -lowest
+
+
+def _exchange(group: Group, failed: int, layout: int = 0) -> list[int]:
+    word = torch.tensor([failed, layout, -layout], dtype=torch.int64, device=_device(group))
+    dist.all_reduce(word, op=dist.ReduceOp.MAX, group=group)
+    found: list[int] = word.tolist()
+    return found
+
+
+def _device(group: Group) -> torch.device:
+    """Where the group's backend has its tensors."""
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if dist.get_backend(group) == "nccl" else torch.device("cpu")
+    )
 
 
 def from_first(value: Any, group: Group = None) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,27 +14,44 @@ from typing import BinaryIO
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file so that no reader, and no crash, ever sees a part of it; folders are made as needed.
 
+    Threads and processes may write the same file at once: it is then that of the last of them, whole. The file keeps
+    the permissions that it had; a symbolic link stays one, and the file that it leads to is replaced.
+
     Args:
         path: The file to make or replace.
-        write: Called with the open temporary file.
+        write: Called with the open temporary file, which lies in the folder of the file itself.
 
     Raises:
-        OSError: If the folder can't be written; the earlier file is untouched and nothing is left behind.
+        OSError: If the folder can't be written; the earlier file is untouched and nothing is left behind. What
+            ``write`` raises passes, with the same promise.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    target = Path(os.path.realpath(path))
+    made = [folder for folder in target.parents if not folder.exists()]
+    partial = target.with_name(f".{uuid.uuid4().hex}.partial")
     try:
-        with partial.open("wb") as file:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("xb") as file:
+            with suppress(FileNotFoundError):
+                os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        partial.replace(target)
     except BaseException:
         with suppress(OSError):
             partial.unlink()
+        for folder in made:  # the innermost first; one that another process uses meanwhile is not empty, and stays
+            with suppress(OSError):
+                folder.rmdir()
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    for folder in (target.parent, *(folder.parent for folder in made)):
+        _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)

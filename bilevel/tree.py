@@ -23,6 +23,14 @@ def leaves(tree: Tree) -> list[Tensor]:
     return pytree.tree_leaves(tree)
 
 
+def named_leaves(tree: Tree) -> dict[str, Tensor]:
+    """The tensors of ``tree`` in the same order, by where they stand: ``['layer'][0]``."""
+    try:
+        return {pytree.keystr(path): leaf for path, leaf in pytree.tree_leaves_with_path(tree)}
+    except ValueError:  # a container that was registered without names of its parts
+        return {f"[{number}]": leaf for number, leaf in enumerate(leaves(tree))}
+
+
 def tree_map(fn: Any, tree: Tree, *rest: Tree) -> Tree:
     """Apply ``fn`` leaf by leaf to trees of the same structure."""
     return pytree.tree_map(fn, tree, *rest)

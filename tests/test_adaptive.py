@@ -68,3 +68,56 @@ def test_it_follows_the_progress():
 def test_bad_settings_name_the_argument(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         bl.Adaptive(**settings)
+
+
+def logistic(dtype, scale):
+    """40 examples of 5 features of this scale, a penalty for each feature: an inner and an outer loss."""
+    random = torch.Generator().manual_seed(0)
+    features, noise = (torch.randn(40, n, generator=random, dtype=torch.float64) for n in (5, 1))
+    labels = torch.sign(features.sum(1) + noise[:, 0]).to(dtype)
+    features = (scale * features).to(dtype)
+
+    def loss(w, half):
+        return torch.nn.functional.softplus(-labels[half] * (features[half] @ w)).mean()
+
+    train, val = slice(0, 20), slice(20, 40)
+    return lambda w, x: loss(w, train) + (x.exp() * w.square()).sum() / 2, lambda w: loss(w, val)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("as_number", [False, True])
+def test_it_does_not_run_out_of_float32(scale, as_number):
+    """Down to its smallest value: every solve is good (a warning would be an error), and the gradient as in float64."""
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        inner, outer = logistic(dtype, scale)
+        x, params = torch.zeros(5, dtype=dtype, requires_grad=True), torch.zeros(5, dtype=dtype)
+        tolerance = bl.Adaptive()
+        for _ in range(20):
+            fit = bl.argmin(inner, params, x, **tolerance.settings())
+            loss = outer(fit.value)
+            (gradient,) = torch.autograd.grad(loss, x)
+            assert fit.result.ok
+            assert fit.adjoint.result.ok
+            params = fit.value.detach()
+            with torch.no_grad():
+                x -= 0.1 * gradient
+            # A loss that rises tightens most.
+            tolerance = tolerance.after(loss.item() if as_number else loss.detach()).after(1e9)
+        assert tolerance.value == 1e-8
+        found[dtype] = gradient.double()
+    torch.testing.assert_close(found[torch.float32], found[torch.float64], rtol=3e-3, atol=1e-5)
+
+
+def test_in_float64_it_is_as_tight_as_it_says():
+    inner, _ = logistic(torch.float64, 1.0)
+    x = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    tolerance = bl.Adaptive(value=1e-8)
+    fit = bl.argmin(inner, torch.zeros(5, dtype=torch.float64), x, **tolerance.settings())
+    assert fit.stats["residual_norm"] <= 1e-8
+    fit.value.sum().backward()
+    assert fit.adjoint.stats["relative_residual"] <= 1e-8
+    assert bl.Adaptive(value=1e-3).settings() == {
+        "solver": bl.LBFGS(gtol=1e-3),
+        "hypergrad": bl.Implicit(bl.CG(rtol=1e-3)),
+    }

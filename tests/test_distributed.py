@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bilevel as bl
-from bilevel.distributed import AllReduce, from_first, rank, reduce_gradients, shard, sharded, world_size
+from bilevel.distributed import AllReduce, from_first, rank, reduce_gradients, shard, sharded, together, world_size
 from bilevel.linalg.operator import Dense
 from tests.conformance import randn, spd
 
@@ -129,6 +129,154 @@ def test_many_ranks_are_one(tmp_path, ranks):
         ranks,
         tmp_path,
     )
+
+
+def gradients(part: slice) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Params of every kind, with their gradients on this part of eight examples, and the loss."""
+    random = torch.Generator().manual_seed(0)
+    data = torch.randn(8, 4, generator=random, dtype=torch.float64)
+
+    def make(dtype, *shape, grad=True):
+        return torch.randn(shape, generator=random, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+    params = {
+        "half": make(torch.bfloat16, 4),
+        "single": make(torch.float32, 4, 1),
+        "double": make(torch.float64, 4),
+        "complex": make(torch.complex64, 4),
+        "sparse": make(torch.float32, 8, 2),
+        "empty": make(torch.float32, 0),
+        "scalar": make(torch.float64),
+        "frozen": make(torch.float32, 4, grad=False),
+        "unused": make(torch.float32, 4),
+        "of the last example": make(torch.float64, 4),
+    }
+    used = [make(torch.float64, 4) for _ in range(8)]
+    loss = torch.zeros((), dtype=torch.float64)
+    for place in range(8)[part]:
+        x = data[place]
+        loss = loss + (params["half"].double() * x).sum() ** 2 + ((x.float() @ params["single"]) ** 2).sum()
+        loss = loss + (params["double"] * x).exp().sum() * params["scalar"] + (used[place] * x).sum()
+        loss = loss + (params["complex"] * x).abs().square().sum() + (params["frozen"] * x).sum()
+        row = torch.nn.functional.embedding(torch.tensor([place]), params["sparse"], sparse=True)
+        loss = loss + row.square().sum() + params["empty"].sum()
+        if place == 7:
+            loss = loss + (params["of the last example"] * x).sum()
+    loss.backward()
+    params |= {f"used {place}": param for place, param in enumerate(used)}
+    return params, loss.detach()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_reduced_gradients_are_those_of_one_process(tmp_path, ranks):
+    """Params that some ranks or none use, frozen ones, every dtype; None stays None, and AdamW does not decay it."""
+    launch(
+        """
+        from tests.test_distributed import gradients
+        params, loss = gradients(shard(8))
+        expected, whole = gradients(slice(0, 8))
+        (total,) = reduce_gradients(params.values(), loss)
+        check(abs(total - whole.item()) <= 1e-12 * abs(whole.item()), total, whole)
+        for name, param in expected.items():
+            found = params[name].grad
+            check((found is None) == (param.grad is None), name)
+            if found is not None:
+                truth = param.grad.to_dense()
+                check(found.dtype == truth.dtype and found.shape == truth.shape, name, found.dtype)
+                rounding = {torch.bfloat16: 2e-2, torch.float64: 1e-12}.get(found.dtype, 1e-5)
+                check(torch.allclose(found, truth, rtol=rounding, atol=rounding), name, found, truth)
+        check(expected["unused"].grad is None and expected["frozen"].grad is None)
+        before = params["unused"].detach().clone()
+        optimizer = torch.optim.AdamW([p for p in params.values() if p.requires_grad and not p.is_complex()], lr=0.1)
+        optimizer.step()
+        check(torch.equal(params["unused"], before))
+
+        # Numbers keep their float64 beside gradients of float32, and go alone.
+        single = torch.zeros(2, requires_grad=True)
+        single.grad = torch.ones(2)
+        tiny = 1 + 2.0**-40
+        check(reduce_gradients([single], tiny) == [tiny * world_size()])
+        check(reduce_gradients([], 1.0, 2.0) == [world_size(), 2.0 * world_size()])
+        check(reduce_gradients([]) == [])
+        check(reduce_gradients(iter([torch.zeros(2, requires_grad=True)])) == [])
+        """,
+        ranks,
+        tmp_path,
+    )
+
+
+def test_a_rank_that_raises_leaves_no_other_waiting(tmp_path):
+    """Errors that are caught, so that no process ends: each rank hears of them, and they go on together."""
+    output = launch(
+        """
+        import time
+        from bilevel.distributed import RankError, together
+
+        def caught(act):
+            begin = time.monotonic()
+            try:
+                act()
+            except Exception as error:
+                check(time.monotonic() - begin < 30)
+                return error
+
+        param = torch.zeros(2, requires_grad=True)
+
+        def before():
+            with together():
+                if own == 1:
+                    raise KeyError("of rank 1")
+                param.grad = torch.ones(2)
+                reduce_gradients([param], 1.0)
+
+        def after():
+            with together():
+                reduce_gradients([param], 1.0)
+                if own == 1:
+                    raise KeyError("of rank 1")
+
+        def inside():
+            reduce_gradients([param], "no number" if own == 1 else 1.0)
+
+        def inside_both():
+            with together():
+                inside()
+
+        def twice():
+            with together():
+                raise KeyError(own)
+
+        for act, kind in ((before, KeyError), (after, KeyError), (inside, ValueError), (inside_both, ValueError)):
+            error = caught(act)
+            if own == 1:
+                check(type(error) is kind, act.__name__, error)
+            else:
+                check(type(error) is RankError and "Rank 1 raised" in str(error), act.__name__, error)
+            check(reduce_gradients([param], 1.0) == [world_size()], act.__name__)  # they are in step again
+        check(isinstance(caught(twice), KeyError))
+
+        # Other params on one rank: told on all.
+        others = [param] if own else [param, torch.zeros(3, requires_grad=True)]
+        error = caught(lambda: reduce_gradients(others, 1.0))
+        check(isinstance(error, ValueError) and "other params" in str(error), error)
+        error = caught(lambda: reduce_gradients([param], *[1.0] * (own + 1)))
+        check(isinstance(error, ValueError) and "count of numbers" in str(error), error)
+        check(reduce_gradients([param], 1.0) == [world_size()])
+        with together():
+            pass
+        print("together", flush=True)
+        """,
+        3,
+        tmp_path,
+    )
+    assert output.count("together") == 3
+
+
+def test_alone_there_is_nobody_to_tell():
+    with together():
+        pass
+    with pytest.raises(KeyError), together():
+        raise KeyError
 
 
 def test_captured_hyperparameters_and_sharded_params_are_refused(tmp_path):

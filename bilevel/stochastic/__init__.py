@@ -1,4 +1,4 @@
-"""Single-loop and two-loop stochastic bilevel methods, used like a torch optimizer.
+"""Single-loop and two-loop stochastic bilevel methods on mini-batches, one step at a time.
 
     method = SOBA(params, hparams, train_loss, val_loss, inner_lr=Decay(0.1), outer_lr=Decay(0.1))
     for inner_batch, outer_batch in zip(train_batches, val_batches):
@@ -17,7 +17,7 @@ from .fsla import FSLA
 from .mrbo import MRBO
 from .oracles import Draws
 from .saba import SABA
-from .schedule import Decay
+from .schedule import Decay, TorchSchedule
 from .soba import SOBA
 from .srba import SRBA
 from .stocbio import StocBiO
@@ -43,4 +43,5 @@ __all__ = [
     "Step",
     "StocBiO",
     "Stochastic",
+    "TorchSchedule",
 ]

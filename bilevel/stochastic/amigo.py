@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ..tree import Tree
 from .base import State
 from .neumann import Point
-from .oracles import Loss
-from .schedule import StepSize, check_count, check_step_size
+from .schedule import StepSize, check_count
 from .two_loops import Estimate, TwoLoops
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class AmIGO(TwoLoops):
     """For expensive outer steps: both the inner solution and the adjoint are refined from where they were.
 
@@ -34,38 +34,24 @@ class AmIGO(TwoLoops):
     Other arguments and errors: `Stochastic`. Source: Arbel and Mairal 2022, algorithm 1.
     """
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        num_inner_steps: int = 10,
-        num_linear_steps: int = 10,
-        linear_lr: StepSize | None = None,
-    ):
-        super().__init__(
-            inner_params,
-            outer_params,
-            inner_loss,
-            outer_loss,
-            inner_lr=inner_lr,
-            outer_lr=outer_lr,
-            num_inner_steps=num_inner_steps,
-        )
-        self.num_linear_steps = check_count("num_linear_steps", num_linear_steps)
-        self.linear_lr = inner_lr if linear_lr is None else linear_lr
-        check_step_size("linear_lr", self.linear_lr)
-        self.inner_draws = num_inner_steps + num_linear_steps + 1
+    num_linear_steps: int = 10
+    linear_lr: StepSize | None = None
+
+    _kept = ("adjoint",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_linear_steps", self.num_linear_steps)
+
+    @property
+    def inner_draws(self) -> int:
+        return self.num_inner_steps + self.num_linear_steps + 1
 
     def _estimate(self, now: State, y: Tensor, inner: Iterator[Any], outer: Iterator[Any]) -> Estimate:
         point = Point(self._oracles, y, now["outer"])
         f = self._oracles.outer_gradients(y, now["outer"], next(outer))
         u = now.get("adjoint", y.new_zeros(y.shape))
-        linear_lr = self._lr("linear_lr", self.linear_lr)
+        linear_lr = self._lr("linear_lr")
         for _ in range(self.num_linear_steps):
             residual = point.linearize(next(inner)).product(u) - f.inner
             u = u - linear_lr * residual

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..solution import Result, Solution, SolveError, make_codes
-from ..tree import Raveler, Tree, leaves, norm
-from .oracles import Loss, Oracles, supply
-from .schedule import StepSize, check_step_size, size_at
+from ..tree import Raveler, Tree, named_leaves, norm
+from .divergence import Growth, Seen, complaints
+from .oracles import Loss, Oracles, batches_of, supply
+from .params import check_params, copies, copy_into
+from .schedule import StepSize, size_at
+from .state import Layout, blank, check_state
 
 State = dict[str, Tensor]
 """The vectors of a method: ``inner`` [n], ``outer`` [m], and those of its own."""
@@ -53,20 +57,31 @@ class Advance:
     """Run once the state has been found finite: writes to `Stochastic._memory`, which is too large to copy."""
 
 
+@dataclass(eq=False, repr=False)
 class Stochastic(ABC):
-    """Base of the stochastic bilevel methods; used like a torch optimizer.
+    """Base of the stochastic bilevel methods.
 
         min over x   f(y*(x), x),    y*(x) = argmin over y   g(y, x)
 
     with g the mean of ``inner_loss`` and f the mean of ``outer_loss`` over their data. ``step`` updates the given
-    tensors in place. Directions follow the paper of each method; with u the solution of H u = grad_y f, the
-    hypergradient is grad_x f - (d_x grad_y g)^T u.
+    tensors in place, as a torch optimizer does, but takes the losses and the batches: it computes the gradients itself.
+    Directions follow the paper of each method; with u the solution of H u = grad_y f, the hypergradient is
+    grad_x f - (d_x grad_y g)^T u.
+
+    A method is no `torch.optim.Optimizer`: it has no ``param_groups`` to which a scheduler of torch could be attached.
+    Step sizes are functions of the step number instead: `Decay`, your own, or `TorchSchedule`, which has the sizes of
+    any scheduler of torch. They may be 0, or end at 0, and may be set between two steps (``method.inner_lr = 0.01``).
+
+    Every batch counts alike: losses are means over their batch, so in an epoch whose last batch is short the examples
+    of that batch count more. To weigh all examples alike, leave that batch out (``drop_last=True`` of a ``DataLoader``
+    that shuffles), divide the sum over a batch by the average size, ``losses.sum() * num_batches / num_examples``, or
+    take `SABA` with the sizes of the batches.
 
     Args:
         inner_params, outer_params: y and x: trees of leaf tensors that require grad.
         inner_loss, outer_loss: ``loss(params, hparams, batch)``, a scalar; twice differentiable where the method
             takes Hessian products.
-        inner_lr, outer_lr: step sizes: numbers, or functions of the step number such as `Decay`.
+        inner_lr, outer_lr: step sizes, 0 or more: numbers, or functions of the step number such as `Decay`.
 
     Attributes:
         num_steps: steps made.
@@ -77,21 +92,20 @@ class Stochastic(ABC):
         TypeError, ValueError: bad input, here or at the first step; the message names the argument.
     """
 
-    inner_draws: int = 1
-    outer_draws: int = 1
+    inner_params: Tree
+    outer_params: Tree
+    inner_loss: Loss
+    outer_loss: Loss
+    inner_lr: StepSize = field(kw_only=True)
+    outer_lr: StepSize = field(kw_only=True)
+    num_steps: int = field(init=False, default=0)
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-    ):
-        self._inner = check_params("inner_params", inner_params)
-        self._outer = check_params("outer_params", outer_params)
+    _kept: ClassVar[tuple[str, ...]] = ()
+    """The vectors of `State` that stay from one step to the next; of those of the outer variables the name says so."""
+
+    def __post_init__(self) -> None:
+        self._inner = check_params("inner_params", self.inner_params)
+        self._outer = check_params("outer_params", self.outer_params)
         own = {"inner_params": self._inner, "outer_params": self._outer}
         if {id(leaf) for leaf in self._inner} & {id(leaf) for leaf in self._outer}:
             raise ValueError("outer_params shares a tensor with inner_params: each belongs to one of the two levels.")
@@ -100,18 +114,25 @@ class Stochastic(ABC):
                 f"outer_params is on {self._outer[0].device}, inner_params on {self._inner[0].device}: put both on "
                 "one device."
             )
-        for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
+        for name, loss in (("inner_loss", self.inner_loss), ("outer_loss", self.outer_loss)):
             if not callable(loss):
                 raise TypeError(
                     f"{name} is a {type(loss).__name__}: a function loss(params, hparams, batch) is needed."
                 )
-        check_step_size("inner_lr", inner_lr)
-        check_step_size("outer_lr", outer_lr)
-        self.inner_lr, self.outer_lr = inner_lr, outer_lr
-        self.num_steps = 0
-        self._oracles = Oracles(Raveler(inner_params), Raveler(outer_params), inner_loss, outer_loss, own)
+        ravelers = Raveler(self.inner_params), Raveler(self.outer_params)
+        self._oracles = Oracles(*ravelers, self.inner_loss, self.outer_loss, own)
         self._state: State = {}
         self._memory: State = {}
+        self._growth = Growth({})
+        self._step_sizes()
+
+    @property
+    def inner_draws(self) -> int:
+        return 1
+
+    @property
+    def outer_draws(self) -> int:
+        return 1
 
     @property
     def wants_full_batch(self) -> bool:
@@ -121,135 +142,179 @@ class Stochastic(ABC):
     def step(self, inner_batch: Any = None, outer_batch: Any = None) -> Step:
         """One step on these batches; None for losses that hold all their data.
 
+        A step that raises, for whatever reason, has changed nothing: params, state, counters and the random numbers of
+        torch are as before, so that it can be tried again, with another batch or with smaller step sizes.
+
         Raises:
-            SolveError: an iterate became NaN or infinite. Params and state keep their last finite values.
+            SolveError: an iterate became NaN or infinite, or the steps are too long and the iterates grow: the
+                message tells this from a bad batch.
         """
-        return self._commit(supply(inner_batch), supply(outer_batch))
+        oracles, costs = self._oracles, (self._oracles.gradients, self._oracles.products)
+        random = _random_states(self._inner[0].device)
+        try:
+            with torch.no_grad():
+                # Cloned: raveling a single tensor gives a view of it, and the params are about to change in place.
+                now = {
+                    **self._state,
+                    "inner": oracles.inner.ravel(self._inner).detach().clone(),
+                    "outer": oracles.outer.ravel(self._outer).detach().clone(),
+                }
+                found = self._advance(now, supply(inner_batch), supply(outer_batch))
+                gradients, products = oracles.gradients - costs[0], oracles.products - costs[1]
+                record = _record(found, gradients, products)
+                growth = self._judge(now, found, record, batches_of(inner_batch), batches_of(outer_batch))
+                self._commit(now, found)
+        except BaseException:
+            oracles.gradients, oracles.products = costs
+            for restore, state in random:
+                restore(state)
+            raise
+        self._growth = growth
+        return record
 
     @abstractmethod
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         """The step of the paper: from the state to the next, drawing batches; changes nothing."""
 
-    def _lr(self, name: str, step_size: StepSize) -> float:
-        return size_at(name, step_size, self.num_steps)
+    def _lr(self, name: str) -> float:
+        """The step size of this name now; ``linear_lr`` is that of the inner level where none was given."""
+        step_size = getattr(self, name)
+        return size_at(name, self.inner_lr if step_size is None else step_size, self.num_steps)
 
     def _sizes(self) -> tuple[float, float]:
-        return self._lr("inner_lr", self.inner_lr), self._lr("outer_lr", self.outer_lr)
+        return self._lr("inner_lr"), self._lr("outer_lr")
 
-    def _commit(self, inner: Iterator[Any], outer: Iterator[Any]) -> Step:
+    def _step_sizes(self) -> dict[str, float]:
+        """All of this method, checked."""
+        return {name: self._lr(name) for name in ("inner_lr", "linear_lr", "outer_lr") if hasattr(self, name)}
+
+    def _judge(self, now: State, found: Advance, record: Step, inner: list[Any], outer: list[Any]) -> Growth:
+        """The growth with this step; one device-to-host copy, which the last finite iterate is worth."""
+        directions = {"inner": (record.inner_norm, "inner"), "outer": (record.outer_norm, "outer")}
+        if record.linear_norm is not None:
+            directions["linear"] = (record.linear_norm, "adjoint")
+        length = torch.linalg.vector_norm
+        sizes = [
+            size
+            for direction, name in directions.values()
+            for size in (direction, length(found.state[name] - now.get(name, 0.0)), length(found.state[name]))
+        ]
+        finite = torch.stack([torch.isfinite(vector).all() for vector in found.state.values()]).all()
+        numbers = torch.stack([n.double() for n in (finite, found.inner_loss, found.outer_loss, *sizes)]).tolist()
+        if not numbers[0]:
+            second = record.products > 0
+            bad = complaints(self._oracles, now["inner"], now["outer"], inner, outer, second)
+            raise self._failure(found, bad)
+        seen, losses = {}, {"inner": numbers[1], "outer": numbers[2]}
+        for place, name in enumerate(directions, start=1):
+            steepness, move, size = numbers[3 * place : 3 * place + 3]
+            seen[name] = Seen(steepness, move, size, losses.get(name))
+        growth = self._growth.after(seen)
+        if growth.diverges:
+            self._growth = Growth({})  # what is tried next, such as smaller steps, is judged by itself
+            raise self._failure(found, [], growth)
+        return growth
+
+    def _commit(self, now: State, found: Advance) -> None:
+        """Everything that a step changes, or nothing of it."""
         oracles = self._oracles
-        gradients, products = oracles.gradients, oracles.products
-        # Cloned, because raveling a single tensor gives a view of it, and the params are about to change in place.
-        now = {
-            **self._state,
-            "inner": oracles.inner.ravel(self._inner).detach().clone(),
-            "outer": oracles.outer.ravel(self._outer).detach().clone(),
-        }
-        with torch.no_grad():
-            found = self._advance(now, inner, outer)
-            # One device-to-host copy a step: the last finite iterate is worth it.
-            if not bool(torch.stack([torch.isfinite(vector).all() for vector in found.state.values()]).all()):
-                raise self._failure(found)
-            for params, raveler, name in ((self._inner, oracles.inner, "inner"), (self._outer, oracles.outer, "outer")):
-                for leaf, value in zip(params, raveler.unravel(found.state[name]), strict=True):
-                    leaf.copy_(value)
+        params = [(self._inner, oracles.inner, "inner"), (self._outer, oracles.outer, "outer")]
+        values = [raveler.unravel(found.state[name]) for _, raveler, name in params]
+        try:
+            for (own, _, _), new in zip(params, values, strict=True):
+                copy_into(own, new)
             if found.remember:
                 found.remember()
-        self._state = {name: vector for name, vector in found.state.items() if name not in ("inner", "outer")}
+        except BaseException:  # such as Ctrl-C
+            for own, raveler, name in params:
+                copy_into(own, raveler.unravel(now[name]))
+            raise
+        self._state = {name: found.state[name] for name in self._kept}
         self.num_steps += 1
-        return Step(
-            found.inner_loss,
-            found.outer_loss,
-            norm(found.inner),
-            norm(found.outer),
-            None if found.linear is None else norm(found.linear),
-            oracles.gradients - gradients,
-            oracles.products - products,
-        )
 
-    def _failure(self, found: Advance) -> SolveError:
-        losses = {"inner_loss": found.inner_loss, "outer_loss": found.outer_loss}
-        bad = [name for name, loss in losses.items() if not bool(torch.isfinite(loss))]
-        cause = (
-            f"{' and '.join(bad)} is NaN or infinite on this batch: look at the data, or at a loss that overflows"
-            if bad
-            else "the losses were finite, so the step was too long: lower inner_lr or outer_lr, or give a Decay"
-        )
-        size = torch.linalg.vector_norm(found.inner, dtype=torch.float64)
+    def _failure(self, found: Advance, bad: list[str], growth: Growth | None = None) -> SolveError:
+        sizes = ", ".join(f"{name} = {size:.4g}" for name, size in self._step_sizes().items())
+        advice = f"the steps are too long ({sizes}): lower them, or give a Decay"
+        kind, number = type(self).__name__, self.num_steps
+        if growth:
+            message = f"{kind} diverges at step {number}: {growth}, and {advice}. The params hold the step before."
+        else:
+            grown = f"{self._growth} before it, and " if self._growth.runs else ""
+            cause = "; ".join(bad) or f"the losses are finite at params of unit norm, {grown}{advice}"
+            message = f"{kind} met a NaN or an infinity at step {number}; {cause}. The params hold their last values."
+        size = norm(found.inner)
         stats = {
-            "num_steps": torch.tensor(self.num_steps),
+            "num_steps": torch.tensor(number),
             "residual_norm": size,
-            "result": make_codes(Result.NONFINITE, size),
+            "result": make_codes(Result.NONFINITE if bad else Result.DIVERGED, size),
         }
-        kept = (
-            self._oracles.inner.unflatten(self._inner),
-            self._oracles.outer.unflatten(self._outer),
-        )
-        return SolveError(
-            f"{type(self).__name__} met a NaN or an infinity at step {self.num_steps}; {cause}. The params hold their "
-            "last finite values.",
-            Solution(kept, stats),
-        )
+        kept = self._oracles.inner.unflatten(self._inner), self._oracles.outer.unflatten(self._outer)
+        return SolveError(message, Solution(kept, stats))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a step reads and changes, the params too: tensors and ints, copied.
+        """Everything that a step reads and changes, the params too: tensors, numbers and names, copied.
 
         Settings (step sizes, seeds) are not in it: make the method with the same ones, load, and the next step
         is the same to the last bit.
         """
         return {
+            **self._fixed(),
             "num_steps": self.num_steps,
             "inner_params": [leaf.detach().clone() for leaf in self._inner],
             "outer_params": [leaf.detach().clone() for leaf in self._outer],
-            "vectors": {name: vector.clone() for name, vector in self._state.items()},
-            "memory": {name: table.clone() for name, table in self._memory.items()},
+            "vectors": copies(self._state),
+            "memory": copies(self._memory),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`: params are overwritten in place.
 
         Raises:
-            ValueError: it belongs to other params; nothing is changed.
+            ValueError: it belongs to another method, to other params (names, order, shapes or dtypes), or to data in
+                other batches; nothing is changed.
         """
-        missing = {"num_steps", "inner_params", "outer_params", "vectors", "memory"} - set(state)
-        if missing:
-            raise ValueError(f"state lacks {', '.join(sorted(missing))}: it is no state_dict of a stochastic method.")
-        for name, own in (("inner_params", self._inner), ("outer_params", self._outer)):
-            found, expected = [tuple(leaf.shape) for leaf in state[name]], [tuple(leaf.shape) for leaf in own]
-            if found != expected:
-                raise ValueError(f"state has {name} of shapes {found}, this method has {expected}.")
-        with torch.no_grad():
-            for leaf, value in zip(
-                self._inner + self._outer, state["inner_params"] + state["outer_params"], strict=True
-            ):
-                leaf.copy_(value)
+        params: dict[str, Layout] = {
+            level: {name: blank(leaf) for name, leaf in tensors.items()} for level, tensors in self._named().items()
+        }
+        check_state(state, self._fixed(), params, {"vectors": self._vectors(), "memory": self._tables()})
         device = self._inner[0].device
-        self._state = {name: vector.clone().to(device) for name, vector in state["vectors"].items()}
-        self._memory = {name: table.clone().to(device) for name, table in state["memory"].items()}
-        self.num_steps = int(state["num_steps"])
+        vectors, memory = (
+            {name: value.detach().to(device, copy=True) for name, value in state[part].items()}
+            for part in ("vectors", "memory")
+        )
+        with torch.no_grad():
+            copy_into(self._inner + self._outer, [*state["inner_params"], *state["outer_params"]])
+        self._state, self._memory, self.num_steps, self._growth = vectors, memory, state["num_steps"], Growth({})
+
+    def _named(self) -> dict[str, dict[str, Tensor]]:
+        """The params of both levels, by where they stand in their trees."""
+        return {"inner_params": named_leaves(self.inner_params), "outer_params": named_leaves(self.outer_params)}
+
+    def _fixed(self) -> dict[str, Any]:
+        """What must be the same in the method that a state is loaded into."""
+        return {"method": type(self).__name__, "names": {level: list(own) for level, own in self._named().items()}}
+
+    def _vectors(self) -> Layout:
+        """What of `State` is kept."""
+        inner, outer = (
+            torch.empty(raveler.size, dtype=raveler.dtype, device="meta")
+            for raveler in (self._oracles.inner, self._oracles.outer)
+        )
+        return {name: outer if name.startswith("outer") else inner for name in self._kept}
+
+    def _tables(self) -> Layout:
+        """What of `_memory` is kept; nothing, for most methods."""
+        return {}
 
 
-def check_params(name: str, tree: Tree) -> list[Tensor]:
-    """The leaves: floating-point leaf tensors that require grad, on one device."""
-    flat = leaves(tree)
-    if not flat:
-        raise ValueError(f"{name} is empty: pass a tensor or a tree of tensors.")
-    for leaf in flat:
-        if not isinstance(leaf, Tensor):
-            raise TypeError(f"{name} contains a {type(leaf).__name__}: every leaf must be a tensor.")
-        if not leaf.is_floating_point():
-            raise TypeError(f"{name} contains a tensor of {leaf.dtype}: floating point is needed.")
-        if not (leaf.is_leaf and leaf.requires_grad):
-            raise ValueError(
-                f"{name} contains a tensor of shape {tuple(leaf.shape)} that is no leaf that requires grad: it is "
-                "updated in place. Pass module parameters, or tensor.detach().clone().requires_grad_()."
-            )
-        if leaf.device != flat[0].device:
-            raise ValueError(f"{name} is spread over {flat[0].device} and {leaf.device}: put it on one device.")
-        if not bool(torch.isfinite(leaf).all()):
-            raise ValueError(f"{name} contains NaN or infinite values.")
-    if len({id(leaf) for leaf in flat}) < len(flat):
-        raise ValueError(f"{name} contains the same tensor twice.")
-    if sum(leaf.numel() for leaf in flat) == 0:
-        raise ValueError(f"{name} holds no numbers.")
-    return flat
+def _record(found: Advance, gradients: int, products: int) -> Step:
+    linear = None if found.linear is None else norm(found.linear)
+    return Step(found.inner_loss, found.outer_loss, norm(found.inner), norm(found.outer), linear, gradients, products)
+
+
+def _random_states(device: torch.device) -> list[tuple[Callable[[Tensor], None], Tensor]]:
+    """What a loss may draw from: the random numbers of the CPU and of the params' device, and how to set them back."""
+    states: list[tuple[Callable[[Tensor], None], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
+    if device.type == "cuda":
+        states.append((partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)))
+    return states

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..tree import Tree, dot
+from ..tree import dot
 from .base import Advance, State, Stochastic
-from .oracles import Loss
-from .schedule import StepSize, check_count, check_positive
+from .schedule import check_count, check_positive
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class BOME(Stochastic):
     """First-order like `F2SA`, without a penalty to choose: the multiplier follows from the gradients.
 
@@ -39,22 +40,17 @@ class BOME(Stochastic):
     Other arguments and errors: `Stochastic`. Source: Liu, Ye, Wright, Stone, Liu 2022, algorithm 1.
     """
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        control: float = 0.5,
-        num_inner_steps: int = 10,
-    ):
-        super().__init__(inner_params, outer_params, inner_loss, outer_loss, inner_lr=inner_lr, outer_lr=outer_lr)
-        self.control = check_positive("control", control)
-        self.num_inner_steps = check_count("num_inner_steps", num_inner_steps)
-        self.inner_draws = num_inner_steps + 1
+    control: float = 0.5
+    num_inner_steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("control", self.control)
+        check_count("num_inner_steps", self.num_inner_steps)
+
+    @property
+    def inner_draws(self) -> int:
+        return self.num_inner_steps + 1
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         y, x = now["inner"], now["outer"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ..tree import Tree
-from .neumann import NeumannTerm, check_seed
-from .oracles import Loss
-from .schedule import StepSize
+from dataclasses import dataclass
+
+from .neumann import NeumannTerm, Series, check_seed
 from .two_loops import NeumannLoops
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class BSA(NeumannLoops):
     """The oldest stochastic method, a baseline: its random truncation makes it noisy even on full batches.
 
@@ -23,34 +23,13 @@ class BSA(NeumannLoops):
     ``num_inner_steps + num_terms + 1`` at most.
 
     Args:
-        neumann_lr: at most 1/L, constant; by default the first of ``inner_lr``.
+        neumann_lr: at most 1/L, constant; by default ``inner_lr``, or its first peak where it is a schedule.
         seed: of the random truncation.
 
     Other arguments and errors: `Stochastic`. Source: Ghadimi and Wang 2018, algorithms 2 and 3.
     """
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        num_inner_steps: int = 10,
-        num_terms: int = 10,
-        neumann_lr: float | None = None,
-        seed: int = 0,
-    ):
-        super().__init__(
-            inner_params,
-            outer_params,
-            inner_loss,
-            outer_loss,
-            inner_lr=inner_lr,
-            outer_lr=outer_lr,
-            num_inner_steps=num_inner_steps,
-            series=NeumannTerm(num_terms, check_seed(seed)),
-            neumann_lr=neumann_lr,
-        )
+    seed: int = 0
+
+    def _series(self) -> Series:
+        return NeumannTerm(self.num_terms, check_seed(self.seed))

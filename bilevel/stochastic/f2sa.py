@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from ..tree import Tree
 from .base import Advance, State, Stochastic
-from .oracles import Loss
-from .schedule import StepSize, check_count, check_positive
+from .schedule import check_count, check_not_negative, check_positive
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class F2SA(Stochastic):
     """No second derivatives at all: for losses where Hessian products fail or cost too much. Biased by O(1/penalty).
 
@@ -34,26 +34,25 @@ class F2SA(Stochastic):
     Other arguments and errors: `Stochastic`. Source: Kwon, Kwon, Wright, Nowak 2023, algorithm 1.
     """
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        penalty: float = 10.0,
-        penalty_growth: float = 0.0,
-        num_inner_steps: int = 10,
-    ):
-        super().__init__(inner_params, outer_params, inner_loss, outer_loss, inner_lr=inner_lr, outer_lr=outer_lr)
-        self.penalty = check_positive("penalty", penalty)
-        if penalty_growth != 0:
-            check_positive("penalty_growth", penalty_growth)
-        self.penalty_growth = penalty_growth
-        self.num_inner_steps = check_count("num_inner_steps", num_inner_steps)
-        self.inner_draws = self.outer_draws = num_inner_steps + 1
+    penalty: float = 10.0
+    penalty_growth: float = 0.0
+    num_inner_steps: int = 10
+
+    _kept = ("penalised",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("penalty", self.penalty)
+        check_not_negative("penalty_growth", self.penalty_growth)
+        check_count("num_inner_steps", self.num_inner_steps)
+
+    @property
+    def inner_draws(self) -> int:
+        return self.num_inner_steps + 1
+
+    @property
+    def outer_draws(self) -> int:
+        return self.num_inner_steps + 1
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         z, x = now["inner"], now["outer"]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ..tree import Tree
 from .base import Advance, State, Stochastic
-from .oracles import Gradients, Linearized, Loss
-from .schedule import StepSize, check_step_size, size_at
+from .oracles import Gradients, Linearized
+from .schedule import StepSize, size_at
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class FSLA(Stochastic):
     """Like `SOBA`, but one variable after the other, and with recursive momentum on the hypergradient.
 
@@ -33,26 +34,22 @@ class FSLA(Stochastic):
     Other arguments and errors: `Stochastic`. Source: Li, Gu, Huang 2022, algorithm 1.
     """
 
-    inner_draws = 3
-    outer_draws = 2
+    mixing: StepSize = 0.5
+    linear_lr: StepSize | None = None
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        mixing: StepSize = 0.5,
-        linear_lr: StepSize | None = None,
-    ):
-        super().__init__(inner_params, outer_params, inner_loss, outer_loss, inner_lr=inner_lr, outer_lr=outer_lr)
-        self.linear_lr = inner_lr if linear_lr is None else linear_lr
-        check_step_size("linear_lr", self.linear_lr)
-        self.mixing = mixing
-        mixing_at(mixing, 0)
+    _kept = ("adjoint", "outer_old", "outer_direction")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mixing_at(self.mixing, 0)
+
+    @property
+    def inner_draws(self) -> int:
+        return 3
+
+    @property
+    def outer_draws(self) -> int:
+        return 2
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         y, x = now["inner"], now["outer"]
@@ -64,7 +61,7 @@ class FSLA(Stochastic):
 
         g, f = self._linearize(new_y, x, next(inner), next(outer))
         linear = g.product(u) - f.inner
-        new_u = u - self._lr("linear_lr", self.linear_lr) * linear
+        new_u = u - self._lr("linear_lr") * linear
 
         batches = next(inner), next(outer)
         direction = self._hypergradient(new_y, x, new_u, batches)

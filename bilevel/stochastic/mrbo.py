@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from ..tree import Tree
-from .base import Advance, State, Stochastic
+from .base import Advance, State
 from .fsla import mixing_at
-from .neumann import NeumannSum, Point, Series
-from .oracles import Loss
-from .schedule import StepSize, check_count
-from .two_loops import neumann_step
+from .neumann import NeumannMethod, Point
+from .schedule import StepSize
 
 
-class MRBO(Stochastic):
+@dataclass(eq=False, repr=False, kw_only=True)
+class MRBO(NeumannMethod):
     """A single loop whose two directions average their noise away by recursive (STORM) momentum.
 
         d_y <- G(y, x) + (1 - mixing) (d_y - G(y_old, x_old)),     G = grad_y g
@@ -30,43 +29,35 @@ class MRBO(Stochastic):
 
     Args:
         mixing: weight of the fresh gradients in (0, 1], a number or a function of the step number; 1: no momentum.
-        neumann_lr: at most 1/L, constant; by default the first of ``inner_lr``.
+        neumann_lr: at most 1/L, constant; by default ``inner_lr``, or its first peak where it is a schedule.
 
     Other arguments and errors: `Stochastic`. Source: Yang, Ji, Liang 2021, algorithm 1.
     """
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        mixing: StepSize = 0.5,
-        num_terms: int = 10,
-        neumann_lr: float | None = None,
-    ):
-        super().__init__(inner_params, outer_params, inner_loss, outer_loss, inner_lr=inner_lr, outer_lr=outer_lr)
-        self.mixing = mixing
-        mixing_at(mixing, 0)
-        self._series: Series = NeumannSum(check_count("num_terms", num_terms))
-        self.neumann_lr = neumann_step(inner_lr, neumann_lr)
-        self.inner_draws = num_terms + 2
+    mixing: StepSize = 0.5
+
+    _kept = ("inner_old", "outer_old", "inner_direction", "outer_direction")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mixing_at(self.mixing, 0)
+
+    @property
+    def inner_draws(self) -> int:
+        return self.num_terms + 2
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         y, x = now["inner"], now["outer"]
-        gradient_batch, sample = next(inner), self._series.draw(inner, outer, self.num_steps)
+        gradient_batch, sample = next(inner), self._draw(inner, outer)
         point = Point(self._oracles, y, x)
         g = point.linearize(gradient_batch)
-        outer_loss, direction = point.hypergradient(self._series, sample, self.neumann_lr)
+        outer_loss, direction = self._hypergradient(point, sample)
         gradient = g.gradient
         if "inner_old" in now:
             keep = 1 - mixing_at(self.mixing, self.num_steps)
             before = Point(self._oracles, now["inner_old"], now["outer_old"])
             gradient = gradient + keep * (now["inner_direction"] - before.linearize(gradient_batch).gradient)
-            _, old = before.hypergradient(self._series, sample, self.neumann_lr)
+            _, old = self._hypergradient(before, sample)
             direction = direction + keep * (now["outer_direction"] - old)
         inner_lr, outer_lr = self._sizes()
         state = {

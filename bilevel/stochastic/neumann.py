@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .base import Stochastic
 from .oracles import Linearized, Oracles
-from .schedule import check_count
+from .schedule import StepSize, check_count, check_positive, peak
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,43 @@ class Point:
 
 def check_seed(seed: int) -> int:
     return check_count("seed", seed, least=0)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class NeumannMethod(Stochastic):
+    """Base of the methods that invert the Hessian by a Neumann series."""
+
+    num_terms: int = 10
+    neumann_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_terms", self.num_terms)
+        self.neumann_lr = neumann_step(self.inner_lr, self.neumann_lr)
+        self._series()
+
+    def _series(self) -> Series:
+        return NeumannSum(self.num_terms)
+
+    def _draw(self, inner: Iterator[Any], outer: Iterator[Any]) -> Sample:
+        return self._series().draw(inner, outer, self.num_steps)
+
+    def _hypergradient(self, at: Point, sample: Sample) -> tuple[Tensor, Tensor]:
+        return at.hypergradient(self._series(), sample, neumann_step(self.inner_lr, self.neumann_lr))
+
+
+def neumann_step(inner_lr: StepSize, neumann_lr: float | None) -> float:
+    """The given step size of a Neumann series, or the peak of ``inner_lr``.
+
+    It must not follow a schedule: the sum is in proportion to it where the terms do not make up for it, so that a
+    step of a warm-up, or of the end of a decay, would shrink the adjoint.
+    """
+    if neumann_lr is not None:
+        return check_positive("neumann_lr", neumann_lr)
+    highest = peak(inner_lr)
+    if not highest > 0:
+        raise ValueError(
+            f"neumann_lr is {highest}, the largest of inner_lr: the series would be zero. Give neumann_lr, at most "
+            "1/L with L the largest curvature of the inner loss."
+        )
+    return float(highest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import cycle, repeat
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -34,9 +34,14 @@ class Draws:
             raise ValueError("Draws holds no batches: at least one is needed.")
 
 
+def batches_of(batch: Any) -> list[Any]:
+    """All that a step was given."""
+    return list(batch.batches) if isinstance(batch, Draws) else [batch]
+
+
 def supply(batch: Any) -> Iterator[Any]:
     """The batches of a step, without end."""
-    return cycle(batch.batches) if isinstance(batch, Draws) else repeat(batch)
+    return cycle(batches_of(batch))
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..tree import Tree
 from .base import State, Step
-from .oracles import Loss
-from .schedule import StepSize, check_count, check_positive
+from .schedule import check_count, check_positive
 from .soba import SOBA, Directions
+from .state import Layout
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SABA(SOBA):
     """For a data set cut into fixed batches: converges linearly with constant step sizes, without full passes.
 
@@ -36,31 +37,14 @@ class SABA(SOBA):
     Defazio, Bach, Lacoste-Julien 2014.
     """
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        inner_batches: int | Sequence[int],
-        outer_batches: int | Sequence[int],
-        linear_lr: StepSize | None = None,
-    ):
-        super().__init__(
-            inner_params,
-            outer_params,
-            inner_loss,
-            outer_loss,
-            inner_lr=inner_lr,
-            outer_lr=outer_lr,
-            linear_lr=linear_lr,
-        )
+    inner_batches: int | Sequence[int]
+    outer_batches: int | Sequence[int]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._weights = {
-            "inner": _weights("inner_batches", inner_batches),
-            "outer": _weights("outer_batches", outer_batches),
+            "inner": _weights("inner_batches", self.inner_batches),
+            "outer": _weights("outer_batches", self.outer_batches),
         }
         self._indices = {"inner": 0, "outer": 0}
 
@@ -101,14 +85,20 @@ class SABA(SOBA):
         n, m = y.numel(), x.numel()
         inner_part, remember_inner = self._average("inner", torch.cat([g.gradient, *g.products(u)]))
         outer_part, remember_outer = self._average("outer", torch.cat([f.inner, f.outer]))
+        # Where the two levels differ in their dtype, the memory is in the wider one.
         gradient, hessian, cross = inner_part.split([n, n, m])
         f_inner, f_outer = outer_part.split([n, m])
+        gradient, linear, direction = (
+            gradient.to(y.dtype),
+            (hessian - f_inner).to(y.dtype),
+            (f_outer - cross).to(x.dtype),
+        )
 
         def remember() -> None:
             remember_inner()
             remember_outer()
 
-        return Directions(g.loss, f.loss, gradient, hessian - f_inner, f_outer - cross, remember=remember)
+        return Directions(g.loss, f.loss, gradient, linear, direction, remember=remember)
 
     def _average(self, level: str, new: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """The SAGA estimate, and what brings the memory up to date once the step is known to be finite."""
@@ -119,17 +109,33 @@ class SABA(SOBA):
         mean = self._memory[f"{level}_mean"] if known else new.clone()
         old = torch.where(seen[index], rows[index], mean)
         estimate = mean + len(weights) * weights[index] * (new - old)
+        now_seen = seen.clone()
+        now_seen[index] = True
+        parts = weights * now_seen
+        if self.num_steps % len(weights) == 0:  # now and then afresh: rounding must not pile up in the mean
+            average = (parts @ rows + weights[index] * (new - rows[index])) / parts.sum()
+        else:
+            average = mean + weights[index] / parts.sum() * (new - old)
 
         def remember() -> None:
-            rows[index], seen[index] = new, True
-            parts = weights * seen
-            if self.num_steps % len(weights) == 0:  # now and then afresh: rounding must not pile up in the mean
-                average = parts @ rows / parts.sum()
-            else:
-                average = mean + weights[index] / parts.sum() * (new - old)
-            self._memory.update({f"{level}_rows": rows, f"{level}_seen": seen, f"{level}_mean": average})
+            rows[index] = new
+            self._memory.update({f"{level}_rows": rows, f"{level}_seen": now_seen, f"{level}_mean": average})
 
         return estimate, remember
+
+    def _fixed(self) -> dict[str, Any]:
+        sizes = {f"{level}_batches": weights.tolist() for level, weights in self._weights.items()}
+        return {**super()._fixed(), **sizes}
+
+    def _tables(self) -> Layout:
+        inner, outer = self._oracles.inner, self._oracles.outer
+        dtype = torch.promote_types(inner.dtype, outer.dtype)
+        widths = {"inner": 2 * inner.size + outer.size, "outer": inner.size + outer.size}
+        tables: Layout = {}
+        for level, width in widths.items():
+            rows = torch.empty(len(self._weights[level]), width, dtype=dtype, device="meta")
+            tables |= {f"{level}_rows": rows, f"{level}_seen": rows[:, 0].bool(), f"{level}_mean": rows[0]}
+        return tables
 
 
 def _weights(name: str, batches: int | Sequence[int]) -> Tensor:

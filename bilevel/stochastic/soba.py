@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..tree import Tree
 from .base import Advance, State, Stochastic
-from .oracles import Loss
-from .schedule import StepSize, check_step_size
+from .schedule import StepSize
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,7 @@ class Directions:
     remember: Callable[[], None] | None = None
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SOBA(Stochastic):
     """The first single-loop method to try: one batch of each loss a step, no inner loop, no Neumann series.
 
@@ -46,20 +45,9 @@ class SOBA(Stochastic):
     Other arguments and errors: `Stochastic`. Source: Dagréou, Ablin, Vaiter, Moreau 2022, algorithm 1.
     """
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        linear_lr: StepSize | None = None,
-    ):
-        super().__init__(inner_params, outer_params, inner_loss, outer_loss, inner_lr=inner_lr, outer_lr=outer_lr)
-        self.linear_lr = inner_lr if linear_lr is None else linear_lr
-        check_step_size("linear_lr", self.linear_lr)
+    linear_lr: StepSize | None = None
+
+    _kept: ClassVar[tuple[str, ...]] = ("adjoint",)
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         now = {"adjoint": now["inner"].new_zeros(now["inner"].shape), **now}
@@ -67,7 +55,7 @@ class SOBA(Stochastic):
         inner_lr, outer_lr = self._sizes()
         state = {
             "inner": now["inner"] - inner_lr * found.inner,
-            "adjoint": now["adjoint"] - self._lr("linear_lr", self.linear_lr) * found.linear,
+            "adjoint": now["adjoint"] - self._lr("linear_lr") * found.linear,
             "outer": now["outer"] - outer_lr * found.outer,
             **found.kept,
         }

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from ..tree import Tree
 from .base import State
-from .oracles import Loss
-from .schedule import StepSize, check_count
+from .schedule import check_count
 from .soba import SOBA, Directions
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SRBA(SOBA):
     """For finite sums where `SABA`'s memory is too large: constant step sizes, near-optimal in gradient evaluations.
 
@@ -30,28 +30,16 @@ class SRBA(SOBA):
     Other arguments and errors: `Stochastic`. Source: Dagréou, Moreau, Vaiter, Ablin 2024, algorithm 1.
     """
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        period: int,
-        linear_lr: StepSize | None = None,
-    ):
-        super().__init__(
-            inner_params,
-            outer_params,
-            inner_loss,
-            outer_loss,
-            inner_lr=inner_lr,
-            outer_lr=outer_lr,
-            linear_lr=linear_lr,
-        )
-        self.period = check_count("period", period)
+    period: int
+
+    _kept = (
+        *("adjoint", "inner_old", "adjoint_old", "outer_old"),
+        *("inner_direction", "linear_direction", "outer_direction"),
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("period", self.period)
 
     @property
     def wants_full_batch(self) -> bool:

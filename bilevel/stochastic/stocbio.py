@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from ..tree import Tree
-from .neumann import NeumannSum
-from .oracles import Loss
-from .schedule import StepSize
+from dataclasses import dataclass
+
 from .two_loops import NeumannLoops
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class StocBiO(NeumannLoops):
     """The classical two-loop method, where nothing but the params may be kept between steps.
 
@@ -22,32 +21,7 @@ class StocBiO(NeumannLoops):
     product, and a gradient for each change of batch. Independent inner batches: ``num_inner_steps + num_terms + 1``.
 
     Args:
-        neumann_lr: at most 1/L, constant; by default the first of ``inner_lr``.
+        neumann_lr: at most 1/L, constant; by default ``inner_lr``, or its first peak where it is a schedule.
 
     Other arguments and errors: `Stochastic`. Source: Ji, Yang, Liang 2021, algorithm 2.
     """
-
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        num_inner_steps: int = 10,
-        num_terms: int = 10,
-        neumann_lr: float | None = None,
-    ):
-        super().__init__(
-            inner_params,
-            outer_params,
-            inner_loss,
-            outer_loss,
-            inner_lr=inner_lr,
-            outer_lr=outer_lr,
-            num_inner_steps=num_inner_steps,
-            series=NeumannSum(num_terms),
-            neumann_lr=neumann_lr,
-        )

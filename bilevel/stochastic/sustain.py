@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ..tree import Tree
+from dataclasses import dataclass
+
 from .mrbo import MRBO
-from .neumann import NeumannTerm, check_seed
-from .oracles import Loss
-from .schedule import StepSize
+from .neumann import NeumannTerm, Series, check_seed
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SUSTAIN(MRBO):
     """The double momentum of `MRBO` with the adjoint of `BSA`: half the Hessian products, more variance.
 
@@ -24,29 +24,7 @@ class SUSTAIN(MRBO):
     Other arguments and errors: `MRBO`. Source: Khanduri et al. 2021, algorithm 1.
     """
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        mixing: StepSize = 0.5,
-        num_terms: int = 10,
-        neumann_lr: float | None = None,
-        seed: int = 0,
-    ):
-        super().__init__(
-            inner_params,
-            outer_params,
-            inner_loss,
-            outer_loss,
-            inner_lr=inner_lr,
-            outer_lr=outer_lr,
-            mixing=mixing,
-            num_terms=num_terms,
-            neumann_lr=neumann_lr,
-        )
-        self._series = NeumannTerm(num_terms, check_seed(seed))
+    seed: int = 0
+
+    def _series(self) -> Series:
+        return NeumannTerm(self.num_terms, check_seed(self.seed))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from ..tree import Tree
+from dataclasses import dataclass, field
+
 from .bsa import BSA
-from .oracles import Loss
-from .schedule import StepSize
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class TTSA(BSA):
     """`BSA` with a single inner step: the inner variable keeps up because the outer steps decay faster.
 
@@ -22,28 +22,4 @@ class TTSA(BSA):
     Arguments and errors: `BSA`. Source: Hong, Wai, Wang, Yang 2023, algorithm 1.
     """
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        num_terms: int = 10,
-        neumann_lr: float | None = None,
-        seed: int = 0,
-    ):
-        super().__init__(
-            inner_params,
-            outer_params,
-            inner_loss,
-            outer_loss,
-            inner_lr=inner_lr,
-            outer_lr=outer_lr,
-            num_inner_steps=1,
-            num_terms=num_terms,
-            neumann_lr=neumann_lr,
-            seed=seed,
-        )
+    num_inner_steps: int = field(init=False, default=1)

@@ -9,11 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..tree import Tree
 from .base import Advance, State, Stochastic
-from .neumann import Point, Series
-from .oracles import Loss
-from .schedule import StepSize, check_count, check_step_size, size_at
+from .neumann import NeumannMethod, Point
+from .schedule import check_count
 
 
 @dataclass(frozen=True)
@@ -26,22 +24,15 @@ class Estimate:
     kept: State = field(default_factory=dict)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class TwoLoops(Stochastic):
     """Base of the methods with an inner loop, warm-started where the last one ended."""
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        num_inner_steps: int,
-    ):
-        super().__init__(inner_params, outer_params, inner_loss, outer_loss, inner_lr=inner_lr, outer_lr=outer_lr)
-        self.num_inner_steps = check_count("num_inner_steps", num_inner_steps)
+    num_inner_steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("num_inner_steps", self.num_inner_steps)
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         y, x = now["inner"], now["outer"]
@@ -60,45 +51,13 @@ class TwoLoops(Stochastic):
         """The hypergradient at the new ``y`` and the old ``x``."""
 
 
-class NeumannLoops(TwoLoops):
-    """Two loops with a Neumann series for the adjoint: their base; ``neumann_lr`` stays constant."""
+@dataclass(eq=False, repr=False, kw_only=True)
+class NeumannLoops(TwoLoops, NeumannMethod):
+    """Two loops with a Neumann series for the adjoint: their base."""
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        num_inner_steps: int,
-        series: Series,
-        neumann_lr: float | None,
-    ):
-        super().__init__(
-            inner_params,
-            outer_params,
-            inner_loss,
-            outer_loss,
-            inner_lr=inner_lr,
-            outer_lr=outer_lr,
-            num_inner_steps=num_inner_steps,
-        )
-        self._series = series
-        check_count("num_terms", series.num_terms)
-        self.neumann_lr = neumann_step(inner_lr, neumann_lr)
-        self.inner_draws = num_inner_steps + series.num_terms + 1
+    @property
+    def inner_draws(self) -> int:
+        return self.num_inner_steps + self.num_terms + 1
 
     def _estimate(self, now: State, y: Tensor, inner: Iterator[Any], outer: Iterator[Any]) -> Estimate:
-        sample = self._series.draw(inner, outer, self.num_steps)
-        point = Point(self._oracles, y, now["outer"])
-        return Estimate(*point.hypergradient(self._series, sample, self.neumann_lr))
-
-
-def neumann_step(inner_lr: StepSize, neumann_lr: float | None) -> float:
-    """The given step size of a Neumann series, or the first of ``inner_lr``: it must not decay, or the sum shrinks."""
-    if neumann_lr is None:
-        return size_at("inner_lr", inner_lr, 0)
-    check_step_size("neumann_lr", neumann_lr)
-    return neumann_lr
+        return Estimate(*self._hypergradient(Point(self._oracles, y, now["outer"]), self._draw(inner, outer)))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from ..tree import Tree
-from .base import Advance, State, Stochastic
-from .neumann import NeumannSum, Point, Sample
-from .oracles import Loss
-from .schedule import StepSize, check_count
-from .two_loops import neumann_step
+from .base import Advance, State
+from .neumann import NeumannMethod, Point, Sample
+from .schedule import check_count
 
 
-class VRBO(Stochastic):
+@dataclass(eq=False, repr=False, kw_only=True)
+class VRBO(NeumannMethod):
     """For finite sums with cheap Hessian products: constant step sizes; `SRBA` does the same with fewer products.
 
         every ``period`` steps, on all the data:   v = G(y, x),  w = F(y, x)
@@ -32,31 +31,20 @@ class VRBO(Stochastic):
 
     Args:
         period: steps from one full batch to the next.
-        neumann_lr: at most 1/L, constant; by default the first of ``inner_lr``.
+        neumann_lr: at most 1/L, constant; by default ``inner_lr``, or its first peak where it is a schedule.
 
     Other arguments and errors: `Stochastic`. Source: Yang, Ji, Liang 2021, algorithm 2.
     """
 
-    def __init__(
-        self,
-        inner_params: Tree,
-        outer_params: Tree,
-        inner_loss: Loss,
-        outer_loss: Loss,
-        *,
-        inner_lr: StepSize,
-        outer_lr: StepSize,
-        period: int,
-        num_inner_steps: int = 3,
-        num_terms: int = 10,
-        neumann_lr: float | None = None,
-    ):
-        super().__init__(inner_params, outer_params, inner_loss, outer_loss, inner_lr=inner_lr, outer_lr=outer_lr)
-        self.period = check_count("period", period)
-        self.num_inner_steps = check_count("num_inner_steps", num_inner_steps)
-        self.num_terms = num_terms
-        self._series = NeumannSum(check_count("num_terms", num_terms))
-        self.neumann_lr = neumann_step(inner_lr, neumann_lr)
+    period: int
+    num_inner_steps: int = 3
+
+    _kept = ("inner_direction", "outer_direction")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("period", self.period)
+        check_count("num_inner_steps", self.num_inner_steps)
 
     @property
     def wants_full_batch(self) -> bool:
@@ -64,11 +52,11 @@ class VRBO(Stochastic):
         return self.num_steps % self.period == 0
 
     @property
-    def inner_draws(self) -> int:  # type: ignore[override]
+    def inner_draws(self) -> int:
         return (self.num_inner_steps + 1) * (self.num_terms + 2) + self.wants_full_batch
 
     @property
-    def outer_draws(self) -> int:  # type: ignore[override]
+    def outer_draws(self) -> int:
         return self.num_inner_steps + 1 + self.wants_full_batch
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
@@ -80,7 +68,7 @@ class VRBO(Stochastic):
             full = Sample(next(outer), (batch,) * self.num_terms, batch)
             point = Point(self._oracles, y, x)
             g = point.linearize(batch)
-            outer_loss, direction = point.hypergradient(self._series, full, self.neumann_lr)
+            outer_loss, direction = self._hypergradient(point, full)
             gradient = g.gradient
             losses.append((g.loss, outer_loss))
         else:
@@ -88,12 +76,12 @@ class VRBO(Stochastic):
 
         before, x = (y, x), x - outer_lr * direction
         for step in range(self.num_inner_steps + 1):
-            batch, sample = next(inner), self._series.draw(inner, outer, self.num_steps)
+            batch, sample = next(inner), self._draw(inner, outer)
             point, old = Point(self._oracles, y, x), Point(self._oracles, *before)
             g = point.linearize(batch)
             gradient = gradient + g.gradient - old.linearize(batch).gradient
-            outer_loss, new = point.hypergradient(self._series, sample, self.neumann_lr)
-            direction = direction + new - old.hypergradient(self._series, sample, self.neumann_lr)[1]
+            outer_loss, new = self._hypergradient(point, sample)
+            direction = direction + new - self._hypergradient(old, sample)[1]
             losses.append((g.loss, outer_loss))
             before = (y, x)
             if step < self.num_inner_steps:

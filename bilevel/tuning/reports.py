@@ -100,7 +100,10 @@ def loss_within(
 
     The trial hears it at ``points`` equal parts of the time, so that the pruner compares runs at equal times. The last
     step may begin just before the end. A run may end by itself before its time: what it reached then stands for the
-    rest of it, others are compared with that, and it is not pruned. User attributes: ``steps``, ``seconds``.
+    rest of it, others are compared with that, and it is not pruned.
+
+    User attributes, of a trial that is pruned or fails too: ``steps``, the outer steps that were made here, whatever
+    their numbers, and ``seconds``, the time that they took.
 
     Args:
         records: a generator that makes an outer step each time it is asked, and yields its number, loss and fit. For
@@ -112,23 +115,27 @@ def loss_within(
     Raises:
         optuna.TrialPruned: as in `report`. ValueError: there was no record.
     """
-    told, made, loss, elapsed = 0, None, math.nan, 0.0
+    told, made, loss, elapsed = 0, 0, math.nan, 0.0
     value: Measured = math.nan
-    begin = time.perf_counter()
-    for made, value, fit in records:  # noqa: B007 (the last one is what was reached)
-        elapsed += time.perf_counter() - begin
-        point = min(points, int(points * elapsed / seconds))
-        if point > told or not (callable(value) or math.isfinite(float(value))):
-            loss = float(value() if callable(value) else value)
-            report(trial, point, loss, fit, worst=worst)
-            told = point
-        if elapsed >= seconds:
-            break
+    fit: Solution | None = None
+    try:
         begin = time.perf_counter()
-    if made is None:
+        for _, value, fit in records:
+            elapsed += time.perf_counter() - begin
+            made += 1
+            point = min(points, int(points * elapsed / seconds))
+            if point > told or not (callable(value) or math.isfinite(float(value))):
+                loss = float(value() if callable(value) else value)
+                report(trial, point, loss, fit, worst=worst)
+                told = point
+            if elapsed >= seconds:
+                break
+            begin = time.perf_counter()
+    finally:  # of a trial that is pruned or fails, too
+        trial.set_user_attr("steps", made)
+        trial.set_user_attr("seconds", elapsed)
+    if not made:
         raise ValueError("records is empty: there is no loss to return.")
-    trial.set_user_attr("steps", made)
-    trial.set_user_attr("seconds", elapsed)
     if told < points:  # it ended by itself
         loss = _record(trial, points, value() if callable(value) else value, fit, None, worst)
         for point in range(told + 1, points + 1) if _hears(trial) else ():

@@ -32,6 +32,7 @@ from ..linalg.nystrom import Nystrom, NystromPreconditioner
 from ..linalg.preconditioners import Jacobi
 from ..linalg.scipy import GMRES, BiCGSTAB
 from ..linalg.solve import LinearSolver
+from .resumed import refuse_misspelt, suggest_choice
 from .settings import from_json, to_json
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def suggest_linear_solver(
             scale; None: each solver's own.
 
     Raises:
-        ValueError: an unknown choice.
+        ValueError: an unknown choice, other choices than those that the study was begun with, or a misspelt default.
     """
     choice = _choose(trial, name, choices, {*LINEAR_SOLVERS, *NONSYMMETRIC_SOLVERS})
     solver: LinearSolver
@@ -116,7 +117,7 @@ def suggest_inner_solver(
         lr: ends of the step size, searched on a log scale.
 
     Raises:
-        ValueError: an unknown choice.
+        ValueError: an unknown choice, other choices than those that the study was begun with, or a misspelt default.
     """
     choice = _choose(trial, name, choices, {*INNER_SOLVERS, *FIXED_POINT_SOLVERS})
     steps = trial.suggest_int(f"{name}.max_steps", 1, max_steps, log=True)
@@ -161,7 +162,8 @@ def suggest_hypergrad(
         trial: its parameters are ``hypergrad``, then ``hypergrad.damped`` and ``hypergrad.damping`` with those of
             `suggest_linear_solver`, or ``hypergrad.step_size``, ``hypergrad.lr``, ``hypergrad.strength``,
             ``hypergrad.last``.
-        name: the prefix of those.
+        name: the prefix of those. Under another name than ``hypergrad``, for a second method in one trial, the linear
+            solver is ``NAME.linear``, so that the two share nothing.
         choices: methods to choose from, of `HYPERGRADS`. The default ones do with any inner solver; ``Unroll`` and
             ``Truncated`` need one whose steps can be differentiated (``GradientDescent``, ``Adam``), and ``FirstOrder``
             needs hyperparameters that are the start of the inner problem.
@@ -170,12 +172,13 @@ def suggest_hypergrad(
         rtol: ends of its relative residual, see `suggest_linear_solver`.
 
     Raises:
-        ValueError: an unknown choice.
+        ValueError: an unknown choice, other choices than those that the study was begun with, or a misspelt default.
     """
     choice = _choose(trial, name, choices, HYPERGRADS)
     hypergrad: Any
     if choice == "Implicit":
-        solver = suggest_linear_solver(trial, choices=linear, max_steps=max_steps, rtol=rtol)
+        inverse = "linear" if name == "hypergrad" else f"{name}.linear"
+        solver = suggest_linear_solver(trial, inverse, choices=linear, max_steps=max_steps, rtol=rtol)
         damped = trial.suggest_categorical(f"{name}.damped", [False, True])
         damping = trial.suggest_float(f"{name}.damping", 1e-4, 1e2, log=True) if damped else 0.0
         hypergrad = Implicit(solver, damping=damping)
@@ -212,10 +215,10 @@ def _choose(trial: optuna.trial.BaseTrial, name: str, choices: tuple[str, ...], 
     unknown = set(choices) - set(known)
     if unknown or not choices:
         raise ValueError(f"choices has {sorted(unknown)}: it is made of {', '.join(known)}.")
-    chosen: str = trial.suggest_categorical(name, list(choices))
-    return chosen
+    return suggest_choice(trial, name, list(choices))
 
 
 def _kept(trial: optuna.trial.BaseTrial, name: str, setting: Any) -> Any:
+    refuse_misspelt(trial, name)
     trial.set_user_attr(KEPT + name, json.dumps(to_json(setting)))
     return setting

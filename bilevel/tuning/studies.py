@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..solution import SolveError
+from .failures import of_a_trial
+from .resumed import refuse_unused, tell_other_ranges
 
 if TYPE_CHECKING:
     import optuna
@@ -56,7 +57,8 @@ def create_study(
         worker: number of this process among those that work on the study.
         grace_seconds: see `open_storage`.
         defaults: parameters of the first trial, the settings that are in use today: the best of the study is then never
-            worse than they are. Parameters that are left out are sampled.
+            worse than they are. Parameters that are left out are sampled; those that the trial never asks for are
+            refused by `guard`, and by the ``suggest`` functions where they are nearly a setting of theirs.
 
     Raises:
         ValueError: an unknown sampler; a study of this name with other directions; a damaged storage.
@@ -170,19 +172,34 @@ def sweep(study: optuna.Study, grace_seconds: float = GRACE_SECONDS) -> int:
 def guard(objective: Objective) -> Objective:
     """An objective under which no trial ends the study, and none is lost with its process.
 
-    A failed solve, and a value that is not finite (Optuna would call infinity complete), end the trial as pruned, with
-    the reason as its user attribute ``failure``. Other errors pass: they are mistakes in the program.
+    What the settings of a trial can bring about ends it as pruned, with the reason as its user attribute ``failure``: a
+    failed or diverging solve, a problem that is not finite, a singular or indefinite matrix (``LinAlgError``), a number
+    that overflows, memory that runs out on a CPU or a GPU, and a value that is not finite (Optuna would call infinity
+    complete). Other errors pass, a division by zero too: they are mistakes in the program.
+
+    Raises:
+        ValueError: the trial was put in front with parameters (``defaults`` of `create_study`) that nothing asks for:
+            they are misspelt, or belong to another choice.
     """
     import optuna
 
+    compared = False
+
     @functools.wraps(objective)
     def guarded(trial: optuna.Trial) -> float | Sequence[float]:
+        nonlocal compared
         trial.set_user_attr(PROCESS, _this_process())
         try:
             values = objective(trial)
-        except (SolveError, ArithmeticError) as error:
+        except Exception as error:
+            if not of_a_trial(error):
+                raise
             trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:500])
             raise optuna.TrialPruned(str(error)) from error
+        refuse_unused(trial)
+        if not compared:
+            compared = True
+            tell_other_ranges(trial)
         for value in values if isinstance(values, Sequence) else [values]:
             if not math.isfinite(value):
                 trial.set_user_attr("failure", f"the value is {value}")

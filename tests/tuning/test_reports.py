@@ -75,7 +75,7 @@ def test_the_loss_when_the_time_is_over(monkeypatch):
         lambda trial: loss_within(trial, ((k, 1 / (k + 1), None) for k in itertools.count()), 1.0, points=4), n_trials=1
     )
     (trial,) = study.trials
-    assert trial.user_attrs["steps"] == 7
+    assert trial.user_attrs["steps"] == 8  # the numbers begin at 0
     assert trial.value == 1 / 8
     assert list(trial.intermediate_values) == [1, 2, 3, 4]
     assert trial.intermediate_values[4] == 1 / 8
@@ -95,6 +95,26 @@ def test_a_run_that_diverges_between_reports_is_pruned_at_once():
     assert seen == [0, 1, 2, 3]
     with pytest.raises(ValueError, match="records is empty"):
         study.optimize(lambda trial: loss_within(trial, [], 1.0), n_trials=1)
+
+
+@pytest.mark.parametrize("first", [0, 1, 100])
+def test_steps_are_those_that_were_made_whatever_their_numbers(first):
+    """Also of a trial that is pruned, that fails, and of a run that ends by itself."""
+
+    def failing():
+        yield from ((first + k, 1.0, None) for k in range(3))
+        raise bl.SolveError("no", bl.Solution(None, {}))
+
+    runs = [
+        ((first + k, math.nan if k == 3 else 1.0, None) for k in itertools.count()),
+        failing(),
+        ((first + k, 1.0, None) for k in range(5)),
+    ]
+    study = create_study("counting")
+    study.optimize(guard(lambda trial: loss_within(trial, runs[trial.number], 1e6)), n_trials=3)
+    assert [trial.state.name for trial in study.trials] == ["PRUNED", "PRUNED", "COMPLETE"]
+    assert [trial.user_attrs["steps"] for trial in study.trials] == [4, 3, 5]
+    assert all(trial.user_attrs["seconds"] > 0 for trial in study.trials)
 
 
 def test_error_against_seconds_has_a_front_from_rough_to_exact():

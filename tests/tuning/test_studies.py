@@ -82,14 +82,6 @@ def test_five_of_twenty_diverge_and_fifteen_complete(tmp_path):
     assert "NonFiniteError" in again.trials[17].user_attrs["failure"]
 
 
-def test_a_mistake_in_the_program_is_no_pruned_trial():
-    def objective(trial):
-        raise TypeError("a mistake")
-
-    with pytest.raises(TypeError, match="a mistake"):
-        create_study("bowl").optimize(guard(objective), n_trials=1)
-
-
 @pytest.mark.parametrize("kind", [0, 1], ids=["sqlite", "journal"])
 def test_limits_survive_a_reload_and_bind_the_winner(tmp_path, kind):
     def objective(trial):
