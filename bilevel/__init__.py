@@ -5,7 +5,7 @@ Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `Steps` (`SGD`, `Adam`, `
 (with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of systems `Newton`, `ScipyRoot`, `Anderson`, `Picard`.
 Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `ForwardMode`, `OneStep`, `FirstOrder`,
 `FiniteDifference`, `SAMA`, `Penalty`, `EvolutionStrategies`; on mini-batches `stochastic`.
-Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalCG`, `Cholesky`, `LU`, `Nystrom`,
+Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalCG`, `Cholesky`, `LU`, `LeastNorm`, `Nystrom`,
 `Identity`; preconditioners `Jacobi`, `NystromPreconditioner`, `AdamPreconditioner`; operators `GaussNewton`,
 `EmpiricalFisher`. Tolerances: `Adaptive`.
 How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
@@ -40,7 +40,7 @@ from .inner.scipy import ScipyMinimize
 from .inner.steps import SGD, Adam, AdamW, RMSprop, Steps
 from .inner.torch_optim import TorchOptim
 from .linalg.cg import CG
-from .linalg.direct import LU, Cholesky
+from .linalg.direct import LU, Cholesky, LeastNorm
 from .linalg.empirical_fisher import EmpiricalFisher
 from .linalg.gauss_newton import GaussNewton
 from .linalg.identity import Identity
@@ -84,6 +84,7 @@ __all__ = [
     "Identity",
     "Implicit",
     "Jacobi",
+    "LeastNorm",
     "Neumann",
     "Newton",
     "NewtonCG",
