@@ -20,9 +20,10 @@ from .minimize import check_settings
 
 DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 HESSIAN_METHODS = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
+DENSE_HESSIAN_METHODS = ("dogleg", "trust-exact")
 TOLERANCE_OPTIONS = {
     "l-bfgs-b": lambda gtol: {"gtol": gtol, "ftol": 0.0, "maxfun": 10**9},
-    "tnc": lambda gtol: {"gtol": gtol, "ftol": 0.0, "xtol": 0.0, "maxfun": 10**9},
+    "tnc": lambda gtol: {"gtol": gtol, "ftol": 0.0, "xtol": 0.0},
     "newton-cg": lambda gtol: {"xtol": 1e-14},
     "trust-constr": lambda gtol: {"gtol": gtol, "xtol": 1e-14},
     "nelder-mead": lambda gtol: {"xatol": 1e-10, "fatol": 1e-14, "maxfev": 10**9},
@@ -41,6 +42,7 @@ class ScipyMinimize:
 
     Args:
         method: such as ``"L-BFGS-B"``, ``"BFGS"``, ``"CG"``, ``"Newton-CG"``, ``"trust-ncg"``, ``"TNC"``.
+            Those that want a Hessian get its products, ``"dogleg"`` and ``"trust-exact"`` the matrices.
         max_steps: iterations at most.
         gtol: stop at this gradient norm; None: as in `LBFGS`.
     """
@@ -67,6 +69,10 @@ class ScipyMinimize:
         def hessp(x: np.ndarray, v: np.ndarray) -> np.ndarray:
             return to_numpy(_hessian_at(problem, tensor(x)).matvec(tensor(v)))
 
+        def hess(x: np.ndarray) -> np.ndarray:
+            blocks = _hessian_at(problem, tensor(x)).to_dense()
+            return torch.block_diag(*blocks.reshape(-1, *blocks.shape[-2:])).cpu().double().numpy()
+
         method = self.method.lower()
         free = method in DERIVATIVE_FREE
         outcome = scipy.optimize.minimize(
@@ -74,6 +80,7 @@ class ScipyMinimize:
             to_numpy(problem.start.y),
             jac=None if free else True,
             hessp=hessp if method in HESSIAN_METHODS else None,
+            hess=hess if method in DENSE_HESSIAN_METHODS else None,
             method=self.method,
             options=self._options(method, float(torch.as_tensor(gtol).min()), problem.start),
         )
@@ -84,7 +91,8 @@ class ScipyMinimize:
         # SciPy looks at the largest entry, we at the 2-norm of each problem.
         entry = gtol / start.g.shape[-1] ** 0.5
         tolerance = TOLERANCE_OPTIONS.get(method, lambda gtol: {"gtol": gtol})
-        return {**tolerance(entry), "maxiter": self.max_steps}
+        limit = "maxfun" if method == "tnc" else "maxiter"  # TNC counts evaluations only
+        return {**tolerance(entry), limit: self.max_steps}
 
     def _solution(self, at: Evaluation, gtol: float | Tensor, steps: int) -> Solution:
         size = norm(at.g)

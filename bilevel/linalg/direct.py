@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..recording import recording
 from ..solution import Result, Solution, make_codes
 from ..tree import norm
 from .operator import Operator
@@ -80,7 +81,9 @@ def least_norm(matrix: Tensor, b: Tensor, max_condition: float | None = None) ->
     wide, right = matrix.double(), b.double().unsqueeze(-1)
     x, info = torch.linalg.solve_ex(wide, right)
     singular = (is_singular(wide, limit) | (info != 0)) & torch.isfinite(wide).all(-1).all(-1)
-    if bool(singular.any()):
+    if recording():
+        x = torch.where(singular[..., None, None], torch.linalg.pinv(wide, rtol=10 / limit) @ right, x)
+    elif bool(singular.any()):
         x = x.clone()
         x[singular] = torch.linalg.pinv(wide[singular], rtol=10 / limit) @ right[singular]
     return x.squeeze(-1).to(b.dtype)
