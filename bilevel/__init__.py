@@ -5,9 +5,9 @@ Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `Steps` (`SGD`, `Adam`, `
 (with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of systems `Newton`, `ScipyRoot`, `Anderson`, `Picard`.
 Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `ForwardMode`, `OneStep`, `FirstOrder`,
 `FiniteDifference`, `SAMA`, `Penalty`, `EvolutionStrategies`; on mini-batches `stochastic`.
-Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalCG`, `Cholesky`, `LU`, `Nystrom`,
-`Identity`; preconditioners `Jacobi`, `NystromPreconditioner`, `AdamPreconditioner`; operators `GaussNewton`,
-`EmpiricalFisher`. Tolerances: `Adaptive`.
+Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalCG`, `Cholesky`, `LU`, `LeastNorm`,
+`Nystrom`, `Identity`; preconditioners `Jacobi`, `NystromPreconditioner`, `AdamPreconditioner`; operators
+`GaussNewton`, `EmpiricalFisher`. Tolerances: `Adaptive`.
 How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
 Many tasks: `stack`, `map_tasks`, `mean_over_tasks`, `losses_of_tasks`; layers made for Hessian products: `nn`.
 Recorded as a CUDA graph: `capture`.
@@ -41,7 +41,7 @@ from .inner.scipy import ScipyMinimize
 from .inner.steps import SGD, Adam, AdamW, RMSprop, Steps
 from .inner.torch_optim import TorchOptim
 from .linalg.cg import CG
-from .linalg.direct import LU, Cholesky
+from .linalg.direct import LU, Cholesky, LeastNorm
 from .linalg.empirical_fisher import EmpiricalFisher
 from .linalg.gauss_newton import GaussNewton
 from .linalg.identity import Identity
@@ -85,6 +85,7 @@ __all__ = [
     "Identity",
     "Implicit",
     "Jacobi",
+    "LeastNorm",
     "Neumann",
     "Newton",
     "NewtonCG",

@@ -102,7 +102,7 @@ class Recorder(TorchFunctionMode):
             return maybe_get_level(tensor) <= self.level
         # What an operation out of sight made (of a custom Function, of compiled code) is younger than the recording.
         older = tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self.born
-        return (tensor.requires_grad and older) or _is_dual(tensor)
+        return (tensor.requires_grad and older) or is_dual(tensor)
 
 
 class Substitute(TorchFunctionMode):
@@ -230,5 +230,6 @@ def _tensors(tree: Tree) -> list[Tensor]:
     return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _is_dual(tensor: Tensor) -> bool:
+def is_dual(tensor: Tensor) -> bool:
+    """Whether it is a dual number of the forward mode at hand."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None

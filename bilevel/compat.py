@@ -15,18 +15,26 @@ import torch
 from torch import Tensor
 
 from .argmin import root
+from .closure import in_transform
 from .hypergrad.implicit import Implicit
+from .linalg.adjoint import is_differentiated
 from .linalg.cg import CG
 from .linalg.direct import LU, Cholesky
-from .linalg.normal import NormalCG
-from .linalg.operator import Damped, Operator
+from .linalg.jacobian import GraphJacobian
+from .linalg.operator import Operator
 from .linalg.scipy import GMRES, BiCGSTAB
 from .linalg.solve import LinearSolver, LinearState, normalise, report
-from .problem import RootProblem
-from .solution import Result, Solution, Throw, make_codes
+from .problem import RootProblem, check_residual
+from .solution import Result, Solution, Throw, make_codes, settle
 from .tree import Raveler, Tree, leaves, norm, tree_map
 
 Solve = Callable[..., Any]
+Matvec = Callable[[Tree], Tree]
+Ridge = float | Tensor | None
+
+LINEAR_ADVICE = (
+    "The solution is inexact: raise maxiter, loosen tol, or take another solver (solve_lu for small systems)"
+)
 
 
 def custom_root(
@@ -97,73 +105,162 @@ def custom_fixed_point(
     return custom_root(optimality_fun, has_aux, solve, reference_signature or fixed_point_fun, tol=tol, throw=throw)
 
 
-def solve_cg(matvec: Callable[[Tree], Tree], b: Tree, **settings: Any) -> Tree:
-    """Conjugate gradients, with JAXopt's keywords ``ridge``, ``init``, ``tol`` and ``maxiter``."""
-    return _solve(CG, True, matvec, b, **settings)
-
-
-def solve_normal_cg(matvec: Callable[[Tree], Tree], b: Tree, **settings: Any) -> Tree:
-    """Conjugate gradients on the normal equations; the transpose comes from `torch.func.vjp` of ``matvec``."""
-    return _solve(NormalCG, False, matvec, b, **settings)
-
-
-def solve_gmres(matvec: Callable[[Tree], Tree], b: Tree, **settings: Any) -> Tree:
-    """GMRES, for any regular matrix."""
-    return _solve(GMRES, False, matvec, b, **settings)
-
-
-def solve_bicgstab(matvec: Callable[[Tree], Tree], b: Tree, **settings: Any) -> Tree:
-    """BiCGSTAB, for any regular matrix."""
-    return _solve(BiCGSTAB, False, matvec, b, **settings)
-
-
-def solve_lu(matvec: Callable[[Tree], Tree], b: Tree) -> Tree:
-    """A dense LU factorisation, from n products."""
-    return _solve(lambda **_: LU(), False, matvec, b)
-
-
-def solve_cholesky(matvec: Callable[[Tree], Tree], b: Tree) -> Tree:
-    """A dense Cholesky factorisation, for positive definite matrices."""
-    return _solve(lambda **_: Cholesky(), True, matvec, b)
-
-
-def _solve(
-    solver: Callable[..., LinearSolver],
-    symmetric: bool,
-    matvec: Callable[[Tree], Tree],
+def solve_cg(
+    matvec: Matvec,
     b: Tree,
-    ridge: float | None = None,
+    ridge: Ridge = None,
     init: Tree | None = None,
+    *,
     tol: float = 1e-5,
     maxiter: int | None = None,
 ) -> Tree:
-    raveler = Raveler(b)
-    operator: Operator = _TreeOperator(matvec, raveler, symmetric)
-    state = None if init is None else LinearState(x0=raveler.ravel(leaves(init)))
-    found = solver(rtol=tol, max_steps=maxiter).solve(
-        Damped(operator, ridge) if ridge else operator, raveler.ravel(leaves(b)), state
-    )
-    return raveler.unflatten(raveler.unravel(found.value))
+    """Conjugate gradients for ``(A + ridge I) x = b``, with A symmetric positive definite: `jaxopt.linear_solve`.
+
+    Like the other functions here it is differentiable towards ``b``, ``ridge`` and all that ``matvec`` captured, by its
+    adjoint system: any order, both modes, under `torch.func`. A solve that fails is a `SolveWarning`.
+
+    Args:
+        matvec: ``x -> A x``, from a tree like ``b`` to a tree like ``b``.
+        b: a tensor or a tree of tensors.
+        ridge: None: zero.
+        init: the first guess; None: zero.
+        tol: stop at a residual of ``tol ||b||``. maxiter: steps at most; None: ``10 n``, at most 1000.
+    """
+    return _solve(CG(rtol=tol, max_steps=maxiter), _ridged(matvec, ridge), b, init, symmetric=True)
+
+
+def solve_normal_cg(
+    matvec: Matvec,
+    b: Tree,
+    ridge: Ridge = None,
+    init: Tree | None = None,
+    *,
+    tol: float = 1e-5,
+    maxiter: int | None = None,
+) -> Tree:
+    """Conjugate gradients for ``(A^T A + ridge I) x = A^T b``: least squares, for any A; see `solve_cg`.
+
+    The tolerance is on the residual of this system, relative to ``||A^T b||``. The transpose comes from
+    `torch.func.vjp` of ``matvec``.
+
+    Args:
+        init: a tree like x; needed where A is not square.
+    """
+    like = tree_map(torch.zeros_like, b if init is None else init)
+    try:
+        right = _pulled(matvec, like)[1](b)
+    except RuntimeError as error:
+        raise ValueError(
+            f"matvec fails for x like {'b' if init is None else 'init'}, or its transpose for b ({error}): give init, "
+            "a tree like x, where A is not square."
+        ) from error
+
+    def normal(x: Tree) -> Tree:
+        product, pull = _pulled(matvec, x)
+        return pull(product)
+
+    return _solve(CG(rtol=tol, max_steps=maxiter), _ridged(normal, ridge), right, init, symmetric=True)
+
+
+def solve_gmres(
+    matvec: Matvec,
+    b: Tree,
+    ridge: Ridge = None,
+    init: Tree | None = None,
+    *,
+    tol: float = 1e-5,
+    maxiter: int | None = None,
+    restart: int = 20,
+) -> Tree:
+    """GMRES for ``(A + ridge I) x = b``, for any regular matrix; see `solve_cg`.
+
+    Args:
+        maxiter: times that a space of ``restart`` directions is built, as in JAX; None: as many as 1000 steps allow.
+    """
+    solver = GMRES(rtol=tol, max_steps=None if maxiter is None else maxiter * restart, restart=restart)
+    return _solve(solver, _ridged(matvec, ridge), b, init)
+
+
+def solve_bicgstab(
+    matvec: Matvec,
+    b: Tree,
+    ridge: Ridge = None,
+    init: Tree | None = None,
+    *,
+    tol: float = 1e-5,
+    maxiter: int | None = None,
+) -> Tree:
+    """BiCGSTAB for ``(A + ridge I) x = b``, for any regular matrix; see `solve_cg`."""
+    return _solve(BiCGSTAB(rtol=tol, max_steps=maxiter), _ridged(matvec, ridge), b, init)
+
+
+def solve_lu(matvec: Matvec, b: Tree) -> Tree:
+    """A dense LU factorisation, from n products; see `solve_cg`."""
+    return _solve(LU(), matvec, b, None)
+
+
+def solve_cholesky(matvec: Matvec, b: Tree) -> Tree:
+    """A dense Cholesky factorisation, for positive definite matrices; see `solve_cg`."""
+    return _solve(Cholesky(), matvec, b, None, symmetric=True)
+
+
+def _ridged(matvec: Matvec, ridge: Ridge) -> Matvec:
+    if ridge is None:
+        return matvec
+    return lambda x: tree_map(lambda product, leaf: product + ridge * leaf, matvec(x), x)
+
+
+def _pulled(matvec: Matvec, x: Tree) -> tuple[Tree, Matvec]:
+    """``A x``, and ``y -> A^T y``."""
+    if isinstance(matvec, _Product):
+        return matvec(x), matvec.operator.rmatvec
+    product, pull = torch.func.vjp(matvec, x)  # type: ignore[misc]
+    return product, lambda y: pull(y)[0]
+
+
+def _solve(solver: LinearSolver, matvec: Matvec, b: Tree, init: Tree | None, symmetric: bool = False) -> Tree:
+    """The solution, as a function of b and of what ``matvec`` captured."""
+    start = _detached(tree_map(torch.zeros_like, b) if init is None else init)
+    raveler = Raveler(start)
+    product = matvec(start)
+    check_residual(product, b, "matvec")
+    if not (in_transform() or is_differentiated(*leaves(b), *leaves(product))):
+        operator = _TreeOperator(matvec, raveler, symmetric)
+        found = solver.solve(operator, raveler.ravel(leaves(b)), LinearState(x0=raveler.ravel(leaves(start))))
+        # What is called by a solve of this library is judged there.
+        settle(found, "ignore" if isinstance(matvec, _Product) else "warn", "The linear solve", LINEAR_ADVICE)
+        return raveler.unflatten(raveler.unravel(found.value))
+
+    def residual(x: Tree, b: Tree) -> Tree:
+        return tree_map(torch.sub, matvec(x), b)
+
+    linear = _Linear(solver, symmetric)
+    return root(residual, start, b, solver=linear, hypergrad=Implicit(solver), symmetric=symmetric).value
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """The root of a linear residual, by a linear solver: a `RootSolver`."""
+
+    solver: LinearSolver
+    symmetric: bool
+
+    def find(self, problem: RootProblem) -> Solution:
+        zero = torch.zeros_like(problem.y)
+        operator = GraphJacobian(problem.raveler, problem.linearize(zero), self.symmetric)
+        return self.solver.solve(operator, -problem.evaluate(zero), LinearState(x0=problem.y))
 
 
 class _TreeOperator(Operator):
     """A product of trees as one of flat vectors."""
 
-    def __init__(self, tree_matvec: Callable[[Tree], Tree], raveler: Raveler, symmetric: bool):
+    def __init__(self, tree_matvec: Matvec, raveler: Raveler, symmetric: bool):
         super().__init__((), raveler.size, raveler.dtype, raveler.device, symmetric=symmetric)
         self.tree_matvec, self.raveler = tree_matvec, raveler
 
     def matvec(self, v: Tensor) -> Tensor:
         product = self.tree_matvec(self.raveler.unflatten(self.raveler.unravel(v)))
         return self.raveler.ravel(leaves(product))
-
-    def rmatvec(self, v: Tensor) -> Tensor:
-        if self.symmetric:
-            return self.matvec(v)
-        if isinstance(self.tree_matvec, _Product):
-            (b,) = self.raveler.unravel(v)
-            return self.raveler.ravel([self.tree_matvec.operator.rmatvec(b)])
-        return torch.func.vjp(self.matvec, torch.zeros_like(v))[1](v)[0]
 
 
 @dataclass(frozen=True)

@@ -86,10 +86,7 @@ class Problem:
         self.objective, self.args, self.differentiable = objective, args, differentiable
         self.autocast = Autocast.current(leaves(init)[0].device)
         with torch.enable_grad():
-            point = [
-                leaf if differentiable and leaf.requires_grad else leaf.detach().requires_grad_()
-                for leaf in leaves(init)
-            ]
+            point = [leaf if differentiable and leaf.requires_grad else _stand_in(leaf) for leaf in leaves(init)]
             if recorder:
                 recorder.know(point)
                 recorder.note(args)
@@ -110,7 +107,7 @@ class Problem:
         """Losses and gradients at ``y``; with a graph only for a differentiable (unrolled) problem."""
         with torch.enable_grad():
             if not (self.differentiable and y.requires_grad):
-                y = y.detach().requires_grad_()
+                y = _stand_in(y)
             point = self.raveler.unravel(y)
             loss = self._loss(point)
             g = self.raveler.ravel(_gradient(loss, point, create_graph=self.differentiable))
@@ -226,10 +223,21 @@ def refuse_hidden(nodes: Iterable[Node], known: Sequence[Tensor]) -> None:
 
 
 def other_variable(nodes: Iterable[Node], known: Sequence[Tensor]) -> Tensor | None:
-    """The first tensor that a graph accumulates gradients for and that is not one of ``known``."""
+    """The first tensor of the user's that a graph accumulates gradients for and that is not one of ``known``."""
     own = {id(tensor) for tensor in known}
     variables = (getattr(node, "variable", None) for node in nodes)
-    return next((variable for variable in variables if variable is not None and id(variable) not in own), None)
+    others = (variable for variable in variables if variable is not None and id(variable) not in own)
+    return next((variable for variable in others if not hasattr(variable, STAND_IN)), None)
+
+
+STAND_IN = "_bilevel_stand_in"
+"""Marks the leaves that a problem differentiates towards in the place of a point that needs no gradient of its own."""
+
+
+def _stand_in(point: Tensor) -> Tensor:
+    leaf = point.detach().requires_grad_()
+    setattr(leaf, STAND_IN, True)
+    return leaf
 
 
 def _gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Tensor]:

@@ -16,8 +16,8 @@ from .hypergrad.base import PathMethod
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
 from .hypergrad.statement import ResidualStatement
-from .inner.interior_point import InteriorPoint, mul, scaled
-from .linalg.direct import LU
+from .inner.interior_point import SINGULAR, InteriorPoint, mul, scaled
+from .linalg.direct import LeastNorm, is_singular
 from .problem import RootProblem
 from .solution import Result, Solution, SolveWarning, Throw, check_throw, settle
 
@@ -29,12 +29,9 @@ UNBOUNDED = (
 ADVICE = "Raise max_steps, loosen tol, or look for constraints that can hardly be met"
 DEGENERATE = (
     "The quadratic program is degenerate: a constraint is active with a multiplier of zero, so that its derivative is "
-    "one-sided; or active constraints depend on each other, or the solution is not unique, so that its KKT matrix is "
-    "singular. Drop redundant constraints, or take hypergrad=Implicit(GMRES()): right towards Q and c if nothing else "
-    "is wrong; perturb the data; or pass throw='ignore'."
+    "one-sided; or the solution is not unique, so that it has none. Drop such constraints, perturb the data, add a "
+    "multiple of the identity to Q, or pass throw='ignore'."
 )
-SINGULAR = 1e13
-"""A KKT matrix of this condition is singular: in float64 rounding alone makes it regular."""
 
 
 class QPSolution(NamedTuple):
@@ -53,7 +50,7 @@ def quadratic_program(
     G: Tensor | None = None,
     h: Tensor | None = None,
     *,
-    hypergrad: Implicit | None = Implicit(LU()),  # noqa: B008 (frozen)
+    hypergrad: Implicit | None = Implicit(LeastNorm()),  # noqa: B008 (frozen)
     tol: float | None = None,
     max_steps: int = 50,
     throw: Throw = "warn",
@@ -66,14 +63,16 @@ def quadratic_program(
 
         Q z + c + A'nu + G'lambda = 0,   A z = b,   lambda (G z - h) = 0,
 
-    by one LU solve of ``n + m`` unknowns; any order, both modes, under `torch.func`. The data are scaled first, so that
-    their units do not matter. Only the symmetric part of Q does. Without constraints `argmin` is the simpler way.
+    by one direct solve of ``n + m`` unknowns; any order, both modes, under `torch.func`. The data are scaled first, so
+    that their units do not matter. Only the symmetric part of Q does. Constraints may depend on each other, as in
+    transport: the multipliers are then those of least norm, the derivatives of z towards Q and c those without the
+    redundant ones, towards the constraints those for changes that keep them consistent. Without constraints `argmin` is
+    the simpler way.
 
     Args:
         Q, c, A, b, G, h: of shapes ``[n, n], [n], [me, n], [me], [mi, n], [mi]``, or with T in front: T programs at
-            once. What is the same for all needs no T.
-        hypergrad: the linear solver of the adjoint; `GMRES` where constraints may be redundant, as in transport, whose
-            KKT matrix is singular; None: the value is detached.
+            once. What is the same for all needs no T. An infinite bound in h is none: its constraint is left out.
+        hypergrad: the linear solver of the adjoint; None: the value is detached.
         tol: of the KKT residual, relative to the data; None: 1e-9 (float64) or 1e-5 (float32).
         max_steps: of the interior point.
         throw: as in `argmin`.
@@ -106,9 +105,11 @@ def quadratic_program(
     def solve(problem: RootProblem, measure: Callable[[Solution], Solution]) -> Solution:
         found = measure(method.find(problem))
         solved = found.stats["result"] == int(Result.CONVERGED)
-        found.stats["degenerate"] = found.stats["degenerate"] | (solved & _singular(found.value, problem.data))
+        dependent, ambiguous = _dependent(found.value, problem.data)
+        unsure = found.stats["degenerate"] | (solved & ambiguous)
+        found.stats["degenerate"] = unsure | (solved & dependent)
         settle(found, throw, "The quadratic program", _advice(found))
-        if throw != "ignore" and hypergrad is not None and bool(found.stats["degenerate"].any()):
+        if throw != "ignore" and hypergrad is not None and bool(unsure.any()):
             warnings.warn(DEGENERATE, SolveWarning, stacklevel=2)
         return found
 
@@ -158,17 +159,15 @@ def _kkt(point: QPSolution, *data: Tensor) -> QPSolution:
 
 
 @torch.no_grad()
-def _singular(point: Tensor, data: Sequence[Tensor]) -> Tensor:
-    """Whether ``[Q R'; R 0]``, with R the active constraints, is singular at ``point [*batch, n + m]``."""
+def _dependent(point: Tensor, data: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Whether ``[Q R'; R 0]``, with R the active constraints, is singular at ``point [*batch, n + m]``; and in z."""
     Q, c, A, b, G, h = (d.detach().double() for d in data)
     z, _, lam = point.double().split([c.shape[-1], b.shape[-1], h.shape[-1]], -1)
     active = lam > h - mul(G, z)
     rows = torch.cat([A, torch.where(active.unsqueeze(-1), G, torch.zeros_like(G))], -2)
     idle = torch.diag_embed(torch.cat([torch.zeros_like(b), (~active).to(h.dtype)], -1))
     matrix = torch.cat([torch.cat([Q, rows.mT], -1), torch.cat([rows, idle], -1)], -2)
-    inverse, info = torch.linalg.inv_ex(matrix)
-    condition = torch.linalg.matrix_norm(matrix, 1) * torch.linalg.matrix_norm(inverse, 1)
-    return (info != 0) | ~(condition < SINGULAR)
+    return is_singular(matrix, SINGULAR), is_singular(Q + rows.mT @ rows, SINGULAR)
 
 
 def _checked(
@@ -212,9 +211,10 @@ def _checked(
 
 def _check_values(data: list[Tensor]) -> None:
     for name, tensor in zip(("Q", "c", "A", "b", "G", "h"), data, strict=True):
-        if not bool(torch.isfinite(tensor.detach()).all()):
+        bad = ~torch.isfinite(tensor.detach())
+        if bool((bad & ~torch.isposinf(tensor.detach()) if name == "h" else bad).any()):
             raise ValueError(
-                f"{name} contains NaN or infinite values: leave a constraint out rather than bound it by inf."
+                f"{name} contains NaN or infinite values; only bounds h may be inf, which is no constraint."
             )
     Q = data[0].detach().double()
     lowest = torch.linalg.eigvalsh((Q + Q.mT) / 2)[..., 0]

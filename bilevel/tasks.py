@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .closure import Autocast, in_transform
+from .closure import Autocast, in_transform, is_dual
 from .problem import graph_nodes, other_variable
 from .recording import Captured
 from .tree import Tree, leaves, tree_map
@@ -53,7 +53,8 @@ def mean_over_tasks(
 
     The gradient is computed at once, chunk by chunk, and each chunk's graph is dropped: memory is that of
     ``chunk_size * num_threads`` tasks, however many there are. So it can be differentiated once. The result does not
-    depend on the number of threads, for a given size of the chunks.
+    depend on the number of threads, for a given size of the chunks. Gradients flow to ``params``, and to ``data`` that
+    require grad.
 
     Args:
         fn: ``fn(params, *data)`` with data of t tasks gives their losses ``[t]`` and whatever else the caller wants;
@@ -70,13 +71,14 @@ def mean_over_tasks(
 
     Raises:
         ValueError: no tasks, or leaves that disagree about T; the losses are no vector ``[t]``, or depend on a tensor
-            that requires grad and is not in ``params``.
-        NotImplementedError: a second derivative is asked for.
+            that requires grad and is neither in ``params`` nor in ``data``, such as one that ``fn`` captured.
+        NotImplementedError: a second derivative is asked for, or one in forward mode.
     """
     flat, spec = pytree.tree_flatten(params)
     num_tasks, total, rests = _count(data), [], []
-    wanted = _wanted(flat)
-    sums: list[Tensor] = [torch.zeros_like(leaf) for leaf in wanted]
+    shared, own = _wanted(flat), _wanted(leaves(data))
+    sums: list[Tensor] = [torch.zeros_like(leaf) for leaf in shared]
+    of_chunks: list[list[Tensor]] = []
 
     def chunk_gradient(*chunk: Tree) -> tuple[Tensor, list[Tensor], Any]:
         return _run(_gradient, fn, flat, spec, chunk, 1 / num_tasks, keep)
@@ -84,9 +86,10 @@ def mean_over_tasks(
     for losses, grads, rest in _in_chunks(chunk_gradient, data, chunk_size, num_threads):
         total.append(losses)
         rests.append(rest)
-        for total_grad, grad in zip(sums, grads, strict=True):
+        for total_grad, grad in zip(sums, grads, strict=False):
             total_grad += grad
-    return _Known.apply(torch.cat(total).mean(), sums, *wanted), rests
+        of_chunks.append(grads[len(shared) :])
+    return _Known.apply(torch.cat(total).mean(), [*sums, *_joined(of_chunks)], *shared, *own), rests
 
 
 def losses_of_tasks(
@@ -104,12 +107,14 @@ def losses_of_tasks(
         params: a tree of tensors ``[T, ...]``; ``fn`` gets those of its t tasks.
         fn, data, chunk_size, num_threads: as in `mean_over_tasks`.
 
+    Raises:
+        ValueError, NotImplementedError: as `mean_over_tasks`.
+
     Returns:
         The losses ``[T]``, and what else ``fn`` returned for each chunk, in order.
     """
     flat, spec = pytree.tree_flatten(params)
     total, all_grads, rests = [], [], []
-    wanted = _wanted(flat)
 
     def chunk_gradient(own: list[Tensor], *chunk: Tree) -> tuple[Tensor, list[Tensor], Any]:
         return _run(_gradient, fn, own, spec, chunk, 1.0)
@@ -118,8 +123,7 @@ def losses_of_tasks(
         total.append(losses)
         rests.append(rest)
         all_grads.append(grads)
-    joined = [torch.cat(grads) for grads in zip(*all_grads, strict=True)]
-    return _Known.apply(torch.cat(total), joined, *wanted), rests
+    return _Known.apply(torch.cat(total), _joined(all_grads), *_wanted(flat), *_wanted(leaves(data))), rests
 
 
 def _run(program: Callable[..., Any], fn: Callable[..., Any], *args: Any) -> Any:
@@ -127,9 +131,21 @@ def _run(program: Callable[..., Any], fn: Callable[..., Any], *args: Any) -> Any
     return fn.run(program, *args) if isinstance(fn, Captured) else program(fn, *args)
 
 
+def _joined(of_chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Gradients ``[t, ...]`` of the chunks to those of all tasks."""
+    return [torch.cat(grads) for grads in zip(*of_chunks, strict=True)]
+
+
 def _wanted(flat: Sequence[Tensor]) -> list[Tensor]:
     """The leaves whose gradients are asked for."""
+    if any(is_dual(leaf) for leaf in flat):
+        _refuse_forward_mode()
     return [leaf for leaf in flat if leaf.requires_grad and torch.is_grad_enabled()]
+
+
+def _free(leaf: Tensor) -> Tensor:
+    """Apart from the graph that it has, which is not one of the chunk."""
+    return leaf.detach().requires_grad_(leaf.requires_grad and torch.is_grad_enabled())
 
 
 def _gradient(
@@ -140,16 +156,22 @@ def _gradient(
     by: float,
     keep: Callable[[Any], Any] | None = None,
 ) -> tuple[Tensor, list[Tensor], Any]:
-    """Losses, the gradients of ``by`` times their sum for the leaves that require grad, what is kept of the rest."""
-    free = [leaf.detach().requires_grad_(leaf.requires_grad and torch.is_grad_enabled()) for leaf in flat]
-    losses, rest = fn(pytree.tree_unflatten(free, spec), *chunk)
+    """Losses, the gradients of ``by`` times their sum, and what is kept of the rest.
+
+    The gradients are those for the leaves of the params, then of the chunk, that require grad.
+    """
+    free, own = [_free(leaf) for leaf in flat], tree_map(_free, chunk)
+    losses, rest = fn(pytree.tree_unflatten(free, spec), *own)
     if losses.shape != (_count(chunk),):
         raise ValueError(
             f"fn returned losses of shape {tuple(losses.shape)} for {_count(chunk)} tasks: one for each is needed."
         )
-    wanted, grads = _wanted(free), None
-    if wanted and losses.requires_grad:
+    if is_dual(losses):
+        _refuse_forward_mode()
+    wanted, grads = [leaf for leaf in [*free, *leaves(own)] if leaf.requires_grad], None
+    if losses.requires_grad:
         _refuse_captured(losses, wanted)
+    if wanted and losses.requires_grad:
         grads = torch.autograd.grad(losses.sum() * by, wanted, allow_unused=True, materialize_grads=True)
     found = [torch.zeros_like(leaf) for leaf in wanted] if grads is None else list(grads)
     # What is kept would keep the graph of its chunk.
@@ -162,13 +184,20 @@ def _refuse_captured(losses: Tensor, wanted: Sequence[Tensor]) -> None:
     variable = other_variable(graph_nodes([losses]), wanted)
     if variable is not None:
         raise ValueError(
-            f"fn depends on a tensor of shape {tuple(variable.shape)} that requires grad and is not one of params, "
-            "so its gradient would be missing. Put it into params, or detach it if no gradient is wanted."
+            f"fn depends on a tensor of shape {tuple(variable.shape)} that requires grad and is not one of params or "
+            "data, so its gradient would be missing. Put it into params, or detach it if no gradient is wanted."
         )
 
 
+def _refuse_forward_mode() -> None:
+    raise NotImplementedError(
+        "A forward-mode derivative was asked for, but the tasks are differentiated a few at a time, in reverse mode: "
+        "call the function on all tasks at once instead."
+    )
+
+
 class _Known(torch.autograd.Function):
-    """Values whose gradients are known already: a mean ``[]``, or losses ``[T]`` of parameters ``[T, ...]``."""
+    """Values whose gradients are known already: a mean ``[]``, or losses ``[T]`` of what has T in front."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, grads: list[Tensor], *params: Tensor) -> Tensor:

@@ -140,15 +140,133 @@ def test_a_linear_solve_that_fails_is_heard():
         solver(INIT, l2reg, (A, B)).sum().backward()
 
 
-@pytest.mark.parametrize("solve", [compat.solve_cg, compat.solve_normal_cg, compat.solve_gmres, compat.solve_bicgstab])
-def test_solve_functions_take_trees_and_jaxopts_keywords(solve):
-    matrix = A.mT @ A / 20
-    truth = torch.linalg.solve(matrix + 0.5 * torch.eye(5, dtype=torch.float64), B[:5])
+SOLVE_FUNCTIONS = {
+    "cg": functools.partial(compat.solve_cg, tol=1e-13),
+    "normal_cg": functools.partial(compat.solve_normal_cg, tol=1e-13),
+    "gmres": functools.partial(compat.solve_gmres, tol=1e-13),
+    "bicgstab": functools.partial(compat.solve_bicgstab, tol=1e-13),
+    "lu": compat.solve_lu,
+    "cholesky": compat.solve_cholesky,
+}
+SYMMETRIC = ("cg", "cholesky")
+ITERATIVE = ("cg", "normal_cg", "gmres", "bicgstab")
+EYE = torch.eye(5, dtype=torch.float64)
+
+
+def matrix_of(name):
+    """Positive definite where the solver needs that, else general."""
+    return A.mT @ A / 20 + EYE if name in SYMMETRIC else 2 * EYE + A[:5] / 3
+
+
+def truth_of(name, matrix, b, ridge=0.0):
+    """Of JAXopt's definition."""
+    if name == "normal_cg":
+        return torch.linalg.solve(matrix.mT @ matrix + ridge * EYE, matrix.mT @ b)
+    return torch.linalg.solve(matrix + ridge * EYE, b)
+
+
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_solve_functions_take_trees_and_jaxopts_keywords(name):
+    matrix = matrix_of(name)
 
     def matvec(tree):
         product = matrix @ torch.cat([tree["a"], tree["b"]])
         return {"a": product[:2], "b": product[2:]}
 
     b = {"a": B[:2], "b": B[2:5]}
-    found = solve(matvec, b, ridge=0.5, init=b, tol=1e-10, maxiter=500)
-    assert relative_error(torch.cat([found["a"], found["b"]]), truth) <= 1e-8
+    found = getattr(compat, f"solve_{name}")(matvec, b, ridge=0.5, init=b, tol=1e-10, maxiter=500)
+    assert relative_error(torch.cat([found["a"], found["b"]]), truth_of(name, matrix, B[:5], 0.5)) <= 1e-8
+
+
+def test_normal_cg_solves_least_squares():
+    """As in JAXopt: any A, where init says what x looks like; the solution of least norm where it is singular."""
+    start = torch.zeros(5, dtype=torch.float64)
+    found = compat.solve_normal_cg(lambda x: A @ x, B, init=start, tol=1e-12)
+    assert relative_error(found, torch.linalg.lstsq(A, B).solution) <= 1e-9
+    found = compat.solve_normal_cg(lambda x: A @ x, B, 0.7, start, tol=1e-12)
+    assert relative_error(found, torch.linalg.solve(A.mT @ A + 0.7 * EYE, A.mT @ B)) <= 1e-9
+    with pytest.raises(ValueError, match=r"give init.*not square"):
+        compat.solve_normal_cg(lambda x: A @ x, B)
+    singular = EYE.clone()
+    singular[4, 4] = 0
+    found = compat.solve_normal_cg(lambda x: singular @ x, B[:5])
+    assert relative_error(found, singular @ B[:5]) <= 1e-12
+    matrix, b = torch.tensor([[2.0, 1.0], [0.0, 1.0]]), torch.ones(2)
+    found = compat.solve_normal_cg(lambda v: matrix @ v, b, ridge=1.0, tol=1e-7)
+    assert relative_error(found, torch.linalg.solve(matrix.mT @ matrix + torch.eye(2), matrix.mT @ b)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", SOLVE_FUNCTIONS)
+def test_a_solve_is_differentiated_by_its_adjoint_system(name):
+    """Towards b, towards what matvec captured, and the ridge; of first and second order, twice, in both modes."""
+    solve, matrix = SOLVE_FUNCTIONS[name], matrix_of(name)
+    b, t = B[:5].clone().requires_grad_(), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    keywords = {"ridge": t.square()} if name in ITERATIVE else {}
+    moving = EYE if name in SYMMETRIC else A[5:10] / 3
+
+    def found(b, t):
+        keywords = {"ridge": t.square()} if name in ITERATIVE else {}
+        return solve(lambda v: matrix @ v + t * (moving @ v), b, **keywords)
+
+    def true(b, t):
+        return truth_of(name, matrix + t * moving, b, t.square() if keywords else 0.0)
+
+    x, exact = found(b, t), true(b, t)
+    assert relative_error(x, exact) <= 1e-9
+    for _ in range(2):  # a second backward pass over the same graph
+        grads = torch.autograd.grad(x.sin().sum(), (b, t), retain_graph=True)
+        truths = torch.autograd.grad(exact.sin().sum(), (b, t), retain_graph=True)
+        assert max(map(relative_error, grads, truths)) <= 1e-8
+    seconds = []
+    for y in (x, exact):
+        first = torch.autograd.grad(y.sin().sum(), (b, t), create_graph=True)
+        seconds.append(torch.autograd.grad(first[0].square().sum() + first[1].square(), (b, t)))
+    assert max(map(relative_error, *seconds)) <= 1e-7
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        pairs = zip(jacobian(found, (0, 1))(b, t), jacobian(true, (0, 1))(b, t), strict=True)
+        assert max(relative_error(one, other) for one, other in pairs) <= 1e-8
+    many = torch.stack([B[:5], B[5:10], B[10:15]])
+    both = [torch.vmap(f, in_dims=(0, None))(many, t.detach()) for f in (found, true)]
+    assert relative_error(*both) <= 1e-8
+
+
+@pytest.mark.parametrize("name", SOLVE_FUNCTIONS)
+def test_a_solve_of_a_tree_is_differentiated(name):
+    solve, matrix = SOLVE_FUNCTIONS[name], matrix_of(name)
+    scale = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def matvec(tree):
+        product = matrix @ torch.cat([tree["a"], tree["b"].flatten()])
+        return {"a": scale[0] * product[:1], "b": scale[0] * product[1:].view(2, 2)}
+
+    b = {"a": (scale[1] * B[:1]), "b": B[1:5].view(2, 2)}
+    x = solve(matvec, b)
+    found = torch.autograd.grad(x["a"].sum() + x["b"].square().sum(), scale)[0]
+    flat = truth_of(name, scale[0] * matrix, torch.cat([scale[1] * B[:1], B[1:5]]))
+    expected = torch.autograd.grad(flat[:1].sum() + flat[1:].square().sum(), scale)[0]
+    assert relative_error(found, expected) <= 1e-8
+
+
+def test_solves_that_fail_are_heard():
+    with pytest.warns(bl.SolveWarning, match=r"The linear solve.*maxiter"):
+        compat.solve_cg(lambda v: A.mT @ (A @ v), B[:5], maxiter=1)
+    b = B[:5].clone().requires_grad_()
+    with pytest.warns(bl.SolveWarning, match="step limit"):
+        compat.solve_cg(lambda v: A.mT @ (A @ v), b, maxiter=1)
+    with pytest.raises(ValueError, match="matvec returned"):
+        compat.solve_gmres(lambda v: v[:3], b)
+
+
+def test_maxiter_of_gmres_counts_spaces_of_restart_directions():
+    """As in JAX."""
+    matrix = 2 * torch.eye(20, dtype=torch.float64) + torch.diag(torch.ones(19, dtype=torch.float64), 1)
+    found = compat.solve_gmres(lambda v: matrix @ v, B, maxiter=1, tol=1e-10)
+    assert relative_error(found, torch.linalg.solve(matrix, B)) <= 1e-9
+    with pytest.warns(bl.SolveWarning):
+        compat.solve_gmres(lambda v: matrix @ v, B, maxiter=1, restart=3, tol=1e-10)
+
+
+def test_a_matvec_of_numpy_serves_where_nothing_is_differentiated():
+    matrix = matrix_of("gmres").numpy()
+    found = compat.solve_gmres(lambda v: torch.from_numpy(matrix @ v.numpy()), B[:5], tol=1e-12)
+    assert relative_error(found, torch.linalg.solve(matrix_of("gmres"), B[:5])) <= 1e-9

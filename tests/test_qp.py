@@ -172,23 +172,100 @@ def test_only_degenerate_programs_that_are_differentiated_warn(recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize("kind", ["equality", "inequality"])
-def test_redundant_constraints(kind):
-    """The solution is that without them; the derivative towards Q and c too, by a solver for singular systems."""
-    Q, c, A, b, G, h = program(seed=20)
-    Q, c, weights = Q.requires_grad_(), c.requires_grad_(), randn(6, seed=9)
-    once = quadratic_program(Q, c, A, b, G, h)
-    twice = [A, b, G, h]
-    for i in (0, 1) if kind == "equality" else (2, 3):
-        twice[i] = torch.cat([twice[i], 3 * twice[i]])
-    with pytest.warns(bl.SolveWarning, match="depend on each other"):
-        fit = quadratic_program(Q, c, *twice, hypergrad=bl.Implicit(bl.GMRES()))
+def repeated(kind, data):
+    """The program with constraints that depend on others."""
+    Q, c, A, b, G, h = data
+    on = (quadratic_program(*data, hypergrad=None).value.inequality > 1e-6).nonzero()[:1, 0]
+    if kind == "equality":
+        return Q, c, torch.cat([A, 3 * A, A[:1] - A[1:]]), torch.cat([b, 3 * b, b[:1] - b[1:]]), G, h
+    if kind == "inequality":
+        return Q, c, A, b, torch.cat([G, 3 * G]), torch.cat([h, 3 * h])
+    if kind == "both":  # an equation, and the inequality of the same plane
+        return Q, c, A, b, torch.cat([G, A[:1]]), torch.cat([h, b[:1]])
+    return Q, c, torch.cat([A, G[on]]), torch.cat([b, h[on]]), G, h  # what is active anyway, as an equation too
+
+
+REPEATED = ["equality", "inequality", "both", "active"]
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_redundant_constraints(kind, dtype, tolerance):
+    """The solution and all derivatives along consistent changes are those without them, by default and silently."""
+    given = [t.to(dtype) for t in program(seed=20)]
+    leaves, weights = [t.requires_grad_() for t in given], randn(6, seed=9).to(dtype)
+    once = quadratic_program(*leaves)
+    # A multiplier of zero may be chosen there, or where rounding makes the planes two.
+    throw = "ignore" if kind == "both" or dtype is torch.float32 else "raise"
+    fit = quadratic_program(*repeated(kind, leaves), throw=throw)
     assert fit.stats["degenerate"]
     assert not once.stats["degenerate"]
-    assert relative_error(fit.value.primal, once.value.primal) <= 1e-10
-    found = torch.autograd.grad(fit.value.primal @ weights, (Q, c))
-    for one, other in zip(found, torch.autograd.grad(once.value.primal @ weights, (Q, c)), strict=True):
-        assert relative_error(one, other) <= 1e-8  # that of GMRES in float64
+    assert relative_error(fit.value.primal, once.value.primal) <= tolerance
+    found = torch.autograd.grad(fit.value.primal @ weights, leaves)
+    for one, other in zip(found, torch.autograd.grad(once.value.primal @ weights, leaves), strict=True):
+        assert relative_error(one, other) <= tolerance
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+def test_second_derivatives_with_redundant_constraints(kind):
+    Q, c, A, b, G, h = program(seed=20)
+
+    def solve(c, again):
+        data = (Q, c, A, b, G, h)
+        fit = quadratic_program(*(repeated(kind, data) if again else data), throw="ignore")
+        return (fit.value.primal**3).sum()
+
+    found, truth = (torch.func.hessian(lambda c, a=again: solve(c, a))(c) for again in (True, False))
+    assert relative_error(found, truth) <= 1e-7
+
+
+def test_a_batch_with_redundant_constraints_in_one_program():
+    Q, c, A, b, G, h = program(seed=20)
+    As, bs = torch.stack([A, A[:1].expand(2, -1)]), torch.stack([b, b[:1].expand(2)])
+    c = c.requires_grad_()
+    fit = quadratic_program(Q, c, As, bs, G, h, throw="raise")
+    assert fit.stats["degenerate"].tolist() == [False, True]
+    alone = [quadratic_program(Q, c, A, b, G, h), quadratic_program(Q, c, A[:1], b[:1], G, h)]
+    for index, one in enumerate(alone):
+        assert relative_error(fit.value.primal[index], one.value.primal) <= 1e-9
+        found, truth = (
+            torch.autograd.grad(z.square().sum(), c, retain_graph=True)[0]
+            for z in (fit.value.primal[index], one.value.primal)
+        )
+        assert relative_error(found, truth) <= 1e-9
+
+
+def test_multipliers_of_redundant_constraints_have_no_derivative():
+    Q, c, A, b, _, _ = program(seed=20)
+    c = c.requires_grad_()
+    fit = quadratic_program(Q, c, torch.cat([A, A]), torch.cat([b, b]))
+    with pytest.warns(bl.SolveWarning, match="adjoint solve"):
+        torch.autograd.grad(fit.value.equality[0], c)
+
+
+def test_infinite_bounds_are_no_constraints():
+    """In each program of a batch others; of the solution, its multipliers, and the derivatives."""
+    Q, c, A, b, G, h = (t.requires_grad_() for t in program(seed=20))
+    loose = torch.tensor([[False, True, False, True, False], [True, False, True, False, True]])
+    bounds = torch.where(loose, torch.inf, h)
+    fit = quadratic_program(Q, c, A, b, G, bounds, throw="raise")
+    weights = randn(6, seed=9)
+    for index in range(2):
+        kept = ~loose[index]
+        alone = quadratic_program(Q, c, A, b, G[kept], h[kept])
+        assert relative_error(fit.value.primal[index], alone.value.primal) <= 1e-10
+        assert relative_error(fit.value.inequality[index][kept], alone.value.inequality) <= 1e-9
+        assert not fit.value.inequality[index][loose[index]].any()
+        found, truth = (
+            torch.autograd.grad(z @ weights, (Q, c, A, b, G, h), retain_graph=True)
+            for z in (fit.value.primal[index], alone.value.primal)
+        )
+        for one, other in zip(found, truth, strict=True):
+            assert relative_error(one, other) <= 1e-9
+    free = quadratic_program(Q, c, A, b, G, torch.full_like(h, torch.inf))
+    assert relative_error(free.value.primal, quadratic_program(Q, c, A, b).value.primal) <= 1e-10
+    box = quadratic_program(1e-9 * Q, 1e-9 * c, G=torch.cat([G, -G]), h=torch.cat([1e-6 * h.abs(), h + torch.inf]))
+    assert box.result.ok
 
 
 def test_what_cannot_be_solved_is_told():
@@ -229,7 +306,9 @@ def test_a_linear_program():
         ({"c": torch.tensor(1.0)}, r"c has shape \(\)"),
         ({"b": None}, "A and b belong together"),
         ({"G": torch.ones(5, 4)}, r"G has shape \(5, 4\)"),
-        ({"h": torch.full((5,), torch.inf)}, "h contains NaN or infinite"),
+        ({"h": torch.full((5,), torch.nan)}, "h contains NaN or infinite"),
+        ({"h": torch.full((5,), -torch.inf)}, "h contains NaN or infinite"),
+        ({"b": torch.full((2,), torch.inf)}, "b contains NaN or infinite"),
         ({"Q": -torch.eye(6)}, r"smallest eigenvalue is -1"),
         ({"c": torch.ones(2, 6), "b": torch.ones(3, 2)}, "the data are for"),
         ({"tol": 0.0}, "tol is 0"),

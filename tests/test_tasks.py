@@ -203,3 +203,103 @@ def test_bad_input(data, settings, message):
 def test_losses_of_a_wrong_shape():
     with pytest.raises(ValueError, match="one for each is needed"):
         bl.mean_over_tasks(lambda w, x: (w.sum(), None), torch.ones(2, requires_grad=True), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("with_params", [False, True])
+def test_data_that_require_grad_get_their_gradient(problem, num_threads, with_params):
+    """Leaves, views, and what was computed, in a nested tree; with and without params that require grad."""
+    params, x, y = problem
+    if not with_params:
+        params = {name: leaf.detach() for name, leaf in params.items()}
+    x, raw, flags = x.requires_grad_(), y.clone().requires_grad_(), torch.arange(T)
+
+    def losses(params, x, tree):
+        return task_losses(params, x, tree["y"][0])[0] * (1 + tree["flags"]), None
+
+    def tree():
+        return {"y": [raw.exp()[:, :5]], "flags": flags}
+
+    wanted = [x, raw, *([params["w"]] if with_params else [])]
+    expected = torch.autograd.grad(losses(params, x, tree())[0].mean() * 3, wanted)
+    mean, _ = bl.mean_over_tasks(losses, params, x, tree(), chunk_size=2, num_threads=num_threads)
+    for found, true in zip(torch.autograd.grad(3 * mean, wanted), expected, strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-9, atol=1e-11)
+    weights = torch.arange(1.0, T + 1, dtype=x.dtype)
+    own = torch.randn(T, 3, dtype=x.dtype, requires_grad=with_params)
+
+    def own_losses(u, x, y):
+        return ((x @ u.unsqueeze(-1)).squeeze(-1) - y).square().mean(-1), None
+
+    wanted[2:] = [own] if with_params else []
+    expected = torch.autograd.grad((own_losses(own, x, raw.exp())[0] * weights).sum(), wanted)
+    found, _ = bl.losses_of_tasks(own_losses, own, x, raw.exp(), chunk_size=2, num_threads=num_threads)
+    for grad, true in zip(torch.autograd.grad((found * weights).sum(), wanted), expected, strict=True):
+        torch.testing.assert_close(grad, true, rtol=1e-10, atol=1e-12)
+
+
+def test_one_tensor_as_params_and_as_data(problem):
+    _, x, _ = problem
+    w = torch.randn(T, 3, dtype=x.dtype, requires_grad=True)
+
+    def fn(p, x, w):
+        return (x.sum(1) * w).sum(-1) * p.square().sum(), None
+
+    (expected,) = torch.autograd.grad(fn(w, x, w)[0].mean(), w)
+    mean, _ = bl.mean_over_tasks(fn, w, x, w, chunk_size=3)
+    torch.testing.assert_close(torch.autograd.grad(mean, w)[0], expected)
+
+
+def test_what_is_captured_is_refused_whatever_else_requires_grad(problem):
+    """A tensor, what was computed from one, the parameters of a module, a param that fn reads past its argument."""
+    params, x, _ = problem
+    frozen = {name: leaf.detach() for name, leaf in params.items()}
+    w, module = torch.ones(3, dtype=x.dtype, requires_grad=True), torch.nn.Linear(3, 1).double()
+    fns = [
+        lambda p, x: ((x @ w).sum(-1), None),
+        lambda p, x: ((x @ (w * 2)[:3].exp()).sum(-1) + p["b"], None),
+        lambda p, x: (module(x).sum((1, 2)), None),
+        lambda p, x: (
+            bl.argmin(lambda u: (u - w).square().sum(-1), torch.zeros(len(x), 3, dtype=x.dtype)).value[:, 0],
+            0,
+        ),
+    ]
+    for fn in fns:
+        for given in (frozen, params):
+            for tasks in (bl.mean_over_tasks, bl.losses_of_tasks):
+                own = bl.stack(given, T) if tasks is bl.losses_of_tasks else given
+                with pytest.raises(ValueError, match=r"requires grad and is not one of params or data"):
+                    tasks(fn, own, x, chunk_size=2)
+                with torch.no_grad():
+                    assert not tasks(fn, own, x)[0].requires_grad
+    with pytest.raises(ValueError, match=r"shape \(3,\) that requires grad"):
+        bl.mean_over_tasks(lambda p, x: ((x @ params["w"]).sum(-1), None), params, x)
+
+
+def test_forward_mode_is_refused(problem):
+    _, x, _ = problem
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(3, dtype=x.dtype), torch.ones(3, dtype=x.dtype))
+        for fn, params in (
+            (lambda p, x: ((x @ p).sum(-1), None), dual),
+            (lambda p, x: ((x @ dual).sum(-1), None), x[0]),
+        ):
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                bl.mean_over_tasks(fn, params, x)
+
+
+@pytest.mark.parametrize("method", [bl.Unroll(), bl.Truncated(2), bl.Unroll(checkpoint=True)], ids=repr)
+def test_unrolled_steps_from_a_start_without_gradient(method):
+    """The leaf that unrolled steps begin at is the library's own, and nothing that is lost."""
+    rate, x = torch.tensor(0.1, dtype=torch.float64, requires_grad=True), torch.randn(T, 3, dtype=torch.float64)
+
+    def fn(rate, x):
+        solver = bl.Steps(bl.SGD(rate), max_steps=4)
+        start = torch.zeros_like(x)
+        fit = bl.argmin(lambda u, x: (u - x).square().sum(-1), start, x, solver=solver, hypergrad=method)
+        return fit.value.sum(-1), None
+
+    (expected,) = torch.autograd.grad(fn(rate, x)[0].mean(), rate)
+    mean, _ = bl.mean_over_tasks(fn, rate, x, chunk_size=2)
+    torch.testing.assert_close(torch.autograd.grad(mean, rate)[0], expected)
+    assert not bl.mean_over_tasks(fn, rate.detach(), x, chunk_size=2)[0].requires_grad

@@ -14,8 +14,8 @@ from ..inner.minimize import InnerSolver
 from ..inner.steps import State
 from ..problem import Objective
 from ..solution import Solution, Throw
-from ..tree import Tree
-from .path import Path, Randomness, finish, fixed_steps
+from ..tree import Tree, tree_map
+from .path import Path, finish, fixed_steps
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,20 @@ def _follow(path: Path) -> tuple[Tensor, State, Tensor]:
     by_state = {name: torch.zeros_like(by_y) for name in state}
     with torch.no_grad():
         for index in range(path.steps.max_steps):
-            step = partial(path.step, index=index)
-            push = torch.vmap(partial(_push, step, (y, state, hparams)), randomness="same")
-            with Randomness.now(y).again():
-                by_next, by_state = push(by_y, by_state, directions)
-            (y, state), by_y = step(y, state, hparams), by_next
+            (y, state), push = _pushed(partial(path.step, index=index), (y, state, hparams))
+            by_y, by_state = torch.vmap(push)(by_y, by_state, directions)
     return y, state, by_y
 
 
-def _push(step: Callable[..., Any], at: tuple[Any, ...], *tangents: Any) -> tuple[Tensor, State]:
-    return torch.func.jvp(step, at, tangents)[1]
+def _pushed(step: Callable[..., Any], at: tuple[Any, ...]) -> tuple[tuple[Tensor, State], Callable[..., Any]]:
+    """``step(*at)``, and its derivative along tangents of ``at``.
+
+    As the derivative of a vector-Jacobian product by its cotangent: PyTorch's dual levels are global to a process, so
+    that its forward mode in two threads raises, or is silently wrong.
+    """
+    out, pull = torch.func.vjp(step, *at)  # type: ignore[misc]
+    _, push = torch.func.vjp(pull, tree_map(torch.zeros_like, out))  # type: ignore[misc]
+    return out, lambda *tangents: push(tangents)[0]
 
 
 class _Linear(torch.autograd.Function):

@@ -43,7 +43,7 @@ class Implicit:
     Args:
         linear_solver: how the system is solved; None: `CG` for `argmin`, `GMRES` for `root` and `fixed_point`.
         operator: how products are made. ``"graph"``: one reverse pass over the retained graph of the residual;
-            ``"func"``: `torch.func.jvp` of `torch.func.grad`, recomputed each time (`argmin` only); or a factory
+            ``"func"``: `torch.func.vjp` of `torch.func.grad`, recomputed each time (`argmin` only); or a factory
             such as `GaussNewton` or `EmpiricalFisher`, in place of the Hessian.
         damping: solve with ``J + damping I``. Biased; for Jacobians that are singular or slightly indefinite.
     """

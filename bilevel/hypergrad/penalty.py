@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..linalg.solve import normalise
+from ..problem import linearize_objective
+from ..recording import recording
 from ..solution import Result, Solution, make_codes, settle
 from ..tree import norm
 from .base import Point, Pulled
 
 NUDGE_ADVICE = (
-    "The params moved by no more than their precision, so the hypergradient is noise or zero: lower strength, scale "
-    "the inner loss down, use a more accurate solver, or float64"
+    "The params moved by no more than their precision, so the hypergradient is noise or zero: lower strength, give the "
+    "inner solver a gtol far below 1 / strength, scale the inner loss down, or use float64"
 )
+INEXACT_ADVICE = (
+    "The hypergradient is as inexact as that: give the inner solver a gtol of 0.01 / strength or less, or more steps, "
+    "or lower strength"
+)
+INEXACT = 0.02
+"""Of the nudge, the part that a nudged solve may leave unanswered."""
+TRIES = 5
+"""Runs of the solver towards one nudge, as long as they help: a fixed number of steps is seldom enough."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +36,16 @@ class Penalty:
     The gradient of ``min_y f + strength (g - min g)``, the penalty of F2SA (Kwon et al. 2023) and BOME (Liu, Ye et al.
     2022), for an outer loss that is linear around the solution; also known as equilibrium propagation (Scellier and
     Bengio 2017). For models without second derivatives, or where the inner solver is cheap when warm. The inner problem
-    is solved again with the user's solver, once or twice.
+    is solved again with the user's solver, once or twice, or more often where it makes few steps.
 
     Args:
         strength: in units of the norm of the outer gradient: the params move by about ``1 / (strength curvature)``.
             Error O(1/strength), or O(1/strength^2) symmetric; the solver has to be more accurate than that.
         symmetric: nudge both ways and take the difference: two solves, one order more.
 
-    A nudge that moves the params by no more than their rounding is a failed solve, as ``throw`` says.
+    A nudge that moves the params by no more than their rounding is a failed solve, as ``throw`` says, and so is one
+    that the inner solver does not answer: the gradient that it leaves is compared with the nudge. A solver that makes
+    few steps is called a few times. The nudge is given to the solution at hand, as if that were exact.
     """
 
     strength: float = 100.0
@@ -58,17 +70,46 @@ class Penalty:
 
     def _gradient(self, point: Point, unit: Tensor, length: Tensor, sign: float) -> list[Tensor | None]:
         raveler = point.raveler
-
-        def nudged(params: list[Tensor]) -> Tensor:
-            loss = point.statement.closure(params, point.hparams)
-            return loss + sign / self.strength * (raveler.ravel(params) * unit).sum(-1)
-
-        found = point.solve(nudged, "The nudged inner solve of Penalty")
         base = raveler.ravel(point.params)
+        found, left = self._nudged(point, base, sign / self.strength * unit - _residual(point))
         rounding = 10 * torch.finfo(base.dtype).eps * norm(base)
         moved = norm(found - base)
         lost = (length > 0) & (moved <= rounding)
-        codes = torch.where(lost, make_codes(Result.STAGNATED, moved), make_codes(Result.CONVERGED, moved))
-        stats = {"result": codes, "residual_norm": moved, "num_steps": torch.ones_like(codes, dtype=torch.int64)}
-        settle(Solution(found, stats), point.throw, "The nudge of Penalty is lost in rounding", NUDGE_ADVICE)
+        _tell(point, lost, moved, "The nudge of Penalty is lost in rounding", NUDGE_ADVICE)
+        inexact = (length > 0) & ~lost & ~(left * self.strength <= INEXACT)
+        _tell(point, inexact, left, "The nudged inner solve of Penalty is inexact", INEXACT_ADVICE)
         return point.loss_gradient(raveler.unravel(found), weights=length * self.strength)
+
+    def _nudged(self, point: Point, base: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """The minimum under a linear term, and the norm of the gradient that is left."""
+        raveler = point.raveler
+
+        def nudged(params: list[Tensor]) -> Tensor:
+            return point.statement.closure(params, point.hparams) + (raveler.ravel(params) * slope).sum(-1)
+
+        at, best = point, torch.full(base.shape[:-1], torch.inf, dtype=torch.float64, device=base.device)
+        found = base
+        for _ in range(TRIES):
+            tried = at.solve(nudged, "The nudged inner solve of Penalty")
+            at = replace(point, params=raveler.unravel(tried), _at=None)
+            left = norm(_residual(at) + slope)
+            better = left < best
+            helped = left < 0.7 * best
+            found, best = torch.where(better.unsqueeze(-1), tried, found), torch.where(better, left, best)
+            if recording() or not bool((helped & (best * self.strength > INEXACT)).any()):
+                break
+        return found, best
+
+
+def _residual(point: Point) -> Tensor:
+    """The gradient of the inner loss, flat."""
+    at = linearize_objective(
+        lambda params: point.statement.closure(params, point.hparams), point.params, create_graph=False
+    )
+    return point.raveler.ravel([r.detach() for r in at.residual])
+
+
+def _tell(point: Point, failed: Tensor, size: Tensor, what: str, advice: str) -> None:
+    codes = torch.where(failed, make_codes(Result.STAGNATED, size), make_codes(Result.CONVERGED, size))
+    stats = {"result": codes, "residual_norm": size, "num_steps": torch.ones_like(codes, dtype=torch.int64)}
+    settle(Solution(None, stats), point.throw, what, advice)

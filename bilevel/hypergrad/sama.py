@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..inner.steps import LastStep, Rule
 from .base import Point, Pulled
-from .finite_difference import mixed_difference
+from .finite_difference import check_epsilon, mixed_difference
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,17 @@ class SAMA:
 
     Args:
         rule: the step rule whose update is differentiated; None: the one that the solver made its last step with.
-        epsilon: how far the params are moved for the difference.
+        epsilon: how far the params are moved for the difference; None: as in `FiniteDifference`.
     """
 
     rule: Rule | None = None
-    epsilon: float = 1e-2
+    epsilon: float | None = None
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.rule is not None and not isinstance(self.rule, Rule):
             raise TypeError(f"rule is {self.rule!r}: it is the step rule of the solver, as Adam(lr=1e-3), or None.")
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon is {self.epsilon}: it must be positive.")
+        check_epsilon(self.epsilon)
 
     def pull(self, point: Point, cotangent: Tensor) -> Pulled:
         """See `Hypergrad`."""
@@ -53,4 +52,4 @@ class SAMA:
             g = last.g.detach().requires_grad_()
             moved, _ = rule.step(y, g, before, index)
             (answer,) = torch.autograd.grad(moved, g, cotangent)
-        return Pulled(mixed_difference(point, -answer, self.epsilon))
+        return Pulled(mixed_difference(point, -answer, self.epsilon, "SAMA"))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ..linalg.direct import least_norm
 from ..problem import RootProblem
 from ..solution import Result, Solution, make_codes
 
@@ -16,6 +17,8 @@ REGULARIZATION = 1e-13
 FAR = 1e-8
 """A certificate says that there is no solution within one over this, in units of the data."""
 TINY = 1e-300
+SINGULAR = 1e13
+"""A KKT matrix of this condition is singular: in float64 rounding alone makes it regular."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +148,12 @@ class Program:
         idle = torch.diag_embed((~active).to(self.h.dtype))
         bottom = torch.cat([chosen, self.G.new_zeros(*self.G.shape[:-1], me), idle], -1)
         right = torch.cat([-self.c, self.b, torch.where(active, self.h, torch.zeros_like(self.h))], -1)
-        found, info = torch.linalg.solve_ex(torch.cat([top, middle, bottom], -2), right.unsqueeze(-1))
-        z, nu, lam = found.squeeze(-1).split([n, me, mi], -1)
+        found = least_norm(torch.cat([top, middle, bottom], -2), right, SINGULAR)
+        z, nu, lam = found.split([n, me, mi], -1)
         new = Iterate(z, nu, self.h - mul(self.G, z), lam)
         error = self.error(new)
         feasible = torch.cat([new.s, new.lam, torch.ones_like(z[..., :1])], -1).amin(-1) >= -tol
-        better = (info == 0) & torch.isfinite(error) & feasible & (error <= tol)
+        better = torch.isfinite(error) & feasible & (error <= tol)
         return new.where(better, at), better
 
     def degenerate(self, at: Iterate) -> Tensor:
@@ -198,9 +201,12 @@ def scaled(Q: Tensor, c: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> 
     """The data in units of their own, and those units: of z ``[*batch, 1]``, of both multipliers ``[*batch, m]``.
 
     Of Q the symmetric part. Rows of constraints, z and the gradient of the objective are then of about 1. The units are
-    constants, powers of two (exact): the solution times its units is that of the data, and so are its derivatives.
+    constants, powers of two (exact): the solution times its units is that of the data, and so are its derivatives. A
+    row of G whose bound is infinite is empty.
     """
     Q = (Q + Q.mT) / 2
+    loose = torch.isposinf(h)
+    G, h = torch.where(loose.unsqueeze(-1), torch.zeros_like(G), G), torch.where(loose, torch.zeros_like(h), h)
     with torch.no_grad():
         rows_A, rows_G = (_unit(m.abs().sum(-1)) for m in (A, G))
         curvature, slope = (m.abs().flatten(c.dim() - 1).amax(-1, keepdim=True) for m in (Q, c))
@@ -211,7 +217,7 @@ def scaled(Q: Tensor, c: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> 
         unit = _unit(torch.where(far > 0, far, widest))
         force = _unit(torch.maximum(curvature * unit, slope))
     data = [Q * (unit / force).unsqueeze(-1), c / force, A / rows_A.unsqueeze(-1), b / rows_A / unit]
-    data += [G / rows_G.unsqueeze(-1), h / rows_G / unit]
+    data += [G / rows_G.unsqueeze(-1), torch.where(loose, torch.ones_like(h), h / rows_G / unit)]
     return data, [unit, force / rows_A, force / rows_G]
 
 

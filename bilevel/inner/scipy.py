@@ -21,11 +21,11 @@ from .minimize import check_settings
 from .nearness import Nearness
 
 DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
-PRODUCT_METHODS = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
-HESSIAN_METHODS = ("dogleg", "trust-exact")
+HESSIAN_METHODS = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
+DENSE_HESSIAN_METHODS = ("dogleg", "trust-exact")
 TOLERANCE_OPTIONS = {
     "l-bfgs-b": lambda gtol: {"gtol": gtol, "ftol": 0.0, "maxfun": 10**9},
-    "tnc": lambda gtol: {"gtol": gtol, "ftol": 0.0, "xtol": 0.0, "maxfun": 10**9},
+    "tnc": lambda gtol: {"gtol": gtol, "ftol": 0.0, "xtol": 0.0},
     "newton-cg": lambda gtol: {"xtol": 1e-14},
     "trust-constr": lambda gtol: {"gtol": gtol, "xtol": 1e-14},
     "nelder-mead": lambda gtol: {"xatol": 1e-10, "fatol": 1e-14, "maxfev": 10**9},
@@ -44,6 +44,7 @@ class ScipyMinimize:
 
     Args:
         method: such as ``"L-BFGS-B"``, ``"BFGS"``, ``"CG"``, ``"Newton-CG"``, ``"trust-ncg"``, ``"TNC"``.
+            Those that want a Hessian get its products, ``"dogleg"`` and ``"trust-exact"`` the matrices.
         max_steps: iterations at most.
         gtol: stop at this gradient norm; None: as in `LBFGS`.
     """
@@ -84,8 +85,8 @@ class ScipyMinimize:
             if watch.arrived(latest if torch.equal(latest.y, y) else problem.evaluate(y)):
                 raise StopIteration
 
-        products: dict[str, Any] = {"hessp": hessp} if method in PRODUCT_METHODS else {}
-        if method in HESSIAN_METHODS:
+        products: dict[str, Any] = {"hessp": hessp} if method in HESSIAN_METHODS else {}
+        if method in DENSE_HESSIAN_METHODS:
             products = {"hess": hess}
         outcome = scipy.optimize.minimize(
             (lambda x: value_and_grad(x)[0]) if free else value_and_grad,
@@ -105,7 +106,8 @@ class ScipyMinimize:
         # SciPy looks at the largest entry, we at the 2-norm of each problem.
         entry = gtol / start.g.shape[-1] ** 0.5
         tolerance = TOLERANCE_OPTIONS.get(method, lambda gtol: {"gtol": gtol})
-        return {**tolerance(entry), "maxiter": self.max_steps}
+        limit = "maxfun" if method == "tnc" else "maxiter"  # TNC counts evaluations only
+        return {**tolerance(entry), limit: self.max_steps}
 
     def _solution(self, problem: Problem, at: Evaluation, steps: int) -> Solution:
         size = norm(at.g)

@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
 from ..problem import Linearization, Problem, graph_nodes
@@ -44,7 +43,7 @@ class GraphHessian(Operator):
 
 
 class FuncHessian(Operator):
-    """``H v`` as `torch.func.jvp` of `torch.func.grad`: recomputed, so it holds no graph between products.
+    """``H v`` as `torch.func.vjp` of `torch.func.grad`: recomputed, so it holds no graph between products.
 
     Raises:
         NotImplementedError: the objective uses a fused batch norm in training mode, whose product would be
@@ -67,11 +66,9 @@ class FuncHessian(Operator):
     def matvec(self, v: Tensor) -> Tensor:
         direction = self.raveler.unravel(v)
         with torch.no_grad():
-            if forward_ad._current_level >= 0:
-                # Inside a forward-mode pass, which does not nest; H is symmetric, so reverse mode gives the same.
-                product = torch.func.vjp(self.gradient, self.leaves)[1](direction)[0]
-            else:
-                product = torch.func.jvp(self.gradient, (self.leaves,), (direction,))[1]
+            # H is symmetric, so reverse mode gives H v. Forward mode is no faster, does not nest, and its levels are
+            # global to the process: in two threads it raises, or is silently wrong.
+            product = torch.func.vjp(self.gradient, self.leaves)[1](direction)[0]
         return self.raveler.ravel(product)
 
 

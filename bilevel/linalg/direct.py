@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..recording import recording
 from ..solution import Result, Solution, make_codes
 from ..tree import norm
 from .operator import Operator
@@ -48,6 +49,51 @@ class LU:
         unit, length = normalise(b)
         x, info = torch.linalg.solve_ex(matrix, unit.unsqueeze(-1))
         return _report(matrix, x.squeeze(-1), unit, length, info == 0, Result.STAGNATED)
+
+
+@dataclass(frozen=True)
+class LeastNorm:
+    """Of a singular consistent system the solution of least norm, by an SVD; of a regular one that of `LU`.
+
+    For KKT systems with constraints that depend on each other. An inconsistent system gives its least-squares solution,
+    with `Result.STAGNATED`.
+
+    Args:
+        max_size: unknowns at most.
+        max_condition: a matrix of more, in the 1-norm, counts as singular: rounding alone makes it regular. None: 1e13
+            in float64, 1e6 in float32.
+    """
+
+    max_size: int = 4096
+    max_condition: float | None = None
+
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+        """Solve ``A x = b``; see `LinearSolver`."""
+        matrix = _dense(operator, self.max_size, "LeastNorm")
+        unit, length = normalise(b)
+        x = least_norm(matrix, unit, self.max_condition)
+        return _report(matrix, x, unit, length, torch.ones_like(length, dtype=torch.bool))
+
+
+def least_norm(matrix: Tensor, b: Tensor, max_condition: float | None = None) -> Tensor:
+    """``matrix^{-1} b`` in float64, by the pseudo-inverse where it is singular: ``[*batch, n, n] x [*batch, n]``."""
+    limit = max_condition or (1e13 if matrix.dtype == torch.float64 else 1e6)
+    wide, right = matrix.double(), b.double().unsqueeze(-1)
+    x, info = torch.linalg.solve_ex(wide, right)
+    singular = (is_singular(wide, limit) | (info != 0)) & torch.isfinite(wide).all(-1).all(-1)
+    if recording():
+        x = torch.where(singular[..., None, None], torch.linalg.pinv(wide, rtol=10 / limit) @ right, x)
+    elif bool(singular.any()):
+        x = x.clone()
+        x[singular] = torch.linalg.pinv(wide[singular], rtol=10 / limit) @ right[singular]
+    return x.squeeze(-1).to(b.dtype)
+
+
+def is_singular(matrix: Tensor, max_condition: float) -> Tensor:
+    """Whether the condition in the 1-norm is larger, ``[*batch]``."""
+    inverse, info = torch.linalg.inv_ex(matrix)
+    condition = torch.linalg.matrix_norm(matrix, 1) * torch.linalg.matrix_norm(inverse, 1)
+    return (info != 0) | ~(condition < max_condition)
 
 
 def _dense(operator: Operator, max_size: int, name: str) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..recording import recording
 from ..solution import Result, Solution, make_codes
 from ..tree import norm, scale
+from .adjoint import by_adjoint, is_differentiated
 from .lanczos import Lanczos
 from .operator import Operator
 
@@ -101,9 +102,14 @@ class IterativeSolver(ABC):
         check_settings(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
 
     def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
-        """Solve ``A x = b``; see `LinearSolver`."""
+        """Solve ``A x = b``; see `LinearSolver`. Differentiable once in reverse mode, by the adjoint system.
+
+        Gradients flow to b and to what the operator captured.
+        """
         if self.symmetric_only:
             require_symmetric(operator, type(self).__name__)
+        if is_differentiated(b):
+            return by_adjoint(self, operator, b, state)
         kept = None if state is None else state.precondition
         solution = self._solve(operator, b, state)
         if kept is not None and solution.state.precondition is kept and failed(solution):
@@ -124,6 +130,8 @@ class IterativeSolver(ABC):
         idle = stop_now((length > 0) & torch.isfinite(length) & (target < 1), 0)
         precondition = None if idle else self.precondition(operator, state)
         found = self.iterate(operator, unit, length, stopping, precondition)
+        if is_differentiated(found.x, found.relative):  # through what the operator captured
+            return by_adjoint(self, operator, b, state)
         value = scale(torch.where(torch.isfinite(length), length, torch.zeros_like(length)), found.x)
         codes = torch.where(length == 0, make_codes(Result.CONVERGED, found.codes), found.codes)
         bad = ~torch.isfinite(length) | ~torch.isfinite(found.relative)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._C._functorch import (
+    TransformType,
+    get_interpreter_stack,
+    get_unwrapped,
+    is_gradtrackingtensor,
+    maybe_current_level,
+    maybe_get_level,
+)
+from torch.autograd import Function, forward_ad
 
 
 class BatchedFunction(Function):
@@ -20,6 +31,8 @@ class BatchedFunction(Function):
     def __init_subclass__(cls) -> None:
         if "forward" in cls.__dict__:  # PyTorch asks for it in every call
             cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+        if "jvp" in cls.__dict__:
+            cls.jvp = staticmethod(_nesting(cls.jvp))  # type: ignore[method-assign]
         cls.vmap = staticmethod(lambda *args: _vmap(cls, *args))  # type: ignore[method-assign]
 
     @staticmethod
@@ -35,7 +48,36 @@ class BilinearFunction(BatchedFunction):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.jvp = staticmethod(lambda *args: _bilinear_jvp(cls, *args))  # type: ignore[assignment]
+        cls.jvp = staticmethod(_nesting(lambda *args: _bilinear_jvp(cls, *args)))  # type: ignore[method-assign]
+
+
+def check_operands(name: str, shapes: dict[str, tuple[Tensor, tuple[int | None, ...]]]) -> None:
+    """Raise where the operands of a layer disagree.
+
+    Args:
+        name: of the layer. shapes: under each operand's name, itself and its shape; None: any number.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree; the message names all of them.
+    """
+    first, _ = next(iter(shapes.values()))
+    autocast = torch.is_autocast_enabled(first.device.type)
+    for key, (tensor, wanted) in shapes.items():
+        if tensor.dim() != len(wanted) or any(w not in (None, s) for s, w in zip(tensor.shape, wanted, strict=True)):
+            needed = ", ".join("any" if size is None else str(size) for size in wanted)
+            raise ValueError(
+                f"{name} was given {_listed(shapes, 'shape')}: {key} of shape ({needed}) is needed to go with the "
+                "others. All operands are those of one network, or all have the same first dimension T, the number of "
+                "networks."
+            )
+        for what in ("device",) if autocast else ("device", "dtype"):
+            if getattr(tensor, what) != getattr(first, what):
+                raise ValueError(f"{name} was given {_listed(shapes, what)}: convert them to one {what}.")
+
+
+def _listed(shapes: dict[str, tuple[Tensor, Any]], what: str) -> str:
+    found = {key: getattr(tensor, what) for key, (tensor, _) in shapes.items()}
+    return ", ".join(f"{key} {tuple(value) if what == 'shape' else value}" for key, value in found.items())
 
 
 def per_channel(values: Tensor) -> Tensor:
@@ -70,3 +112,38 @@ def _bilinear_jvp(cls: type[Function], ctx: Any, ta: Tensor | None, tb: Tensor |
     if tb is not None:
         terms.append(cls.apply(a, tb, *ctx.settings))
     return sum(terms[1:], terms[0])
+
+
+def _nesting(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """A ``jvp`` that is right in forward mode over forward mode as well (jacfwd of jacfwd, jvp of jvp).
+
+    PyTorch turns forward mode off inside of a ``jvp``, at all levels, so that the derivative of an outer level is
+    silently zero. Here it stays on, and what belongs to the level at hand is taken off its dual numbers instead.
+    """
+
+    @functools.wraps(jvp)
+    def nesting(ctx: Any, *tangents: Any) -> Any:
+        stack = get_interpreter_stack() or []
+        if sum(interpreter.key() == TransformType.Jvp for interpreter in stack) < 2:
+            return jvp(ctx, *tangents)
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(_Below(ctx), *(_below(tangent) for tangent in tangents))
+
+    return nesting
+
+
+class _Below:
+    """The context of a function, with what it saved as it is below the level at hand."""
+
+    def __init__(self, ctx: Any):
+        self._ctx = ctx
+        self.saved_tensors = tuple(_below(tensor) for tensor in ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
+
+
+def _below(tensor: Any) -> Any:
+    """The primal of a dual number of the innermost transform."""
+    dual = isinstance(tensor, Tensor) and is_gradtrackingtensor(tensor)
+    return get_unwrapped(tensor) if dual and maybe_get_level(tensor) == maybe_current_level() else tensor

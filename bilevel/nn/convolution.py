@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import kernels
-from .batched import BilinearFunction, per_channel
+from .batched import BilinearFunction, check_operands, per_channel
 from .kernels import Geometry, Pair
 
 
@@ -33,20 +33,18 @@ def conv2d(
         bias: ``[filters]``. stride, padding: one number, or one for each direction.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: shapes, dtypes or devices do not fit, or stride and padding are no whole numbers.
     """
     if has_torch_function((x, weight)):  # closure conversion has to see the operands
         return handle_torch_function(conv2d, (x, weight), x, weight, bias, stride, padding)
-    if x.dim() not in (4, 5) or weight.dim() != x.dim() or x.shape[-3] != weight.shape[-3]:
-        raise ValueError(
-            f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}: images [n, channels, height, width] and filters "
-            "[filters, channels, kernel, kernel] with the same number of channels are needed."
-        )
+    check_convolution("conv2d", x, weight, bias)
+    geometry = checked_geometry(stride, padding)
     if torch.is_autocast_enabled(x.device.type):
-        x, weight = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, weight))
+        low = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
     if x.device.type == "cpu":  # once for all kernels that read it
         weight = weight.movedim(-3, -1).contiguous().movedim(-1, -3)
-    y = _Output.apply(x, weight, (_pair(stride), _pair(padding)))
+    y = _Output.apply(x, weight, geometry)
     return y if bias is None else y + per_channel(bias)
 
 
@@ -119,5 +117,22 @@ class _Weight(BilinearFunction):
         return gx, gg, None, None
 
 
-def _pair(value: int | Pair) -> Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+def check_convolution(name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Raise where images ``[*T, n, channels, height, width]`` and filters do not belong together."""
+    tasks = tuple(x.shape[:1]) if x.dim() == 5 else ()
+    images = (*tasks, *[None] * 4)
+    filters = weight.shape[-4] if weight.dim() >= 4 else None
+    channels = x.shape[-3] if x.dim() >= 4 else None
+    shapes = {"x": (x, images), "weight": (weight, (*tasks, None, channels, None, None))}
+    check_operands(name, shapes if bias is None else {**shapes, "bias": (bias, (*tasks, filters))})
+
+
+def checked_geometry(stride: int | Pair, padding: int | Pair) -> Geometry:
+    """Stride and padding as pairs."""
+    pairs = []
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
+        pair = (value, value) if isinstance(value, int) else value
+        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+            raise ValueError(f"{name} is {value!r}: a whole number of at least {least} is needed, or a pair of them.")
+        pairs.append((pair[0], pair[1]))
+    return pairs[0], pairs[1]

@@ -8,16 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batched import check_operands
 from .product import matmul
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear`: ``x [n, in], weight [out, in], bias [out]``, or all with a first dimension T.
 
-    On a CPU in float32 products with few classes are up to twice as fast as PyTorch's own (by oneDNN, see `matmul`).
+    T networks may share x. On a CPU in float32 products with few classes are up to twice as fast as PyTorch's own (by
+    oneDNN, see `matmul`).
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
+    tasks = tuple(weight.shape[:1]) if weight.dim() == 3 else ()
+    shared = not tasks or x.dim() == 2
+    shapes = {
+        "x": (x, (*[None] * (x.dim() - 1), weight.shape[-1]) if shared else (*tasks, None, weight.shape[-1])),
+        "weight": (weight, (*tasks, None, None)),
+    }
+    check_operands("linear", shapes if bias is None else {**shapes, "bias": (bias, weight.shape[:-1])})
     product = matmul(x, weight.mT)
-    return product if bias is None else product + bias.unsqueeze(-2)
+    return product if bias is None else product + (bias.unsqueeze(-2) if tasks else bias)
 
 
 def functional_call(

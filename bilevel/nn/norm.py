@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..recording import recording
-from .batched import BatchedFunction, per_channel
+from .batched import BatchedFunction, check_operands, per_channel
+from .convolution import check_convolution, checked_geometry
 from .kernels import Pair, apart, empty_images, side_by_side
 
 
@@ -37,10 +38,14 @@ def batch_norm(
         x: ``[n, c, h, w]``. weight, bias: ``[c]``; or all with a first dimension T.
         eps: added to the variance. pool: size of the windows of a max-pool, None for none.
         statistics: mean and variance of x, ``[c]`` each, where they are known: see `convolution_statistics`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit, or ``pool`` is no window.
     """
     if has_torch_function((x, weight, bias)):  # closure conversion has to see the operands
         return handle_torch_function(batch_norm, (x, weight, bias), x, weight, bias, eps, pool, statistics)
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    x, weight, bias = (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in (x, weight, bias))
+    _check(x, weight, bias, pool, statistics)
     kept = x if pool is None else _extremes(x, weight, pool)
     if statistics is None:
         mean, rstd = _Statistics.apply(x, eps)
@@ -59,9 +64,14 @@ def convolution_statistics(
 
     Args:
         x: ``[n, channels, height, width]``. weight: ``[filters, channels, kernel, kernel]``; or both with T in front.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
     """
     if has_torch_function((x, weight)):
         return handle_torch_function(convolution_statistics, (x, weight), x, weight, stride, padding)
+    check_convolution("convolution_statistics", x, weight)
+    stride, padding = checked_geometry(stride, padding)
     columns = F.unfold(x.flatten(0, -4), weight.shape[-2:], stride=stride, padding=padding)
     # In float64: the covariance of patches is nearly singular.
     columns = columns.unflatten(0, x.shape[:-3]).transpose(-3, -2).flatten(-2).double()
@@ -70,6 +80,17 @@ def convolution_statistics(
     covariance = centred @ centred.mT / columns.shape[-1]
     mean, variance = (filters @ middle).squeeze(-1), (filters @ covariance * filters).sum(-1)
     return mean.to(x.dtype), variance.to(x.dtype)
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor, pool: int | None, statistics: tuple[Tensor, Tensor] | None) -> None:
+    tasks = tuple(x.shape[:1]) if x.dim() == 5 else ()
+    channels = (*tasks, x.shape[-3] if x.dim() >= 4 else None)
+    shapes = {"x": (x, (*tasks, *[None] * 4)), "weight": (weight, channels), "bias": (bias, channels)}
+    if statistics is not None:
+        shapes |= {"mean": (statistics[0], channels), "variance": (statistics[1], channels)}
+    check_operands("batch_norm", shapes)
+    if pool is not None and not 1 <= pool <= min(x.shape[-2:]):
+        raise ValueError(f"pool is {pool}: windows of 1 to {min(x.shape[-2:])} pixels fit into x {tuple(x.shape)}.")
 
 
 class _Statistics(BatchedFunction):

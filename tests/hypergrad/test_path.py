@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
@@ -79,6 +81,85 @@ def test_a_nudge_below_rounding_is_heard():
 
     with pytest.warns(bl.SolveWarning, match="lost in rounding"):
         loss().backward()
+
+
+NUDGED = {
+    "tight": (bl.LBFGS(gtol=1e-6), False),
+    "default": (None, False),
+    "loose": (bl.LBFGS(gtol=3e-3), True),
+    "as large as the nudge": (bl.LBFGS(gtol=1e-2), True),
+    "ten steps": (bl.GradientDescent(0.3, max_steps=10), False),
+    "one step": (bl.GradientDescent(0.1, max_steps=1), True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", NUDGED)
+def test_a_penalty_is_accurate_or_tells(name, symmetric, dtype):
+    """Its nudged solves are as inexact as the solver is, in units of 1 / strength: up to 58 percent off."""
+    solver, heard = NUDGED[name]
+    A, b, c = (part.to(dtype) for part in (randn(8, 8, seed=0), randn(8, seed=1), randn(8, seed=2)))
+    A = A @ A.mT / 8 + torch.eye(8, dtype=dtype) / 2
+    x = torch.ones(8, dtype=dtype, requires_grad=True)
+    fit = bl.argmin(
+        lambda y: 0.5 * y @ A @ y - (x * b) @ y,
+        torch.zeros(8, dtype=dtype),
+        solver=solver,
+        hypergrad=bl.Penalty(symmetric=symmetric),
+    )
+    with pytest.warns(bl.SolveWarning, match="is inexact|gtol far below") if heard else contextlib.nullcontext():
+        (found,) = torch.autograd.grad(fit.value @ c, x)
+    assert heard or relative_error(found, b * torch.linalg.solve(A, c)) <= 0.03
+
+
+def lossy(dtype, size, shift=0.0):
+    """``|y - w|^2 / 2 + e^x |y|^2 / 2`` at ``w / 2``, and the one-step gradient at x = 0 of ``c y``."""
+    w, rest = 0.05 * randn(size, seed=0) + shift, 0.05 * randn(size, seed=1)
+    c = 0.1 * w + rest
+    return w.to(dtype), c.to(dtype), -(c @ w).item() / 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "tolerance"),
+    [
+        (torch.bfloat16, 100_000, 0.01),
+        (torch.float16, 1000, 0.02),
+        (torch.float32, 10**6, 1e-3),
+        (torch.float64, 9, 1e-8),
+    ],
+)
+@pytest.mark.parametrize("method", ["FiniteDifference", "SAMA"])
+@pytest.mark.parametrize("epsilon", [None, 1e-2, 1e-5, 1e-9])
+def test_differences_are_accurate_or_tell(method, epsilon, dtype, size, tolerance):
+    """A move of 1e-2 was lost in the rounding of bfloat16: 0 where -12 is right."""
+    w, c, truth = lossy(dtype, size, shift=0.1)
+    x = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+
+    def inner(y):
+        return 0.5 * (y - w).square().sum().to(x.dtype) + 0.5 * x.exp() * y.to(x.dtype).square().sum()
+
+    chosen = bl.FiniteDifference(1.0, epsilon) if method == "FiniteDifference" else bl.SAMA(bl.SGD(1.0), epsilon)
+    fit = bl.argmin(inner, (w / 2).to(dtype), solver=bl.Steps(bl.SGD(0.5), 3), hypergrad=chosen, throw="raise")
+    try:
+        (found,) = torch.autograd.grad((fit.value * c).sum(), x)
+    except bl.SolveError as error:
+        assert f"The difference of {method} is lost in rounding" in str(error)  # noqa: PT017
+        assert epsilon is not None
+    else:
+        assert found.item() == pytest.approx(truth, rel=max(tolerance, 0.06 if epsilon else 0))
+
+
+def test_a_hyperparameter_without_influence_is_no_loss():
+    """Its difference is zero, and not for rounding."""
+    x, z = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (0.3, 2.0))
+
+    def inner(y):
+        return (y - x).square().sum() + z.square()
+
+    fit = bl.argmin(inner, torch.ones(3, dtype=torch.float64), hypergrad=bl.FiniteDifference(0.5), throw="raise")
+    grads = torch.autograd.grad(fit.value.sum(), (x, z))
+    assert [grad.item() for grad in grads] == pytest.approx([3.0, 0.0], abs=1e-8)
 
 
 def test_sama_takes_the_rule_of_the_solver():

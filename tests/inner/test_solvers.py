@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import scipy.optimize
 import torch
 
 from bilevel import LBFGS, GradientDescent, NewtonCG, Result, ScipyMinimize, TorchOptim
@@ -24,6 +26,7 @@ SOLVERS = [
     ScipyMinimize("CG", gtol=1e-5),
     ScipyMinimize("Newton-CG", gtol=1e-7),
     ScipyMinimize("trust-ncg", gtol=1e-7),
+    ScipyMinimize("trust-exact", gtol=1e-7),
 ]
 
 
@@ -43,6 +46,40 @@ def test_rosenbrock(solver):
     found = solver.minimize(problem)
     assert found.result is Result.CONVERGED
     torch.testing.assert_close(found.value, torch.ones(2, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+HESSIANS = {"Newton-CG": 1, "trust-ncg": 1, "trust-krylov": 1, "trust-constr": 1, "dogleg": 0, "trust-exact": 0}
+
+
+@pytest.mark.parametrize("method", [*HESSIANS, "TNC", "L-BFGS-B", "BFGS", "CG", "SLSQP", "Nelder-Mead", "COBYLA"])
+def test_scipy_methods_get_the_derivatives_that_they_want(method, monkeypatch, recwarn):
+    """Of two problems, whose Hessian has two blocks; and nothing that they do not know."""
+    given = {}
+    theirs = scipy.optimize.minimize
+
+    def minimize(*args, **settings):
+        given.update(settings)
+        return theirs(*args, **settings)
+
+    monkeypatch.setattr(scipy.optimize, "minimize", minimize)
+    target = torch.tensor([[1.0, 2.0], [-1.0, 0.5]], dtype=torch.float64)
+
+    def loss(y):
+        return (y - target).square().sum(-1) + y.pow(4).sum(-1) + (y[:, 0] * y[:, 1] - 1).square()
+
+    start = torch.full((2, 2), 0.3, dtype=torch.float64)
+    found = ScipyMinimize(method, gtol=1e-4).minimize(Problem(loss, start))
+    assert found.result is Result.CONVERGED
+    v = np.arange(1.0, 5.0)
+    hessian = np.zeros((4, 4))
+    for block, y in enumerate(start):
+        part = torch.func.hessian(lambda y, b=block: loss(torch.stack([y, y]))[b])(y)
+        hessian[2 * block : 2 * block + 2, 2 * block : 2 * block + 2] = part.numpy()
+    if HESSIANS.get(method) == 1:
+        np.testing.assert_allclose(given["hessp"](start.flatten().numpy(), v), hessian @ v)
+    elif method in HESSIANS:
+        np.testing.assert_allclose(given["hess"](start.flatten().numpy()), hessian)
+    assert not [seen for seen in recwarn.list if issubclass(seen.category, scipy.optimize.OptimizeWarning)]
 
 
 @pytest.mark.parametrize("solver", [LBFGS(gtol=1e-7, history=20), NewtonCG(gtol=1e-7)], ids=repr)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bilevel.linalg.cg import CG
-from bilevel.linalg.direct import LU, Cholesky
+from bilevel.linalg.direct import LU, Cholesky, LeastNorm
 from bilevel.linalg.identity import Identity
 from bilevel.linalg.minres import MINRES
 from bilevel.linalg.neumann import Neumann, largest_eigenvalue
@@ -29,18 +29,20 @@ INCONSISTENT = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
-    "solver", [Neumann(rtol=1e-9, max_steps=20000), NormalCG(), Cholesky(), LU(), *(s() for s in SCIPY)], ids=repr
+    "solver",
+    [Neumann(rtol=1e-9, max_steps=20000), NormalCG(), Cholesky(), LU(), LeastNorm(), *(s() for s in SCIPY)],
+    ids=repr,
 )
 def test_conforms(solver):
     check_linear_solver(solver)
 
 
-@pytest.mark.parametrize("solver", [Neumann(alpha=1.0), NormalCG(), LU(), *(s() for s in SCIPY)], ids=repr)
+@pytest.mark.parametrize("solver", [Neumann(alpha=1.0), NormalCG(), LU(), LeastNorm(), *(s() for s in SCIPY)], ids=repr)
 def test_nonsymmetric_matrices_are_solved(solver):
     check_nonsymmetric_solver(solver)
 
 
-@pytest.mark.parametrize("solver", [MINRES(), NormalCG(), GMRES(), BiCGSTAB(), LSMR(), LU()], ids=repr)
+@pytest.mark.parametrize("solver", [MINRES(), NormalCG(), GMRES(), BiCGSTAB(), LSMR(), LU(), LeastNorm()], ids=repr)
 def test_indefinite_matrices_are_solved(solver):
     b = torch.tensor([1.0, 2.0], dtype=torch.float64)
     solution = solver.solve(Dense(SADDLE), b)
@@ -56,12 +58,26 @@ def test_cholesky_flags_an_indefinite_matrix_of_a_batch():
 
 
 @pytest.mark.parametrize(
-    "solver", [MINRES(), NormalCG(), GMRES(), BiCGSTAB(), LSMR(), LU(), Cholesky(), Neumann()], ids=repr
+    "solver", [MINRES(), NormalCG(), GMRES(), BiCGSTAB(), LSMR(), LU(), LeastNorm(), Cholesky(), Neumann()], ids=repr
 )
 def test_inconsistent_systems_are_never_converged(solver):
     """SciPy's minres returns 3e15 with info = 0 there."""
     solution = solver.solve(Dense(INCONSISTENT), torch.ones(3, dtype=torch.float64))
     assert not solution.result.ok
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_least_norm_of_singular_systems(dtype, tolerance):
+    """Rows that depend on others up to rounding; in a batch beside a regular one, which is solved as by LU."""
+    wide = randn(4, 7, seed=0).to(dtype)
+    singular = torch.cat([wide, torch.tensor([[0.3], [3.0], [-1.1]], dtype=dtype) * wide[:3]])
+    b = singular @ randn(7, seed=1).to(dtype)
+    regular = (randn(7, 7, seed=2) + 3 * torch.eye(7)).to(dtype)
+    found = LeastNorm().solve(Dense(torch.stack([singular, regular]), symmetric=False), torch.stack([b, b]))
+    assert found.result is Result.CONVERGED
+    truth = torch.linalg.lstsq(wide.double(), b[:4].double(), driver="gelsd").solution
+    assert relative_error(found.value[0].double(), truth) <= tolerance
+    assert relative_error(found.value[1], LU().solve(Dense(regular, symmetric=False), b).value) <= tolerance
 
 
 @pytest.mark.parametrize("solver", SCIPY)

@@ -139,5 +139,5 @@ def test_autocast_computes_in_low_precision():
 
 @pytest.mark.parametrize(("x", "w"), [((3, 2, 7, 7), (4, 3, 3, 3)), ((2, 7, 7), (4, 2, 3, 3))])
 def test_shapes_that_do_not_fit(x, w):
-    with pytest.raises(ValueError, match="are needed"):
+    with pytest.raises(ValueError, match="is needed to go with the others"):
         conv2d(torch.zeros(x), torch.zeros(w))
