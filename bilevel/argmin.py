@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .closure import Closure, Recorder
+from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.composite import CompositeStatement
 from .hypergrad.differentiate import differentiable_solve
@@ -35,6 +36,7 @@ COMPOSITE_ADVICE = (
 )
 
 
+@solves
 def argmin(
     objective: Objective,
     init: Tree,
@@ -129,10 +131,10 @@ def _composite(
         prox.prox(Raveler(params, losses.shape).ravel(leaves(params)), torch.ones_like(losses))
         return losses
 
-    def build(recorder: Recorder | None) -> Problem:
+    def build(recorder: Recorder) -> Problem:
         problem = Problem(objective, init, args, recorder=recorder)
         problem.shrink = prox.prox
-        if recorder:
+        if recorder.differentiable:
             recorder.note(prox.tensors)
             with recorder:
                 prox.prox(problem.start.y, torch.ones_like(problem.start.f))
@@ -164,6 +166,7 @@ def _composite(
     )
 
 
+@solves
 def root(
     residual: Callable[..., Tree],
     init: Tree,
@@ -195,6 +198,7 @@ def root(
     return _root(kind, residual, init, args, solver or Newton(), hypergrad, batched, throw, warm_start)
 
 
+@solves
 def fixed_point(
     map: Callable[..., Tree],
     init: Tree,

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
-from .closure import Autocast, Recorder
+from .closure import Autocast, Recorder, sparing
+from .context import UNCOMPILED
 from .recording import recording
 from .solution import NonFiniteError
+from .spared import Spared
 from .tree import Raveler, Tree, leaves
 
 Objective = Callable[..., Tensor]
@@ -85,6 +87,7 @@ class Problem:
         check_init(init)
         self.objective, self.args, self.differentiable = objective, args, differentiable
         self.autocast = Autocast.current(leaves(init)[0].device)
+        self.spared = recorder.spared if recorder else Spared()
         with torch.enable_grad():
             point = [
                 leaf if differentiable and leaf.requires_grad else leaf.detach().requires_grad_()
@@ -93,13 +96,15 @@ class Problem:
             if recorder:
                 recorder.know(point)
                 recorder.note(args)
-            with self.autocast.entered(), recorder or contextlib.nullcontext():
+            with self.autocast.evaluating(), recorder or contextlib.nullcontext():
                 loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
             check_loss(loss, init, max_batch_dims)
-            if recorder and not recorder.captured:
+            if recorder and recorder.differentiable and not recorder.captured:
                 refuse_hidden(graph_nodes([loss]), point)
             self.raveler = Raveler(init, loss.shape)
             grads = _gradient(loss, point, create_graph=differentiable)
+            if recorder and not recording():
+                recorder.reads.warn_forgotten(init, lambda: self._loss(point))
             start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
         self.start = start if differentiable else start.detach()
         self.shrink: Shrink | None = None  # the prox of a composite problem
@@ -112,21 +117,24 @@ class Problem:
             if not (self.differentiable and y.requires_grad):
                 y = y.detach().requires_grad_()
             point = self.raveler.unravel(y)
-            loss = self._loss(point)
+            with UNCOMPILED if self.differentiable else contextlib.nullcontext():
+                loss = self._loss(point)
             g = self.raveler.ravel(_gradient(loss, point, create_graph=self.differentiable))
         found = Evaluation(y, loss.double(), g)
         return found if self.differentiable else found.detach()
 
     def linearize(self, y: Tensor, create_graph: bool = True) -> Linearization:
         """The gradient at ``y`` with its graph towards ``y`` and everything that the objective captured."""
-        return linearize_objective(self._loss, self.raveler.unravel(y), create_graph=create_graph)
+        with UNCOMPILED:
+            return linearize_objective(self._loss, self.raveler.unravel(y), create_graph=create_graph)
 
     def sum_loss(self, *point: Tensor) -> Tensor:
         """The summed loss as a function of the leaves, for `torch.func`."""
-        return self._loss(list(point)).sum()
+        with UNCOMPILED:
+            return self._loss(list(point)).sum()
 
     def _loss(self, point: Sequence[Tensor]) -> Tensor:
-        with self.autocast.entered():
+        with self.autocast.evaluating(), sparing(self.spared):
             return self.objective(self.raveler.unflatten(point), *self.args)
 
 
@@ -163,15 +171,17 @@ class RootProblem:
         self.residual, self.args = residual, args
         self.autocast = Autocast.current(leaves(init)[0].device)
         self.raveler = Raveler(init, check_batch(init, batch_dims))
-        with torch.enable_grad() if recorder else torch.no_grad():
-            point = [leaf.detach().requires_grad_(recorder is not None) for leaf in leaves(init)]
+        self.spared = recorder.spared if recorder else Spared()
+        differentiable = recorder is not None and recorder.differentiable
+        with torch.set_grad_enabled(differentiable):
+            point = [leaf.detach().requires_grad_(differentiable) for leaf in leaves(init)]
             if recorder:
                 recorder.know(point)
                 recorder.note(args)
-            with self.autocast.entered(), recorder or contextlib.nullcontext():
+            with self.autocast.evaluating(), recorder or contextlib.nullcontext():
                 found = residual(self.raveler.unflatten(point), *args)
             check_residual(found, init)
-            if recorder and not recorder.captured:
+            if recorder and recorder.differentiable and not recorder.captured:
                 refuse_hidden(graph_nodes(leaves(found)), point)
         self.data: Any = None  # what a solver of a special form needs beside the residual
         self.y = self.raveler.ravel(point).detach().clone()
@@ -186,10 +196,11 @@ class RootProblem:
 
     def linearize(self, y: Tensor) -> Linearization:
         """The residual at ``y`` with its graph towards ``y``."""
-        return linearize_residual(self._residual, self.raveler.unravel(y))
+        with UNCOMPILED:
+            return linearize_residual(self._residual, self.raveler.unravel(y))
 
     def _residual(self, point: Sequence[Tensor]) -> list[Tensor]:
-        with self.autocast.entered():
+        with self.autocast.evaluating(), sparing(self.spared):
             return leaves(self.residual(self.raveler.unflatten(point), *self.args))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .closure import Closure, Recorder, VmappedClosure, in_transform
+from .context import solves
 from .hypergrad.base import PathMethod
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
@@ -45,6 +46,7 @@ class QPSolution(NamedTuple):
     inequality: Tensor
 
 
+@solves
 def quadratic_program(
     Q: Tensor,
     c: Tensor,
@@ -98,7 +100,7 @@ def quadratic_program(
     base = 1e-9 if data[1].dtype == torch.float64 else 1e-5
     method = InteriorPoint(base if tol is None else tol, max_steps)
 
-    def build(recorder: Recorder | None) -> RootProblem:
+    def build(recorder: Recorder) -> RootProblem:
         problem = RootProblem(_kkt, init, tuple(data), batch_dims=len(batch), recorder=recorder)
         problem.data = data
         return problem

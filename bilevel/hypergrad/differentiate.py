@@ -25,7 +25,7 @@ def differentiable_solve(
     init: Tree,
     args: tuple[Any, ...],
     *,
-    build: Callable[[Recorder | None], Any],
+    build: Callable[[Recorder], Any],
     batch_dims_of: Callable[[Any, Tree], int],
     solve: Solve,
     hypergrad: Hypergrad | None,
@@ -42,9 +42,9 @@ def differentiable_solve(
     """
     flat, spec = pytree.tree_flatten(init)
     differentiable = hypergrad is not None and torch.is_grad_enabled()
-    recorder, problem = Recorder(), None
+    recorder, problem = Recorder(differentiable), None
     if not in_transform():
-        problem = build(recorder if differentiable else None)
+        problem = build(recorder)
         batch_dims = len(problem.raveler.batch_shape)
         if hypergrad is None or not differentiable or not (recorder.captured or hypergrad.reaches_init):
             found = solve(problem, lambda found: _measure(problem, found))
@@ -56,7 +56,7 @@ def differentiable_solve(
         recorder.note(args)
         with recorder:
             batch_dims = batch_dims_of(fn(pytree.tree_unflatten(start, spec), *args), init)
-    closure = Closure(fn, spec, args, recorder.captured, Autocast.current(flat[0].device))
+    closure = Closure(fn, spec, args, recorder.captured, Autocast.current(flat[0].device), recorder.spared)
     method = hypergrad or Implicit()
     call = Call(
         kind(closure), spec, batch_dims, method, solve, throw, problem, minimize, warm_start and _state(warm_start)

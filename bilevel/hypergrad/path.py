@@ -38,7 +38,7 @@ class Path:
         self.problem = Problem(objective, init, args, recorder=recorder)
         self.steps, self.hparams = steps, recorder.resolved
         autocast = Autocast.current(self.problem.start.y.device)
-        self.closure = Closure(objective, pytree.tree_structure(init), args, recorder.captured, autocast)
+        self.closure = Closure(objective, pytree.tree_structure(init), args, recorder.captured, autocast, recorder.spared)
         point, free = free_leaves(self.problem.raveler.unravel(self.problem.start.y)), free_leaves(self.hparams)
         with torch.enable_grad():
             nodes = list(graph_nodes([self.closure(point, free)]))
@@ -55,7 +55,7 @@ class Path:
         """One step, as `torch.func` differentiates it."""
         raveler = self.problem.raveler
         g = torch.func.grad(lambda flat: self.closure(raveler.unravel(flat), hparams).sum())(y)
-        with Substitute(self.closure.captured, hparams):
+        with Substitute(self.closure.captured, hparams):  # settings of the rule
             return self.steps.rule.step(y, g, state, index)
 
     def solution(self, y: Tensor, state: State) -> Solution:
@@ -69,11 +69,11 @@ class Path:
 
 def eager_problem(objective: Objective, init: Tree, args: tuple[Any, ...]) -> tuple[Problem, bool]:
     """A problem whose steps leave a graph, where gradients are on, and whether its objective has a layer norm."""
+    recorder = Recorder(differentiable=False)
     if not torch.is_grad_enabled():
-        return Problem(objective, init, args), False
-    born = Recorder().born
-    problem = Problem(objective, init, args, differentiable=True)
-    return problem, has_layer_norm(graph_nodes([problem.start.f], since=born))
+        return Problem(objective, init, args, recorder=recorder), False
+    problem = Problem(objective, init, args, differentiable=True, recorder=recorder)
+    return problem, has_layer_norm(graph_nodes([problem.start.f], since=recorder.born))
 
 
 def unrollable(solver: InnerSolver, method: str) -> Steps:

@@ -35,7 +35,7 @@ class EmpiricalFisher:
 
     def __call__(self, problem: Problem, at: Linearization) -> Operator:
         free = free_leaves(at)
-        with torch.enable_grad(), problem.autocast.entered():
+        with torch.enable_grad(), problem.autocast.evaluating():
             losses = self.losses(problem.raveler.unflatten(free), *problem.args)
         check_outputs("losses", losses, problem)
         expected = len(problem.raveler.batch_shape) + 1
