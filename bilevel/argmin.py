@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .checks import check_argmin, check_root
 from .closure import Closure, Recorder
 from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod
@@ -82,6 +83,7 @@ def argmin(
         SolveError: as ``throw`` says.
     """
     check_throw(throw)
+    check_argmin(objective, init, solver, hypergrad, warm_start)
     solver = LBFGS() if solver is None else solver
     if isinstance(hypergrad, PathMethod):
         return hypergrad.run(objective, init, args, solver, throw)
@@ -194,6 +196,7 @@ def root(
     Returns:
         As `argmin`; ``stats["residual_norm"]`` is ``||residual||`` at the solution.
     """
+    check_root("residual", residual, init, solver, hypergrad, warm_start)
     kind = SymmetricResidualStatement if symmetric else ResidualStatement
     return _root(kind, residual, init, args, solver or Newton(), hypergrad, batched, throw, warm_start)
 
@@ -223,6 +226,8 @@ def fixed_point(
     Returns:
         As `root`; ``stats["residual_norm"]`` is ``||y - map(y)||``.
     """
+
+    check_root("map", map, init, solver, hypergrad, warm_start)
 
     def residual(y: Tree, *args: Any) -> Tree:
         found = map(y, *args)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_hypergrad
 from .closure import Closure, Recorder, VmappedClosure, in_transform
 from .context import solves
 from .hypergrad.base import PathMethod
@@ -92,6 +93,7 @@ def quadratic_program(
             are differentiated warn.
     """
     check_throw(throw)
+    check_hypergrad(hypergrad)
     if isinstance(hypergrad, PathMethod):
         raise TypeError(f"hypergrad is {hypergrad!r}: a quadratic program takes Implicit(linear_solver), or None.")
     data, units = scaled(*_checked(Q, c, A, b, G, h))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..checks import check_linear_solver
 from ..closure import Closure
 from ..linalg.cg import CG
 from ..linalg.curvature import FuncHessian, GraphHessian
@@ -52,6 +53,9 @@ class Implicit:
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_linear_solver(self.linear_solver)
+        if isinstance(self.operator, type):
+            raise TypeError(f"operator is the class {self.operator.__name__}: write {self.operator.__name__}(...).")
         if not callable(self.operator) and self.operator not in ("graph", "func"):
             raise ValueError(f"operator is {self.operator!r}: it is 'graph', 'func', or a factory such as GaussNewton.")
         if not self.damping >= 0:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_rule
 from ..problem import Evaluation, Problem
 from ..solution import Solution
 from .minimize import Progress, check_settings, choose
@@ -180,6 +181,7 @@ class Steps:
     gtol: float | None = None
 
     def __post_init__(self) -> None:
+        check_rule(self.rule, Rule)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         lr = getattr(self.rule, "lr", 0.0)
         if isinstance(lr, Tensor) and lr.dim() == 1 and len(lr) < self.max_steps:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_optimizer
 from ..problem import Evaluation, Problem
 from ..solution import Solution
 from .minimize import Progress, check_settings
@@ -42,6 +43,7 @@ class TorchOptim:
         gtol: float | None = None,
         **settings: Any,
     ):
+        check_optimizer(optimizer)
         check_settings(max_steps=max_steps, gtol=gtol)
         object.__setattr__(self, "optimizer", optimizer)
         object.__setattr__(self, "max_steps", max_steps)
@@ -92,5 +94,5 @@ class TorchOptim:
     def _freeze(params: list[Tensor], before: list[Tensor], active: Tensor) -> None:
         with torch.no_grad():
             for param, old in zip(params, before, strict=True):
-                where = active.view(*active.shape, *[1] * (param.dim() - active.dim()))
+                where = active.view((*active.shape, *[1] * (param.dim() - active.dim())))
                 param.copy_(torch.where(where, param, old))
