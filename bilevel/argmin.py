@@ -17,7 +17,9 @@ from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.composite import CompositeStatement
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
+from .hypergrad.penalty import Penalty
 from .hypergrad.statement import ObjectiveStatement, ResidualStatement, SymmetricResidualStatement
+from .inner.decay import with_decay
 from .inner.fixed_point import Anderson
 from .inner.lbfgs import LBFGS
 from .inner.minimize import INNER_ADVICE, InnerSolver
@@ -87,6 +89,8 @@ def argmin(
     solver = LBFGS() if solver is None else solver
     if isinstance(hypergrad, PathMethod):
         return hypergrad.run(objective, init, args, solver, throw)
+    reads_residual = isinstance(hypergrad, Implicit | Penalty) and torch.is_grad_enabled() and throw != "ignore"
+    solver, objective = with_decay(solver, objective, init, warn=reads_residual)
     if isinstance(solver, ProximalGradient):
         return _composite(objective, init, args, solver, hypergrad, throw, warm_start)
 

@@ -1,7 +1,7 @@
 """What is switched in PyTorch while a problem is evaluated, and around a whole solve.
 
-These are settings of the process, not of a thread: the first to enter switches, the last to leave switches back, so that
-solves in several threads do not undo each other's.
+These are settings of the process, not of a thread: the first to enter switches, the last to leave switches back, so
+that solves in several threads do not undo each other's.
 """
 
 from __future__ import annotations

@@ -20,9 +20,14 @@ from .tree import Tree, leaves
 _CALL = nn.Module._call_impl.__code__
 _REENTRANT = CheckpointFunction.forward.__code__
 MODEL_OPERATIONS = frozenset(
-    "linear bilinear matmul __matmul__ __rmatmul__ mm bmm mv addmm baddbmm einsum tensordot conv1d conv2d conv3d "
-    "conv_transpose1d conv_transpose2d conv_transpose3d embedding embedding_bag batch_norm layer_norm group_norm "
-    "instance_norm rms_norm scaled_dot_product_attention multi_head_attention_forward".split()
+    name
+    for names in (
+        ("linear", "bilinear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "baddbmm"),
+        ("einsum", "tensordot", "conv1d", "conv2d", "conv3d", "embedding", "embedding_bag"),
+        ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "multi_head_attention_forward"),
+        ("batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "scaled_dot_product_attention"),
+    )
+    for name in names
 )
 """Where params meet data: an objective that does these with its params has not forgotten them."""
 
@@ -31,7 +36,7 @@ class ModuleReads:
     """What modules read while an objective is recorded.
 
     Attributes:
-        own: parameters that requires grad and a module read from itself, each with the outermost module of the call.
+        own: parameters that require grad, read by a module from itself; each with the outermost module of the call.
     """
 
     def __init__(self) -> None:
@@ -49,15 +54,15 @@ class ModuleReads:
             ValueError: the operation is inside `torch.utils.checkpoint`, in a module that was given other parameters.
         """
         for tensor in operands:
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                if id(tensor) not in self.own and id(tensor) not in self._given:
-                    calls = list(_module_calls())
-                    if calls:
-                        self.own[id(tensor)] = tensor, calls[-1]
-        if _is_checkpointed() and any(_is_swapped(module) for module in _module_calls()):
-            raise ValueError(CHECKPOINT)
-        if _is_checkpointed() and any(id(_plain(tensor)) in self._given for tensor in operands) and any(_module_calls()):
-            raise ValueError(CHECKPOINT)
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in self.own:
+                calls = list(_module_calls())
+                if calls:
+                    self.own[id(tensor)] = tensor, calls[-1]
+        if _is_checkpointed():
+            calls = list(_module_calls())
+            given = bool(calls) and any(id(_plain(tensor)) in self._given for tensor in operands)
+            if given or any(_is_swapped(module) for module in calls):
+                raise ValueError(CHECKPOINT)
 
     def warn_forgotten(self, init: Tree, evaluate: Callable[[], Any]) -> None:
         """Warn where modules read the very parameters that ``init`` holds, and the given ones are in no model.
@@ -77,12 +82,12 @@ class ModuleReads:
 CHECKPOINT = (
     "The inner problem calls torch.utils.checkpoint inside of functional_call. It computes again in the backward pass, "
     "when the module has its own parameters back, so that the gradient would be that of other params. Call the block "
-    "without checkpoint in the inner problem; Implicit keeps the graph of one gradient only, and the memory of unrolled "
-    "steps is what hypergrad=Unroll(checkpoint=True) saves."
+    "without checkpoint in the inner problem: Implicit keeps the graph of one gradient only, and the memory of "
+    "unrolled steps is what hypergrad=Unroll(checkpoint=True) saves."
 )
 FORGOTTEN = (
-    "The objective calls a module with the module's own parameters, which are those of init, and uses the params that it "
-    "is given beside that call only: they are minimised without ever entering the model. Write "
+    "The objective calls a module with the module's own parameters, which are those of init, and uses the params that "
+    "it is given beside that call only: they are minimised without ever entering the model. Write "
     "torch.func.functional_call(module, params, (x,)) in place of module(x)."
 )
 

@@ -14,10 +14,11 @@ from torch.utils import _pytree as pytree
 
 from .closure import Autocast, Recorder, sparing
 from .context import UNCOMPILED
+from .reach import Reach
 from .recording import recording
 from .solution import NonFiniteError
 from .spared import Spared
-from .tree import Raveler, Tree, leaves
+from .tree import Raveler, Tree, is_continuous, leaves
 
 Objective = Callable[..., Tensor]
 """``objective(params, *args)``: a scalar for one problem, a vector ``[T]`` for T independent problems."""
@@ -90,7 +91,8 @@ class Problem:
         self.spared = recorder.spared if recorder else Spared()
         with torch.enable_grad():
             point = [
-                leaf if differentiable and leaf.requires_grad else leaf.detach().requires_grad_()
+                # An alias: the objective may capture the same parameters, as a proximal term does.
+                leaf.view_as(leaf) if differentiable and leaf.requires_grad else leaf.detach().requires_grad_()
                 for leaf in leaves(init)
             ]
             if recorder:
@@ -107,6 +109,7 @@ class Problem:
                 recorder.reads.warn_forgotten(init, lambda: self._loss(point))
             start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
         self.start = start if differentiable else start.detach()
+        self.reach: Reach | None = None  # what the gradient of an unrolled solution reaches
         self.shrink: Shrink | None = None  # the prox of a composite problem
         if not recording() and not bool(torch.isfinite(self.start.f).all()):
             raise NonFiniteError(blame_nonfinite("objective", init, args))
@@ -133,9 +136,13 @@ class Problem:
         with UNCOMPILED:
             return self._loss(list(point)).sum()
 
-    def _loss(self, point: Sequence[Tensor]) -> Tensor:
+    def loss(self, params: Tree) -> Tensor:
+        """The losses at a tree of params."""
         with self.autocast.evaluating(), sparing(self.spared):
-            return self.objective(self.raveler.unflatten(point), *self.args)
+            return self.objective(params, *self.args)
+
+    def _loss(self, point: Sequence[Tensor]) -> Tensor:
+        return self.loss(self.raveler.unflatten(point))
 
 
 def linearize_objective(
@@ -343,5 +350,5 @@ def _named_inputs(init: Tree, args: tuple[Any, ...]) -> Iterator[tuple[str, Tree
 
 
 def _has_nonfinite(tree: Tree) -> bool:
-    tensors = [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    tensors = [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor) and is_continuous(leaf)]
     return any(not bool(torch.isfinite(leaf).all()) for leaf in tensors)

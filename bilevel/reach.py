@@ -37,7 +37,11 @@ class Reach:
     """
 
     def __init__(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], tensors: Sequence[Tensor], named: dict[str, Any] | None = None
+        self,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        tensors: Sequence[Tensor],
+        named: dict[str, Any] | None = None,
     ):
         self._kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
         self._tensors = [weakref.ref(tensor) for tensor in tensors]
@@ -49,6 +53,14 @@ class Reach:
             if leaf.requires_grad
         ]
         self._listed: tuple[Reached, ...] | None = None
+
+    @classmethod
+    def of(
+        cls, fn: Callable[..., Any], init: Any, args: tuple[Any, ...], captured: Sequence[Tensor], to_init: bool
+    ) -> Reach:
+        """Of a solve from ``init``, which the gradient reaches by some methods."""
+        start = [leaf for leaf in pytree.tree_leaves(init) if leaf.requires_grad] if to_init else []
+        return cls(fn, args, [*captured, *start], {"init": init})
 
     def listed(self) -> tuple[Reached, ...]:
         """All of them, in the order in which they were met."""
@@ -91,7 +103,11 @@ def _variables(value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Te
         return
     seen.add(id(value))
     if isinstance(value, functools.partial):
-        parts: dict[str, Any] = {"": value.func, **value.keywords, **{f"args[{i}]": a for i, a in enumerate(value.args)}}
+        parts: dict[str, Any] = {
+            "": value.func,
+            **value.keywords,
+            **{f"args[{i}]": a for i, a in enumerate(value.args)},
+        }
     elif isinstance(value, types.MethodType):
         parts = {"": value.__func__, "self": value.__self__}
     elif isinstance(value, types.FunctionType):

@@ -1,8 +1,8 @@
 """What an evaluation is kept from: writing into tensors that are not its own, and reading those that autograd refuses.
 
 A batch norm in training mode writes its running statistics, and every evaluation of an inner problem would. Operations
-are given copies instead, so that the objective is the same function each time, also in several threads, and the module is
-left as it was. Tensors that were made under `torch.inference_mode` cannot be saved for a derivative: their copies can.
+are given copies instead, so that the objective is the same function each time, also in several threads, and the module
+is left as it was. Tensors that were made under `torch.inference_mode` cannot be saved for a derivative: copies can.
 """
 
 from __future__ import annotations
@@ -16,9 +16,22 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 METADATA = frozenset({"requires_grad_", "retain_grad_", "detach_", "share_memory_", "rename_"})
-IN_PLACE = frozenset(
-    f"__i{name}__" for name in "add sub mul matmul truediv floordiv mod pow and or xor lshift rshift".split()
-) | {"__setitem__"}
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "matmul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+)
+IN_PLACE = frozenset(f"__i{name}__" for name in _OPERATORS) | {"__setitem__"}
 
 
 class Spared:
@@ -102,7 +115,7 @@ def targets(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Te
 
 
 def _statistics(args: tuple[Any, ...], kwargs: dict[str, Any], flag: str) -> list[Any]:
-    """``running_mean`` and ``running_var`` of ``norm(input, mean, var, weight, bias, flag, ...)``, where it writes them."""
+    """The running statistics of ``norm(input, mean, var, weight, bias, flag, ...)``, where it writes them."""
     default = flag == "use_input_stats"
     writes = kwargs.get(flag, args[5] if len(args) > 5 else default)
     given = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..closure import Autocast, Closure, Recorder, in_transform
@@ -75,14 +74,8 @@ def differentiable_solve(
         plain.recovered,
         plain.state,
         adjoint_cell=call.record.adjoint_cell,
-        reach=None if hypergrad is None else reach_of(fn, init, args, recorder.captured, method.reaches_init),
+        reach=None if hypergrad is None else Reach.of(fn, init, args, recorder.captured, method.reaches_init),
     )
-
-
-def reach_of(fn: Callable[..., Any], init: Tree, args: tuple[Any, ...], captured: list[Tensor], to_init: bool) -> Reach:
-    """What the gradient of a solution reaches: captured tensors and, for some methods, ``init``."""
-    start = [leaf for leaf in pytree.tree_leaves(init) if leaf.requires_grad] if to_init else []
-    return Reach(fn, args, [*captured, *start], {"init": init})
 
 
 def _state(warm_start: Solution) -> Any:

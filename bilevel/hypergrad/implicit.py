@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..checks import check_linear_solver
-from ..closure import Closure
+from ..closure import Closure, Recorder
+from ..inner.decay import Decayed
 from ..linalg.cg import CG
 from ..linalg.curvature import FuncHessian, GraphHessian
 from ..linalg.jacobian import GraphJacobian
@@ -86,7 +87,7 @@ class Implicit:
         """``J`` at the solution."""
         at, raveler = point.linearization(), point.raveler
         if callable(self.operator):
-            return self.operator(_problem(point), at)
+            return _with_decay(point, self.operator(_problem(point), at))
         if isinstance(point.statement, ResidualStatement):
             return GraphJacobian(raveler, at, point.statement.symmetric)
         if self.operator == "graph":
@@ -136,7 +137,17 @@ def _problem(point: Point) -> Problem:
             "A Gauss-Newton or Fisher operator serves argmin, outside of torch.func.vmap: give it a vector objective."
         )
     params = pytree.tree_unflatten(point.params, closure.spec)
-    return Problem(closure.fn, params, closure.args, max_batch_dims=point.batch_dims)
+    recorder = Recorder(differentiable=False)
+    return Problem(closure.fn, params, closure.args, max_batch_dims=point.batch_dims, recorder=recorder)
+
+
+def _with_decay(point: Point, operator: Operator) -> Operator:
+    """An operator that the user wrote for the objective, and the weight decay that the solver added to it."""
+    fn = point.statement.closure.fn if isinstance(point.statement.closure, Closure) else None
+    if not isinstance(fn, Decayed):
+        return operator
+    decay = fn.diagonal(point.raveler, point.params)
+    return Damped(operator, decay.detach() if isinstance(decay, Tensor) else decay)
 
 
 def _merge(old: Solution, new: Solution, recovered: tuple[str, ...]) -> Solution:

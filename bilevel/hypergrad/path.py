@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..inner.minimize import INNER_ADVICE, InnerSolver, Progress
 from ..inner.steps import SGD, LastStep, State, Steps
 from ..linalg.curvature import fused_norm, has_layer_norm
 from ..problem import Objective, Problem, graph_nodes, refuse_hidden
+from ..reach import Reach
 from ..solution import Solution, Throw, settle
 from ..tree import Tree, norm
 from .call import measured
@@ -38,7 +39,10 @@ class Path:
         self.problem = Problem(objective, init, args, recorder=recorder)
         self.steps, self.hparams = steps, recorder.resolved
         autocast = Autocast.current(self.problem.start.y.device)
-        self.closure = Closure(objective, pytree.tree_structure(init), args, recorder.captured, autocast, recorder.spared)
+        self.problem.reach = Reach.of(objective, init, args, recorder.captured, to_init=False)
+        self.closure = Closure(
+            objective, pytree.tree_structure(init), args, recorder.captured, autocast, recorder.spared
+        )
         point, free = free_leaves(self.problem.raveler.unravel(self.problem.start.y)), free_leaves(self.hparams)
         with torch.enable_grad():
             nodes = list(graph_nodes([self.closure(point, free)]))
@@ -67,12 +71,20 @@ class Path:
         return found
 
 
-def eager_problem(objective: Objective, init: Tree, args: tuple[Any, ...]) -> tuple[Problem, bool]:
-    """A problem whose steps leave a graph, where gradients are on, and whether its objective has a layer norm."""
+def eager_problem(
+    objective: Objective, init: Tree, args: tuple[Any, ...], settings: Sequence[Tensor]
+) -> tuple[Problem, bool]:
+    """A problem whose steps leave a graph, where gradients are on, and whether its objective has a layer norm.
+
+    Args:
+        settings: tensors that the steps use beside those of the objective.
+    """
     recorder = Recorder(differentiable=False)
+    recorder.note(list(settings))
     if not torch.is_grad_enabled():
         return Problem(objective, init, args, recorder=recorder), False
     problem = Problem(objective, init, args, differentiable=True, recorder=recorder)
+    problem.reach = Reach.of(objective, init, args, recorder.captured, to_init=True)
     return problem, has_layer_norm(graph_nodes([problem.start.f], since=recorder.born))
 
 
@@ -112,6 +124,7 @@ def finish(problem: Problem, found: Solution, throw: Throw, layer_norm: bool = F
     settle(found, throw, "The inner solve", INNER_ADVICE)
     value = _FirstOrderOnly.apply(found.value) if layer_norm and found.value.requires_grad else found.value
     found.value = problem.raveler.unflatten(problem.raveler.unravel(value))
+    found.reach = problem.reach
     return found
 
 

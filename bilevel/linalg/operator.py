@@ -85,6 +85,11 @@ class Operator(ABC):
         )
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 where it is of half precision, in which nothing can be factorised."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
 def to_numpy(tensor: Tensor) -> np.ndarray:
     """A flat float64 copy on the host."""
     return tensor.detach().to("cpu", torch.float64).reshape(-1).numpy()
@@ -123,12 +128,12 @@ class Transposed(Operator):
 class Damped(Operator):
     """``A + damping I``: moves every eigenvalue up, at the price of a bias of first order in the damping."""
 
-    def __init__(self, operator: Operator, damping: float):
+    def __init__(self, operator: Operator, damping: float | Tensor):
         super().__init__(operator.batch_shape, operator.size, operator.dtype, operator.device, operator.symmetric)
         self.operator, self.damping = operator, damping
 
     def matvec(self, v: Tensor) -> Tensor:
-        return self.operator.matvec(v) + self.damping * v
+        return self.operator.matvec(v) + (self.damping * v).to(v.dtype)
 
     def rmatvec(self, v: Tensor) -> Tensor:
-        return self.operator.rmatvec(v) + self.damping * v
+        return self.operator.rmatvec(v) + (self.damping * v).to(v.dtype)
