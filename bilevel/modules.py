@@ -58,11 +58,8 @@ class ModuleReads:
                 calls = list(_module_calls())
                 if calls:
                     self.own[id(tensor)] = tensor, calls[-1]
-        if _is_checkpointed():
-            calls = list(_module_calls())
-            given = bool(calls) and any(id(_plain(tensor)) in self._given for tensor in operands)
-            if given or any(_is_swapped(module) for module in calls):
-                raise ValueError(CHECKPOINT)
+        if _is_checkpointed() and any(_is_swapped(module) for module in _module_calls()):
+            raise ValueError(CHECKPOINT)
 
     def warn_forgotten(self, init: Tree, evaluate: Callable[[], Any]) -> None:
         """Warn where modules read the very parameters that ``init`` holds, and the given ones are in no model.
