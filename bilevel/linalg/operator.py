@@ -75,7 +75,8 @@ class Operator(ABC):
 
         def on_host(product: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
             def of_numpy(x: np.ndarray) -> np.ndarray:
-                v = torch.as_tensor(x.reshape(-1), dtype=self.dtype, device=self.device)
+                # A copy: SciPy works in place on what it is given, which may be its own vector (A = I).
+                v = torch.tensor(x.reshape(-1), dtype=self.dtype, device=self.device)
                 return to_numpy(product(v.view(*self.batch_shape, self.size)))
 
             return of_numpy
