@@ -46,7 +46,7 @@ def check_start(init: Any) -> None:
     """Refuse a module, an iterator or a function as ``init``."""
     if isinstance(init, nn.Module):
         raise TypeError(
-            f"init is {_kind(init)}, a module: pass its parameters, dict(module.named_parameters()), and let the "
+            f"init is a module ({_name(init)}): pass its parameters, dict(module.named_parameters()), and let the "
             "objective call torch.func.functional_call(module, params, (x,))."
         )
     if inspect.isgenerator(init) or (callable(init) and not isinstance(init, Tensor)):
@@ -68,17 +68,17 @@ def check_solver(solver: Any, method: str, caller: str) -> None:
         )
     if isinstance(solver, type):
         raise TypeError(f"solver is the class {_name(solver)}: write solver={_name(solver)}(...), an object.")
-    if hasattr(solver, method):
+    if _has(solver, method):
         return
-    if hasattr(solver, "minimize"):
+    if _has(solver, "minimize"):
         advice = "it minimises. Take Newton(), Anderson() or ScipyRoot(), or argmin for a loss"
-    elif hasattr(solver, "find"):
+    elif _has(solver, "find"):
         advice = "it solves systems. Take LBFGS() or NewtonCG(), or root for a system"
-    elif hasattr(solver, "step") and hasattr(solver, "init"):
+    elif _has(solver, "step") and _has(solver, "init"):
         advice = f"it is a step rule. Write solver=Steps({_name(solver)}(...), max_steps=...)"
-    elif hasattr(solver, "solve"):
+    elif _has(solver, "solve"):
         advice = f"it solves linear systems. Write hypergrad=Implicit({_name(solver)}(...))"
-    elif hasattr(solver, "pull") or hasattr(solver, "run"):
+    elif _has(solver, "pull", "run"):
         advice = f"it is a hypergradient. Write hypergrad={_name(solver)}(...)"
     else:
         advice = "an inner solver is needed, such as LBFGS()" if method == "minimize" else "Newton() is such a one"
@@ -91,11 +91,11 @@ def check_hypergrad(hypergrad: Any) -> None:
         return
     if isinstance(hypergrad, type):
         raise TypeError(f"hypergrad is the class {_name(hypergrad)}: write hypergrad={_written(hypergrad)}, an object.")
-    if hasattr(hypergrad, "pull") or hasattr(hypergrad, "run"):
+    if _has(hypergrad, "pull", "run"):
         return
-    if hasattr(hypergrad, "solve"):
+    if _has(hypergrad, "solve"):
         advice = f"it is a linear solver. Write hypergrad=Implicit({_name(hypergrad)}(...))"
-    elif hasattr(hypergrad, "minimize") or hasattr(hypergrad, "find"):
+    elif _has(hypergrad, "minimize", "find"):
         advice = f"it is an inner solver. Write solver={_name(hypergrad)}(...)"
     else:
         advice = "an object such as Implicit(), Unroll() or Implicit(CG(rtol=1e-6)) is needed, or None for no gradient"
@@ -108,7 +108,7 @@ def check_linear_solver(value: Any, name: str = "linear_solver") -> None:
         return
     if isinstance(value, type):
         raise TypeError(f"{name} is the class {_name(value)}: write {_name(value)}(...), an object.")
-    if not hasattr(value, "solve"):
+    if not _has(value, "solve"):
         raise TypeError(f"{name} is {_kind(value)}: a linear solver is needed, such as CG(), MINRES() or Cholesky().")
 
 
@@ -165,16 +165,20 @@ def _name(value: Any) -> str:
 
 def _written(kind: type) -> str:
     """A class as a value of ``hypergrad``."""
-    if hasattr(kind, "solve") and not hasattr(kind, "pull"):
+    if _has(kind, "solve") and not _has(kind, "pull"):
         return f"Implicit({kind.__name__}(...))"
-    return f"{kind.__name__}(...)" if hasattr(kind, "run") or hasattr(kind, "pull") else "Implicit()"
+    return f"{kind.__name__}(...)" if _has(kind, "run", "pull") else "Implicit()"
 
 
 def _kind(value: Any) -> str:
     """What was given, in a few words."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if isinstance(value, str | int | float | bool | None.__class__):
+    if value is None or isinstance(value, str | int | float):
         return repr(value)
-    article = "an" if type(value).__name__[0] in "AEIOUaeiou" else "a"
-    return f"{article} {type(value).__name__}"
+    return f"of type {type(value).__name__}"
+
+
+def _has(value: Any, *methods: str) -> bool:
+    """Whether it has one of these methods of ours; a string has methods of the same names."""
+    return not isinstance(value, str) and any(callable(getattr(value, method, None)) for method in methods)
