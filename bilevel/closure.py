@@ -80,8 +80,11 @@ class Recorder(TorchFunctionMode):
         self.reads.know(params)
 
     def note(self, tree: Tree) -> None:
-        """Operands, or arguments of the function."""
-        for tensor in _tensors(tree):
+        """Arguments of the function."""
+        self._note(_tensors(tree))
+
+    def _note(self, operands: Sequence[Tensor]) -> None:
+        for tensor in operands:
             if id(tensor) in self.made:
                 continue
             if id(tensor) not in self._outside:
@@ -98,8 +101,9 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.note((args, kwargs))
-        self.reads.look(_tensors((args, kwargs)))
+        operands = _tensors((args, kwargs))
+        self._note(operands)
+        self.reads.look(operands)
         for target in targets(func, args, kwargs):
             self._spare(target)
         args, kwargs = self._copies.swap((args, self._copies.dense(func, kwargs)))

@@ -345,3 +345,14 @@ def test_entry_points_keep_their_signature_and_docstring(entry):
     assert {"throw", "hypergrad"} <= set(parameters)
     assert entry.__doc__
     assert entry.__name__ in ("argmin", "root", "fixed_point", "quadratic_program")
+
+
+def test_compiled_code_around_many_tasks():
+    torch.compiler.reset()
+    weight = torch.ones((), requires_grad=True)
+
+    def mean(x):
+        return 2 * bl.mean_over_tasks(lambda p, x: (x.sum(-1) * p, None), weight, 3 * x)[0]
+
+    compiled = torch.compile(mean, backend="eager")
+    assert torch.autograd.grad(compiled(torch.ones(4, 3)), weight)[0].item() == 18.0
