@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .checks import check_argmin, check_root
 from .closure import Closure, Recorder
+from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.composite import CompositeStatement
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
+from .hypergrad.penalty import Penalty
 from .hypergrad.statement import ObjectiveStatement, ResidualStatement, SymmetricResidualStatement
+from .inner.decay import with_decay
 from .inner.fixed_point import Anderson
 from .inner.lbfgs import LBFGS
 from .inner.minimize import INNER_ADVICE, InnerSolver
@@ -36,6 +40,7 @@ COMPOSITE_ADVICE = (
 )
 
 
+@solves
 def argmin(
     objective: Objective,
     init: Tree,
@@ -81,9 +86,12 @@ def argmin(
         SolveError: as ``throw`` says.
     """
     check_throw(throw)
+    check_argmin(objective, init, solver, hypergrad, warm_start)
     solver = LBFGS() if solver is None else solver
     if isinstance(hypergrad, PathMethod):
         return hypergrad.run(objective, init, args, solver, throw)
+    reads_residual = isinstance(hypergrad, Implicit | Penalty) and torch.is_grad_enabled() and throw != "ignore"
+    solver, objective = with_decay(solver, objective, init, warn=reads_residual)
     if isinstance(solver, ProximalGradient):
         return _composite(objective, init, args, solver, hypergrad, throw, warm_start)
 
@@ -132,10 +140,10 @@ def _composite(
         prox.prox(Raveler(params, losses.shape).ravel(leaves(params)), torch.ones_like(losses))
         return losses
 
-    def build(recorder: Recorder | None) -> Problem:
+    def build(recorder: Recorder) -> Problem:
         problem = Problem(objective, init, args, recorder=recorder)
         problem.shrink = prox.prox
-        if recorder:
+        if recorder.differentiable:
             recorder.note(prox.tensors)
             with recorder:
                 prox.prox(problem.start.y, torch.ones_like(problem.start.f))
@@ -167,6 +175,7 @@ def _composite(
     )
 
 
+@solves
 def root(
     residual: Callable[..., Tree],
     init: Tree,
@@ -194,10 +203,12 @@ def root(
     Returns:
         As `argmin`; ``stats["residual_norm"]`` is ``||residual||`` at the solution.
     """
+    check_root("residual", residual, init, solver, hypergrad, warm_start)
     kind = SymmetricResidualStatement if symmetric else ResidualStatement
     return _root(kind, residual, init, args, solver or Newton(), hypergrad, batched, throw, warm_start)
 
 
+@solves
 def fixed_point(
     map: Callable[..., Tree],
     init: Tree,
@@ -222,6 +233,8 @@ def fixed_point(
     Returns:
         As `root`; ``stats["residual_norm"]`` is ``||y - map(y)||``.
     """
+
+    check_root("map", map, init, solver, hypergrad, warm_start)
 
     def residual(y: Tree, *args: Any) -> Tree:
         found = map(y, *args)

@@ -28,6 +28,9 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .context import EVALUATING, UNCOMPILED
+from .modules import ModuleReads
+from .spared import Copies, Spared, refuse_view, targets
 from .tree import Tree, leaves
 
 
@@ -41,10 +44,20 @@ class Recorder(TorchFunctionMode):
 
     Those are: tensors that require grad, tensors of a transform that is already open, and dual numbers. Operands of
     a custom `torch.autograd.Function` and of compiled code are not seen; `problem.refuse_hidden` finds those.
+
+    Args:
+        differentiable: derivatives will be asked for.
+
+    Attributes:
+        spared: what later evaluations have to be kept from. reads: what modules read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, differentiable: bool = True) -> None:
         super().__init__()
+        self.differentiable = differentiable
+        self.spared, self.reads = Spared(), ModuleReads()
+        self._copies = Copies(self.spared)
+        self._outside: dict[int, Tensor] = {}
         self.level = maybe_current_level() or 0
         # A captured tensor outlives the recording, so the id of one that was made meanwhile is never its id.
         self.made: set[int] = set()
@@ -52,14 +65,33 @@ class Recorder(TorchFunctionMode):
         self.kept: list[Tensor] = []
         self.born = _sequence_number()
 
+    def __enter__(self) -> Recorder:
+        UNCOMPILED.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        UNCOMPILED.__exit__()
+
     def know(self, params: Sequence[Tensor]) -> None:
         """These are arguments, not captured."""
         self.made.update(id(tensor) for tensor in params)
+        self.reads.know(params)
 
     def note(self, tree: Tree) -> None:
-        """Operands, or arguments of the function."""
-        for tensor in _tensors(tree):
-            if id(tensor) in self.made or id(tensor) in self.found:
+        """Arguments of the function."""
+        self._note(_tensors(tree))
+
+    def _note(self, operands: Sequence[Tensor]) -> None:
+        for tensor in operands:
+            if id(tensor) in self.made:
+                continue
+            if id(tensor) not in self._outside:
+                self._outside[id(tensor)] = tensor
+                if not is_functorch_wrapped_tensor(tensor) and tensor.is_inference():
+                    self._copies.read(tensor)
+            if id(tensor) in self.found:
                 continue
             if self._is_inner(tensor) and not self._is_stood_in_for(tensor):
                 # Of a transform inside the function: what counts is the tensor that it wraps.
@@ -69,10 +101,15 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.note((args, kwargs))
-        out = func(*args, **kwargs)
+        operands = _tensors((args, kwargs))
+        self._note(operands)
+        self.reads.look(operands)
+        for target in targets(func, args, kwargs):
+            self._spare(target)
+        args, kwargs = self._copies.swap((args, self._copies.dense(func, kwargs)))
+        out = self._copies.returned(func(*args, **kwargs))
         for tensor in _tensors(out):
-            if id(tensor) not in self.found:
+            if id(tensor) not in self.found and id(tensor) not in self._outside:
                 self.made.add(id(tensor))
                 if self.level and self._is_inner(tensor):
                     self.kept.append(_peeled(tensor, self.level))
@@ -87,6 +124,16 @@ class Recorder(TorchFunctionMode):
     def resolved(self) -> list[Tensor]:
         """What stands for the captured tensors here: other tensors where an outer `Substitute` put them."""
         return [_resolve(tensor) for tensor in self.captured]
+
+    def _spare(self, target: Tensor) -> None:
+        """Let what is about to be written be a copy, where it was not made here."""
+        base = target._base if target._is_view() else None
+        if target.requires_grad:
+            return  # autograd has its own rules for these
+        if id(target) in self._outside:
+            self._copies.write(target)
+        elif base is not None and id(base) in self._outside:
+            refuse_view(base)
 
     def _is_inner(self, tensor: Tensor) -> bool:
         return is_functorch_wrapped_tensor(tensor) and maybe_get_level(tensor) > self.level
@@ -106,17 +153,33 @@ class Recorder(TorchFunctionMode):
 
 
 class Substitute(TorchFunctionMode):
-    """Lets operations that are given ``old[i]``, or a transform's wrapper of it, work on ``new[i]``."""
+    """Lets operations that are given ``old[i]``, or a transform's wrapper of it, work on ``new[i]``.
 
-    def __init__(self, old: Sequence[Tensor], new: Sequence[Tensor]):
+    Args:
+        spared: what else operations get copies of.
+    """
+
+    def __init__(self, old: Sequence[Tensor] = (), new: Sequence[Tensor] = (), spared: Spared | None = None):
         super().__init__()
+        self.copies = Copies(spared or Spared())
         # A new one may wrap the old one: it stays as it is.
-        self.new = {id(tensor): tensor for tensor in new}
+        self.new = {id(tensor): tensor for tensor in new} | self.copies.new
         self.new |= {id(before): after for before, after in zip(old, new, strict=True)}
+
+    def __enter__(self) -> Substitute:
+        UNCOMPILED.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        UNCOMPILED.__exit__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self.swap((args, kwargs or {}))
-        return func(*args, **kwargs)
+        if not self.copies.spared:
+            return func(*args, **kwargs)
+        return self.copies.returned(func(*args, **self.copies.dense(func, kwargs)))
 
     def swap(self, tree: Tree) -> Tree:
         return pytree.tree_map_only(Tensor, self._swapped, tree)
@@ -141,6 +204,14 @@ class Substitute(TorchFunctionMode):
         return _wrap_for_grad(new, level)
 
 
+def sparing(spared: Spared) -> contextlib.AbstractContextManager[Any]:
+    """Around an evaluation that is kept from what was found in the first one."""
+    return Substitute(spared=spared) if spared else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
 @dataclass(frozen=True)
 class Autocast:
     """The autocast state of a device, to be entered again where a function is evaluated later."""
@@ -163,6 +234,12 @@ class Autocast:
         with torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False):
             yield
 
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation of what the user wrote."""
+        with EVALUATING, self.entered():
+            yield
+
 
 @dataclass(frozen=True)
 class Closure:
@@ -171,6 +248,7 @@ class Closure:
     Attributes:
         spec: the tree of ``params``.
         captured: the tensors that are swapped, those in ``args`` among them.
+        spared: what evaluations are kept from.
     """
 
     fn: Callable[..., Any]
@@ -178,12 +256,13 @@ class Closure:
     args: tuple[Any, ...]
     captured: list[Tensor]
     autocast: Autocast = field(repr=False)
+    spared: Spared = field(default_factory=Spared, repr=False)
 
     def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
-        mode = Substitute(self.captured, tensors)
+        mode = Substitute(self.captured, tensors, self.spared)
         # Swapped by hand as well: a custom autograd Function is not seen by the mode.
         args = mode.swap(self.args)
-        with mode, self.autocast.entered():
+        with mode, self.autocast.evaluating():
             return self.fn(pytree.tree_unflatten(list(params), self.spec), *args)
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .linalg.operator import Operator
-from .tree import Tree, tree_map
+from .tree import Tree, is_continuous, tree_map
 
 Group = Any
 """A process group of `torch.distributed`; None: all ranks."""
@@ -251,7 +251,7 @@ def from_first(value: Any, group: Group = None) -> Any:
 
 
 def _replicate(leaf: Any, group: Group) -> Any:
-    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+    if isinstance(leaf, Tensor) and is_continuous(leaf):
         return _Replicate.apply(leaf, group)
     return leaf
 

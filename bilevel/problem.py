@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 
-from .closure import Autocast, Recorder
+from .closure import Autocast, Recorder, sparing
+from .context import UNCOMPILED
+from .reach import Reach
 from .recording import recording
 from .solution import NonFiniteError
-from .tree import Raveler, Tree, leaves
+from .spared import Spared
+from .tree import Raveler, Tree, is_continuous, leaves
 
 Objective = Callable[..., Tensor]
 """``objective(params, *args)``: a scalar for one problem, a vector ``[T]`` for T independent problems."""
@@ -85,20 +88,28 @@ class Problem:
         check_init(init)
         self.objective, self.args, self.differentiable = objective, args, differentiable
         self.autocast = Autocast.current(leaves(init)[0].device)
+        self.spared = recorder.spared if recorder else Spared()
         with torch.enable_grad():
-            point = [leaf if differentiable and leaf.requires_grad else _stand_in(leaf) for leaf in leaves(init)]
+            point = [
+                # An alias: the objective may capture the same parameters, as a proximal term does.
+                leaf.view_as(leaf) if differentiable and leaf.requires_grad else _stand_in(leaf)
+                for leaf in leaves(init)
+            ]
             if recorder:
                 recorder.know(point)
                 recorder.note(args)
-            with self.autocast.entered(), recorder or contextlib.nullcontext():
+            with self.autocast.evaluating(), recorder or contextlib.nullcontext():
                 loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
             check_loss(loss, init, max_batch_dims)
-            if recorder and not recorder.captured:
+            if recorder and recorder.differentiable and not recorder.captured:
                 refuse_hidden(graph_nodes([loss]), point)
             self.raveler = Raveler(init, loss.shape)
             grads = _gradient(loss, point, create_graph=differentiable)
+            if recorder and not recording():
+                recorder.reads.warn_forgotten(init, lambda: self._loss(point))
             start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
         self.start = start if differentiable else start.detach()
+        self.reach: Reach | None = None  # what the gradient of an unrolled solution reaches
         self.shrink: Shrink | None = None  # the prox of a composite problem
         if not recording() and not bool(torch.isfinite(self.start.f).all()):
             raise NonFiniteError(blame_nonfinite("objective", init, args))
@@ -109,22 +120,29 @@ class Problem:
             if not (self.differentiable and y.requires_grad):
                 y = _stand_in(y)
             point = self.raveler.unravel(y)
-            loss = self._loss(point)
+            with UNCOMPILED if self.differentiable else contextlib.nullcontext():
+                loss = self._loss(point)
             g = self.raveler.ravel(_gradient(loss, point, create_graph=self.differentiable))
         found = Evaluation(y, loss.double(), g)
         return found if self.differentiable else found.detach()
 
     def linearize(self, y: Tensor, create_graph: bool = True) -> Linearization:
         """The gradient at ``y`` with its graph towards ``y`` and everything that the objective captured."""
-        return linearize_objective(self._loss, self.raveler.unravel(y), create_graph=create_graph)
+        with UNCOMPILED:
+            return linearize_objective(self._loss, self.raveler.unravel(y), create_graph=create_graph)
 
     def sum_loss(self, *point: Tensor) -> Tensor:
         """The summed loss as a function of the leaves, for `torch.func`."""
-        return self._loss(list(point)).sum()
+        with UNCOMPILED:
+            return self._loss(list(point)).sum()
+
+    def loss(self, params: Tree) -> Tensor:
+        """The losses at a tree of params."""
+        with self.autocast.evaluating(), sparing(self.spared):
+            return self.objective(params, *self.args)
 
     def _loss(self, point: Sequence[Tensor]) -> Tensor:
-        with self.autocast.entered():
-            return self.objective(self.raveler.unflatten(point), *self.args)
+        return self.loss(self.raveler.unflatten(point))
 
 
 def linearize_objective(
@@ -160,15 +178,17 @@ class RootProblem:
         self.residual, self.args = residual, args
         self.autocast = Autocast.current(leaves(init)[0].device)
         self.raveler = Raveler(init, check_batch(init, batch_dims))
-        with torch.enable_grad() if recorder else torch.no_grad():
-            point = [leaf.detach().requires_grad_(recorder is not None) for leaf in leaves(init)]
+        self.spared = recorder.spared if recorder else Spared()
+        differentiable = recorder is not None and recorder.differentiable
+        with torch.set_grad_enabled(differentiable):
+            point = [leaf.detach().requires_grad_(differentiable) for leaf in leaves(init)]
             if recorder:
                 recorder.know(point)
                 recorder.note(args)
-            with self.autocast.entered(), recorder or contextlib.nullcontext():
+            with self.autocast.evaluating(), recorder or contextlib.nullcontext():
                 found = residual(self.raveler.unflatten(point), *args)
             check_residual(found, init)
-            if recorder and not recorder.captured:
+            if recorder and recorder.differentiable and not recorder.captured:
                 refuse_hidden(graph_nodes(leaves(found)), point)
         self.data: Any = None  # what a solver of a special form needs beside the residual
         self.y = self.raveler.ravel(point).detach().clone()
@@ -183,10 +203,11 @@ class RootProblem:
 
     def linearize(self, y: Tensor) -> Linearization:
         """The residual at ``y`` with its graph towards ``y``."""
-        return linearize_residual(self._residual, self.raveler.unravel(y))
+        with UNCOMPILED:
+            return linearize_residual(self._residual, self.raveler.unravel(y))
 
     def _residual(self, point: Sequence[Tensor]) -> list[Tensor]:
-        with self.autocast.entered():
+        with self.autocast.evaluating(), sparing(self.spared):
             return leaves(self.residual(self.raveler.unflatten(point), *self.args))
 
 
@@ -340,5 +361,5 @@ def _named_inputs(init: Tree, args: tuple[Any, ...]) -> Iterator[tuple[str, Tree
 
 
 def _has_nonfinite(tree: Tree) -> bool:
-    tensors = [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    tensors = [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor) and is_continuous(leaf)]
     return any(not bool(torch.isfinite(leaf).all()) for leaf in tensors)

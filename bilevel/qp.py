@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_hypergrad
 from .closure import Closure, Recorder, VmappedClosure, in_transform
+from .context import solves
 from .hypergrad.base import PathMethod
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
@@ -42,6 +44,7 @@ class QPSolution(NamedTuple):
     inequality: Tensor
 
 
+@solves
 def quadratic_program(
     Q: Tensor,
     c: Tensor,
@@ -89,6 +92,7 @@ def quadratic_program(
             are differentiated warn.
     """
     check_throw(throw)
+    check_hypergrad(hypergrad)
     if isinstance(hypergrad, PathMethod):
         raise TypeError(f"hypergrad is {hypergrad!r}: a quadratic program takes Implicit(linear_solver), or None.")
     data, units = scaled(*_checked(Q, c, A, b, G, h))
@@ -97,7 +101,7 @@ def quadratic_program(
     base = 1e-9 if data[1].dtype == torch.float64 else 1e-5
     method = InteriorPoint(base if tol is None else tol, max_steps)
 
-    def build(recorder: Recorder | None) -> RootProblem:
+    def build(recorder: Recorder) -> RootProblem:
         problem = RootProblem(_kkt, init, tuple(data), batch_dims=len(batch), recorder=recorder)
         problem.data = data
         return problem

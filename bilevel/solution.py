@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import enum
+import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .reach import Reach, Reached
 from .recording import recording
 
 Throw = Literal["raise", "warn", "fallback", "ignore"]
@@ -38,6 +41,15 @@ class Result(enum.IntEnum):
     UNBOUNDED = 7, "the loss still falls while the params grow: it may have no minimum"
     DIVERGED = 8, "the iterates grew instead of converging, or the answer is worse than zero"
     NONFINITE = 9, "a NaN or an infinity appeared"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __repr__(self) -> str:
+        return f"Result.{self.name}"
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self), spec) if spec.endswith("d") else format(self.name, spec)
 
     @property
     def ok(self) -> bool:
@@ -89,6 +101,7 @@ class Solution:
     recovered: tuple[str, ...] = ()
     state: Any = field(default=None, repr=False)
     adjoint_cell: AdjointCell = field(default_factory=AdjointCell, repr=False)
+    reach: Reach | None = field(default=None, repr=False)
 
     @property
     def result(self) -> Result:
@@ -126,6 +139,25 @@ class Solution:
         return Solution(None, self.stats, self.recovered, adjoint_cell=AdjointCell(adjoint))
 
     @property
+    def captured(self) -> tuple[Reached, ...]:
+        """The tensors that the gradient of ``value`` reaches, with their shapes, dtypes and, where known, names.
+
+        A hyperparameter that is missing here was detached, or the problem did not use it.
+        """
+        return () if self.reach is None else self.reach.listed()
+
+    def __copy__(self) -> Solution:
+        return replace(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Solution:
+        """A copy has no graph."""
+        return Solution(**{name: copy.deepcopy(_without_graph(part), memo) for name, part in vars(self).items()})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is written into a file has no graph either, and functions in ``state`` are left out."""
+        return {name: _without_graph(part, functions=False) for name, part in vars(self).items()}
+
+    @property
     def adjoint(self) -> Solution | None:
         """The linear solve of the last backward pass; None before it. Its ``value`` is the tree u of H u = g."""
         return self.adjoint_cell.solution
@@ -141,6 +173,26 @@ def _unflatten(parts: Iterable[Any], recovered: Any) -> Solution:
 
 
 pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="bilevel.Solution")
+
+
+def _without_graph(part: Any, functions: bool = True) -> Any:
+    """The same with detached tensors, and without functions where they are not wanted."""
+    if isinstance(part, Tensor):
+        return part.detach()
+    if isinstance(part, types.FunctionType | types.MethodType):
+        return part if functions else None
+    if isinstance(part, dict):
+        return {key: _without_graph(value, functions) for key, value in part.items()}
+    if isinstance(part, tuple) and hasattr(part, "_fields"):
+        return type(part)(*(_without_graph(value, functions) for value in part))
+    if isinstance(part, list | tuple):
+        return type(part)(_without_graph(value, functions) for value in part)
+    if isinstance(part, Solution) or not is_dataclass(part) or isinstance(part, type):
+        return part  # a solution copies itself
+    new = copy.copy(part)
+    for name, value in vars(part).items():
+        object.__setattr__(new, name, _without_graph(value, functions))
+    return new
 
 
 def check_throw(throw: str) -> None:

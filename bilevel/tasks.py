@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .closure import Autocast, in_transform, is_dual
+from .context import uncompiled
 from .problem import graph_nodes, other_variable
 from .recording import Captured
 from .tree import Tree, leaves, tree_map
 
 
+@uncompiled
 def map_tasks(fn: Callable[..., Tree], *data: Tree, chunk_size: int | None = None, num_threads: int = 1) -> Tree:
     """``fn(*data)`` on a few tasks at a time, without gradients, its results joined along the first dimension.
 
@@ -41,6 +43,7 @@ def map_tasks(fn: Callable[..., Tree], *data: Tree, chunk_size: int | None = Non
     return found[0] if len(found) == 1 else tree_map(lambda *parts: torch.cat(parts), *found)
 
 
+@uncompiled
 def mean_over_tasks(
     fn: Callable[..., tuple[Tensor, Any]],
     params: Tree,
@@ -92,6 +95,7 @@ def mean_over_tasks(
     return _Known.apply(torch.cat(total).mean(), [*sums, *_joined(of_chunks)], *shared, *own), rests
 
 
+@uncompiled
 def losses_of_tasks(
     fn: Callable[..., tuple[Tensor, Any]],
     params: Tree,

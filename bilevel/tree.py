@@ -31,6 +31,11 @@ def named_leaves(tree: Tree) -> dict[str, Tensor]:
         return {f"[{number}]": leaf for number, leaf in enumerate(leaves(tree))}
 
 
+def is_continuous(tensor: Tensor) -> bool:
+    """Whether a derivative towards it exists: real or complex floating point."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def tree_map(fn: Any, tree: Tree, *rest: Tree) -> Tree:
     """Apply ``fn`` leaf by leaf to trees of the same structure."""
     return pytree.tree_map(fn, tree, *rest)

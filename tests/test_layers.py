@@ -11,7 +11,8 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *("files", "tree", "recording", "solution", "nn", "closure", "prox", "problem", "tasks", "linalg", "inner"),
+    *("files", "tree", "recording", "reach", "solution", "checks", "context", "spared", "modules", "nn", "closure"),
+    *("prox", "problem", "tasks", "linalg", "inner"),
     *("hypergrad", "argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed"),
     "tuning",
     "__init__",

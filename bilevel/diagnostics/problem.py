@@ -53,7 +53,10 @@ class BilevelProblem:
         inner: ``inner(params, hparams)``, as ``kind`` says; see `Bilevel`.
         outer: ``outer(params, hparams)``, a scalar.
         init: where the inner solve starts.
-        hparams: a tree of tensors, where the hypergradient is wanted.
+        hparams: a tree of real tensors, where the hypergradient is wanted.
+
+    Raises:
+        TypeError: ``hparams`` holds complex tensors.
     """
 
     inner: Callable[[Tree, Tree], Any]
@@ -61,6 +64,14 @@ class BilevelProblem:
     init: Tree
     hparams: Tree
     kind: Kind = "argmin"
+
+    def __post_init__(self) -> None:
+        if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves(self.hparams)):
+            raise TypeError(
+                "hparams contains a complex tensor: differences and norms are taken of real numbers. Pass "
+                "torch.view_as_real(tensor), and let inner and outer begin with torch.view_as_complex; the solves "
+                "themselves take complex hyperparameters."
+            )
 
 
 def solve(

@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ..closure import Autocast, Closure, Recorder, in_transform
 from ..problem import Problem
+from ..reach import Reach
 from ..solution import Solution, Throw
 from ..tree import Tree, norm
 from .base import Hypergrad
@@ -25,7 +26,7 @@ def differentiable_solve(
     init: Tree,
     args: tuple[Any, ...],
     *,
-    build: Callable[[Recorder | None], Any],
+    build: Callable[[Recorder], Any],
     batch_dims_of: Callable[[Any, Tree], int],
     solve: Solve,
     hypergrad: Hypergrad | None,
@@ -42,9 +43,9 @@ def differentiable_solve(
     """
     flat, spec = pytree.tree_flatten(init)
     differentiable = hypergrad is not None and torch.is_grad_enabled()
-    recorder, problem = Recorder(), None
+    recorder, problem = Recorder(differentiable), None
     if not in_transform():
-        problem = build(recorder if differentiable else None)
+        problem = build(recorder)
         batch_dims = len(problem.raveler.batch_shape)
         if hypergrad is None or not differentiable or not (recorder.captured or hypergrad.reaches_init):
             found = solve(problem, lambda found: _measure(problem, found))
@@ -56,7 +57,7 @@ def differentiable_solve(
         recorder.note(args)
         with recorder:
             batch_dims = batch_dims_of(fn(pytree.tree_unflatten(start, spec), *args), init)
-    closure = Closure(fn, spec, args, recorder.captured, Autocast.current(flat[0].device))
+    closure = Closure(fn, spec, args, recorder.captured, Autocast.current(flat[0].device), recorder.spared)
     method = hypergrad or Implicit()
     call = Call(
         kind(closure), spec, batch_dims, method, solve, throw, problem, minimize, warm_start and _state(warm_start)
@@ -68,7 +69,12 @@ def differentiable_solve(
     if hypergrad is None:
         value = [leaf.detach() for leaf in value]
     return Solution(
-        pytree.tree_unflatten(value, spec), stats, plain.recovered, plain.state, adjoint_cell=call.record.adjoint_cell
+        pytree.tree_unflatten(value, spec),
+        stats,
+        plain.recovered,
+        plain.state,
+        adjoint_cell=call.record.adjoint_cell,
+        reach=None if hypergrad is None else Reach.of(fn, init, args, recorder.captured, method.reaches_init),
     )
 
 

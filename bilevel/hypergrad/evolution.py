@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..tree import is_continuous
 from .base import Point, Pulled
 
 
@@ -40,11 +41,11 @@ class EvolutionStrategies:
         """See `Hypergrad`."""
         point.check_unchanged()
         generator = torch.Generator().manual_seed(self.seed)
-        moving = [tensor.is_floating_point() for tensor in point.hparams]
+        moving = [is_continuous(tensor) for tensor in point.hparams]
         total = [torch.zeros_like(tensor) for tensor in point.hparams]
         for _ in range(self.num_samples):
             noise = [
-                torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) if moves else torch.zeros_like(t)
+                _noise(t, generator) if moves else torch.zeros_like(t)
                 for t, moves in zip(point.hparams, moving, strict=True)
             ]
             ahead, behind = (self._solved(point, noise, sign * self.sigma) for sign in (1, -1))
@@ -57,3 +58,10 @@ class EvolutionStrategies:
     def _solved(self, point: Point, noise: list[Tensor], size: float) -> Tensor:
         moved = [t + size * e for t, e in zip(point.hparams, noise, strict=True)]
         return point.solve(lambda params: point.statement.closure(params, moved), "A perturbed inner solve")
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Of variance one for each real number; a complex number is two."""
+    shape = (*like.shape, 2) if like.is_complex() else like.shape
+    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return (torch.view_as_complex(noise) if like.is_complex() else noise).to(like)

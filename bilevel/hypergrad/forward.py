@@ -41,7 +41,7 @@ class ForwardMode:
     ) -> Solution:
         """See `PathMethod`."""
         path = Path(objective, init, args, fixed_steps(solver, "ForwardMode"), "ForwardMode")
-        count = sum(tensor.numel() for tensor in path.hparams)
+        count = sum(_count(tensor) for tensor in path.hparams)
         if not torch.is_grad_enabled() or count == 0:
             return finish(path.problem, path.steps.minimize(path.problem), throw)
         if count > self.max_hparams:
@@ -83,7 +83,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, tangents: Tensor, *hparams: Tensor) -> Tensor:
-        ctx.tangents, ctx.shapes = tangents, [tensor.shape for tensor in hparams]
+        ctx.tangents, ctx.like = tangents, [tensor.new_empty(()).expand(tensor.shape) for tensor in hparams]
         return y.clone()
 
     @staticmethod
@@ -95,14 +95,24 @@ class _Linear(torch.autograd.Function):
             )
         (cotangent,) = grads
         slopes = (ctx.tangents * cotangent).sum(tuple(range(1, ctx.tangents.dim())))
-        sizes = [shape.numel() for shape in ctx.shapes]
-        return (None, None, *(part.view(shape) for part, shape in zip(slopes.split(sizes), ctx.shapes, strict=True)))
+        parts = slopes.split([_count(like) for like in ctx.like])
+        return (None, None, *(_viewed(part, like) for part, like in zip(parts, ctx.like, strict=True)))
 
 
 def _unit_directions(hparams: list[Tensor]) -> list[Tensor]:
-    """For each tensor ``[p, *shape]``: the p unit directions of all entries together."""
-    sizes = [tensor.numel() for tensor in hparams]
+    """For each tensor ``[p, *shape]``: the p unit directions of all entries together, two of each complex one."""
+    sizes = [_count(tensor) for tensor in hparams]
     eye = torch.eye(sum(sizes), dtype=torch.float64)
-    return [
-        part.reshape(-1, *tensor.shape).to(tensor) for part, tensor in zip(eye.split(sizes, 1), hparams, strict=True)
-    ]
+    return [_viewed(part, tensor) for part, tensor in zip(eye.split(sizes, 1), hparams, strict=True)]
+
+
+def _count(tensor: Tensor) -> int:
+    """Real numbers in a tensor."""
+    return tensor.numel() * (2 if tensor.is_complex() else 1)
+
+
+def _viewed(flat: Tensor, like: Tensor) -> Tensor:
+    """Real numbers ``[*batch, p]`` as tensors ``[*batch, *shape]`` of the shape, dtype and device of one."""
+    if like.is_complex():
+        flat = torch.view_as_complex(flat.unflatten(-1, (-1, 2)).double().contiguous())
+    return flat.reshape((*flat.shape[:-1], *like.shape)).to(like)

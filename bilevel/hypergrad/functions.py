@@ -19,7 +19,7 @@ from torch._C._functorch import (
 
 from ..closure import in_transform
 from ..solution import Solution
-from ..tree import norm
+from ..tree import is_continuous, norm
 from .base import Pulled
 from .call import Call, inspect, measured
 from .implicit import Implicit
@@ -270,7 +270,7 @@ def _push(
 
     As the derivative of a vector-Jacobian product by its cotangent: reverse mode nests where forward mode does not.
     """
-    chosen = [index for index, tangent in enumerate(tangents) if tangent is not None and at[index].is_floating_point()]
+    chosen = [index for index, tangent in enumerate(tangents) if tangent is not None and is_continuous(at[index])]
     out, pull = _vjp(lambda moved: fn(_replaced(at, chosen, moved)), [at[index] for index in chosen])
     if not chosen:
         return [torch.zeros_like(o) for o in out]
@@ -291,7 +291,7 @@ def _replaced(tensors: Sequence[Tensor], chosen: Sequence[int], new: Sequence[Te
 
 
 def _floating(tensors: Sequence[Tensor]) -> list[int]:
-    return [index for index, tensor in enumerate(tensors) if tensor.is_floating_point()]
+    return [index for index, tensor in enumerate(tensors) if is_continuous(tensor)]
 
 
 def _filled(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

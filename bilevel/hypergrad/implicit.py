@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..closure import Closure
+from ..checks import check_linear_solver
+from ..closure import Closure, Recorder
+from ..inner.decay import Decayed
 from ..inner.nearness import Goal
 from ..linalg.cg import CG
 from ..linalg.curvature import FuncHessian, GraphHessian
@@ -55,6 +57,9 @@ class Implicit:
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_linear_solver(self.linear_solver)
+        if isinstance(self.operator, type):
+            raise TypeError(f"operator is the class {self.operator.__name__}: write {self.operator.__name__}(...).")
         if not callable(self.operator) and self.operator not in ("graph", "func"):
             raise ValueError(f"operator is {self.operator!r}: it is 'graph', 'func', or a factory such as GaussNewton.")
         if not self.damping >= 0:
@@ -74,7 +79,10 @@ class Implicit:
             return self._doubted(point, b, solved)
         b = _without_unused(point, b)
         operator = self.operator_at(point)
-        return self._doubted(point, b, self._solve(point, operator.T if transpose else operator, b))
+        solved = self._solve(point, operator.T if transpose else operator, b)
+        if isinstance(operator, FuncHessian) and point.seen is not None:
+            point.seen.check_apart(operator.apart)
+        return self._doubted(point, b, solved)
 
     def _solve(self, point: Point, operator: Operator, b: Tensor) -> Solution:
         solver = self.linear_solver or (CG() if operator.symmetric else GMRES())
@@ -89,7 +97,7 @@ class Implicit:
             problem = _problem(point)
             if point.seen is not None:
                 point.seen.check_loss(problem.start.f)
-            return self.operator(problem, at)
+            return _with_decay(point, self.operator(problem, at))
         if isinstance(point.statement, ResidualStatement):
             return GraphJacobian(raveler, at, point.statement.symmetric)
         if self.operator == "graph":
@@ -175,7 +183,17 @@ def _problem(point: Point) -> Problem:
             "A Gauss-Newton or Fisher operator serves argmin, outside of torch.func.vmap: give it a vector objective."
         )
     params = pytree.tree_unflatten(point.params, closure.spec)
-    return Problem(closure.fn, params, closure.args, max_batch_dims=point.batch_dims)
+    recorder = Recorder(differentiable=False)
+    return Problem(closure.fn, params, closure.args, max_batch_dims=point.batch_dims, recorder=recorder)
+
+
+def _with_decay(point: Point, operator: Operator) -> Operator:
+    """An operator that the user wrote for the objective, and the weight decay that the solver added to it."""
+    fn = point.statement.closure.fn if isinstance(point.statement.closure, Closure) else None
+    if not isinstance(fn, Decayed):
+        return operator
+    decay = fn.diagonal(point.raveler, point.params)
+    return Damped(operator, decay.detach() if isinstance(decay, Tensor) else decay)
 
 
 def _merge(old: Solution, new: Solution, recovered: tuple[str, ...]) -> Solution:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,11 @@ from ..inner.minimize import INNER_ADVICE, InnerSolver, Progress
 from ..inner.steps import SGD, LastStep, State, Steps
 from ..linalg.curvature import fused_norm, has_layer_norm
 from ..problem import Objective, Problem, graph_nodes, refuse_hidden
-from ..solution import Solution, Throw, settle
+from ..reach import Reach
+from ..recording import recording
+from ..solution import NonFiniteError, Result, Solution, Throw, settle
 from ..tree import Tree, norm
-from .call import measured
+from .call import ADJOINT_ADVICE, measured
 from .statement import free_leaves
 
 
@@ -37,8 +39,12 @@ class Path:
         recorder.note(steps.rule.tensors)
         self.problem = Problem(objective, init, args, recorder=recorder)
         self.steps, self.hparams = steps, recorder.resolved
+        self.problem.hparams = self.hparams
         autocast = Autocast.current(self.problem.start.y.device)
-        self.closure = Closure(objective, pytree.tree_structure(init), args, recorder.captured, autocast)
+        self.problem.reach = Reach.of(objective, init, args, recorder.captured, to_init=False)
+        self.closure = Closure(
+            objective, pytree.tree_structure(init), args, recorder.captured, autocast, recorder.spared
+        )
         point, free = free_leaves(self.problem.raveler.unravel(self.problem.start.y)), free_leaves(self.hparams)
         with torch.enable_grad():
             nodes = list(graph_nodes([self.closure(point, free)]))
@@ -55,7 +61,7 @@ class Path:
         """One step, as `torch.func` differentiates it."""
         raveler = self.problem.raveler
         g = torch.func.grad(lambda flat: self.closure(raveler.unravel(flat), hparams).sum())(y)
-        with Substitute(self.closure.captured, hparams):
+        with Substitute(self.closure.captured, hparams):  # settings of the rule
             return self.steps.rule.step(y, g, state, index)
 
     def solution(self, y: Tensor, state: State) -> Solution:
@@ -67,13 +73,22 @@ class Path:
         return found
 
 
-def eager_problem(objective: Objective, init: Tree, args: tuple[Any, ...]) -> tuple[Problem, bool]:
-    """A problem whose steps leave a graph, where gradients are on, and whether its objective has a layer norm."""
+def eager_problem(
+    objective: Objective, init: Tree, args: tuple[Any, ...], settings: Sequence[Tensor]
+) -> tuple[Problem, bool]:
+    """A problem whose steps leave a graph, where gradients are on, and whether its objective has a layer norm.
+
+    Args:
+        settings: tensors that the steps use beside those of the objective.
+    """
+    recorder = Recorder(differentiable=False)
+    recorder.note(list(settings))
     if not torch.is_grad_enabled():
-        return Problem(objective, init, args), False
-    born = Recorder().born
-    problem = Problem(objective, init, args, differentiable=True)
-    return problem, has_layer_norm(graph_nodes([problem.start.f], since=born))
+        return Problem(objective, init, args, recorder=recorder), False
+    problem = Problem(objective, init, args, differentiable=True, recorder=recorder)
+    problem.reach = Reach.of(objective, init, args, recorder.captured, to_init=True)
+    problem.hparams = recorder.captured
+    return problem, has_layer_norm(graph_nodes([problem.start.f], since=recorder.born))
 
 
 def unrollable(solver: InnerSolver, method: str) -> Steps:
@@ -111,7 +126,10 @@ def finish(problem: Problem, found: Solution, throw: Throw, layer_norm: bool = F
     measured(found, norm(at.g.detach()), torch.isfinite(at.f.detach()))
     settle(found, throw, "The inner solve", INNER_ADVICE)
     value = _FirstOrderOnly.apply(found.value) if layer_norm and found.value.requires_grad else found.value
+    if throw != "ignore" and value.requires_grad and not recording():
+        value = _Guarded.apply(value, problem.hparams)
     found.value = problem.raveler.unflatten(problem.raveler.unravel(value))
+    found.reach = problem.reach
     return found
 
 
@@ -137,6 +155,32 @@ class Randomness:
             torch.set_rng_state(self.host)
             set_device_states(self.devices, self.states, device_type=kind)
             yield
+
+
+class _Guarded(torch.autograd.Function):
+    """The value itself; in the backward pass that begins here, gradients of hyperparameters have to be finite."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, hparams: list[Tensor]) -> Tensor:
+        ctx.hparams = hparams
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        hooks: list[Any] = []
+
+        def remove() -> None:
+            while hooks:
+                hooks.pop().remove()
+
+        def check(grad: Tensor) -> None:
+            if not bool(torch.isfinite(grad).all()):
+                remove()
+                raise NonFiniteError(f"The hypergradient is NaN or infinite. {ADJOINT_ADVICE[Result.NONFINITE]}")
+
+        hooks += [tensor.register_hook(check) for tensor in ctx.hparams if tensor.requires_grad]
+        after_backward(remove)
+        return grads[0], None
 
 
 class _FirstOrderOnly(torch.autograd.Function):

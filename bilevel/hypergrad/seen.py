@@ -76,6 +76,11 @@ class Seen:
         if known and bool(self._differs(loss).any()):
             raise changed("objective")
 
+    def check_apart(self, apart: Tensor) -> None:
+        """The same, given by how much the sum of the losses was another one in later evaluations, 0-d."""
+        if not recording() and not bool(apart <= self._allowed(self.loss_scale).sum()):
+            raise changed("objective")
+
     def _differs(self, loss: Tensor) -> Tensor:
         assert self.loss is not None
         return ~((loss.detach().double() - self.loss).abs() <= self._allowed(self.loss_scale))

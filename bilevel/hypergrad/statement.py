@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..closure import Closure, VmappedClosure
 from ..problem import Linearization, Problem, RootProblem, linearize_objective, linearize_residual
-from ..tree import Raveler, leaves
+from ..tree import Raveler, is_continuous, leaves
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class SymmetricResidualStatement(ResidualStatement):
 
 def free_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Detached stand-ins that require grad where they can."""
-    return [t.detach().requires_grad_() if t.is_floating_point() else t.detach() for t in tensors]
+    return [t.detach().requires_grad_() if is_continuous(t) else t.detach() for t in tensors]
 
 
 def raveler_of(params: Sequence[Tensor], batch_dims: int) -> Raveler:

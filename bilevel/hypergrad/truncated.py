@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..closure import Recorder
 from ..inner.minimize import InnerSolver
 from ..inner.steps import LastStep
 from ..problem import Objective, Problem
@@ -40,14 +41,14 @@ class Truncated:
         steps = fixed_steps(solver, "Truncated")
         first = max(0, steps.max_steps - self.last)
         if first == 0:
-            problem, layer_norm = eager_problem(objective, init, args)
+            problem, layer_norm = eager_problem(objective, init, args, steps.rule.tensors)
             return finish(problem, steps.minimize(problem), throw, layer_norm)
-        before = Problem(objective, init, args)
+        before = Problem(objective, init, args, recorder=Recorder(differentiable=False))
         with torch.no_grad():
             start = replace(steps, max_steps=first).minimize(before)
         assert isinstance(start.state, LastStep)
         detached = tree_map(torch.Tensor.detach, init)
-        problem, layer_norm = eager_problem(objective, detached, args)
+        problem, layer_norm = eager_problem(objective, detached, args, steps.rule.tensors)
         found = steps.resume(problem, problem.evaluate(start.value), start.state.rule, first)
         found.stats["num_steps"] = torch.full_like(found.stats["num_steps"], steps.max_steps)
         return finish(problem, found, throw, layer_norm)

@@ -44,7 +44,7 @@ class Unroll:
             path = Path(objective, init, args, fixed_steps(solver, "Unroll"), "Unroll(checkpoint=True)")
             return finish(path.problem, _checkpointed(path, init), throw, path.layer_norm)
         steps = unrollable(solver, "Unroll")
-        problem, layer_norm = eager_problem(objective, init, args)
+        problem, layer_norm = eager_problem(objective, init, args, steps.rule.tensors)
         found = (solver if isinstance(solver, GradientDescent) else steps).minimize(problem)
         return finish(problem, found, throw, layer_norm)
 

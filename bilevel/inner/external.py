@@ -42,7 +42,7 @@ class External:
 
         def loss(params: Tree) -> Tensor:
             with torch.no_grad():
-                return problem.objective(params, *problem.args)
+                return problem.loss(params)
 
         start = raveler.unflatten(raveler.unravel(problem.start.y.clone()))
         with torch.no_grad():

@@ -10,6 +10,7 @@ import scipy.optimize
 import torch
 from torch import Tensor
 
+from ..checks import check_linear_solver
 from ..linalg.direct import LU
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.operator import to_numpy
@@ -69,6 +70,7 @@ class Newton:
     tol: float | None = None
 
     def __post_init__(self) -> None:
+        check_linear_solver(self.linear_solver)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
 
     def find(self, problem: RootProblem) -> Solution:

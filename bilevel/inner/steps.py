@@ -7,14 +7,16 @@ number, or a tensor ``[max_steps]`` with one for each step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_rule
 from ..problem import Evaluation, Problem
 from ..solution import Solution
+from ..tree import Tree
 from .minimize import Progress, check_settings, choose
 
 Setting = float | Tensor
@@ -180,10 +182,20 @@ class Steps:
     gtol: float | None = None
 
     def __post_init__(self) -> None:
+        check_rule(self.rule, Rule)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         lr = getattr(self.rule, "lr", 0.0)
         if isinstance(lr, Tensor) and lr.dim() == 1 and len(lr) < self.max_steps:
             raise ValueError(f"lr has {len(lr)} step sizes for max_steps = {self.max_steps}: give one for each step.")
+
+    def without_decay(self, init: Tree) -> tuple[Steps, Setting | None]:
+        """See `Decaying`: in SGD, Adam and RMSprop the decay enters the gradient, in AdamW it does not."""
+        decay = getattr(self.rule, "weight_decay", 0.0)
+        if _is_zero(decay):
+            return self, 0.0
+        if type(self.rule) not in (SGD, Adam, RMSprop):
+            return self, None
+        return replace(self, rule=replace(self.rule, weight_decay=0.0)), decay  # type: ignore[type-var]
 
     def minimize(self, problem: Problem) -> Solution:
         """Minimise; see `InnerSolver`."""

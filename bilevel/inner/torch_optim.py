@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_optimizer
 from ..problem import Evaluation, Problem
 from ..solution import Solution
+from ..tree import Tree, leaves
+from .decay import Coefficient
 from .minimize import Progress, check_settings
+
+COUPLED = (
+    *(torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax),
+    *(torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop, torch.optim.ASGD),
+)
+"""Optimizers that add ``weight_decay * params`` to the gradient, unless told otherwise."""
 
 
 @dataclass(frozen=True, init=False)
@@ -42,6 +51,7 @@ class TorchOptim:
         gtol: float | None = None,
         **settings: Any,
     ):
+        check_optimizer(optimizer)
         check_settings(max_steps=max_steps, gtol=gtol)
         object.__setattr__(self, "optimizer", optimizer)
         object.__setattr__(self, "max_steps", max_steps)
@@ -52,6 +62,20 @@ class TorchOptim:
         settings = "".join(f", {name}={value!r}" for name, value in self.settings)
         name = getattr(self.optimizer, "__name__", repr(self.optimizer))
         return f"TorchOptim({name}, max_steps={self.max_steps}, gtol={self.gtol}{settings})"
+
+    def without_decay(self, init: Tree) -> tuple[TorchOptim, Coefficient | None]:
+        """See `Decaying`: where the optimizer adds its decay to the gradient, as all but AdamW and its kin do."""
+        params = [leaf.detach().requires_grad_() for leaf in leaves(init)]
+        optimizer = self.optimizer(params, **dict(self.settings))
+        groups = optimizer.param_groups
+        if all(group.get("weight_decay", 0.0) == 0 for group in groups):
+            return self, 0.0
+        apart = any(group.get("decoupled_weight_decay") or group.get("maximize") for group in groups)
+        if type(optimizer) not in COUPLED or apart:
+            return self, None
+        plain = TorchOptim(_Undecayed(self.optimizer), max_steps=self.max_steps, gtol=self.gtol, **dict(self.settings))
+        by_param = {id(p): group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
+        return plain, tuple(float(by_param.get(id(p), 0.0)) for p in params)
 
     def minimize(self, problem: Problem) -> Solution:
         """Minimise; see `InnerSolver`."""
@@ -92,5 +116,22 @@ class TorchOptim:
     def _freeze(params: list[Tensor], before: list[Tensor], active: Tensor) -> None:
         with torch.no_grad():
             for param, old in zip(params, before, strict=True):
-                where = active.view(*active.shape, *[1] * (param.dim() - active.dim()))
+                where = active.view((*active.shape, *[1] * (param.dim() - active.dim())))
                 param.copy_(torch.where(where, param, old))
+
+
+@dataclass(frozen=True)
+class _Undecayed:
+    """Makes the same optimizer, without its weight decay."""
+
+    optimizer: Callable[..., torch.optim.Optimizer]
+
+    @property
+    def __name__(self) -> str:
+        return getattr(self.optimizer, "__name__", repr(self.optimizer))
+
+    def __call__(self, params: list[Tensor], **settings: Any) -> torch.optim.Optimizer:
+        optimizer = self.optimizer(params, **settings)
+        for group in optimizer.param_groups:
+            group["weight_decay"] = 0.0
+        return optimizer

@@ -42,6 +42,11 @@ class GraphHessian(Operator):
         return self.raveler.ravel(filled)
 
 
+def _twice(loss: Tensor) -> tuple[Tensor, Tensor]:
+    """To differentiate, and to look at."""
+    return loss, loss.detach()
+
+
 class FuncHessian(Operator):
     """``H v`` as `torch.func.vjp` of `torch.func.grad`: recomputed, so it holds no graph between products.
 
@@ -60,16 +65,20 @@ class FuncHessian(Operator):
                 "under torch.func is silently wrong by several percent. Use operator='graph', "
                 "bilevel.nn.batch_norm, or a norm written with torch.var_mean and rsqrt."
             )
-        self.raveler, self.gradient = raveler, torch.func.grad(sum_loss)
+        self.raveler = raveler
+        self.gradient = torch.func.grad(lambda point: _twice(sum_loss(point)), has_aux=True)
         self.leaves = [leaf.detach() for leaf in linearization.leaves]
+        self.loss = linearization.loss.detach().double().sum()
+        self.apart = torch.zeros_like(self.loss)
 
     def matvec(self, v: Tensor) -> Tensor:
         direction = self.raveler.unravel(v)
         with torch.no_grad():
             # H is symmetric, so reverse mode gives H v. Forward mode is no faster, does not nest, and its levels are
             # global to the process: in two threads it raises, or is silently wrong.
-            product = torch.func.vjp(self.gradient, self.leaves)[1](direction)[0]
-        return self.raveler.ravel(product)
+            _, pull, loss = torch.func.vjp(self.gradient, self.leaves, has_aux=True)
+            self.apart = torch.fmax(self.apart, (loss.double() - self.loss).abs())
+        return self.raveler.ravel(pull(direction)[0])
 
 
 def hessian(problem: Problem, linearization: Linearization, mode: HessianMode) -> Operator:

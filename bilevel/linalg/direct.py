@@ -10,7 +10,7 @@ from torch import Tensor
 from ..recording import recording
 from ..solution import Result, Solution, make_codes
 from ..tree import norm
-from .operator import Operator
+from .operator import Operator, widened
 from .solve import LinearState, normalise, report, require_symmetric
 
 
@@ -29,9 +29,9 @@ class Cholesky:
         require_symmetric(operator, "Cholesky")
         matrix = _dense(operator, self.max_size, "Cholesky")
         factor, info = torch.linalg.cholesky_ex(matrix)
-        unit, length = normalise(b)
+        unit, length = normalise(widened(b))
         x = torch.cholesky_solve(unit.unsqueeze(-1), factor).squeeze(-1)
-        return _report(matrix, x, unit, length, info == 0)
+        return _report(matrix, x, unit, length, info == 0, b.dtype)
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class LU:
     def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
         """Solve ``A x = b``; see `LinearSolver`."""
         matrix = _dense(operator, self.max_size, "LU")
-        unit, length = normalise(b)
+        unit, length = normalise(widened(b))
         x, info = torch.linalg.solve_ex(matrix, unit.unsqueeze(-1))
-        return _report(matrix, x.squeeze(-1), unit, length, info == 0, Result.STAGNATED)
+        return _report(matrix, x.squeeze(-1), unit, length, info == 0, b.dtype, Result.STAGNATED)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class LeastNorm:
         matrix = _dense(operator, self.max_size, "LeastNorm")
         unit, length = normalise(b)
         x = least_norm(matrix, unit, self.max_condition)
-        return _report(matrix, x, unit, length, torch.ones_like(length, dtype=torch.bool))
+        return _report(matrix, x, unit, length, torch.ones_like(length, dtype=torch.bool), b.dtype)
 
 
 def least_norm(matrix: Tensor, b: Tensor, max_condition: float | None = None) -> Tensor:
@@ -103,7 +103,7 @@ def _dense(operator: Operator, max_size: int, name: str) -> Tensor:
             f"{name} would form matrices of {operator.size} unknowns ({gibibytes:.3g} GiB); its max_size is "
             f"{max_size}. Use CG, or raise max_size."
         )
-    matrix = operator.to_dense()
+    matrix = widened(operator.to_dense())
     return (matrix + matrix.mT) / 2 if operator.symmetric else matrix
 
 
@@ -113,6 +113,7 @@ def _report(
     unit: Tensor,
     length: Tensor,
     regular: Tensor,
+    dtype: torch.dtype,
     failure: Result = Result.NEGATIVE_CURVATURE,
 ) -> Solution:
     x = torch.where(regular.unsqueeze(-1), x, torch.zeros_like(x))
@@ -123,7 +124,7 @@ def _report(
     bad = ~torch.isfinite(length) | ~torch.isfinite(relative) | ~torch.isfinite(matrix).all(-1).all(-1)
     codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
     steps = torch.full_like(length, matrix.shape[-1], dtype=torch.int64)
-    value = torch.nan_to_num(length, 0, 0, 0).to(x.dtype).unsqueeze(-1) * x
+    value = (torch.nan_to_num(length, 0, 0, 0).to(x.dtype).unsqueeze(-1) * x).to(dtype)
     solution = report(value, codes, steps, relative * length, length)
     solution.state = LinearState(value)
     return solution

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..closure import Recorder
 from ..problem import Linearization, Objective, Problem, linearize_objective
 from ..tree import Tree
 from .curvature import GraphHessian
@@ -45,7 +46,7 @@ class GaussNewton:
 
     def __call__(self, problem: Problem, at: Linearization) -> Operator:
         free = free_leaves(at)
-        with torch.enable_grad(), problem.autocast.entered():
+        with torch.enable_grad(), problem.autocast.evaluating(), Recorder(differentiable=False):
             outputs = self.outputs(problem.raveler.unflatten(free), *problem.args)
             check_outputs("outputs", outputs, problem)
             point = outputs.detach().requires_grad_()
@@ -109,7 +110,7 @@ def check_outputs(name: str, found: Tensor, problem: Problem) -> None:
 
 def _hessian(problem: Problem, free: Sequence[Tensor], rest: Objective) -> Operator | None:
     def loss_at(point: Sequence[Tensor]) -> Tree:
-        with problem.autocast.entered():
+        with problem.autocast.evaluating(), Recorder(differentiable=False):
             return rest(problem.raveler.unflatten(list(point)), *problem.args)
 
     at = linearize_objective(loss_at, free)

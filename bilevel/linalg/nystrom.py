@@ -11,7 +11,7 @@ from torch import Tensor
 from ..recording import recording
 from ..solution import Result, Solution, make_codes
 from ..tree import norm
-from .operator import Operator
+from .operator import Operator, widened
 from .solve import LinearState, Precondition, normalise, report, require_symmetric
 
 SketchKind = Literal["gaussian", "columns"]
@@ -136,9 +136,10 @@ class Inverse:
     relative: Tensor | None = None
 
     def __call__(self, r: Tensor) -> Tensor:
+        given, r = r.dtype, widened(r)
         within = (self.basis.mT @ r.unsqueeze(-1)).squeeze(-1)
         weights = (self.inside - self.outside.unsqueeze(-1)) * within
-        return self.outside.unsqueeze(-1) * r + (self.basis @ weights.unsqueeze(-1)).squeeze(-1)
+        return (self.outside.unsqueeze(-1) * r + (self.basis @ weights.unsqueeze(-1)).squeeze(-1)).to(given)
 
     @property
     def expected(self) -> Tensor:
@@ -168,12 +169,12 @@ def sketch(operator: Operator, rank: int, seed: int, kind: SketchKind) -> tuple[
         probes = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))[0]
     probes = probes.to(operator.device, operator.dtype)
     columns = [operator.matvec(probe.expand(*operator.batch_shape, size)) for probe in probes.T]
-    product = torch.stack(columns, -1)
+    product, probes = widened(torch.stack(columns, -1)), widened(probes)
     finite = torch.isfinite(product).all(-1).all(-1)
     product = torch.where(finite[..., None, None], product, torch.zeros_like(product))
     # A shift of the size of the rounding error makes the core definite, and is taken off again (Tropp et al. 2017).
     scale = torch.linalg.matrix_norm(product)
-    shift = (scale * torch.finfo(product.dtype).eps * size**0.5).clamp_min(torch.finfo(product.dtype).tiny)
+    shift = (scale * torch.finfo(operator.dtype).eps * size**0.5).clamp_min(torch.finfo(product.dtype).tiny)
     shifted = product + shift[..., None, None] * probes
     core = probes.mT @ shifted
     factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2)

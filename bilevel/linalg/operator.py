@@ -75,7 +75,8 @@ class Operator(ABC):
 
         def on_host(product: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:
             def of_numpy(x: np.ndarray) -> np.ndarray:
-                v = torch.as_tensor(x.reshape(-1), dtype=self.dtype, device=self.device)
+                # A copy: SciPy works in place on what it is given, which may be its own vector (A = I).
+                v = torch.tensor(x.reshape(-1), dtype=self.dtype, device=self.device)
                 return to_numpy(product(v.view(*self.batch_shape, self.size)))
 
             return of_numpy
@@ -83,6 +84,11 @@ class Operator(ABC):
         return scipy.sparse.linalg.LinearOperator(
             (total, total), matvec=on_host(self.matvec), rmatvec=on_host(self.rmatvec), dtype=np.float64
         )
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 where it is of half precision, in which nothing can be factorised."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -123,12 +129,12 @@ class Transposed(Operator):
 class Damped(Operator):
     """``A + damping I``: moves every eigenvalue up, at the price of a bias of first order in the damping."""
 
-    def __init__(self, operator: Operator, damping: float):
+    def __init__(self, operator: Operator, damping: float | Tensor):
         super().__init__(operator.batch_shape, operator.size, operator.dtype, operator.device, operator.symmetric)
         self.operator, self.damping = operator, damping
 
     def matvec(self, v: Tensor) -> Tensor:
-        return self.operator.matvec(v) + self.damping * v
+        return self.operator.matvec(v) + (self.damping * v).to(v.dtype)
 
     def rmatvec(self, v: Tensor) -> Tensor:
-        return self.operator.rmatvec(v) + self.damping * v
+        return self.operator.rmatvec(v) + (self.damping * v).to(v.dtype)

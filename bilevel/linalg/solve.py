@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..checks import check_preconditioner
 from ..recording import recording
 from ..solution import Result, Solution, make_codes
 from ..tree import norm, scale
@@ -100,6 +101,7 @@ class IterativeSolver(ABC):
 
     def __post_init__(self) -> None:
         check_settings(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
+        check_preconditioner(getattr(self, "preconditioner", None))
 
     def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
         """Solve ``A x = b``; see `LinearSolver`. Differentiable once in reverse mode, by the adjoint system.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..context import LAST_IN_FIRST_OUT
 from .batched import check_operands
 from .product import matmul
 
@@ -38,19 +39,24 @@ def functional_call(
     """`torch.func.functional_call`, also where several threads call the same module.
 
     PyTorch's own puts the parameters into the module for the time of the call, so that two threads see each other's.
-    Here a thread other than the main one calls a replica that shares everything with the module but the slots.
+    Here a thread other than the main one calls a replica that shares everything with the module but the slots. A module
+    that holds a part of itself under two names is left as it was, which PyTorch's own does not do.
     """
     if threading.current_thread() is not threading.main_thread():
-        module = _replica(module)
-    return torch.func.functional_call(module, params, args, kwargs)
+        module = _replica(module, {})
+    with LAST_IN_FIRST_OUT:
+        return torch.func.functional_call(module, params, args, kwargs)
 
 
-def _replica(module: nn.Module) -> nn.Module:
-    copy = module.__new__(type(module))
+def _replica(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """A copy of the module and its parts, of which one that stands at two places is one again."""
+    if id(module) in made:
+        return made[id(module)]
+    copy = made[id(module)] = module.__new__(type(module))
     copy.__dict__ = module.__dict__.copy()
     copy.__dict__["_parameters"] = module._parameters.copy()
     copy.__dict__["_buffers"] = module._buffers.copy()
     copy.__dict__["_modules"] = {
-        name: None if child is None else _replica(child) for name, child in module._modules.items()
+        name: None if child is None else _replica(child, made) for name, child in module._modules.items()
     }
     return copy

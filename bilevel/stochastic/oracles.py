@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..context import EVALUATING, UNCOMPILED
 from ..problem import graph_nodes
 from ..tree import Raveler, Tree
 
@@ -141,7 +142,8 @@ class Oracles:
         return Gradients(loss.detach(), inner, outer)
 
     def _evaluate(self, what: str, y: Tensor, x: Tensor, batch: Any) -> Tensor:
-        loss = getattr(self, what)(self._tree(self.inner, y), self._tree(self.outer, x), batch)
+        with EVALUATING, UNCOMPILED:
+            loss = getattr(self, what)(self._tree(self.inner, y), self._tree(self.outer, x), batch)
         if what not in self._checked:
             check_loss(what, loss, y, x, self.own)
             self._checked.add(what)

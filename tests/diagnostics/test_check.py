@@ -64,3 +64,9 @@ def test_float32_knows_its_limits():
     problem = Ridge(per_feature=True, dtype=torch.float32)
     report = check_hypergradient(problem, solver=bl.NewtonCG(gtol=1e-6), tolerance=1e-2, throw="ignore")
     assert report.exact_error < 1e-4
+
+
+def test_complex_hyperparameters_are_refused_in_words():
+    c = torch.ones(2, dtype=torch.complex128)
+    with pytest.raises(TypeError, match="hparams contains a complex tensor"):
+        BilevelProblem(lambda y, c: (y * c).abs().square().sum(), lambda y, c: y.sum(), init=torch.zeros(2), hparams=c)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import bilevel as bl
 from bilevel.linalg.operator import Damped, Dense, Operator
 from tests.conformance import check_operator, nonsymmetric, randn, spd
 
@@ -47,3 +48,10 @@ def test_a_missing_transposed_product_says_what_to_do():
     operator = OneSided((), 3, torch.float64, torch.device("cpu"), symmetric=False)
     with pytest.raises(NotImplementedError, match=r"OneSided .* Write rmatvec, or take GMRES"):
         operator.T @ randn(3)
+
+
+def test_scipy_may_write_into_a_product_that_is_its_own_vector():
+    """Of the identity, a product is the vector itself: GMRES, which normalises in place, then gave zero."""
+    x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    found = bl.root(lambda y: y - 2 * x, torch.zeros(2, dtype=torch.float64), hypergrad=bl.Implicit(bl.GMRES()))
+    assert torch.autograd.grad(found.value.sum(), x)[0].item() == pytest.approx(4.0)

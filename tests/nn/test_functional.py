@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import threading
 
+import pytest
 import torch
 from torch import nn
 
+import bilevel as bl
 from bilevel.nn import functional_call, linear
 
 
@@ -46,3 +48,71 @@ def test_threads_do_not_see_each_others_parameters():
     assert found == {float(value): 12.0 * value for value in range(4)}
     assert module.weight.item() == 0
     assert isinstance(module.weight, nn.Parameter)
+
+
+class Shared(nn.Module):
+    """One part under two names, and one parameter tied to another."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.b = self.a
+        self.c = nn.Linear(3, 3)
+        self.c.weight = self.a.weight
+
+    def forward(self, x):
+        if x is None:
+            raise KeyError("no data")
+        return self.c(self.b(torch.tanh(self.a(x))))
+
+
+@pytest.mark.parametrize("call", [functional_call, torch.func.functional_call], ids=["bilevel", "torch"])
+@pytest.mark.parametrize("threaded", [False, True])
+def test_shared_parts_are_left_as_they_were(call, threaded):
+    torch.manual_seed(0)
+    net, x = Shared(), torch.randn(8, 3)
+    before = dict(net.named_parameters(remove_duplicate=False))
+    values = {name: p.detach().clone() for name, p in net.named_parameters()}
+    given = {name: 2 * value for name, value in values.items()}
+
+    def objective(params):
+        return call(net, params, (x,)).square().mean() + sum(p.square().sum() for p in params.values())
+
+    def expected(p):
+        out = nn.functional.linear(
+            torch.tanh(nn.functional.linear(x, p["a.weight"], p["a.bias"])), p["a.weight"], p["a.bias"]
+        )
+        return nn.functional.linear(out, p["a.weight"], p["c.bias"])
+
+    def work():
+        if call is functional_call:
+            torch.testing.assert_close(call(net, given, (x,)), expected(given))
+            with pytest.raises(KeyError):
+                call(net, given, (None,))
+        bl.argmin(objective, given, solver=bl.GradientDescent(0.01, 3))
+        with pytest.raises(KeyError):
+            bl.argmin(lambda params: call(net, params, (None,)).sum(), given)
+
+    errors = []
+
+    def guarded():
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    if threaded:
+        threads = [threading.Thread(target=guarded) for _ in range(2 if call is functional_call else 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+    else:
+        work()
+    after = dict(net.named_parameters(remove_duplicate=False))
+    assert after.keys() == before.keys()
+    for name, parameter in after.items():
+        assert parameter is before[name], name
+    for name, value in values.items():
+        assert torch.equal(after[name], value), name

@@ -1,0 +1,184 @@
+"""Arguments of a wrong kind: what was given, and what to write."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .solution import Solution
+
+
+def check_argmin(objective: Any, init: Any, solver: Any, hypergrad: Any, warm_start: Any) -> None:
+    """Refuse arguments of `argmin` that are of another kind, naming each.
+
+    Raises:
+        TypeError: as all functions of this module.
+    """
+    check_function("objective", objective, init, "argmin")
+    check_start(init)
+    check_solver(solver, "minimize", "argmin")
+    check_hypergrad(hypergrad)
+    check_warm_start(warm_start)
+
+
+def check_root(what: str, function: Any, init: Any, solver: Any, hypergrad: Any, warm_start: Any) -> None:
+    """The same for `root` and `fixed_point`; ``what`` is the name of their function."""
+    caller = "fixed_point" if what == "map" else "root"
+    check_function(what, function, init, caller)
+    check_start(init)
+    check_solver(solver, "find", caller)
+    check_hypergrad(hypergrad)
+    check_warm_start(warm_start)
+
+
+def check_function(name: str, value: Any, init: Any, caller: str) -> None:
+    """Refuse a first argument that cannot be called."""
+    if callable(value):
+        return
+    swapped = f" Are the two swapped? Write {caller}({name}, init, ...)." if callable(init) else ""
+    raise TypeError(f"{name} is {_kind(value)}: a function of the params is needed, such as lambda y: ....{swapped}")
+
+
+def check_start(init: Any) -> None:
+    """Refuse a module, an iterator or a function as ``init``."""
+    if isinstance(init, nn.Module):
+        raise TypeError(
+            f"init is a module ({_name(init)}): pass its parameters, dict(module.named_parameters()), and let the "
+            "objective call torch.func.functional_call(module, params, (x,))."
+        )
+    if inspect.isgenerator(init) or (callable(init) and not isinstance(init, Tensor)):
+        raise TypeError(
+            f"init is {_kind(init)}: a tensor or a tree of tensors is needed. Of a module, write "
+            "dict(module.named_parameters())."
+        )
+
+
+def check_solver(solver: Any, method: str, caller: str) -> None:
+    """Refuse what does not solve the kind of problem that ``caller`` has: it lacks ``method``."""
+    if solver is None:
+        return
+    if _is_optimizer(solver):
+        name = _name(solver)
+        raise TypeError(
+            f"solver is {_kind(solver)}, an optimizer: write solver=TorchOptim(torch.optim.{name}, lr=..., "
+            "max_steps=...), which makes one for the inner params."
+        )
+    if isinstance(solver, type):
+        raise TypeError(f"solver is the class {_name(solver)}: write solver={_name(solver)}(...), an object.")
+    if _has(solver, method):
+        return
+    if _has(solver, "minimize"):
+        advice = "it minimises. Take Newton(), Anderson() or ScipyRoot(), or argmin for a loss"
+    elif _has(solver, "find"):
+        advice = "it solves systems. Take LBFGS() or NewtonCG(), or root for a system"
+    elif _has(solver, "step") and _has(solver, "init"):
+        advice = f"it is a step rule. Write solver=Steps({_name(solver)}(...), max_steps=...)"
+    elif _has(solver, "solve"):
+        advice = f"it solves linear systems. Write hypergrad=Implicit({_name(solver)}(...))"
+    elif _has(solver, "pull", "run"):
+        advice = f"it is a hypergradient. Write hypergrad={_name(solver)}(...)"
+    else:
+        advice = "an inner solver is needed, such as LBFGS()" if method == "minimize" else "Newton() is such a one"
+    raise TypeError(f"solver is {_kind(solver)}, which {caller} cannot use: {advice}.")
+
+
+def check_hypergrad(hypergrad: Any) -> None:
+    """Refuse what is no hypergradient."""
+    if hypergrad is None:
+        return
+    if isinstance(hypergrad, type):
+        raise TypeError(f"hypergrad is the class {_name(hypergrad)}: write hypergrad={_written(hypergrad)}, an object.")
+    if _has(hypergrad, "pull", "run"):
+        return
+    if _has(hypergrad, "solve"):
+        advice = f"it is a linear solver. Write hypergrad=Implicit({_name(hypergrad)}(...))"
+    elif _has(hypergrad, "minimize", "find"):
+        advice = f"it is an inner solver. Write solver={_name(hypergrad)}(...)"
+    else:
+        advice = "an object such as Implicit(), Unroll() or Implicit(CG(rtol=1e-6)) is needed, or None for no gradient"
+    raise TypeError(f"hypergrad is {_kind(hypergrad)}: {advice}.")
+
+
+def check_linear_solver(value: Any, name: str = "linear_solver") -> None:
+    """Refuse what does not solve linear systems."""
+    if value is None:
+        return
+    if isinstance(value, type):
+        raise TypeError(f"{name} is the class {_name(value)}: write {_name(value)}(...), an object.")
+    if not _has(value, "solve"):
+        raise TypeError(f"{name} is {_kind(value)}: a linear solver is needed, such as CG(), MINRES() or Cholesky().")
+
+
+def check_preconditioner(value: Any) -> None:
+    """Refuse what makes no preconditioner."""
+    if isinstance(value, type) or not (value is None or callable(value)):
+        raise TypeError(
+            f"preconditioner is {_kind(value)}: an object such as Jacobi() or NystromPreconditioner(20) is needed."
+        )
+
+
+def check_optimizer(value: Any) -> None:
+    """Refuse an optimizer that exists already, or none."""
+    if isinstance(value, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer is {_kind(value)}, made for params of its own: pass the class and its settings, "
+            f"TorchOptim(torch.optim.{_name(value)}, lr=..., max_steps=...)."
+        )
+    if not callable(value):
+        raise TypeError(f"optimizer is {_kind(value)}: a class of torch.optim is needed, such as torch.optim.Adam.")
+
+
+def check_rule(value: Any, kind: type) -> None:
+    """Refuse what is no step rule."""
+    if isinstance(value, kind):
+        return
+    if _is_optimizer(value):
+        advice = f"take TorchOptim(torch.optim.{_name(value)}, ...), or a rule of bilevel, which can be differentiated"
+    elif isinstance(value, type):
+        advice = f"write {_name(value)}(...), an object"
+    else:
+        advice = "a step rule is needed, such as SGD(lr=0.1) or Adam(lr=1e-3) of bilevel"
+    raise TypeError(f"rule is {_kind(value)}: {advice}.")
+
+
+def check_warm_start(value: Any) -> None:
+    """Refuse params in the place of an earlier solution."""
+    if value is not None and not isinstance(value, Solution):
+        raise TypeError(
+            f"warm_start is {_kind(value)}: the Solution of an earlier solve is needed, whose adjoint is the first "
+            "guess. Params to start from are init."
+        )
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, torch.optim.Optimizer) or (
+        isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
+    )
+
+
+def _name(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) else type(value).__name__
+
+
+def _written(kind: type) -> str:
+    """A class as a value of ``hypergrad``."""
+    if _has(kind, "solve") and not _has(kind, "pull"):
+        return f"Implicit({kind.__name__}(...))"
+    return f"{kind.__name__}(...)" if _has(kind, "run", "pull") else "Implicit()"
+
+
+def _kind(value: Any) -> str:
+    """What was given, in a few words."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if value is None or isinstance(value, str | int | float):
+        return repr(value)
+    return f"of type {type(value).__name__}"
+
+
+def _has(value: Any, *methods: str) -> bool:
+    """Whether it has one of these methods of ours; a string has methods of the same names."""
+    return not isinstance(value, str) and any(callable(getattr(value, method, None)) for method in methods)

@@ -1,0 +1,103 @@
+"""Arguments of a wrong kind: an error that names the argument and says what to write."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import bilevel as bl
+
+NET = nn.Linear(2, 1)
+Z = torch.zeros(2)
+X = torch.tensor(1.0, requires_grad=True)
+
+
+def f(p):
+    return (p - X).square().sum()
+
+
+def r(y):
+    return y - X
+
+
+MISTAKES = {
+    "hypergrad=CG()": (lambda: bl.argmin(f, Z, hypergrad=bl.CG()), r"hypergrad.*Implicit\(CG"),
+    "hypergrad=CG": (lambda: bl.argmin(f, Z, hypergrad=bl.CG), r"hypergrad.*Implicit\(CG"),
+    "hypergrad=Implicit": (lambda: bl.argmin(f, Z, hypergrad=bl.Implicit), r"hypergrad.*Implicit\("),
+    "hypergrad=Unroll": (lambda: bl.argmin(f, Z, hypergrad=bl.Unroll), r"hypergrad.*Unroll\("),
+    "hypergrad=LBFGS()": (lambda: bl.argmin(f, Z, hypergrad=bl.LBFGS()), "hypergrad.*solver=LBFGS"),
+    "hypergrad='implicit'": (lambda: bl.argmin(f, Z, hypergrad="implicit"), r"hypergrad is 'implicit'.*Implicit\(\)"),
+    "hypergrad=True": (lambda: bl.argmin(f, Z, hypergrad=True), "hypergrad is True"),
+    "root: hypergrad=GMRES()": (lambda: bl.root(r, Z, hypergrad=bl.GMRES()), r"hypergrad.*Implicit\(GMRES"),
+    "fixed_point: hypergrad=Implicit": (lambda: bl.fixed_point(r, Z, hypergrad=bl.Implicit), "hypergrad.*Implicit"),
+    "quadratic_program: hypergrad=LU()": (
+        lambda: bl.quadratic_program(torch.eye(2), Z, hypergrad=bl.LU()),
+        r"hypergrad.*Implicit\(LU",
+    ),
+    "Implicit('cg')": (lambda: bl.Implicit("cg"), "linear_solver is 'cg'"),
+    "Implicit(CG)": (lambda: bl.Implicit(bl.CG), r"linear_solver is the class CG: write CG\("),
+    "Implicit(LBFGS())": (lambda: bl.Implicit(bl.LBFGS()), "linear_solver is of type LBFGS"),
+    "Implicit(operator=GaussNewton)": (lambda: bl.Implicit(operator=bl.GaussNewton), "operator is the class"),
+    "CG(preconditioner=Jacobi)": (lambda: bl.CG(preconditioner=bl.Jacobi), r"preconditioner.*Jacobi\(\)"),
+    "Newton('lu')": (lambda: bl.Newton("lu"), "linear_solver is 'lu'"),
+    "solver=LBFGS": (lambda: bl.argmin(f, Z, solver=bl.LBFGS), r"solver is the class LBFGS: write solver=LBFGS\("),
+    "solver=Adam": (lambda: bl.argmin(f, Z, solver=torch.optim.Adam), r"solver.*TorchOptim\(torch.optim.Adam"),
+    "solver=Adam(...)": (
+        lambda: bl.argmin(f, Z, solver=torch.optim.Adam(NET.parameters())),
+        r"solver.*TorchOptim\(torch.optim.Adam",
+    ),
+    "solver=bl.SGD()": (lambda: bl.argmin(f, Z, solver=bl.SGD()), r"solver.*Steps\(SGD"),
+    "solver=CG()": (lambda: bl.argmin(f, Z, solver=bl.CG()), r"solver.*Implicit\(CG"),
+    "solver=Unroll()": (lambda: bl.argmin(f, Z, solver=bl.Unroll()), "solver.*hypergrad=Unroll"),
+    "solver='lbfgs'": (lambda: bl.argmin(f, Z, solver="lbfgs"), "solver is 'lbfgs'.*LBFGS"),
+    "root(solver='newton')": (lambda: bl.root(r, Z, solver="newton"), "solver is 'newton'.*Newton"),
+    "argmin(solver=Newton())": (lambda: bl.argmin(f, Z, solver=bl.Newton()), "solver is of type Newton.*LBFGS"),
+    "root(solver=LBFGS())": (lambda: bl.root(r, Z, solver=bl.LBFGS()), "solver is of type LBFGS.*Newton"),
+    "fixed_point(solver=LBFGS())": (
+        lambda: bl.fixed_point(r, Z, solver=bl.LBFGS()),
+        "solver is of type LBFGS.*Anderson",
+    ),
+    "root(solver=Newton)": (lambda: bl.root(r, Z, solver=bl.Newton), r"solver is the class Newton"),
+    "TorchOptim(instance)": (
+        lambda: bl.TorchOptim(torch.optim.Adam(NET.parameters()), max_steps=2),
+        r"optimizer.*TorchOptim\(torch.optim.Adam, lr",
+    ),
+    "TorchOptim('adam')": (lambda: bl.TorchOptim("adam"), "optimizer is 'adam'"),
+    "Steps(SGD)": (lambda: bl.Steps(bl.SGD), r"rule is the class SGD: write SGD\("),
+    "Steps(torch.optim.SGD)": (lambda: bl.Steps(torch.optim.SGD), r"rule.*TorchOptim\(torch.optim.SGD"),
+    "Steps('sgd')": (lambda: bl.Steps("sgd"), "rule is 'sgd'"),
+    "warm_start=params": (lambda: bl.argmin(f, Z, warm_start={"a": Z}), "warm_start is of type dict.*init"),
+    "warm_start=tensor": (lambda: bl.root(r, Z, warm_start=Z), "warm_start is of type Tensor"),
+    "warm_start=Solution": (lambda: bl.fixed_point(r, Z, warm_start=bl.Solution), "warm_start is the class"),
+    "init=net": (lambda: bl.argmin(f, NET), r"init is a module .Linear.*named_parameters\(\)"),
+    "init=net.parameters()": (lambda: bl.argmin(f, NET.parameters()), r"init is of type generator.*named_parameters"),
+    "init=None": (lambda: bl.argmin(f, None), "init"),
+    "init=[0.0]": (lambda: bl.argmin(f, [0.0]), "init contains a float"),
+    "swapped": (lambda: bl.argmin(Z, f), r"objective is of type Tensor.*swapped.*argmin\(objective, init"),
+    "swapped root": (lambda: bl.root(Z, r), r"residual is of type Tensor.*swapped.*root\(residual, init"),
+    "swapped fixed point": (lambda: bl.fixed_point(Z, r), r"map is of type Tensor.*swapped.*fixed_point\(map, init"),
+    "objective=loss": (lambda: bl.argmin(f(Z), Z), "objective is of type Tensor"),
+    "throw=True": (lambda: bl.argmin(f, Z, throw=True), "throw is True"),
+    "throw=None": (lambda: bl.argmin(f, Z, throw=None), "throw is None"),
+    "throw=[]": (lambda: bl.root(r, Z, throw=[]), "throw is"),
+}
+
+
+@pytest.mark.parametrize(("mistake", "words"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named(mistake, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        mistake()
+
+
+def test_what_fits_is_accepted():
+    class Mine:
+        def minimize(self, problem):
+            return bl.LBFGS().minimize(problem)
+
+    fit = bl.argmin(f, Z, solver=Mine(), hypergrad=bl.Implicit(bl.CG(preconditioner=bl.Jacobi())))
+    bl.argmin(f, {"a": [Z, Z]}["a"][0], warm_start=fit)
+    bl.argmin(lambda p: (NET(p) - 1).square().sum() + p.square().sum(), Z)  # a module may be called on the params
+    bl.root(r, Z, solver=bl.Anderson())
+    bl.fixed_point(lambda y: 0.1 * y, Z, solver=bl.Newton(bl.LU()))
+    bl.argmin(f, Z, solver=bl.TorchOptim(lambda params: torch.optim.SGD(params, lr=0.1), max_steps=3))

@@ -1,0 +1,181 @@
+"""An evaluation writes into nothing that is not its own, and gradients of embeddings are dense."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import bilevel as bl
+from tests.conformance import randn, relative_error
+
+F64 = torch.float64
+
+
+class Network(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 3), norm, nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+def statistics(module):
+    return {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers()}
+
+
+def assert_untouched(module, before):
+    for name, buffer in module.named_buffers():
+        assert buffer is before[name][0], name
+        assert torch.equal(buffer, before[name][1]), name
+
+
+def normed_problem(functional=functional_call):
+    torch.manual_seed(0)
+    net, x, y = Network(nn.BatchNorm1d(3)).double(), randn(16, 4, seed=1), randn(16, 1, seed=2)
+    decay = torch.tensor(0.3, dtype=F64, requires_grad=True)
+
+    def inner(params):
+        penalty = sum(p.square().sum() for p in params.values())
+        return F.mse_loss(functional(net, params, (x,)), y) + decay * penalty
+
+    return net, inner, decay
+
+
+@pytest.mark.parametrize(
+    ("hypergrad", "solver"),
+    [
+        (bl.Implicit(), bl.NewtonCG()),
+        (bl.Unroll(), bl.GradientDescent(0.05, 5)),
+        (bl.Truncated(2), bl.GradientDescent(0.05, 5)),
+        (bl.Penalty(), None),
+        (bl.FiniteDifference(0.1), None),
+        (bl.Implicit(), bl.External(lambda loss, start: (loss(start), start)[1])),
+        (None, bl.TorchOptim(torch.optim.Adam, max_steps=5)),
+    ],
+    ids=repr,
+)
+def test_running_statistics_are_left_as_they_were(hypergrad, solver):
+    net, inner, decay = normed_problem()
+    before = statistics(net)
+    fit = bl.argmin(inner, dict(net.named_parameters()), solver=solver, hypergrad=hypergrad, throw="ignore")
+    assert_untouched(net, before)
+    if hypergrad is not None:
+        sum(p.square().sum() for p in fit.value.values()).backward()
+        assert decay.grad.isfinite()
+        assert decay.grad != 0
+    with torch.no_grad():
+        bl.argmin(inner, dict(net.named_parameters()), throw="ignore")
+    assert_untouched(net, before)
+
+
+def test_the_gradient_is_that_without_statistics():
+    grads = []
+    for track in (True, False):
+        net, inner, decay = normed_problem()
+        if not track:
+            net.norm.track_running_stats = False
+            net.norm.running_mean = net.norm.running_var = net.norm.num_batches_tracked = None
+        fit = bl.argmin(inner, dict(net.named_parameters()), solver=bl.NewtonCG(gtol=1e-11))
+        grads.append(torch.autograd.grad(sum(p.square().sum() for p in fit.value.values()), decay)[0])
+    assert relative_error(*grads) < 1e-10
+
+
+def test_statistics_in_threads():
+    net, inner, _ = normed_problem(bl.nn.functional_call)
+    before, start = statistics(net), {name: p.detach().clone() for name, p in net.named_parameters()}
+    solver = bl.GradientDescent(0.05, 5)
+    threads = [threading.Thread(target=lambda: bl.argmin(inner, start, solver=solver)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert_untouched(net, before)
+
+
+@pytest.mark.parametrize("make", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_power_iterations_of_a_spectral_norm_start_from_the_same_vector(make):
+    torch.manual_seed(0)
+    net, x = make(nn.Linear(4, 3)).double(), randn(16, 4, seed=1)
+    before = statistics(net)
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    decay = torch.tensor(0.3, dtype=F64, requires_grad=True)
+
+    def inner(params):
+        away = sum((p - start[name]).square().sum() for name, p in params.items())
+        return (functional_call(net, params, (x,)) - 1).square().mean() + decay * away
+
+    fit = bl.argmin(inner, start, solver=bl.GradientDescent(0.1, 5), throw="ignore")
+    sum(p.sum() for p in fit.value.values()).backward()
+    assert_untouched(net, before)
+
+
+def test_tensors_that_the_objective_counts_in_are_left_as_they_were():
+    count, history = torch.zeros(3), torch.zeros(10)
+    x = torch.tensor(0.3, dtype=F64, requires_grad=True)
+
+    def inner(p):
+        count.add_(1)
+        history[0] = 2.0
+        torch.add(history, 1, out=history)
+        mine = torch.zeros(2, dtype=F64)
+        mine += p  # its own
+        return (mine - 1).square().sum() + x * p.square().sum() + 0 * history.sum() * count.sum()
+
+    fit = bl.argmin(inner, torch.zeros(2, dtype=F64))
+    assert torch.equal(count, torch.zeros(3))
+    assert torch.equal(history, torch.zeros(10))
+    (grad,) = torch.autograd.grad(fit.value.sum(), x)
+    assert relative_error(grad, torch.tensor(-2 / 1.3**2, dtype=F64)) < 1e-8
+
+
+def test_what_is_written_is_read_in_the_same_evaluation():
+    scale, x = torch.ones((), dtype=F64), torch.tensor(0.5, dtype=F64, requires_grad=True)
+
+    def inner(p):
+        scale.mul_(2.0)  # 2 in each evaluation
+        return (p - scale * x).square().sum()
+
+    fit = bl.argmin(inner, torch.zeros(2, dtype=F64))
+    assert relative_error(fit.value, torch.ones(2, dtype=F64)) < 1e-8
+    assert torch.autograd.grad(fit.value.sum(), x)[0].item() == pytest.approx(4.0, rel=1e-8)
+    found = bl.root(lambda y: y - scale.mul_(2.0) * x, torch.zeros(2, dtype=F64))
+    assert torch.autograd.grad(found.value.sum(), x)[0].item() == pytest.approx(4.0, rel=1e-8)
+    assert scale.item() == 1.0
+
+
+def test_writing_into_a_part_is_refused():
+    history = torch.zeros(10)
+
+    def inner(p):
+        history[2:4].add_(1)
+        return p.square().sum()
+
+    with pytest.raises(ValueError, match="in place into a part"):
+        bl.argmin(inner, torch.ones(2))
+
+
+@pytest.mark.parametrize("hypergrad", [bl.Implicit(), bl.Implicit(operator="func"), bl.Unroll(), None], ids=repr)
+@pytest.mark.parametrize("solver", [bl.GradientDescent(0.1, 200), bl.NewtonCG()], ids=repr)
+def test_sparse_embeddings(hypergrad, solver):
+    if isinstance(hypergrad, bl.Unroll) and isinstance(solver, bl.NewtonCG):
+        pytest.skip("not unrollable")
+    net = nn.Embedding(10, 3, sparse=True).double()
+    index, decay = torch.tensor([1, 4, 4]), torch.tensor(0.5, dtype=F64, requires_grad=True)
+
+    def inner(params):
+        out = functional_call(net, params, (index,))
+        return (out - 1).square().sum() + decay * params["weight"].square().sum()
+
+    fit = bl.argmin(inner, {"weight": torch.zeros(10, 3, dtype=F64)}, solver=solver, hypergrad=hypergrad)
+    exact = torch.zeros(10, 3, dtype=F64)
+    exact[1], exact[4] = 1 / 1.5, 2 / 2.5
+    assert relative_error(fit.value["weight"], exact) < 1e-6
+    if hypergrad is not None:
+        (grad,) = torch.autograd.grad(fit.value["weight"].sum(), decay)
+        assert grad.item() == pytest.approx(3 * (-1 / 1.5**2 - 2 / 2.5**2), rel=1e-6)
