@@ -18,7 +18,7 @@ from ..linalg.scipy import GMRES
 from ..solution import Solution, Throw
 from ..tree import Tree, leaves, norm, tree_map
 from .precision import as_double, in_double
-from .problem import Bilevel, leaf_copies, solve, statement_of
+from .problem import SOLVED_KINDS, Bilevel, leaf_copies, solve, statement_of
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def corrected_hypergradient(problem: Bilevel, fit: Solution, x: Tree, accuracy: 
     operator, raveler = _jacobian(point).T, point.raveler
     b = raveler.ravel(by_params)
     u = torch.zeros_like(b)
-    if problem.kind in ("argmin", "root", "fixed_point") and fit.adjoint is not None:
+    if problem.kind in SOLVED_KINDS and fit.adjoint is not None:
         u = raveler.ravel([as_double(leaf) for leaf in leaves(fit.adjoint.value)])
     u = u + _solve(operator, b - operator.matvec(u), accuracy)
     return _summed(by_x, point.linearization().pull(raveler.unravel(u))), solved

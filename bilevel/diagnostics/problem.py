@@ -17,6 +17,8 @@ from ..solution import Solution, Throw
 from ..tree import Tree, leaves, tree_map
 
 Kind = Literal["argmin", "root", "fixed_point"]
+SOLVED_KINDS = ("argmin", "root", "fixed_point")
+"""The kinds that `solve` solves itself; a problem of another kind brings its own solver."""
 
 
 class Bilevel(Protocol):
