@@ -127,13 +127,16 @@ def check_hypergradient(
     """
     x = leaf_copies(problem.hparams if hparams is None else hparams)
     reference = reference_solver if reference_solver is not None else solver
-    outer = OuterLoss(problem, x, reference, throw, path=isinstance(hypergrad, PathMethod))
+    path = isinstance(hypergrad, PathMethod)
+    outer = OuterLoss(problem, x, reference, throw, path=path)
     random = outer.randomness(problem.init)
     if random is not None:
         unknown = torch.full((num_directions,), torch.nan, dtype=torch.float64)
         return _heard(HypergradientCheck(unknown, unknown, math.nan, math.inf, None, tolerance, random=random), throw)
     fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw=throw)
     found = _gradients(problem.outer(fit.value, x), leaves(x))
+    if outer.lifted and fit.result.ok and not outer.solvable:
+        outer = OuterLoss(problem, x, reference, throw, path=path, double=False)
     directions = _directions(outer.x, num_directions, seed)
     slope = torch.tensor([_inner(found, direction) for direction in directions], dtype=torch.float64)
     seen = _differences(outer, directions, step, tolerance)

@@ -187,7 +187,7 @@ def refined(problem: Bilevel, params: Tree, x: Tree, batch_dims: int, accuracy: 
         scale = torch.maximum(norm(y), norm(y - far))
         for halvings in range(MOST_HALVINGS):
             trial = at(raveler.unravel(y + step / 2**halvings))
-            better = norm(_residual(trial)) < norm(residual)
+            better = norm(_residual(trial)) < (1 - 0.1 / 2**halvings) * norm(residual)
             if bool(better.any()):
                 break
         if not bool(better.any()):

@@ -66,13 +66,20 @@ class OuterLoss:
         path: what is differentiated is the path of the solver, so that its solutions are right by definition.
     """
 
-    def __init__(self, problem: Bilevel, x: Tree, solver: object, throw: Throw, *, path: bool):
-        self.problem = in_double(problem, problem.init, x) if problem.kind in SOLVED_KINDS else problem
-        lifted = self.problem is not problem
-        self.x = tree_map(lambda leaf: as_double(leaf.detach()) if lifted else leaf.detach(), x)
+    def __init__(
+        self, problem: Bilevel, x: Tree, solver: object, throw: Throw, *, path: bool = False, double: bool = True
+    ):
+        self.problem = in_double(problem, problem.init, x) if double and problem.kind in SOLVED_KINDS else problem
+        self.lifted = self.problem is not problem
+        self.x = tree_map(lambda leaf: as_double(leaf.detach()) if self.lifted else leaf.detach(), x)
         self.solver, self.throw, self.path = solver, throw, path
         self.dtype = leaves(self.x)[0].dtype
         self.eps = torch.finfo(self.dtype).eps
+
+    @property
+    def solvable(self) -> bool:
+        """Whether the solver does what was asked of it here: in float64, a matrix that was singular may be indefinite."""
+        return solve(self.problem, self.x, solver=self.solver, throw="ignore").result.ok
 
     def along(self, directions: Sequence[list[Tensor]], step: float) -> Differences:
         """The slopes along these directions, each a list of leaves like the hyperparameters."""
