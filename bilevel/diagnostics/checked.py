@@ -79,7 +79,7 @@ def hypergradient(
     The estimate makes Newton steps from the solution found, in float64 whatever the precision of the problem, solves
     the adjoint system where they end, and compares: it sees the inner residual, the linear residual, rounding below
     float64, damping and approximate operators alike. It costs about as much as the hypergradient did, less where that
-    was accurate; with up to 256 unknowns it factorises.
+    was accurate; with up to 512 unknowns it factorises.
 
     Args:
         hparams: where; the problem's own by default.
@@ -91,9 +91,9 @@ def hypergradient(
         A `Solution` whose value is the hypergradient, a tree like hparams. Its stats: ``loss``, ``residual_norm`` and
         ``num_steps`` of the inner solve, ``linear_residual`` and ``linear_steps`` of the adjoint one,
         ``smallest_curvature`` and ``largest_curvature`` seen (NaN without a Lanczos process), ``error``, the estimated
-        norm of the error (inf where Newton steps find no solution near the one at hand), ``bound`` (inf without
-        constants), and ``result``, the worse of the two solves. Its state is a tree like its value: the corrected
-        hypergradient, whose error is smaller by orders where the problem is smooth.
+        norm of the error (inf where Newton steps find no solution near the one at hand, or cannot be computed),
+        ``bound`` (inf without constants), and ``result``, the worse of the two solves. Its state is a tree like its
+        value: the corrected hypergradient, whose error is smaller by orders where the problem is smooth.
     """
     where = problem.hparams if hparams is None else hparams
     x = leaf_copies(where)
@@ -160,8 +160,9 @@ def corrected_hypergradient(problem: Bilevel, fit: Solution, x: Tree, accuracy: 
     u = torch.zeros_like(b)
     if problem.kind in SOLVED_KINDS and fit.adjoint is not None:
         u = raveler.ravel([as_double(leaf) for leaf in leaves(fit.adjoint.value)])
-    u = u + _solve(operator, b - operator.matvec(u), accuracy)
-    return _summed(by_x, point.linearization().pull(raveler.unravel(u))), solved
+    change, reached = _solve(operator, b - operator.matvec(u), accuracy)
+    pulled = point.linearization().pull(raveler.unravel(u + change))
+    return _summed(by_x, pulled), solved and reached
 
 
 def refined(problem: Bilevel, params: Tree, x: Tree, batch_dims: int, accuracy: float) -> tuple[Point, bool]:
@@ -169,7 +170,7 @@ def refined(problem: Bilevel, params: Tree, x: Tree, batch_dims: int, accuracy: 
 
     The ratio is ``accuracy``. They end earlier where none of 1, 1/2, 1/4, ... of a step shrinks the residual: at
     rounding, or where there is no root. The second value is False where the last step was not small beside the params,
-    so that no root is near.
+    so that no root is near, or where no step could be computed.
     """
     statement, flat = statement_of(problem, x)
     hparams = [tensor.detach() for tensor in flat]
@@ -183,15 +184,15 @@ def refined(problem: Bilevel, params: Tree, x: Tree, batch_dims: int, accuracy: 
     far = raveler.ravel([leaf.detach() for leaf in leaves(problem.init)])
     for _ in range(MOST_NEWTON_STEPS):
         residual = _residual(point)
-        step = _solve(_jacobian(point), -residual, accuracy)
+        step, reached = _solve(_jacobian(point), -residual, accuracy)
         scale = torch.maximum(norm(y), norm(y - far))
         for halvings in range(MOST_HALVINGS):
             trial = at(raveler.unravel(y + step / 2**halvings))
             better = norm(_residual(trial)) < (1 - 0.1 / 2**halvings) * norm(residual)
             if bool(better.any()):
                 break
-        if not bool(better.any()):
-            return point, bool((norm(step) <= accuracy * scale).all())
+        if not (reached and bool(better.any())):
+            return point, reached and bool((norm(step) <= accuracy * scale).all())
         y = torch.where(better.unsqueeze(-1), raveler.ravel(trial.params), y)
         point = trial if bool(better.all()) else at(raveler.unravel(y))
         if bool((norm(step) <= accuracy * norm(y - start)).all()):
@@ -199,7 +200,7 @@ def refined(problem: Bilevel, params: Tree, x: Tree, batch_dims: int, accuracy: 
     return point, False
 
 
-MOST_NEWTON_STEPS, MOST_HALVINGS, LARGEST_FACTORISED = 50, 10, 256
+MOST_NEWTON_STEPS, MOST_HALVINGS, LARGEST_FACTORISED = 50, 10, 512
 
 
 def _residual(point: Point) -> Tensor:
@@ -215,17 +216,22 @@ def _summed(direct: Sequence[Tensor], more: Sequence[Tensor | None]) -> list[Ten
     return [one if other is None else one + other for one, other in zip(direct, more, strict=True)]
 
 
-def _solve(operator: Operator, b: Tensor, accuracy: float) -> Tensor:
-    """The solution of least norm, to a relative error of ``accuracy`` as far as the condition number is seen."""
+def _solve(operator: Operator, b: Tensor, accuracy: float) -> tuple[Tensor, bool]:
+    """The solution of least norm, to a relative error of ``accuracy`` as far as the condition number is seen.
+
+    The second value is False where not even the residual became as small.
+    """
     if operator.size <= LARGEST_FACTORISED:
         matrix = operator.to_dense()
         cutoff = operator.size * torch.finfo(matrix.dtype).eps
-        return (torch.linalg.pinv(matrix, rtol=cutoff) @ b.unsqueeze(-1)).squeeze(-1)
+        return (torch.linalg.pinv(matrix, rtol=cutoff) @ b.unsqueeze(-1)).squeeze(-1), True
     if not operator.symmetric:
-        return GMRES(rtol=accuracy).solve(operator, b).value
+        found = GMRES(rtol=accuracy).solve(operator, b)
+        return found.value, found.result.ok
     found = CG(rtol=accuracy).solve(operator, b)
     if not found.result.ok or found.curvature is None:
-        return MINRES(rtol=accuracy).solve(operator, b).value
+        found = MINRES(rtol=accuracy).solve(operator, b)
+        return found.value, found.result.ok
     low, high = found.curvature
     tight = accuracy * float((low / high).nan_to_num(1.0).clamp(1e-12, 1.0).min()) ** 0.5
-    return CG(rtol=tight).solve(operator, b, found.state).value
+    return CG(rtol=tight).solve(operator, b, found.state).value, True

@@ -78,7 +78,7 @@ class OuterLoss:
 
     @property
     def solvable(self) -> bool:
-        """Whether the solver does what was asked of it here: in float64, a matrix that was singular may be indefinite."""
+        """Whether the solver does what was asked of it: what was singular may be indefinite in float64."""
         return solve(self.problem, self.x, solver=self.solver, throw="ignore").result.ok
 
     def along(self, directions: Sequence[list[Tensor]], step: float) -> Differences:

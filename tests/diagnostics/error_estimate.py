@@ -45,7 +45,7 @@ class Known(NewtonProblem):
     def __init__(
         self, kind: str, inner: Callable[..., Tensor], outer: Callable[..., Tensor], near: Tensor, hparams: Tensor
     ):
-        self.kind = kind  # type: ignore[misc]
+        self.kind = kind  # type: ignore[misc, assignment]
         self.functions = inner, outer
         self.init, self.hparams = near, hparams
 

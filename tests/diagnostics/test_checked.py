@@ -160,7 +160,7 @@ def test_rounding_in_float32_is_part_of_the_error():
 
 
 def test_many_unknowns_are_not_factorised():
-    problem = Quadratics(conditions=(1e5,), size=300)
+    problem = Quadratics(conditions=(1e5,), size=600)
     rough = hypergradient(problem, solver=bl.LBFGS(gtol=0.0, max_steps=40), throw="ignore")
     assert 0.9 <= float(rough.stats["error"]) / true_error(problem, rough.value) <= 1.1
 
