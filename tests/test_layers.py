@@ -13,7 +13,7 @@ ROOT = Path(bilevel.__file__).parent
 LAYERS = [
     *("files", "tree", "recording", "solution", "nn", "closure", "prox", "problem", "tasks", "linalg", "inner"),
     *("hypergrad", "argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed"),
-    "tuning",
+    *("tuning", "extending", "testing"),
     "__init__",
 ]
 
