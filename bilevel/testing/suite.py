@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -16,7 +16,6 @@ class Suite(ABC, Generic[T]):
     """
 
     tolerance: float = 1e-8
-    __test__: ClassVar[bool] = True
 
     @abstractmethod
     def make(self) -> T:
