@@ -40,14 +40,12 @@ class InnerSolverTests(Suite[InnerSolver]):
         assert torch.equal(first, second)
 
     def test_argmin_takes_it(self) -> None:
-        """The solve, its report and its hypergradient, params in a tree."""
+        """The solve, its report and its hypergradient."""
         x = self.quadratics.hparams.clone().requires_grad_()
-        fit = argmin(
-            lambda y: self.quadratics.inner(y["y"], x), {"y": self.quadratics.init}, solver=self.make(), throw="ignore"
-        )
+        fit = argmin(self.quadratics.inner, self.quadratics.init, x, solver=self.make(), throw="ignore")
         assert fit.result is Result.CONVERGED
         assert {"num_steps", "residual_norm", "result"} <= set(fit.stats)
-        (grad,) = torch.autograd.grad(self.quadratics.outer(fit.value["y"], x), x)
+        (grad,) = torch.autograd.grad(self.quadratics.outer(fit.value, x), x)
         assert relative_error(grad, self.quadratics.hypergradient(x)) <= 100 * self.tolerance
 
 
