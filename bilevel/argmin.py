@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ._torch import pytree
 from .closure import Closure, Recorder
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.composite import CompositeStatement

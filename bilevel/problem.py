@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils import _pytree as pytree
 
+from ._torch import pytree, sequence_number
 from .closure import Autocast, Recorder
 from .recording import recording
 from .solution import NonFiniteError
@@ -208,7 +208,7 @@ def graph_nodes(tensors: Iterable[Tensor], since: int = 0) -> Iterator[Node]:
     seen: set[Node] = set()
     while stack:
         node = stack.pop()
-        if node is not None and node not in seen and node._sequence_nr() >= since:
+        if node is not None and node not in seen and sequence_number(node) >= since:
             seen.add(node)
             yield node
             stack.extend(parent for parent, _ in node.next_functions)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ._torch import pytree
 from .recording import recording
 
 Throw = Literal["raise", "warn", "fallback", "ignore"]

@@ -11,7 +11,20 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *("files", "tree", "recording", "solution", "nn", "closure", "prox", "problem", "tasks", "linalg", "inner"),
+    *(
+        "_torch",
+        "files",
+        "tree",
+        "recording",
+        "solution",
+        "nn",
+        "closure",
+        "prox",
+        "problem",
+        "tasks",
+        "linalg",
+        "inner",
+    ),
     *("hypergrad", "argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed"),
     *("tuning", "extending", "testing"),
     "__init__",

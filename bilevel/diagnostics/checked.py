@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..hypergrad.base import Point
 from ..hypergrad.implicit import Implicit
 from ..linalg.cg import CG

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .._torch import profiled_events
 from ..files import write_atomically
 from ..hypergrad.implicit import Implicit
 from ..linalg.cg import CG
@@ -246,7 +247,7 @@ def peak_mib(run: Any) -> float:
         return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    events = profile.profiler.kineto_results.events()
+    events = profiled_events(profile)
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     live = peak = 0
     for _, change in changes:

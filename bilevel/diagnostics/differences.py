@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..solution import Result, Solution, Throw
 from ..tree import Tree, leaves, tree_map
 from .checked import refined

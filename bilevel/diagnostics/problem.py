@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..argmin import argmin, fixed_point, root
 from ..closure import Autocast, Closure
 from ..hypergrad.statement import ObjectiveStatement, ResidualStatement, Statement, SymmetricResidualStatement

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..closure import Closure
 from ..linalg.cg import CG
 from ..linalg.curvature import FuncHessian, GraphHessian

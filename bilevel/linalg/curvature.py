@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
+from .._torch import in_dual_level
 from ..problem import Linearization, Problem, graph_nodes
 from ..tree import Raveler
 from .operator import Operator
@@ -67,7 +67,7 @@ class FuncHessian(Operator):
     def matvec(self, v: Tensor) -> Tensor:
         direction = self.raveler.unravel(v)
         with torch.no_grad():
-            if forward_ad._current_level >= 0:
+            if in_dual_level():
                 # Inside a forward-mode pass, which does not nest; H is symmetric, so reverse mode gives the same.
                 product = torch.func.vjp(self.gradient, self.leaves)[1](direction)[0]
             else:
