@@ -63,7 +63,8 @@ def sequence_number(node: Node) -> int:
 
 def packed_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.T`` by oneDNN, on a CPU."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    return product
 
 
 def profiled_events(profile: torch.profiler.profile) -> Any:

@@ -24,7 +24,7 @@ from ..solution import Result, Solution
 from ..tree import Tree, leaves
 from .checked import corrected_hypergradient, distance, outer_gradients
 from .compare import LARGEST_DENSE
-from .problem import SOLVED_KINDS, Bilevel, leaf_copies, solve, statement_of
+from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of
 from .spectrum import Spectrum, look
 
 
@@ -110,7 +110,7 @@ def advise(
     problem: Bilevel,
     hparams: Tree | None = None,
     *,
-    solver: Any = None,
+    solver: Solver | None = None,
     accuracy: float | None = None,
     num_steps: int = 30,
 ) -> Advice:

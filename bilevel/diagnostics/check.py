@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..solution import SolveWarning, Throw
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .differences import Differences, OuterLoss
-from .problem import Bilevel, leaf_copies, solve
+from .problem import AnyHypergrad, Bilevel, Solver, leaf_copies, solve
 
 Verdict = Literal["right", "wrong", "inconclusive"]
 
@@ -92,9 +92,9 @@ def check_hypergradient(
     problem: Bilevel,
     hparams: Tree | None = None,
     *,
-    solver: Any = None,
-    hypergrad: Any = None,
-    reference_solver: Any = None,
+    solver: Solver | None = None,
+    hypergrad: AnyHypergrad | None = None,
+    reference_solver: Solver | None = None,
     num_directions: int = 3,
     step: float | None = None,
     tolerance: float = 1e-4,

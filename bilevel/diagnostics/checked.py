@@ -18,7 +18,7 @@ from ..linalg.scipy import GMRES
 from ..solution import Solution, Throw
 from ..tree import Tree, leaves, norm, tree_map
 from .precision import as_double, in_double
-from .problem import SOLVED_KINDS, Bilevel, leaf_copies, solve, statement_of
+from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def hypergradient(
     problem: Bilevel,
     hparams: Tree | None = None,
     *,
-    solver: object = None,
+    solver: Solver | None = None,
     hypergrad: Implicit = Implicit(),  # noqa: B008 (frozen)
     constants: Constants | None = None,
     accuracy: float = 1e-3,

@@ -30,7 +30,7 @@ from ..solution import Solution
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .methods import accurate_solver, methods_for
-from .problem import Bilevel, leaf_copies, solve
+from .problem import AnyHypergrad, Bilevel, Solver, leaf_copies, solve
 
 MEBIBYTE = 2**20
 LARGEST_DENSE = 2048
@@ -162,7 +162,7 @@ def _reference(problem: Bilevel) -> tuple[list[Tensor], str]:
     return grads, "an accurate solve of both systems"
 
 
-def _gradient(problem: Bilevel, solver: Any, hypergrad: Any) -> tuple[list[Tensor], Solution]:
+def _gradient(problem: Bilevel, solver: Solver | None, hypergrad: AnyHypergrad | None) -> tuple[list[Tensor], Solution]:
     x = leaf_copies(problem.hparams)
     fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw="ignore")
     grads = torch.autograd.grad(problem.outer(fit.value, x), leaves(x), allow_unused=True)

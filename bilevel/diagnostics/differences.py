@@ -14,7 +14,7 @@ from ..solution import Result, Solution, Throw
 from ..tree import Tree, leaves, tree_map
 from .checked import refined
 from .precision import as_double, in_double
-from .problem import SOLVED_KINDS, Bilevel, solve
+from .problem import SOLVED_KINDS, Bilevel, Solver, solve
 
 NOISE = 1e3
 """Two evaluations at one point that differ by more roundings than this are of a random function."""
@@ -67,7 +67,7 @@ class OuterLoss:
     """
 
     def __init__(
-        self, problem: Bilevel, x: Tree, solver: object, throw: Throw, *, path: bool = False, double: bool = True
+        self, problem: Bilevel, x: Tree, solver: Solver | None, throw: Throw, *, path: bool = False, double: bool = True
     ):
         self.problem = in_double(problem, problem.init, x) if double and problem.kind in SOLVED_KINDS else problem
         self.lifted = self.problem is not problem

@@ -12,11 +12,16 @@ from torch import Tensor
 from .._torch import pytree
 from ..argmin import argmin, fixed_point, root
 from ..closure import Autocast, Closure
+from ..hypergrad.base import Hypergrad, PathMethod
 from ..hypergrad.statement import ObjectiveStatement, ResidualStatement, Statement, SymmetricResidualStatement
+from ..inner.minimize import InnerSolver
+from ..inner.roots import RootSolver
 from ..solution import Solution, Throw
 from ..tree import Tree, leaves, tree_map
 
 Kind = Literal["argmin", "root", "fixed_point"]
+Solver = InnerSolver | RootSolver
+AnyHypergrad = Hypergrad | PathMethod
 SOLVED_KINDS = ("argmin", "root", "fixed_point")
 """The kinds that `solve` solves itself; a problem of another kind brings its own solver."""
 
@@ -70,8 +75,8 @@ def solve(
     problem: Bilevel,
     hparams: Tree | None = None,
     *,
-    solver: Any = None,
-    hypergrad: Any = None,
+    solver: Solver | None = None,
+    hypergrad: AnyHypergrad | None = None,
     init: Tree | None = None,
     throw: Throw = "warn",
     **settings: Any,
@@ -82,7 +87,7 @@ def solve(
     given: dict[str, Any] = {"throw": throw, **settings}
     if hypergrad is not None:
         given["hypergrad"] = hypergrad
-    own = getattr(problem, "solve_inner", None)
+    own: Callable[..., Solution] | None = getattr(problem, "solve_inner", None)
     if own is not None:
         return own(hparams, solver=solver, **given)
     if problem.kind == "root":

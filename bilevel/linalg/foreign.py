@@ -88,7 +88,11 @@ class CurvlinopsOperator(Operator):
         self.linear = linear
 
     def matvec(self, v: Tensor) -> Tensor:
-        return (self.linear @ v.detach().to(self.device, self.dtype)).to(v)
+        return self._product(self.linear, v)
 
     def rmatvec(self, v: Tensor) -> Tensor:
-        return (self.linear.adjoint() @ v.detach().to(self.device, self.dtype)).to(v)
+        return self._product(self.linear.adjoint(), v)
+
+    def _product(self, linear: TorchLinear, v: Tensor) -> Tensor:
+        product: Tensor = linear @ v.detach().to(self.device, self.dtype)
+        return product.to(v)

@@ -16,8 +16,9 @@ from .suite import Suite
 
 
 class HypergradTests(Suite[Hypergrad | PathMethod]):
-    """Of a method on `argmin`, against closed forms; ``tolerance`` is the relative error that it states, bias included.
+    """Tests of a method on `argmin`, against closed forms.
 
+    ``tolerance``: the relative error that it states, bias included.
     ``solver``: the inner solver; one that goes to the minimum, as fits the method, by default.
     """
 

@@ -16,7 +16,7 @@ from .suite import Suite
 
 
 class InnerSolverTests(Suite[InnerSolver]):
-    """Of a minimiser: three quadratics of condition 1, 10 and 100 at once, each to its own tolerance."""
+    """Tests of a minimiser: three quadratics of condition 1, 10 and 100 at once, each to its own tolerance."""
 
     tolerance = 1e-6
     quadratics = Quadratics(conditions=(1.0, 10.0, 100.0), size=6)
@@ -50,7 +50,7 @@ class InnerSolverTests(Suite[InnerSolver]):
 
 
 class RootSolverTests(Suite[RootSolver]):
-    """Of a solver of systems: three contractions ``y = W y + b`` with ``||W|| = 1/2`` at once, not symmetric."""
+    """Tests of a solver of systems: three contractions ``y = W y + b`` with ``||W|| = 1/2`` at once, not symmetric."""
 
     tolerance = 1e-7
     matrix, bias = nonsymmetric(6, batch=(3,)), randn(3, 6)

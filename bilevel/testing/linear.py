@@ -18,7 +18,7 @@ def _product(matrix: Tensor, v: Tensor) -> Tensor:
 
 
 class OperatorTests(Suite[tuple[Operator, Tensor]]):
-    """Of an operator: `make` returns it with its dense float64 matrices, ``[*batch, n, n]``."""
+    """Tests of an operator: `make` returns it with its dense float64 matrices, ``[*batch, n, n]``."""
 
     tolerance = 1e-12
 
@@ -62,7 +62,7 @@ class OperatorTests(Suite[tuple[Operator, Tensor]]):
 
 
 class LinearSolverTests(Suite[LinearSolver]):
-    """Of a solver that solves symmetric positive definite systems, at least: `make` returns it with a tight tolerance.
+    """Tests of a solver of symmetric positive definite systems, at least: `make` returns it with a tight tolerance.
 
     Systems of 12 unknowns and condition 100, three at once and one alone.
     """
@@ -122,7 +122,7 @@ class LinearSolverTests(Suite[LinearSolver]):
 
 
 class NonsymmetricSolverTests(Suite[LinearSolver]):
-    """Of a solver that solves systems with A, not with its symmetric part or its transpose."""
+    """Tests of a solver that solves systems with A, not with its symmetric part or its transpose."""
 
     def test_systems_with_a_and_with_its_transpose(self) -> None:
         matrix, b = nonsymmetric(12, batch=(3,)), randn(3, 12)

@@ -11,7 +11,7 @@ from .suite import Suite
 
 
 class RuleTests(Suite[Rule]):
-    """Of a step rule: a pure function whose derivative is that of its formula, and which descends.
+    """Tests of a step rule: a pure function whose derivative is that of its formula, and which descends.
 
     `make` returns it with a step size that lowers ``||y||^2 / 2`` from a random point within 200 steps.
     """
@@ -46,7 +46,7 @@ class RuleTests(Suite[Rule]):
 
 
 class ProxTests(Suite[Prox]):
-    """Of a prox on vectors of ``size`` coordinates."""
+    """Tests of a prox on vectors of ``size`` coordinates."""
 
     tolerance = 1e-9
     size: int = 6
