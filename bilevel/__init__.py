@@ -13,12 +13,16 @@ Many tasks: `stack`, `map_tasks`, `mean_over_tasks`, `losses_of_tasks`; layers m
 Recorded as a CUDA graph: `capture`.
 Many processes: `distributed`. From JAXopt: `custom_root`, `custom_fixed_point`, `compat`. Optuna: `tuning`.
 Files: `files`.
+Your own: `Operator`, `LinearSolver`, `InnerSolver`, `RootSolver`, `Hypergrad`, `PathMethod`, `Rule`, `Prox`, made of
+what is in `extending`, held to their protocols by `bilevel.testing`; of other libraries `ScipyOperator`,
+`CurvlinopsOperator`, `InversePreconditioner`.
 """
 
-from . import compat, diagnostics, distributed, files, nn, problems, prox, stochastic, tuning
+from . import compat, diagnostics, distributed, extending, files, nn, problems, prox, stochastic, tuning
 from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
+from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.evolution import EvolutionStrategies
 from .hypergrad.finite_difference import FiniteDifference
 from .hypergrad.first_order import FirstOrder
@@ -34,23 +38,28 @@ from .inner.external import External
 from .inner.fixed_point import Anderson, Picard
 from .inner.gradient_descent import GradientDescent
 from .inner.lbfgs import LBFGS
+from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
 from .inner.proximal import ProximalGradient
-from .inner.roots import Newton, ScipyRoot
+from .inner.roots import Newton, RootSolver, ScipyRoot
 from .inner.scipy import ScipyMinimize
-from .inner.steps import SGD, Adam, AdamW, RMSprop, Steps
+from .inner.steps import SGD, Adam, AdamW, RMSprop, Rule, Steps
 from .inner.torch_optim import TorchOptim
 from .linalg.cg import CG
 from .linalg.direct import LU, Cholesky, LeastNorm
 from .linalg.empirical_fisher import EmpiricalFisher
+from .linalg.foreign import CurvlinopsOperator, ScipyOperator
 from .linalg.gauss_newton import GaussNewton
 from .linalg.identity import Identity
 from .linalg.minres import MINRES
 from .linalg.neumann import Neumann
 from .linalg.normal import NormalCG
 from .linalg.nystrom import Nystrom, NystromPreconditioner
-from .linalg.preconditioners import AdamPreconditioner, Jacobi
+from .linalg.operator import Operator
+from .linalg.preconditioners import AdamPreconditioner, InversePreconditioner, Jacobi
 from .linalg.scipy import GMRES, LSMR, BiCGSTAB
+from .linalg.solve import LinearSolver
+from .prox import Prox
 from .qp import QPSolution, quadratic_program
 from .recording import Captured, capture
 from .solution import NonFiniteError, Result, Solution, SolveError, SolveWarning
@@ -74,6 +83,7 @@ __all__ = [
     "BiCGSTAB",
     "Captured",
     "Cholesky",
+    "CurvlinopsOperator",
     "EmpiricalFisher",
     "EvolutionStrategies",
     "External",
@@ -82,10 +92,14 @@ __all__ = [
     "ForwardMode",
     "GaussNewton",
     "GradientDescent",
+    "Hypergrad",
     "Identity",
     "Implicit",
+    "InnerSolver",
+    "InversePreconditioner",
     "Jacobi",
     "LeastNorm",
+    "LinearSolver",
     "Neumann",
     "Newton",
     "NewtonCG",
@@ -95,13 +109,19 @@ __all__ = [
     "NystromPreconditioner",
     "ObjectiveChangedError",
     "OneStep",
+    "Operator",
+    "PathMethod",
     "Penalty",
     "Picard",
+    "Prox",
     "ProximalGradient",
     "QPSolution",
     "RMSprop",
     "Result",
+    "RootSolver",
+    "Rule",
     "ScipyMinimize",
+    "ScipyOperator",
     "ScipyRoot",
     "Solution",
     "SolveError",
@@ -117,6 +137,7 @@ __all__ = [
     "custom_root",
     "diagnostics",
     "distributed",
+    "extending",
     "files",
     "fixed_point",
     "losses_of_tasks",

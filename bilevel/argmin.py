@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ._torch import pytree
 from .checks import check_argmin, check_root
 from .closure import Closure, Recorder
 from .context import solves

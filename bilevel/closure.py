@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+from ._torch import (
     _add_batch_dim,
     _wrap_for_grad,
     get_unwrapped,
+    in_dual_level,
     is_batchedtensor,
     is_dead_tensor_wrapper,
     is_functorch_wrapped_tensor,
     maybe_current_level,
     maybe_get_bdim,
     maybe_get_level,
+    num_function_modes,
+    pytree,
+    sequence_number,
 )
-from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-
 from .context import EVALUATING, UNCOMPILED
 from .modules import ModuleReads
 from .spared import Copies, Spared, refuse_view, targets
@@ -140,7 +143,7 @@ class Recorder(TorchFunctionMode):
 
     def _is_stood_in_for(self, tensor: Tensor) -> bool:
         """Whether an outer `Substitute` stands in for it, as it does for tensors of a transform that is left."""
-        return torch._C._len_torch_function_stack() > 0 and not self._is_inner(_resolve(tensor))
+        return num_function_modes() > 0 and not self._is_inner(_resolve(tensor))
 
     def _matters(self, tensor: Tensor) -> bool:
         if self._is_inner(tensor):
@@ -148,7 +151,7 @@ class Recorder(TorchFunctionMode):
         if is_functorch_wrapped_tensor(tensor):
             return maybe_get_level(tensor) <= self.level
         # What an operation out of sight made (of a custom Function, of compiled code) is younger than the recording.
-        older = tensor.grad_fn is None or tensor.grad_fn._sequence_nr() < self.born
+        older = tensor.grad_fn is None or sequence_number(tensor.grad_fn) < self.born
         return (tensor.requires_grad and older) or is_dual(tensor)
 
 
@@ -288,7 +291,7 @@ def _sequence_number() -> int:
     with torch.enable_grad():
         node = torch.zeros((), requires_grad=True).view(1).grad_fn
     assert node is not None
-    return node._sequence_nr()
+    return sequence_number(node)
 
 
 def _resolve(tensor: Tensor) -> Tensor:
@@ -311,4 +314,4 @@ def _tensors(tree: Tree) -> list[Tensor]:
 
 def is_dual(tensor: Tensor) -> bool:
     """Whether it is a dual number of the forward mode at hand."""
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return in_dual_level() and forward_ad.unpack_dual(tensor).tangent is not None

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import stateless
-from torch.utils import _pytree as pytree
 
+from ._torch import pytree
 from .tree import Tree
 
 P = ParamSpec("P")

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointFunction
 
+from ._torch import get_unwrapped, is_functorch_wrapped_tensor, pytree, saved_tensors_hooks
 from .tree import Tree, leaves
 
 _CALL = nn.Module._call_impl.__code__
@@ -131,7 +130,7 @@ def _is_swapped(module: nn.Module) -> bool:
 
 def _is_checkpointed() -> bool:
     """Whether the operation is inside `torch.utils.checkpoint`, of either form."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = saved_tensors_hooks()
     if hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint":
         return True
     if torch.is_grad_enabled():

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils import _pytree as pytree
 
+from ._torch import pytree, sequence_number
 from .closure import Autocast, Recorder, sparing
 from .context import UNCOMPILED
 from .reach import Reach
@@ -110,6 +110,7 @@ class Problem:
             start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
         self.start = start if differentiable else start.detach()
         self.reach: Reach | None = None  # what the gradient of an unrolled solution reaches
+        self.hparams: list[Tensor] = []  # the tensors among them that were found
         self.shrink: Shrink | None = None  # the prox of a composite problem
         if not recording() and not bool(torch.isfinite(self.start.f).all()):
             raise NonFiniteError(blame_nonfinite("objective", init, args))
@@ -226,7 +227,7 @@ def graph_nodes(tensors: Iterable[Tensor], since: int = 0) -> Iterator[Node]:
     seen: set[Node] = set()
     while stack:
         node = stack.pop()
-        if node is not None and node not in seen and node._sequence_nr() >= since:
+        if node is not None and node not in seen and sequence_number(node) >= since:
             seen.add(node)
             yield node
             stack.extend(parent for parent, _ in node.next_functions)

@@ -13,7 +13,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+
+from ._torch import is_functorch_wrapped_tensor
 
 Setting = float | Tensor
 

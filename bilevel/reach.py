@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from ._torch import pytree
 
 DEPTH = 6
 """How many functions, objects and containers deep a name is looked for."""

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ._torch import pytree
 from .reach import Reach, Reached
 from .recording import recording
 

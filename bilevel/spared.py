@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
+
+from ._torch import is_functorch_wrapped_tensor, pytree
 
 METADATA = frozenset({"requires_grad_", "retain_grad_", "detach_", "share_memory_", "rename_"})
 _OPERATORS = (

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ._torch import num_function_modes, pytree
 from .closure import Autocast, in_transform, is_dual
 from .context import uncompiled
 from .problem import graph_nodes, other_variable
@@ -232,7 +232,7 @@ def _in_chunks(
     size = math.ceil(num_tasks / rounds / num_threads)  # equal shares
     chunks = [tree_map(lambda leaf: leaf[at : at + size], data) for at in range(0, num_tasks, size)]  # noqa: B023
     workers = min(num_threads, len(chunks))
-    if workers == 1 or in_transform() or torch._C._len_torch_function_stack() > 0:
+    if workers == 1 or in_transform() or num_function_modes() > 0:
         # Transforms and modes belong to their thread.
         yield from (fn(*chunk) for chunk in chunks)
         return

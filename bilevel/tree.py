@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from ._torch import pytree
 
 Tree = Any
 """A tensor, or any nesting of dicts, lists and tuples of tensors."""

@@ -25,7 +25,7 @@ def name(page: Path) -> str:
 def test_code_runs(page):
     namespace: dict[str, object] = {"__name__": "docs"}
     for block in blocks(page, "python"):
-        exec(compile(block, str(page), "exec"), namespace)
+        exec(compile(block, str(page), "exec", dont_inherit=True), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -11,10 +11,10 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *("files", "tree", "recording", "reach", "solution", "checks", "context", "spared", "modules", "nn", "closure"),
-    *("prox", "problem", "tasks", "linalg", "inner"),
+    *("_torch", "files", "tree", "recording", "reach", "solution", "checks", "context", "spared", "modules", "nn"),
+    *("closure", "prox", "problem", "tasks", "linalg", "inner"),
     *("hypergrad", "argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed"),
-    "tuning",
+    *("tuning", "extending", "testing"),
     "__init__",
 ]
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..solution import Throw
+from ..hypergrad.base import PathMethod
+from ..solution import SolveWarning, Throw
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
-from .problem import Bilevel, leaf_copies, solve
+from .differences import Differences, OuterLoss
+from .problem import AnyHypergrad, Bilevel, Solver, leaf_copies, solve
+
+Verdict = Literal["right", "wrong", "inconclusive"]
 
 
 class HypergradientError(RuntimeError):
@@ -20,15 +27,19 @@ class HypergradientError(RuntimeError):
 
 @dataclass(frozen=True)
 class HypergradientCheck:
-    """What `check_hypergradient` found.
+    """What `check_hypergradient` found; ``str()`` says it in words.
 
     Attributes:
         finite_difference: for each direction, the slope of the outer loss by central differences.
         slope: for each direction, that of the hypergradient.
         relative_error: ``||slope - finite_difference|| / ||finite_difference||`` over the directions.
-        uncertainty: of the finite differences themselves, relative: two step sizes, and how they differ.
+        uncertainty: of the finite differences themselves, relative: the largest of what another step size, more
+            accurate inner solutions, a second solve, and rounding change about them.
         exact_error: relative error against the problem's own closed form; None where it has none.
         tolerance: what was asked for.
+        doubts: why the differences are uncertain by more than the tolerance, in words; empty where they are not.
+        missing: the leaves of hparams, by number, whose gradient is zero or None while the outer loss depends on them.
+        random: in words, which function is; None: none is.
     """
 
     finite_difference: Tensor
@@ -37,18 +48,43 @@ class HypergradientCheck:
     uncertainty: float
     exact_error: float | None
     tolerance: float
+    doubts: tuple[str, ...] = ()
+    missing: tuple[int, ...] = ()
+    random: str | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """The answer.
+
+        ``"right"``: differences that are certain to the tolerance agree to it. ``"wrong"``: they differ by more than
+        the tolerance and three times their uncertainty, or the exact answer does, or a gradient is missing.
+        ``"inconclusive"``: the differences are not certain enough to tell, or the problem is random.
+        """
+        if self.random is not None:
+            return "inconclusive"
+        if not bool(torch.isfinite(self.slope).all()) and bool(torch.isfinite(self.finite_difference).all()):
+            return "wrong"
+        if self.exact_error is not None and not self.exact_error <= self.tolerance:
+            return "wrong"
+        if self.missing or self.relative_error > self.tolerance + 3 * self.uncertainty:
+            return "wrong"
+        agrees = self.relative_error <= self.tolerance and self.uncertainty <= self.tolerance
+        return "right" if agrees else "inconclusive"
 
     @property
     def ok(self) -> bool:
-        """Whether the errors are within the tolerance, or within what finite differences can tell."""
-        by_difference = self.relative_error <= max(self.tolerance, 3 * self.uncertainty)
-        return by_difference and (self.exact_error is None or self.exact_error <= self.tolerance)
+        """Whether the verdict is that the hypergradient is right; neither a wrong nor an inconclusive one is."""
+        return self.verdict == "right"
 
     def __str__(self) -> str:
+        verdict = "WRONG" if self.verdict == "wrong" else self.verdict
         exact = "" if self.exact_error is None else f"; from the exact one {self.exact_error:.2e}"
+        lost = "".join(f"; the gradient of leaf {index} of hparams is missing" for index in self.missing)
+        why = (self.random,) if self.random else self.doubts
+        doubts = f". Not certain: {'; '.join(why)}" if self.verdict == "inconclusive" and why else ""
         return (
-            f"{'right' if self.ok else 'WRONG'}: relative error from finite differences {self.relative_error:.2e} "
-            f"(they are certain to {self.uncertainty:.1e}){exact}; tolerance {self.tolerance:.0e}"
+            f"{verdict}: relative error from finite differences {self.relative_error:.2e} "
+            f"(they are certain to {self.uncertainty:.1e}){exact}{lost}; tolerance {self.tolerance:.0e}{doubts}"
         )
 
 
@@ -56,9 +92,9 @@ def check_hypergradient(
     problem: Bilevel,
     hparams: Tree | None = None,
     *,
-    solver: Any = None,
-    hypergrad: Any = None,
-    reference_solver: Any = None,
+    solver: Solver | None = None,
+    hypergrad: AnyHypergrad | None = None,
+    reference_solver: Solver | None = None,
     num_directions: int = 3,
     step: float | None = None,
     tolerance: float = 1e-4,
@@ -68,7 +104,9 @@ def check_hypergradient(
 ) -> HypergradientCheck:
     """Compare a hypergradient with central differences of the outer loss, along random directions.
 
-    In float64: in float32 finite differences are right to two or three digits only, and the report says so.
+    The differences are made in float64, whatever the precision of the problem is, where its functions allow that. They
+    are judged themselves: by a second step size, by Newton steps from the inner solutions, by a second solve at one
+    point, by rounding; and both functions are evaluated twice at one point, to see whether they are random.
 
     Args:
         problem: with both levels; see `Bilevel`.
@@ -77,61 +115,135 @@ def check_hypergradient(
         reference_solver: solves the inner problem for the differences; ``solver`` by default. It has to solve much
             better than ``step``.
         num_directions: two inner solves each, and two more for the uncertainty.
-        step: of the differences, relative to ``1 + ||hparams||``; None: 1e-4 (float64) or 1e-2 (float32).
+        step: of the differences, relative to ``1 + ||hparams||``; None: 1e-4 (1e-2 where the differences are made in
+            float32), and where they are not certain a smaller and a larger one as well.
         tolerance: relative error that passes.
-        raise_exception: raise where the check fails, as `torch.autograd.gradcheck` does; else return the report.
+        raise_exception: raise where the hypergradient is wrong, as `torch.autograd.gradcheck` does; else return the
+            report. An inconclusive check is a `SolveWarning` (but for ``throw="ignore"``), and its report is not
+            ``ok``.
 
     Raises:
         HypergradientError: the hypergradient is wrong, with both slopes in the message.
     """
     x = leaf_copies(problem.hparams if hparams is None else hparams)
-    fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw=throw)
-    grads = torch.autograd.grad(problem.outer(fit.value, x), leaves(x), allow_unused=True)
-    found = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves(x), strict=True)]
     reference = reference_solver if reference_solver is not None else solver
-    dtype = leaves(x)[0].dtype
-    relative = (1e-4 if dtype is torch.float64 else 1e-2) if step is None else step
-    size = relative * (1 + float(torch.cat([leaf.detach().reshape(-1) for leaf in leaves(x)]).norm()))
-    generator = torch.Generator().manual_seed(seed)
-    slopes: list[float] = []
-    fine: list[float] = []
-    coarse: list[float] = []
-    for _ in range(num_directions):
-        directions = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves(x)]
-        length = float(torch.cat([d.reshape(-1) for d in directions]).norm())
-        directions = [d / length for d in directions]
-        slopes.append(sum(float((g * d).sum()) for g, d in zip(found, directions, strict=True)))
-        for h, differences in ((size, fine), (2 * size, coarse)):
-            above, below = (_outer_at(problem, x, directions, sign * h, reference, throw) for sign in (1, -1))
-            differences.append((above - below) / (2 * h))
-    slope, near, far = (torch.tensor(values, dtype=torch.float64) for values in (slopes, fine, coarse))
-    scale = float(near.norm()) or 1.0
-    exact = problem.hypergradient(tree_map(torch.detach, x)) if hasattr(problem, "hypergradient") else None
-    exact_error = None
-    if exact is not None:
-        exact_error = float(distance(found, leaves(exact)) / (torch.cat([e.reshape(-1) for e in leaves(exact)]).norm()))
+    path = isinstance(hypergrad, PathMethod)
+    outer = OuterLoss(problem, x, reference, throw, path=path)
+    random = outer.randomness(problem.init)
+    if random is not None:
+        unknown = torch.full((num_directions,), torch.nan, dtype=torch.float64)
+        return _heard(HypergradientCheck(unknown, unknown, math.nan, math.inf, None, tolerance, random=random), throw)
+    fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw=throw)
+    found = _gradients(problem.outer(fit.value, x), leaves(x))
+    if outer.lifted and fit.result.ok and not outer.solvable:
+        outer = OuterLoss(problem, x, reference, throw, path=path, double=False)
+    directions = _directions(outer.x, num_directions, seed)
+    slope = torch.tensor([_inner(found, direction) for direction in directions], dtype=torch.float64)
+    seen = _differences(outer, directions, step, tolerance)
     report = HypergradientCheck(
-        near,
+        seen.near,
         slope,
-        float((slope - near).norm()) / scale,
-        float((near - far).norm()) / scale,
-        exact_error,
+        _relative(float((slope - seen.near).norm()), seen),
+        _relative(seen.uncertainty, seen),
+        _exact_error(problem, x, found),
         tolerance,
+        _doubts(seen, tolerance),
+        _missing(outer, found, seen.step),
+        outer.randomness(fit.value),
     )
-    if raise_exception and not report.ok:
+    if raise_exception and report.verdict == "wrong":
         raise HypergradientError(
             f"{report}. Slopes along {num_directions} random directions: hypergradient {slope.tolist()}, finite "
-            f"differences {near.tolist()}. Residual norm of the inner solve: "
+            f"differences {seen.near.tolist()}. Residual norm of the inner solve: "
             f"{float(fit.stats['residual_norm'].max()):.1e}. "
             "Solve both systems more accurately (gtol, rtol); if it stays wrong, look for parts of the objective that "
             "are detached or not differentiable."
         )
+    return _heard(report, throw)
+
+
+def _heard(report: HypergradientCheck, throw: Throw) -> HypergradientCheck:
+    """Let an inconclusive check be heard."""
+    if report.verdict == "inconclusive" and throw != "ignore":
+        advice = (
+            "" if report.random else " Give a reference_solver that is more accurate, a step, or a larger tolerance."
+        )
+        warnings.warn(f"check_hypergradient: {report}.{advice}", SolveWarning, stacklevel=3)
     return report
 
 
-def _outer_at(problem: Bilevel, x: Tree, directions: list[Tensor], size: float, solver: Any, throw: Throw) -> float:
-    with torch.no_grad():
-        rest = iter(directions)
-        moved = tree_map(lambda leaf: leaf + size * next(rest), x)
-        fit = solve(problem, moved, solver=solver, throw=throw)
-        return float(problem.outer(fit.value, moved))
+def _gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+    """The gradients, zero where there is none."""
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, wanted, strict=True)]
+
+
+def _directions(x: Tree, count: int, seed: int) -> list[list[Tensor]]:
+    """Random directions of length one."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(count):
+        parts = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves(x)]
+        length = _length(parts)
+        found.append([part / length for part in parts])
+    return found
+
+
+def _differences(outer: OuterLoss, directions: list[list[Tensor]], step: float | None, tolerance: float) -> Differences:
+    """Differences that are certain to the tolerance, else the most certain ones of those that were tried."""
+    usual = (1e-4, 1e-6, 1e-2) if outer.dtype is torch.float64 else (1e-2, 1e-3, 1e-1)
+    relative = usual if step is None else (step,)
+    best: Differences | None = None
+    for size in relative:
+        tried = outer.along(directions, size * (1 + _length(leaves(outer.x))))
+        if best is None or _relative(tried.uncertainty, tried) < _relative(best.uncertainty, best):
+            best = tried
+        if _relative(best.uncertainty, best) <= tolerance:
+            break
+    assert best is not None
+    return best
+
+
+def _relative(size: float, seen: Differences) -> float:
+    """Relative to the slopes; infinite where these vanish and it does not."""
+    scale = float(seen.near.norm())
+    return size / scale if scale else (0.0 if size == 0 else math.inf)
+
+
+def _doubts(seen: Differences, tolerance: float) -> tuple[str, ...]:
+    """What makes the differences uncertain by more than the tolerance."""
+    sizes = {why: _relative(size, seen) for why, size in seen.doubts.items()}
+    return tuple(f"{why}, by {size:.1e}" for why, size in sizes.items() if not size <= tolerance)
+
+
+def _missing(outer: OuterLoss, found: list[Tensor], step: float) -> tuple[int, ...]:
+    """The leaves whose gradient is zero, or None, and along which the outer loss changes for certain."""
+    missing = []
+    for index, grad in enumerate(found):
+        if bool((grad != 0).any()) or not grad.numel():
+            continue
+        direction = [torch.zeros_like(leaf) for leaf in leaves(outer.x)]
+        direction[index] = torch.ones_like(direction[index]) / grad.numel() ** 0.5
+        seen = outer.along([direction], step)
+        if float(seen.near.norm()) > 10 * seen.uncertainty:
+            missing.append(index)
+    return tuple(missing)
+
+
+def _exact_error(problem: Bilevel, x: Tree, found: list[Tensor]) -> float | None:
+    """The relative error from the problem's own hypergradient."""
+    if not hasattr(problem, "hypergradient"):
+        return None
+    exact = leaves(problem.hypergradient(tree_map(torch.detach, x)))
+    size, error = _length(exact), float(distance(found, exact))
+    return error / size if size else error
+
+
+def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return sum(float((one.double() * other.double()).sum()) for one, other in zip(a, b, strict=True))
+
+
+def _length(parts: Sequence[Tensor]) -> float:
+    return float(torch.cat([part.detach().reshape(-1).double() for part in parts]).norm())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..hypergrad.base import Point
 from ..hypergrad.implicit import Implicit
 from ..linalg.cg import CG
@@ -16,8 +16,9 @@ from ..linalg.minres import MINRES
 from ..linalg.operator import Operator
 from ..linalg.scipy import GMRES
 from ..solution import Solution, Throw
-from ..tree import Tree, leaves, norm
-from .problem import Bilevel, leaf_copies, solve, statement_of
+from ..tree import Tree, leaves, norm, tree_map
+from .precision import as_double, in_double
+from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def hypergradient(
     problem: Bilevel,
     hparams: Tree | None = None,
     *,
-    solver: object = None,
+    solver: Solver | None = None,
     hypergrad: Implicit = Implicit(),  # noqa: B008 (frozen)
     constants: Constants | None = None,
     accuracy: float = 1e-3,
@@ -75,33 +76,35 @@ def hypergradient(
 ) -> Solution:
     """The hypergradient of ``problem``, with an estimate of its own error, and a bound where constants are known.
 
-    The estimate makes one Newton step from the solution found, solves the adjoint system there, starting from the one
-    at hand, and compares: it sees the inner residual, the linear residual, damping and approximate operators alike. It
-    costs about as much as the hypergradient did, less where that was accurate.
+    The estimate makes Newton steps from the solution found, in float64 whatever the precision of the problem, solves
+    the adjoint system where they end, and compares: it sees the inner residual, the linear residual, rounding below
+    float64, damping and approximate operators alike. It costs about as much as the hypergradient did, less where that
+    was accurate; with up to 512 unknowns it factorises.
 
     Args:
         hparams: where; the problem's own by default.
         solver, hypergrad, throw: as in `argmin`.
         constants: for the bound.
-        accuracy: relative accuracy of the two solves of the estimate.
+        accuracy: relative accuracy of the estimate.
 
     Returns:
         A `Solution` whose value is the hypergradient, a tree like hparams. Its stats: ``loss``, ``residual_norm`` and
         ``num_steps`` of the inner solve, ``linear_residual`` and ``linear_steps`` of the adjoint one,
         ``smallest_curvature`` and ``largest_curvature`` seen (NaN without a Lanczos process), ``error``, the estimated
-        norm of the error, ``bound`` (inf without constants), and ``result``, the worse of the two solves. Its state is
-        a tree like its value: the corrected hypergradient, whose error is smaller by orders where the problem is
-        smooth.
+        norm of the error (inf where Newton steps find no solution near the one at hand, or cannot be computed),
+        ``bound`` (inf without constants), and ``result``, the worse of the two solves. Its state is a tree like its
+        value: the corrected hypergradient, whose error is smaller by orders where the problem is smooth.
     """
     where = problem.hparams if hparams is None else hparams
     x = leaf_copies(where)
     fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw=throw)
-    loss, by_x, by_params = _outer_gradients(problem, fit.value, x)
+    loss, by_x, by_params = outer_gradients(problem, fit.value, x)
     implicit = torch.autograd.grad(leaves(fit.value), leaves(x), by_params, allow_unused=True)
-    found = [direct if more is None else direct + more for direct, more in zip(by_x, implicit, strict=True)]
+    found = _summed(by_x, implicit)
     adjoint = fit.adjoint
     assert adjoint is not None
-    corrected = _corrected(problem, hypergrad, fit, x, accuracy)
+    corrected, solved = corrected_hypergradient(problem, fit, x, accuracy)
+    error = distance(corrected, found)
     nan = torch.full_like(adjoint.stats["residual_norm"], torch.nan)
     smallest, largest = adjoint.curvature or (nan, nan)
     sizes = (float(torch.linalg.vector_norm(part.stats["residual_norm"])) for part in (fit, adjoint))
@@ -114,7 +117,7 @@ def hypergradient(
         "linear_steps": adjoint.stats["num_steps"],
         "smallest_curvature": smallest,
         "largest_curvature": largest,
-        "error": distance(corrected, found),
+        "error": error if solved else torch.full_like(error, torch.inf),
         "bound": torch.tensor(bound, dtype=torch.float64),
         "result": torch.maximum(fit.stats["result"], adjoint.stats["result"]),
     }
@@ -123,7 +126,7 @@ def hypergradient(
         pytree.tree_unflatten(found, spec),
         stats,
         (*fit.recovered, *adjoint.recovered),
-        state=pytree.tree_unflatten(corrected, spec),
+        state=pytree.tree_unflatten([c.to(f.dtype) for c, f in zip(corrected, found, strict=True)], spec),
     )
 
 
@@ -132,7 +135,7 @@ def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return norm(torch.cat([(one - other).reshape(-1).double() for one, other in zip(a, b, strict=True)]))
 
 
-def _outer_gradients(problem: Bilevel, params: Tree, x: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def outer_gradients(problem: Bilevel, params: Tree, x: Tree) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The outer loss at these params, and its partial derivatives by hparams and params."""
     free = leaf_copies(params)
     with torch.enable_grad():
@@ -144,31 +147,91 @@ def _outer_gradients(problem: Bilevel, params: Tree, x: Tree) -> tuple[Tensor, l
     return loss.detach(), filled[:count], filled[count:]
 
 
-def _corrected(problem: Bilevel, hypergrad: Implicit, fit: Solution, x: Tree, accuracy: float) -> list[Tensor]:
-    """The hypergradient after one Newton step, with the adjoint solved from where it was left."""
+def corrected_hypergradient(problem: Bilevel, fit: Solution, x: Tree, accuracy: float) -> tuple[list[Tensor], bool]:
+    """The hypergradient where Newton steps from the solution found end, float64 leaves, and whether that is a root."""
+    problem = in_double(problem, fit.value, x)
+    x, value = (tree_map(lambda leaf: as_double(leaf.detach()), tree) for tree in (x, fit.value))
+    x = leaf_copies(x)
+    point, solved = refined(problem, value, x, fit.stats["num_steps"].dim(), accuracy)
+    tree = pytree.tree_unflatten(point.params, pytree.tree_structure(value))
+    _, by_x, by_params = outer_gradients(problem, tree, x)
+    operator, raveler = _jacobian(point).T, point.raveler
+    b = raveler.ravel(by_params)
+    u = torch.zeros_like(b)
+    if problem.kind in SOLVED_KINDS and fit.adjoint is not None:
+        u = raveler.ravel([as_double(leaf) for leaf in leaves(fit.adjoint.value)])
+    change, reached = _solve(operator, b - operator.matvec(u), accuracy)
+    pulled = point.linearization().pull(raveler.unravel(u + change))
+    return _summed(by_x, pulled), solved and reached
+
+
+def refined(problem: Bilevel, params: Tree, x: Tree, batch_dims: int, accuracy: float) -> tuple[Point, bool]:
+    """The point where Newton steps from ``params`` have become small beside the way that they went.
+
+    The ratio is ``accuracy``. They end earlier where none of 1, 1/2, 1/4, ... of a step shrinks the residual: at
+    rounding, or where there is no root. The second value is False where the last step was not small beside the params,
+    so that no root is near, or where no step could be computed.
+    """
     statement, flat = statement_of(problem, x)
-    assert fit.adjoint is not None
-    batch_dims = fit.stats["num_steps"].dim()
     hparams = [tensor.detach() for tensor in flat]
-    first = Point(statement, [leaf.detach() for leaf in leaves(fit.value)], hparams, batch_dims, "ignore")
-    raveler, exact = first.raveler, replace(hypergrad, operator="graph", damping=0.0)
-    operator = exact.operator_at(first)
-    residual = raveler.ravel([r.detach() for r in first.linearization().residual])
-    step = _solve(operator, -residual, accuracy)
-    params = raveler.unravel(raveler.ravel(first.params) + step)
-    second = Point(statement, params, hparams, batch_dims, "ignore")
-    tree = pytree.tree_unflatten(params, pytree.tree_structure(fit.value))
-    _, by_x, by_params = _outer_gradients(problem, tree, x)
-    operator = exact.operator_at(second).T
-    u = raveler.ravel(leaves(fit.adjoint.value))
-    u = u + _solve(operator, raveler.ravel(by_params) - operator.matvec(u), accuracy)
-    implicit = second.linearization().pull(raveler.unravel(u))
-    return [direct if more is None else direct + more for direct, more in zip(by_x, implicit, strict=True)]
+
+    def at(y: Sequence[Tensor]) -> Point:
+        return Point(statement, list(y), hparams, batch_dims, "ignore")
+
+    point = at([leaf.detach() for leaf in leaves(params)])
+    raveler = point.raveler
+    start = y = raveler.ravel(point.params)
+    far = raveler.ravel([leaf.detach() for leaf in leaves(problem.init)])
+    for _ in range(MOST_NEWTON_STEPS):
+        residual = _residual(point)
+        step, reached = _solve(_jacobian(point), -residual, accuracy)
+        scale = torch.maximum(norm(y), norm(y - far))
+        for halvings in range(MOST_HALVINGS):
+            trial = at(raveler.unravel(y + step / 2**halvings))
+            better = norm(_residual(trial)) < (1 - 0.1 / 2**halvings) * norm(residual)
+            if bool(better.any()):
+                break
+        if not (reached and bool(better.any())):
+            return point, reached and bool((norm(step) <= accuracy * scale).all())
+        y = torch.where(better.unsqueeze(-1), raveler.ravel(trial.params), y)
+        point = trial if bool(better.all()) else at(raveler.unravel(y))
+        if bool((norm(step) <= accuracy * norm(y - start)).all()):
+            return point, True
+    return point, False
 
 
-def _solve(operator: Operator, b: Tensor, accuracy: float) -> Tensor:
-    """As exact as asked for; where CG meets negative curvature, by MINRES."""
+MOST_NEWTON_STEPS, MOST_HALVINGS, LARGEST_FACTORISED = 50, 10, 512
+
+
+def _residual(point: Point) -> Tensor:
+    """The residual at a point, flat ``[*batch, n]``."""
+    return point.raveler.ravel([r.detach() for r in point.linearization().residual])
+
+
+def _jacobian(point: Point) -> Operator:
+    return Implicit().operator_at(point)
+
+
+def _summed(direct: Sequence[Tensor], more: Sequence[Tensor | None]) -> list[Tensor]:
+    return [one if other is None else one + other for one, other in zip(direct, more, strict=True)]
+
+
+def _solve(operator: Operator, b: Tensor, accuracy: float) -> tuple[Tensor, bool]:
+    """The solution of least norm, to a relative error of ``accuracy`` as far as the condition number is seen.
+
+    The second value is False where not even the residual became as small.
+    """
+    if operator.size <= LARGEST_FACTORISED:
+        matrix = operator.to_dense()
+        cutoff = operator.size * torch.finfo(matrix.dtype).eps
+        return (torch.linalg.pinv(matrix, rtol=cutoff) @ b.unsqueeze(-1)).squeeze(-1), True
     if not operator.symmetric:
-        return GMRES(rtol=accuracy).solve(operator, b).value
+        found = GMRES(rtol=accuracy).solve(operator, b)
+        return found.value, found.result.ok
     found = CG(rtol=accuracy).solve(operator, b)
-    return found.value if found.result.ok else MINRES(rtol=accuracy).solve(operator, b).value
+    if not found.result.ok or found.curvature is None:
+        found = MINRES(rtol=accuracy).solve(operator, b)
+        return found.value, found.result.ok
+    low, high = found.curvature
+    tight = accuracy * float((low / high).nan_to_num(1.0).clamp(1e-12, 1.0).min()) ** 0.5
+    return CG(rtol=tight).solve(operator, b, found.state).value, True

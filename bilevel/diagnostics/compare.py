@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .._torch import profiled_events
 from ..files import write_atomically
 from ..hypergrad.implicit import Implicit
 from ..linalg.cg import CG
@@ -29,7 +30,7 @@ from ..solution import Solution
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .methods import accurate_solver, methods_for
-from .problem import Bilevel, leaf_copies, solve
+from .problem import AnyHypergrad, Bilevel, Solver, leaf_copies, solve
 
 MEBIBYTE = 2**20
 LARGEST_DENSE = 2048
@@ -161,7 +162,7 @@ def _reference(problem: Bilevel) -> tuple[list[Tensor], str]:
     return grads, "an accurate solve of both systems"
 
 
-def _gradient(problem: Bilevel, solver: Any, hypergrad: Any) -> tuple[list[Tensor], Solution]:
+def _gradient(problem: Bilevel, solver: Solver | None, hypergrad: AnyHypergrad | None) -> tuple[list[Tensor], Solution]:
     x = leaf_copies(problem.hparams)
     fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw="ignore")
     grads = torch.autograd.grad(problem.outer(fit.value, x), leaves(x), allow_unused=True)
@@ -246,7 +247,7 @@ def peak_mib(run: Any) -> float:
         return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    events = profile.profiler.kineto_results.events()
+    events = profiled_events(profile)
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     live = peak = 0
     for _, change in changes:

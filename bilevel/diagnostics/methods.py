@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -31,8 +30,9 @@ from ..linalg.normal import NormalCG
 from ..linalg.nystrom import Nystrom, NystromPreconditioner
 from ..linalg.preconditioners import Jacobi
 from ..linalg.scipy import GMRES, LSMR, BiCGSTAB
+from ..linalg.solve import LinearSolver
 from ..tree import leaves
-from .problem import Bilevel
+from .problem import AnyHypergrad, Bilevel, Solver
 
 DEFINITE, SYMMETRIC, SINGULAR, GENERAL, CONTRACTION = "definite", "symmetric", "singular", "general", "contraction"
 COMPOSITE, PROGRAM = "composite", "qp"
@@ -49,10 +49,10 @@ class Method:
     """
 
     name: str
-    hypergrad: Any
+    hypergrad: AnyHypergrad
     tolerance: float | None
     solves: frozenset[str] = frozenset({DEFINITE})
-    solver: Any = None
+    solver: Solver | None = None
     single: float = 1e-4
 
     def suits(self, problem: Bilevel) -> bool:
@@ -110,13 +110,13 @@ def all_methods(rtol: float = 1e-8, lr: float = 0.15, max_steps: int = 400) -> l
 
 def matrix_of(problem: Bilevel) -> str:
     """What the adjoint system of a problem looks like; problems say so, others are taken by their kind."""
-    declared = getattr(problem, "matrix_kind", None)
+    declared: str | None = getattr(problem, "matrix_kind", None)
     if declared is not None:
         return declared
     return {"argmin": DEFINITE, "root": GENERAL, "fixed_point": CONTRACTION}.get(problem.kind, problem.kind)
 
 
-def accurate_solver(problem: Bilevel) -> Any:
+def accurate_solver(problem: Bilevel) -> Solver | None:
     """An inner solver that goes as far as the precision allows; None where the problem has one of its own."""
     tight = 1e-13 if leaves(problem.init)[0].dtype is torch.float64 else 1e-6
     if problem.kind == "argmin":
@@ -124,5 +124,7 @@ def accurate_solver(problem: Bilevel) -> Any:
     return Newton(tol=tight) if problem.kind in ("root", "fixed_point") else None
 
 
-def _implicit(name: str, linear_solver: Any, tolerance: float | None, solves: Iterable[str] = (DEFINITE,)) -> Method:
+def _implicit(
+    name: str, linear_solver: LinearSolver, tolerance: float | None, solves: Iterable[str] = (DEFINITE,)
+) -> Method:
     return Method(f"implicit, {name}", Implicit(linear_solver), tolerance, frozenset(solves))

@@ -8,15 +8,22 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..argmin import argmin, fixed_point, root
 from ..closure import Autocast, Closure
+from ..hypergrad.base import Hypergrad, PathMethod
 from ..hypergrad.statement import ObjectiveStatement, ResidualStatement, Statement, SymmetricResidualStatement
+from ..inner.minimize import InnerSolver
+from ..inner.roots import RootSolver
 from ..solution import Solution, Throw
 from ..tree import Tree, leaves, tree_map
 
 Kind = Literal["argmin", "root", "fixed_point"]
+Solver = InnerSolver | RootSolver
+AnyHypergrad = Hypergrad | PathMethod
+SOLVED_KINDS = ("argmin", "root", "fixed_point")
+"""The kinds that `solve` solves itself; a problem of another kind brings its own solver."""
 
 
 class Bilevel(Protocol):
@@ -24,7 +31,8 @@ class Bilevel(Protocol):
 
     Attributes:
         kind: what ``inner`` is: an objective for `argmin`, a residual for `root`, or a map for `fixed_point`; a problem
-            of another kind brings ``solve_inner(hparams, solver=, hypergrad=, throw=)``.
+            of another kind brings ``solve_inner(hparams, solver=, hypergrad=, throw=)``, and, for error estimates,
+            ``residual(params, hparams)``, a tree like params that vanishes at the solution.
     """
 
     @property
@@ -78,8 +86,8 @@ def solve(
     problem: Bilevel,
     hparams: Tree | None = None,
     *,
-    solver: Any = None,
-    hypergrad: Any = None,
+    solver: Solver | None = None,
+    hypergrad: AnyHypergrad | None = None,
     init: Tree | None = None,
     throw: Throw = "warn",
     **settings: Any,
@@ -90,7 +98,7 @@ def solve(
     given: dict[str, Any] = {"throw": throw, **settings}
     if hypergrad is not None:
         given["hypergrad"] = hypergrad
-    own = getattr(problem, "solve_inner", None)
+    own: Callable[..., Solution] | None = getattr(problem, "solve_inner", None)
     if own is not None:
         return own(hparams, solver=solver, **given)
     if problem.kind == "root":
@@ -110,17 +118,22 @@ def statement_of(problem: Bilevel, hparams: Tree) -> tuple[Statement, list[Tenso
     flat = leaves(hparams)
     spec = pytree.tree_structure(problem.init)
     autocast = Autocast.current(leaves(problem.init)[0].device)
-    if problem.kind not in ("argmin", "root", "fixed_point"):
-        raise NotImplementedError(
-            f"An error estimate or advice for a problem of kind {problem.kind!r} would need its curvature on the "
-            "active set: use check_hypergradient, which compares with finite differences."
-        )
     if problem.kind == "argmin":
         return ObjectiveStatement(Closure(problem.inner, spec, (hparams,), flat, autocast)), flat
-
-    def residual(params: Tree, hparams: Tree) -> Tree:
-        value = problem.inner(params, hparams)
-        return value if problem.kind == "root" else tree_map(torch.sub, params, value)
-
     kind = SymmetricResidualStatement if getattr(problem, "symmetric", False) else ResidualStatement
-    return kind(Closure(residual, spec, (hparams,), flat, autocast)), flat
+    return kind(Closure(_residual_of(problem), spec, (hparams,), flat, autocast)), flat
+
+
+def _residual_of(problem: Bilevel) -> Callable[[Tree, Tree], Tree]:
+    """What vanishes at the solution of a problem that has no loss, or more than a loss."""
+    if problem.kind == "root":
+        return problem.inner
+    if problem.kind == "fixed_point":
+        return lambda params, hparams: tree_map(torch.sub, params, problem.inner(params, hparams))
+    own: Callable[[Tree, Tree], Tree] | None = getattr(problem, "residual", None)
+    if own is None:
+        raise NotImplementedError(
+            f"An error estimate or advice for a problem of kind {problem.kind!r} needs what vanishes at its solution: "
+            "give it residual(params, hparams), or use check_hypergradient, which compares with finite differences."
+        )
+    return own

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..inner.minimize import INNER_ADVICE, InnerSolver
 from ..problem import Linearization, Objective, Problem
 from ..solution import Solution, Throw, settle

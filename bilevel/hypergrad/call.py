@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..linalg.curvature import fused_norm, has_layer_norm
 from ..problem import Linearization, graph_nodes, refuse_hidden
 from ..recording import recording

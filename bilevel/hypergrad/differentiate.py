@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..closure import Autocast, Closure, Recorder, in_transform
 from ..problem import Problem
 from ..reach import Reach

@@ -10,13 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    TransformType,
-    get_interpreter_stack,
-    is_functorch_wrapped_tensor,
-    is_legacy_batchedtensor,
-)
 
+from .._torch import TransformType, get_interpreter_stack, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from ..closure import in_transform
 from ..solution import Solution
 from ..tree import is_continuous, norm

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..checks import check_linear_solver
 from ..closure import Closure, Recorder
 from ..inner.decay import Decayed

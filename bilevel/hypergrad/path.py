@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from .._torch import after_backward, pytree
 from ..closure import Autocast, Closure, Recorder, Substitute, in_transform
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import INNER_ADVICE, InnerSolver, Progress

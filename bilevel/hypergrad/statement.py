@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..closure import Closure, VmappedClosure
 from ..problem import Linearization, Problem, RootProblem, linearize_objective, linearize_residual
 from ..tree import Raveler, is_continuous, leaves

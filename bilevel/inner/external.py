@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from .._torch import pytree
 from ..problem import Problem
 from ..solution import Result, Solution, make_codes
 from ..tree import Tree, leaves, norm

@@ -76,7 +76,7 @@ class FuncHessian(Operator):
         with torch.no_grad():
             # H is symmetric, so reverse mode gives H v. Forward mode is no faster, does not nest, and its levels are
             # global to the process: in two threads it raises, or is silently wrong.
-            _, pull, loss = torch.func.vjp(self.gradient, self.leaves, has_aux=True)
+            _, pull, loss = torch.func.vjp(self.gradient, self.leaves, has_aux=True)  # type: ignore[misc]
             self.apart = torch.fmax(self.apart, (loss.double() - self.loss).abs())
         return self.raveler.ravel(pull(direction)[0])
 

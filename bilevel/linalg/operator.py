@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg
@@ -15,7 +16,7 @@ class Operator(ABC):
     """A square operator ``A`` on vectors ``[*batch, n]``: ``A @ v``, ``A.T @ v``.
 
     A new operator writes `matvec`, and `rmatvec` where it is not symmetric, and passes its shape to
-    ``super().__init__``; it inherits the rest, and the conformance suite in ``tests/conformance.py``.
+    ``super().__init__``; it inherits the rest, and its tests from `bilevel.testing.OperatorTests`.
 
     Args:
         batch_shape: ``()`` for one matrix, ``(T,)`` for T matrices (a block-diagonal operator).
@@ -84,6 +85,42 @@ class Operator(ABC):
         return scipy.sparse.linalg.LinearOperator(
             (total, total), matvec=on_host(self.matvec), rmatvec=on_host(self.rmatvec), dtype=np.float64
         )
+
+    def to_curvlinops(self, shapes: Sequence[Sequence[int]] | None = None) -> Any:
+        """The whole batch as one ``PyTorchLinearOperator`` of curvlinops.
+
+        Args:
+            shapes: of the tensors whose entries are the vector, as curvlinops multiplies lists of them; None: one flat
+                tensor of ``prod(batch) * n`` entries.
+
+        Raises:
+            ImportError: curvlinops is not installed.
+        """
+        try:
+            from curvlinops._torch_base import PyTorchLinearOperator  # type: ignore[import-not-found, unused-ignore]
+        except ImportError as error:
+            raise ImportError("to_curvlinops needs curvlinops: pip install curvlinops-for-pytorch") from error
+        return _exported(PyTorchLinearOperator, self, shapes or [(self.batch_shape.numel() * self.size,)])
+
+
+def _exported(base: Any, operator: Operator, shapes: Sequence[Sequence[int]]) -> Any:
+    """An instance of a subclass of ``base``, which is defined here because ``base`` may not be installed."""
+
+    class Exported(base):
+        SELF_ADJOINT = operator.symmetric
+        dtype, device = operator.dtype, operator.device
+
+        def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+            columns = torch.cat([part.reshape(-1, part.shape[-1]) for part in X])
+            shape = (*operator.batch_shape, operator.size)
+            product = torch.stack([(operator @ column.reshape(shape)).reshape(-1) for column in columns.T], -1)
+            parts = product.split([part.shape[:-1].numel() for part in X])
+            return [part.reshape(like.shape) for part, like in zip(parts, X, strict=True)]
+
+        def _adjoint(self) -> Any:
+            return _exported(base, operator.T, shapes)
+
+    return Exported([tuple(shape) for shape in shapes], [tuple(shape) for shape in shapes])
 
 
 def widened(tensor: Tensor) -> Tensor:

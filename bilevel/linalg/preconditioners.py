@@ -1,8 +1,9 @@
-"""Diagonal preconditioners for `CG` and `MINRES`: for problems whose parameters have very different curvatures."""
+"""Preconditioners for `CG` and `MINRES`: diagonals, and an approximate inverse that somebody else made."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class AdamPreconditioner:
     of the curvature.
 
     Args:
-        second_moment: flat, ``[*batch, n]`` or ``[n]``; such as ``fit.state["second_moment"]``.
+        second_moment: flat, ``[*batch, n]`` or ``[n]``; such as ``fit.state.rule["exp_avg_sq"]`` of a `Steps` fit.
         eps: of the optimizer.
     """
 
@@ -66,6 +67,30 @@ class AdamPreconditioner:
                 "unknowns is needed."
             )
         return _divide_by(self.second_moment.detach().to(operator.device, operator.dtype).sqrt() + self.eps)
+
+
+@dataclass(frozen=True, eq=False)
+class InversePreconditioner:
+    """An approximate inverse that is at hand already, such as that of KFAC.
+
+    With curvlinops: ``CG(preconditioner=InversePreconditioner(KFACInverseLinearOperator(kfac, damping=1e-3)))``.
+
+    Args:
+        inverse: symmetric and positive definite; an `Operator`, or anything that multiplies a flat vector by ``@`` and
+            has a ``shape``: an operator of curvlinops, a dense matrix. Its vectors are the params in the order of the
+            leaves of ``init``.
+    """
+
+    inverse: Any
+
+    def __call__(self, operator: Operator) -> Precondition:
+        if self.inverse.shape[-1] != operator.size:
+            raise ValueError(
+                f"the approximate inverse has shape {tuple(self.inverse.shape)}, and the matrix {operator.size} "
+                "unknowns: it is one of other parameters."
+            )
+        dtype = getattr(self.inverse, "dtype", operator.dtype)
+        return lambda r: (self.inverse @ r.to(dtype)).to(r.dtype)
 
 
 def _divide_by(diagonal: Tensor) -> Precondition:

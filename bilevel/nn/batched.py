@@ -9,7 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
+from torch.autograd import Function, forward_ad
+
+from .._torch import (
     TransformType,
     get_interpreter_stack,
     get_unwrapped,
@@ -17,7 +19,6 @@ from torch._C._functorch import (
     maybe_current_level,
     maybe_get_level,
 )
-from torch.autograd import Function, forward_ad
 
 
 class BatchedFunction(Function):

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .._torch import in_dual_level, maybe_current_level
 from ..recording import recording
 from .batched import BatchedFunction, check_operands, per_channel
 from .convolution import check_convolution, checked_geometry
@@ -164,7 +164,7 @@ def _count(x: Tensor) -> int:
 
 def _extremes(x: Tensor, weight: Tensor, size: int) -> Tensor:
     """In each window the largest entry, where the channel's weight is negative the smallest."""
-    hidden = maybe_current_level() is not None or forward_ad._current_level >= 0 or recording()
+    hidden = maybe_current_level() is not None or in_dual_level() or recording()
     if not hidden and x.device.type == "cpu" and not bool((weight < 0).any()):
         return _Largest.apply(x, size)[0]
     with torch.no_grad():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import packed_product
 from .batched import BilinearFunction
 
 THIN, LARGE = (4, 128), 256
@@ -34,7 +35,7 @@ def _has_onednn() -> bool:
 
 def _times_transposed(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b.mT``"""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    product: Tensor = packed_product(a, b)
     return product
 
 

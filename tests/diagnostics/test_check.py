@@ -41,11 +41,143 @@ def test_a_detached_objective_is_found_out():
         check_hypergradient(problem, solver=EXACT, throw="ignore")
 
 
-def test_an_inaccurate_solver_is_told_by_the_uncertainty():
-    report = check_hypergradient(
-        Ridge(per_feature=True), solver=bl.GradientDescent(0.1, 3), throw="ignore", raise_exception=False
+def test_an_inaccurate_solver_leaves_it_open_and_a_better_one_for_the_differences_settles_it():
+    rough, ridge = bl.GradientDescent(0.1, 3), Ridge()
+    problem = BilevelProblem(ridge.inner, ridge.outer, ridge.init, ridge.hparams)
+    with pytest.warns(bl.SolveWarning, match="the inner solves are not accurate enough"):
+        report = check_hypergradient(problem, solver=rough)
+    assert (report.verdict, report.ok) == ("inconclusive", False)
+    settled = check_hypergradient(problem, solver=rough, reference_solver=EXACT, throw="ignore", raise_exception=False)
+    assert settled.verdict == "wrong"
+    assert str(settled).startswith("WRONG")
+
+
+def test_a_path_is_right_by_its_own_steps():
+    """Three steps are no minimum; the derivative of three steps is that of three steps all the same."""
+    problem = BilevelProblem(
+        inner=lambda y, x: (y - x).square().sum() + (x.exp() * y.square()).sum(),
+        outer=lambda y, x: (y - 1).square().sum(),
+        init=torch.zeros(3, dtype=torch.float64),
+        hparams=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64),
     )
+    steps = bl.GradientDescent(0.05, 3)
+    assert check_hypergradient(problem, solver=steps, hypergrad=bl.Unroll()).ok
+    implicit = check_hypergradient(problem, solver=steps, throw="ignore", raise_exception=False)
+    assert not implicit.ok
+
+
+def noisy(where, size):
+    def noise(value):
+        return value + size * torch.randn((), dtype=torch.float64)
+
+    return BilevelProblem(
+        inner=lambda y, x: (noise if where == "inner" else float)(1.0) * (y - x).square().sum(),
+        outer=lambda y, x: (y - 1).square().sum() * (noise if where == "outer" else float)(1.0),
+        init=torch.zeros(3, dtype=torch.float64),
+        hparams=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64),
+    )
+
+
+@pytest.mark.parametrize("where", ["inner", "outer"])
+@pytest.mark.parametrize("size", [1e-9, 0.3])
+@pytest.mark.parametrize("method", [bl.Implicit(), bl.FirstOrder()])
+def test_a_random_problem_is_named_and_never_right(where, size, method):
+    torch.manual_seed(0)
+    report = check_hypergradient(noisy(where, size), hypergrad=method, throw="ignore")
+    assert (report.verdict, report.ok) == ("inconclusive", False)
+    assert f"the {where} function is random" in str(report)
+
+
+def test_randomness_is_a_warning():
+    with pytest.warns(bl.SolveWarning, match="inconclusive: .* the inner function is random"):
+        check_hypergradient(noisy("inner", 0.3))
+
+
+def test_a_random_solver_is_told():
+    generator = torch.Generator().manual_seed(0)
+
+    def solve(objective, start):
+        return torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64) + 1e-3 * torch.randn(3, generator=generator)
+
+    problem = noisy("nowhere", 0.0)
+    solver = bl.External(solve)
+    report = check_hypergradient(problem, solver=solver, throw="ignore", raise_exception=False)
     assert not report.ok
+    assert "a second inner solve at one point gives another answer" in str(report) or report.verdict == "wrong"
+
+
+def test_no_gradient_against_uncertain_differences_is_not_right():
+    """Separable data have no minimum: the zero of `FirstOrder` is within what the differences are uncertain by."""
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(30, 4, generator=generator, dtype=torch.float64)
+    label = data.sum(-1).sign()
+    problem = BilevelProblem(
+        inner=lambda y, x: (torch.nn.functional.softplus(-label * (data @ y)) * torch.sigmoid(x)).mean(),
+        outer=lambda y, x: y.square().sum(),
+        init=torch.zeros(4, dtype=torch.float64),
+        hparams=torch.randn(30, generator=generator, dtype=torch.float64),
+    )
+    for method in (bl.FirstOrder(), bl.Implicit()):
+        report = check_hypergradient(problem, hypergrad=method, throw="ignore", raise_exception=False)
+        assert not report.ok, str(report)
+
+
+def test_a_zero_gradient_where_the_loss_does_not_move_is_inconclusive():
+    problem = BilevelProblem(
+        inner=lambda y, x: (y - 1).square().sum() + 0 * x.sum(),
+        outer=lambda y, x: y.square().sum(),
+        init=torch.zeros(3, dtype=torch.float64),
+        hparams=torch.ones(2, dtype=torch.float64),
+    )
+    report = check_hypergradient(problem, throw="ignore")
+    assert report.verdict == "inconclusive"
+    assert "hardly changes by more than rounding" in str(report)
+
+
+def test_one_missing_leaf_among_large_ones_is_found():
+    problem = BilevelProblem(
+        inner=lambda y, x: (y - 1e3 * x["a"]).square().sum() + 1e-6 * (x["b"].detach() * y).sum(),
+        outer=lambda y, x: y.square().sum(),
+        init=torch.zeros(3, dtype=torch.float64),
+        hparams={"a": torch.ones(3, dtype=torch.float64), "b": torch.ones((), dtype=torch.float64)},
+    )
+    with pytest.raises(HypergradientError, match="the gradient of leaf 1 of hparams is missing"):
+        check_hypergradient(problem, solver=EXACT, throw="ignore")
+
+
+def test_an_outer_loss_without_any_gradient_is_wrong():
+    problem = BilevelProblem(
+        inner=lambda y, x: (y - x).square().sum(),
+        outer=lambda y, x: y.detach().square().sum(),
+        init=torch.zeros(3, dtype=torch.float64),
+        hparams=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64),
+    )
+    with pytest.raises(HypergradientError, match="leaf 0 of hparams is missing"):
+        check_hypergradient(problem, throw="ignore")
+
+
+def test_a_nan_is_wrong():
+    problem = BilevelProblem(
+        inner=lambda y, x: (y - x).square().sum(),
+        outer=lambda y, x: y.square().sum() + torch.where(x > 0, 0.0, (x - x).sqrt() * 0).sum(),
+        init=torch.zeros(3, dtype=torch.float64),
+        hparams=torch.tensor([0.5, 1.0, 0.0], dtype=torch.float64),
+    )
+    assert check_hypergradient(problem, throw="ignore", raise_exception=False).verdict == "wrong"
+
+
+@pytest.mark.parametrize("units", [1e-6, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_units_do_not_matter(units, dtype):
+    problem = BilevelProblem(
+        inner=lambda y, x: units * ((y - x).square().sum() + (x / 3 * y).square().sum()),
+        outer=lambda y, x: units * (y - 1).square().sum(),
+        init=torch.zeros(3, dtype=dtype),
+        hparams=torch.tensor([0.5, 1.0, 2.0], dtype=dtype),
+    )
+    accurate = bl.NewtonCG(gtol=0.0, max_steps=8)
+    report = check_hypergradient(problem, solver=accurate, hypergrad=bl.Implicit(bl.LU()), throw="ignore")
+    assert report.ok, str(report)
 
 
 def test_trees_and_roots():

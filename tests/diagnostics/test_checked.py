@@ -9,7 +9,8 @@ import torch
 
 import bilevel as bl
 from bilevel.diagnostics import BilevelProblem, Constants, hypergradient
-from bilevel.problems import Quadratics, Ridge, WeightedRidge
+from bilevel.problems import LassoPath, Portfolio, Quadratics, Ridge, WeightedRidge
+from tests.diagnostics.error_estimate import measure, share
 
 
 def random_case(seed):
@@ -138,3 +139,59 @@ def test_roots_too():
 def test_bad_constants():
     with pytest.raises(ValueError, match="strong_convexity is 0"):
         Constants(strong_convexity=0.0, cross=1.0)
+
+
+def test_the_estimate_holds_whatever_the_problem_its_units_and_its_start_are():
+    """A small count of the command ``python -m tests.diagnostics.error_estimate``."""
+    verdicts = measure(count=120, seed=3)
+    assert verdicts["refused"] == 0
+    assert verdicts["holds"] >= 60
+    assert share(verdicts) >= 0.95, verdicts
+
+
+def test_rounding_in_float32_is_part_of_the_error():
+    problem, exact = Quadratics(conditions=(1e4,), dtype=torch.float32), Quadratics(conditions=(1e4,))
+    exact.matrix, exact.c, exact.target = (t.double() for t in (problem.matrix, problem.c, problem.target))
+    checked = hypergradient(problem, solver=bl.NewtonCG(), hypergrad=bl.Implicit(bl.LU()), throw="ignore")
+    truth = exact.hypergradient(problem.hparams.double())
+    error = float((checked.value.double() - truth).norm())
+    assert error / float(truth.norm()) > 1e-7
+    assert 1 / 3 <= float(checked.stats["error"]) / error <= 3
+
+
+def test_many_unknowns_are_not_factorised():
+    problem = Quadratics(conditions=(1e5,), size=600)
+    rough = hypergradient(problem, solver=bl.LBFGS(gtol=0.0, max_steps=40), throw="ignore")
+    assert 0.9 <= float(rough.stats["error"]) / true_error(problem, rough.value) <= 1.1
+
+
+@pytest.mark.parametrize("problem", [LassoPath(), Portfolio()])
+def test_kinks_and_constraints_too(problem):
+    rough = hypergradient(problem, hypergrad=bl.Implicit(bl.GMRES(rtol=0.1)), throw="ignore")
+    truth = true_error(problem, rough.value)
+    assert truth > 1e-12 or float(rough.stats["error"]) < 1e-10
+    assert truth <= 1e-12 or 1 / 3 <= float(rough.stats["error"]) / truth <= 3
+
+
+def test_the_error_is_unknown_where_there_is_no_solution():
+    """The logistic loss of separable data has no minimum: every Newton step is as long as the one before."""
+    label = torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)
+    problem = BilevelProblem(
+        inner=lambda y, x: (x.exp() * torch.nn.functional.softplus(-label * y * label)).mean(),
+        outer=lambda y, x: y.square().sum(),
+        init=torch.zeros((), dtype=torch.float64),
+        hparams=torch.zeros(3, dtype=torch.float64),
+    )
+    assert torch.isinf(hypergradient(problem, throw="ignore").stats["error"])
+
+
+def test_an_inner_problem_without_hparams_leaves_the_direct_gradient():
+    problem = BilevelProblem(
+        inner=lambda y, x: (y - 1).square().sum(),
+        outer=lambda y, x: (y * x).sum(),
+        init=torch.zeros(2, dtype=torch.float64),
+        hparams=torch.ones(2, dtype=torch.float64),
+    )
+    checked = hypergradient(problem)
+    torch.testing.assert_close(checked.value, torch.ones(2, dtype=torch.float64))
+    assert float(checked.stats["error"]) <= 1e-9

@@ -2,13 +2,11 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 
 import bilevel as bl
-from bilevel.diagnostics import BilevelProblem, advise, compare_methods, methods_for
-from bilevel.problems import Quadratics, Ridge
-from tests.conformance import relative_error
+from bilevel.diagnostics import BilevelProblem, compare_methods, methods_for
+from bilevel.problems import Ridge
 
 
 def test_every_row_is_measured(tmp_path):
@@ -62,47 +60,3 @@ def test_without_a_closed_form():
     comparison = compare_methods(problem, {"implicit, CG": bl.Implicit(bl.CG(rtol=1e-8))}, repeats=1)
     assert comparison.reference == "an accurate solve of both systems"
     assert {row.method: row for row in comparison.rows}["implicit, CG"].error < 1e-7
-
-
-@pytest.mark.parametrize(
-    "problem",
-    [Ridge(), Ridge(per_feature=True), Quadratics(conditions=(10.0, 1e3)), Quadratics(conditions=(1e4,))],
-    ids=["ridge", "per feature", "two quadratics", "ill-conditioned"],
-)
-@pytest.mark.parametrize("accuracy", [1e-3, 1e-8])
-def test_the_advice_keeps_its_promise(problem, accuracy):
-    advice = advise(problem, accuracy=accuracy)
-    x = problem.hparams.clone().requires_grad_()
-    fit = bl.argmin(
-        problem.inner, problem.init, x, solver=bl.NewtonCG(gtol=1e-13), hypergrad=advice.hypergrad, throw="ignore"
-    )
-    (grad,) = torch.autograd.grad(problem.outer(fit.value, x), x)
-    assert relative_error(grad, problem.hypergradient(problem.hparams)) <= 10 * advice.predicted_error
-    assert advice.hypergrad.linear_solver == advice.candidates[0].linear_solver
-    assert repr(advice.hypergrad) in str(advice)
-
-
-def large(spectrum):
-    scales = torch.as_tensor(spectrum, dtype=torch.float64)
-    return BilevelProblem(
-        inner=lambda y, x: (scales * y.square()).sum() / 2 - (x * y).sum(),
-        outer=lambda y, x: (y - 1).square().sum(),
-        init=torch.zeros(len(scales), dtype=torch.float64),
-        hparams=torch.zeros(len(scales), dtype=torch.float64),
-    )
-
-
-def test_the_advice_sees_the_spectrum():
-    definite = advise(large(torch.linspace(1, 50, 5000)), solver=bl.GradientDescent(1e-3, 1))
-    assert isinstance(definite.hypergrad.linear_solver, bl.CG)
-    assert definite.spectrum.largest == pytest.approx(50, rel=0.05)
-    assert not definite.spectrum.indefinite
-    indefinite = advise(large(torch.linspace(-5, 50, 5000)), solver=bl.GradientDescent(1e-3, 1))
-    assert isinstance(indefinite.hypergrad.linear_solver, bl.MINRES)
-    assert indefinite.spectrum.indefinite
-    assert "The Hessian is indefinite" in str(indefinite)
-
-
-def test_an_impossible_accuracy():
-    with pytest.raises(ValueError, match=r"accuracy is 1e-09: in torch.float32"):
-        advise(Ridge(dtype=torch.float32), accuracy=1e-9)

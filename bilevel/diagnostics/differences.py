@@ -1,0 +1,141 @@
+"""Central differences of the outer loss through inner solves, and how certain they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._torch import pytree
+from ..solution import Result, Solution, Throw
+from ..tree import Tree, leaves, tree_map
+from .checked import refined
+from .precision import as_double, in_double
+from .problem import SOLVED_KINDS, Bilevel, Solver, solve
+
+NOISE = 1e3
+"""Two evaluations at one point that differ by more roundings than this are of a random function."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The slopes of the outer loss along some directions, float64 ``[D]``, and what is uncertain about them.
+
+    Attributes:
+        near, far: by steps of ``step`` and of twice that. corrected: ``near`` where Newton steps have made the inner
+            solutions better; the same as ``near`` where there are none to make.
+        rounding: what rounding alone may do to a slope. noise: what a second solve at one point does to one.
+        result: the worst of the inner solves. rootless: some had no solution near.
+    """
+
+    near: Tensor
+    far: Tensor
+    corrected: Tensor
+    step: float
+    rounding: float
+    noise: float
+    result: Result
+    rootless: bool
+
+    @property
+    def doubts(self) -> dict[str, float]:
+        """What makes the slopes uncertain, in words, and by how much (absolute, over all directions)."""
+        by_inner = torch.inf if self.rootless else float((self.near - self.corrected).norm())
+        reached = "no solution is near" if self.rootless else self.result.help
+        return {
+            f"the inner solves are not accurate enough ({reached})": by_inner,
+            "differences by two step sizes disagree": float((self.near - self.far).norm()),
+            "the outer loss hardly changes by more than rounding": self.rounding * len(self.near) ** 0.5,
+            "a second inner solve at one point gives another answer": self.noise * len(self.near) ** 0.5,
+        }
+
+    @property
+    def uncertainty(self) -> float:
+        """The largest doubt; infinite where a difference is not finite."""
+        return max(size if math.isfinite(size) else math.inf for size in self.doubts.values())
+
+
+class OuterLoss:
+    """The outer loss as a function of the hyperparameters, through inner solves; in float64 where that can be.
+
+    Args:
+        solver, throw: of the inner problem.
+        path: what is differentiated is the path of the solver, so that its solutions are right by definition.
+    """
+
+    def __init__(
+        self, problem: Bilevel, x: Tree, solver: Solver | None, throw: Throw, *, path: bool = False, double: bool = True
+    ):
+        self.problem = in_double(problem, problem.init, x) if double and problem.kind in SOLVED_KINDS else problem
+        self.lifted = self.problem is not problem
+        self.x = tree_map(lambda leaf: as_double(leaf.detach()) if self.lifted else leaf.detach(), x)
+        self.solver, self.throw, self.path = solver, throw, path
+        self.dtype = leaves(self.x)[0].dtype
+        self.eps = torch.finfo(self.dtype).eps
+
+    @property
+    def solvable(self) -> bool:
+        """Whether the solver does what was asked of it: what was singular may be indefinite in float64."""
+        return solve(self.problem, self.x, solver=self.solver, throw="ignore").result.ok
+
+    def along(self, directions: Sequence[list[Tensor]], step: float) -> Differences:
+        """The slopes along these directions, each a list of leaves like the hyperparameters."""
+        values: list[list[float]] = []
+        worst, rootless, largest = Result.CONVERGED, False, 0.0
+        for direction in directions:
+            row = []
+            for size in (step, -step, 2 * step, -2 * step):
+                loss, better, fit, solved = self._at(direction, size, correct=abs(size) == step)
+                row += [loss, better]
+                worst, rootless = max(worst, fit.result), rootless or not solved
+                largest = max(largest, abs(loss))
+            values.append(row)
+        table = torch.tensor(values, dtype=torch.float64)
+        first, second = (self._at(directions[0], 0.0, correct=False)[0] for _ in range(2))
+        return Differences(
+            (table[:, 0] - table[:, 2]) / (2 * step),
+            (table[:, 4] - table[:, 6]) / (4 * step),
+            (table[:, 1] - table[:, 3]) / (2 * step),
+            step,
+            self.eps * largest / step,
+            abs(first - second) / step,
+            worst,
+            rootless,
+        )
+
+    def randomness(self, params: Tree) -> str | None:
+        """Which function gives another value when it is evaluated twice at one point, in words; None: neither does."""
+        params = tree_map(lambda leaf: leaf.detach().to(self.dtype), params)
+        functions: dict[str, Callable[[Tree, Tree], Tree]] = {"inner": self.problem.inner, "outer": self.problem.outer}
+        for name, fn in functions.items():
+            with torch.no_grad():
+                first, second = (
+                    torch.cat([leaf.reshape(-1).double() for leaf in leaves(fn(params, self.x))]) for _ in range(2)
+                )
+            apart = float((first - second).norm() / first.norm().clamp_min(torch.finfo(torch.float64).tiny))
+            if apart > NOISE * self.eps:
+                return (
+                    f"the {name} function is random (dropout, noise, another mini-batch): evaluated twice at one point "
+                    f"it differs by {apart:.1e}; draw the random numbers once, outside of it, or call module.eval()"
+                )
+        return None
+
+    def _at(self, direction: list[Tensor], size: float, *, correct: bool) -> tuple[float, float, Solution, bool]:
+        """The loss, that at the corrected solution, the inner solve, and whether a solution is near."""
+        with torch.no_grad():
+            rest = iter(direction)
+            moved = tree_map(lambda leaf: leaf + size * next(rest), self.x)
+            fit = solve(self.problem, moved, solver=self.solver, throw=self.throw)
+            loss = float(self.problem.outer(fit.value, moved))
+        if self.path or not correct:
+            return loss, loss, fit, True
+        try:
+            point, solved = refined(self.problem, fit.value, moved, fit.stats["num_steps"].dim(), accuracy=0.1)
+        except NotImplementedError:  # nothing is known that vanishes at the solution
+            return loss, loss, fit, fit.result.ok
+        with torch.no_grad():
+            params = pytree.tree_unflatten(point.params, pytree.tree_structure(fit.value))
+            return loss, float(self.problem.outer(params, moved)), fit, solved

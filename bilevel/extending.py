@@ -1,0 +1,55 @@
+"""What operators, solvers and methods of your own are made of; the page docs/extending.md shows how.
+
+The protocols and base classes themselves are public names of `bilevel`: `Operator`, `LinearSolver`, `InnerSolver`,
+`RootSolver`, `Hypergrad`, `PathMethod`, `Rule`, `Prox`. Here are the things that they are given and give back.
+"""
+
+from __future__ import annotations
+
+from .hypergrad.base import Point, Pulled
+from .inner.minimize import Progress, choose, descend, line_search
+from .inner.roots import RootProgress
+from .linalg.operator import Damped, Dense, Transposed
+from .linalg.solve import (
+    IterativeSolver,
+    LinearState,
+    Outcome,
+    Precondition,
+    Preconditioner,
+    Stopping,
+    normalise,
+    report,
+)
+from .problem import Evaluation, Linearization, Problem, RootProblem
+from .tree import Raveler, axpy, dot, leaves, norm, scale
+
+__all__ = [
+    "Damped",
+    "Dense",
+    "Evaluation",
+    "IterativeSolver",
+    "LinearState",
+    "Linearization",
+    "Outcome",
+    "Point",
+    "Precondition",
+    "Preconditioner",
+    "Problem",
+    "Progress",
+    "Pulled",
+    "Raveler",
+    "RootProblem",
+    "RootProgress",
+    "Stopping",
+    "Transposed",
+    "axpy",
+    "choose",
+    "descend",
+    "dot",
+    "leaves",
+    "line_search",
+    "norm",
+    "normalise",
+    "report",
+    "scale",
+]

@@ -1,0 +1,84 @@
+"""Suites of inner solvers: minimisers, and solvers of systems."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..argmin import argmin, root
+from ..inner.minimize import InnerSolver
+from ..inner.roots import RootSolver
+from ..problem import Problem, RootProblem
+from ..problems import Quadratics
+from ..solution import Result
+from .data import nonsymmetric, randn, relative_error
+from .suite import Suite
+
+
+class InnerSolverTests(Suite[InnerSolver]):
+    """Tests of a minimiser: three quadratics of condition 1, 10 and 100 at once, each to its own tolerance."""
+
+    tolerance = 1e-6
+    quadratics = Quadratics(conditions=(1.0, 10.0, 100.0), size=6)
+
+    @property
+    def problem(self) -> Problem:
+        return Problem(self.quadratics.inner, self.quadratics.init, (self.quadratics.hparams,))
+
+    @property
+    def truth(self) -> Tensor:
+        return self.quadratics.solution(self.quadratics.hparams)
+
+    def test_each_problem_of_a_batch_is_minimised(self) -> None:
+        found = self.make().minimize(self.problem)
+        assert found.result is Result.CONVERGED
+        assert relative_error(found.value, self.truth) <= self.tolerance
+        assert found.stats["num_steps"].shape == (3,)
+
+    def test_the_same_settings_give_the_same_answer(self) -> None:
+        first, second = (self.make().minimize(self.problem).value for _ in range(2))
+        assert torch.equal(first, second)
+
+    def test_argmin_takes_it(self) -> None:
+        """The solve, its report and its hypergradient."""
+        x = self.quadratics.hparams.clone().requires_grad_()
+        fit = argmin(self.quadratics.inner, self.quadratics.init, x, solver=self.make(), throw="ignore")
+        assert fit.result is Result.CONVERGED
+        assert {"num_steps", "residual_norm", "result"} <= set(fit.stats)
+        (grad,) = torch.autograd.grad(self.quadratics.outer(fit.value, x), x)
+        assert relative_error(grad, self.quadratics.hypergradient(x)) <= 100 * self.tolerance
+
+
+class RootSolverTests(Suite[RootSolver]):
+    """Tests of a solver of systems: three contractions ``y = W y + b`` with ``||W|| = 1/2`` at once, not symmetric."""
+
+    tolerance = 1e-7
+    matrix, bias = nonsymmetric(6, batch=(3,)), randn(3, 6)
+
+    @property
+    def problem(self) -> RootProblem:
+        return RootProblem(self._residual, torch.zeros_like(self.bias), batch_dims=1)
+
+    @property
+    def truth(self) -> Tensor:
+        return torch.linalg.solve(self.matrix, self.bias)
+
+    def test_each_system_of_a_batch_is_solved(self) -> None:
+        found = self.make().find(self.problem)
+        assert found.result is Result.CONVERGED
+        assert relative_error(found.value, self.truth) <= self.tolerance
+        assert found.stats["num_steps"].shape == (3,)
+
+    def test_the_same_settings_give_the_same_answer(self) -> None:
+        first, second = (self.make().find(self.problem).value for _ in range(2))
+        assert torch.equal(first, second)
+
+    def test_root_takes_it(self) -> None:
+        bias = self.bias[0].clone().requires_grad_()
+        fit = root(lambda y: self.matrix[0] @ y - bias, torch.zeros_like(bias), solver=self.make(), throw="ignore")
+        assert fit.result is Result.CONVERGED
+        (grad,) = torch.autograd.grad(fit.value.sum(), bias)
+        assert relative_error(grad, torch.linalg.solve(self.matrix[0].mT, torch.ones_like(grad))) <= 1e-4
+
+    def _residual(self, y: Tensor) -> Tensor:
+        return (self.matrix @ y.unsqueeze(-1)).squeeze(-1) - self.bias

@@ -1,0 +1,123 @@
+"""What `advise` promises, against the true error of what it recommends."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import bilevel as bl
+from bilevel.diagnostics import BilevelProblem, advise, solve
+from bilevel.problems import Quadratics, Ridge, Singular, collection
+from tests.conformance import relative_error
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [Ridge(), Ridge(per_feature=True), Quadratics(conditions=(10.0, 1e3)), Quadratics(conditions=(1e4,))],
+    ids=["ridge", "per feature", "two quadratics", "ill-conditioned"],
+)
+@pytest.mark.parametrize("accuracy", [1e-3, 1e-8])
+def test_the_advice_keeps_its_promise(problem, accuracy):
+    advice = advise(problem, accuracy=accuracy)
+    x = problem.hparams.clone().requires_grad_()
+    fit = bl.argmin(
+        problem.inner, problem.init, x, solver=bl.NewtonCG(gtol=1e-13), hypergrad=advice.hypergrad, throw="ignore"
+    )
+    (grad,) = torch.autograd.grad(problem.outer(fit.value, x), x)
+    assert relative_error(grad, problem.hypergradient(problem.hparams)) <= 10 * advice.predicted_error
+    assert advice.hypergrad.linear_solver == advice.candidates[0].linear_solver
+    assert repr(advice.hypergrad) in str(advice)
+
+
+def large(spectrum):
+    scales = torch.as_tensor(spectrum, dtype=torch.float64)
+    return BilevelProblem(
+        inner=lambda y, x: (scales * y.square()).sum() / 2 - (x * y).sum(),
+        outer=lambda y, x: (y - 1).square().sum(),
+        init=torch.zeros(len(scales), dtype=torch.float64),
+        hparams=torch.zeros(len(scales), dtype=torch.float64),
+    )
+
+
+def test_the_advice_sees_the_spectrum():
+    definite = advise(large(torch.linspace(1, 50, 5000)), solver=bl.GradientDescent(1e-3, 1))
+    assert isinstance(definite.hypergrad.linear_solver, bl.CG)
+    assert definite.spectrum.largest == pytest.approx(50, rel=0.05)
+    assert not definite.spectrum.indefinite
+    indefinite = advise(large(torch.linspace(-5, 50, 5000)), solver=bl.GradientDescent(1e-3, 1))
+    assert isinstance(indefinite.hypergrad.linear_solver, bl.MINRES)
+    assert indefinite.spectrum.indefinite
+    assert "The Hessian is indefinite" in str(indefinite)
+    assert "No negative curvature was seen" in str(definite)
+    assert "positive definite" not in str(definite)
+
+
+def ill_conditioned(size, dtype, condition=1e8):
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    matrix = (basis @ torch.diag(torch.logspace(0, math.log10(condition), size, dtype=torch.float64)) @ basis.mT).to(
+        dtype
+    )
+    return BilevelProblem(
+        inner=lambda y, x: y @ matrix @ y / 2 - x @ y,
+        outer=lambda y, x: y.sum(),
+        init=torch.zeros(size, dtype=dtype),
+        hparams=torch.ones(size, dtype=dtype),
+    )
+
+
+@pytest.mark.parametrize("size", [50, 600])
+def test_float32_cannot_have_what_its_condition_number_forbids(size):
+    advice = advise(ill_conditioned(size, torch.float32), solver=bl.NewtonCG(max_steps=20))
+    assert advice.predicted_error > 1e-2
+    assert "not the 1e-04 asked for" in str(advice)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e5, 1e10])
+def test_the_prediction_is_at_least_rounding_times_condition(condition):
+    advice = advise(ill_conditioned(20, torch.float64, condition), accuracy=1e-10)
+    assert advice.condition == pytest.approx(condition, rel=0.1)
+    assert advice.predicted_error >= 2e-16 * condition
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", collection())
+def test_the_prediction_counts_the_inner_error(name, dtype):
+    """At the inner solution of the default solver, which is what the advice is followed with."""
+    problem, exact = collection(dtype)[name], collection()[name]
+    if problem.kind in ("composite", "qp"):
+        with pytest.raises(NotImplementedError, match="compare_methods"):
+            advise(problem)
+        return
+    advice = advise(problem)
+    x = problem.hparams.clone().requires_grad_()
+    fit = solve(problem, x, hypergrad=advice.hypergrad, throw="ignore")
+    (grad,) = torch.autograd.grad(problem.outer(fit.value, x), x)
+    data_rounding = 10 * torch.finfo(dtype).eps * (advice.condition or 1.0)  # of casting the problem itself
+    error = relative_error(grad.double(), exact.hypergradient(exact.hparams))
+    assert error <= 10 * advice.predicted_error + data_rounding
+
+
+def test_whether_the_inner_problem_was_solved_is_said():
+    problem = Ridge(per_feature=True)
+    solved = advise(problem, solver=bl.NewtonCG(gtol=1e-9))
+    assert "The inner problem was solved" in str(solved)
+    stopped = advise(problem, solver=bl.LBFGS(max_steps=1, gtol=1e-9))
+    assert "The inner problem was NOT solved (the step limit" in str(stopped)
+    assert stopped.predicted_error > 1e-3 > solved.predicted_error
+    assert "not the 1e-06 asked for: measured at this inner solution" in str(stopped)
+    ordered = advise(problem, solver=bl.GradientDescent(0.1, 2))
+    assert "Whether the inner problem was solved is not known" in str(ordered)
+
+
+def test_the_advice_for_a_singular_matrix_factorises_nothing():
+    advice = advise(Singular())
+    assert isinstance(advice.hypergrad.linear_solver, bl.MINRES)
+    assert "at least" in str(advice)
+
+
+def test_an_impossible_accuracy():
+    with pytest.raises(ValueError, match=r"accuracy is 1e-09: in torch.float32"):
+        advise(Ridge(dtype=torch.float32), accuracy=1e-9)

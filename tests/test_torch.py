@@ -1,0 +1,153 @@
+"""What the library relies on that PyTorch keeps to itself: a test for each name says what breaks if it goes."""
+
+from __future__ import annotations
+
+import ast
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+import bilevel
+from bilevel import _torch
+
+ROOT = Path(bilevel.__file__).parent
+
+
+def private_names(path):
+    """Private modules and attributes of `torch` that a file names."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            parts = [*node.module.split("."), *(alias.name for alias in node.names)]
+            yield from (part for part in parts if part.startswith("_"))
+        if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch."):
+            yield from [node.attr] if node.attr.startswith("_") and not node.attr.startswith("__") else []
+        if isinstance(node, ast.Attribute) and node.attr in ("_sequence_nr", "_current_level", "kineto_results"):
+            yield node.attr
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_private_names_stand_in_one_module(path):
+    found = set(private_names(path))
+    assert found if path.name == "_torch.py" else not found
+
+
+def test_pytree():
+    """Trees of params, `Solution` as a tree, `map_tasks`: everything that is not one tensor."""
+    tree = {"a": [1, (2, 3)], "b": None}
+    flat, spec = _torch.pytree.tree_flatten(tree)
+    assert _torch.pytree.tree_unflatten(flat, spec) == tree
+    assert _torch.pytree.tree_leaves(tree) == flat
+    assert _torch.pytree.tree_map_only(int, lambda n: n + 1, tree)["a"] == [2, (3, 4)]
+    assert _torch.pytree.tree_structure(tree) == spec
+    assert callable(_torch.pytree.register_pytree_node)
+
+
+def test_levels_of_transforms():
+    """Closure conversion: which tensors belong to a transform inside the objective, and which to one around it."""
+    assert _torch.maybe_current_level() is None
+    seen = []
+
+    def look(x):
+        seen.append((_torch.maybe_current_level(), _torch.maybe_get_level(x), _torch.is_functorch_wrapped_tensor(x)))
+        return x.sum()
+
+    torch.func.grad(look)(torch.ones(2))
+    assert seen == [(1, 1, True)]
+    assert not _torch.is_functorch_wrapped_tensor(torch.ones(2))
+
+
+def test_wrappers_are_opened_and_made_again():
+    """`Substitute` puts another tensor under the wrapper of a transform: hypergradients inside of vmap and grad."""
+
+    def batched(x):
+        inside = _torch.get_unwrapped(x)
+        assert _torch.is_batchedtensor(x)
+        assert inside.shape == (3, 2)
+        again = _torch._add_batch_dim(2 * inside, _torch.maybe_get_bdim(x), _torch.maybe_get_level(x))
+        return again + x
+
+    x = torch.arange(6.0).view(3, 2)
+    torch.testing.assert_close(torch.vmap(batched)(x), 3 * x)
+
+    five = torch.full((2,), 5.0)
+
+    def wrapped(x):
+        return (_torch._wrap_for_grad(five, _torch.maybe_get_level(x)) * x).sum()
+
+    torch.testing.assert_close(torch.func.grad(wrapped)(torch.ones(2)), torch.full((2,), 5.0))
+
+
+def test_wrappers_of_a_transform_that_is_left_are_told():
+    """A tensor that escaped from a transform is passed on as it is; looking into it would fail."""
+    kept = []
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(torch.ones(2))
+    assert _torch.is_dead_tensor_wrapper(kept[0])
+
+
+def test_the_stack_of_transforms():
+    """Forward mode over forward mode through a custom function, which PyTorch gets silently wrong, is refused."""
+    seen = []
+
+    def look(x):
+        seen.append([interpreter.key() for interpreter in _torch.get_interpreter_stack()])
+        return x.sum()
+
+    torch.func.jvp(look, (torch.ones(2),), (torch.ones(2),))
+    assert seen == [[_torch.TransformType.Jvp]]
+
+
+def test_the_old_vmap_is_told():
+    """A backward pass with is_grads_batched=True would mix the problems: it is refused."""
+    x = torch.ones(2, requires_grad=True)
+    seen = []
+    y = 2 * x
+    y.register_hook(lambda grad: seen.append(_torch.is_legacy_batchedtensor(grad)))
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True)
+    assert seen == [True]
+    assert not _torch.is_legacy_batchedtensor(x)
+
+
+def test_number_of_function_modes():
+    """Nested solves resolve captured tensors through an outer `Substitute`; tasks stay in the thread of their modes."""
+    assert _torch.num_function_modes() == 0
+    with TorchFunctionMode():
+        assert _torch.num_function_modes() == 1
+
+
+def test_dual_levels():
+    """A Hessian product inside of a forward-mode pass has to go by reverse mode, since forward mode does not nest."""
+    assert not _torch.in_dual_level()
+    with forward_ad.dual_level():
+        assert _torch.in_dual_level()
+
+
+def test_sequence_numbers():
+    """What is older than a recording was captured by the objective; what is younger was made inside of it."""
+    x = torch.ones(2, requires_grad=True)
+    first, second = x + 1, x + 2
+    assert _torch.sequence_number(first.grad_fn) < _torch.sequence_number(second.grad_fn)
+    counted = []
+    thread = threading.Thread(target=lambda: counted.append(_torch.sequence_number((x + 3).grad_fn)))
+    thread.start()
+    thread.join()
+    assert isinstance(counted[0], int)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="PyTorch without oneDNN")
+def test_the_packed_product():
+    """Thin products on a CPU in `bilevel.nn`; without it they are slower, not wrong."""
+    a, b = torch.randn(3, 5), torch.randn(4, 5)
+    torch.testing.assert_close(_torch.packed_product(a, b), a @ b.mT)
+
+
+def test_events_of_a_profile():
+    """The peak memory that `compare_methods` reports on a CPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        torch.empty(1000)
+    sizes = [event.nbytes() for event in _torch.profiled_events(profile) if event.name() == "[memory]"]
+    assert max(sizes) >= 4000

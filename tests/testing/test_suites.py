@@ -1,0 +1,103 @@
+"""The suites that ship: the library's own parts pass them, wrong ones do not, and a user's file works as written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bilevel as bl
+from bilevel import testing
+from bilevel.linalg.operator import Dense
+from tests.test_docs import blocks
+
+PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
+
+
+class TestNewton(testing.RootSolverTests):
+    def make(self):
+        return bl.Newton()
+
+
+class TestAdam(testing.RuleTests):
+    def make(self):
+        return bl.Adam(lr=0.01)
+
+
+class TestMomentum(testing.RuleTests):
+    def make(self):
+        return bl.SGD(lr=torch.tensor(0.01, dtype=torch.float64), momentum=0.9, nesterov=True)
+
+
+@pytest.mark.parametrize(
+    "prox",
+    [bl.prox.L1(0.5), bl.prox.ElasticNet(0.5, 0.2), bl.prox.GroupLasso(torch.tensor([0, 0, 1, 1, 2, 2]), 0.5)],
+    ids=lambda prox: type(prox).__name__,
+)
+def test_the_penalties_conform(prox):
+    testing.run(type("Suite", (testing.ProxTests,), {"make": lambda self: prox}))
+
+
+@pytest.mark.parametrize(
+    ("method", "tolerance"),
+    [(bl.Implicit(bl.LU()), 1e-8), (bl.Unroll(), 1e-6), (bl.ForwardMode(), 1e-6), (bl.Penalty(1e3), 1e-3)],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_methods_conform(method, tolerance):
+    testing.run(type("Suite", (testing.HypergradTests,), {"make": lambda self: method, "tolerance": tolerance}))
+
+
+class Half(Dense):
+    """Wrong: the transposed product is of another matrix."""
+
+    def rmatvec(self, v):
+        return super().rmatvec(v) / 2
+
+
+def wrong(suite, made):
+    return type("Suite", (suite,), {"make": lambda self: made})
+
+
+@pytest.mark.parametrize(
+    "suite",
+    [
+        wrong(testing.OperatorTests, (Half(testing.nonsymmetric(4), symmetric=False), testing.nonsymmetric(4))),
+        wrong(testing.LinearSolverTests, bl.CG(max_steps=3)),
+        wrong(testing.NonsymmetricSolverTests, bl.Neumann(max_steps=2)),
+        wrong(testing.InnerSolverTests, bl.LBFGS(max_steps=2)),
+        wrong(testing.RootSolverTests, bl.Picard(max_steps=2)),
+        wrong(testing.HypergradTests, bl.Implicit(bl.Identity())),
+        wrong(testing.RuleTests, bl.SGD(lr=3.0)),
+    ],
+    ids=lambda suite: suite.__base__.__name__,
+)
+@pytest.mark.filterwarnings("ignore::bilevel.SolveWarning")
+def test_what_is_wrong_does_not_pass(suite):
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        testing.run(suite)
+
+
+def test_a_users_file_passes_and_is_typed(tmp_path):
+    """The solver of the page in a file of its own, its tests in another, as a user would write them."""
+    solver, tests, *_ = blocks(PAGE, "python")
+    (tmp_path / "conjugate_residuals.py").write_text(solver)
+    imports = "import bilevel as bl\nfrom conjugate_residuals import ConjugateResiduals\n"
+    (tmp_path / "test_mine.py").write_text(imports + tests)
+    root = str(PAGE.parents[1])
+    environment = {"PYTHONPATH": root, "MYPYPATH": root, "PATH": "", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_mine.py"]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout
+    assert "8 passed" in ran.stdout
+    typed = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "conjugate_residuals.py"]
+    checked = subprocess.run(typed, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_without_pytest_a_sentence_says_what_to_install():
+    program = "import sys; sys.modules['pytest'] = None; import bilevel; import bilevel.testing"
+    ran = subprocess.run([sys.executable, "-c", program], cwd=PAGE.parents[1], capture_output=True, text=True)
+    assert "ImportError: bilevel.testing needs pytest, which is not installed: pip install pytest" in ran.stderr
