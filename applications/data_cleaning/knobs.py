@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from applications.command import SolverKnobs, require, require_at_least_one
 from applications.data_cleaning.model import ModelName
+from applications.frame.command import SolverKnobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Config(SolverKnobs):
     setting: Literal["cleaning", "stochastic"] = "cleaning"
     """Implicit differentiation beside its baselines, or (one seed) the methods on mini-batches, error against time."""
     data: str = "digits"
-    """digits, mnist, or another data set of `applications.data.load`; a path to .npz or svmlight files."""
+    """digits, mnist, or another data set of `applications.frame.data.load`; a path to .npz or svmlight files."""
     data_root: Path | None = None
     """Folder of MNIST; by default $BILEVEL_DATA or ~/.cache/bilevel."""
     model: ModelName = "softmax"

@@ -8,13 +8,13 @@ from typing import Any
 import optuna
 
 import bilevel as bl
-from applications import tune
-from applications.command import require
-from applications.data import load
 from applications.data_cleaning.cleaning import Cleaning
 from applications.data_cleaning.knobs import Config
 from applications.data_cleaning.model import Model
 from applications.data_cleaning.task import make_task
+from applications.frame import tune
+from applications.frame.command import require
+from applications.frame.data import load
 
 
 def tunable(knobs: Config) -> tune.Tunable:

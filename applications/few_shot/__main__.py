@@ -9,12 +9,12 @@ from typing import Any
 
 import tyro
 
-from applications import ranks, tune
-from applications.errors import UserError, exit_code
 from applications.few_shot import benchmark, train
 from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.tuning import tunable
-from applications.run_folder import RunFolder
+from applications.frame import ranks, tune
+from applications.frame.errors import UserError, exit_code
+from applications.frame.run_folder import RunFolder
 
 USAGE = """\
 Few-shot classification by implicit MAML and its relatives.

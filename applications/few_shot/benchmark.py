@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 import tyro
 
-from applications import memory
-from applications.errors import UserError
 from applications.few_shot import data, plots
 from applications.few_shot.config import Config, Method
 from applications.few_shot.methods import meta_step
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, set_up_device
-from applications.run_folder import RunFolder
+from applications.frame import memory
+from applications.frame.errors import UserError
+from applications.frame.run_folder import RunFolder
 
 DEFAULTS = Config(inner_lr=0.01, queries=15, cg_steps=5, width=64, safeguard=False)
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from applications.command import require_at_least_one
-from applications.errors import UserError
+from applications.frame.command import require_at_least_one
+from applications.frame.errors import UserError
 
 Data = Literal["glyphs", "omniglot", "cifar-fs", "mini-imagenet"]
 Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile"]

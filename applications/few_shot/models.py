@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bilevel as bl
-from applications.errors import UserError
+from applications.frame.errors import UserError
 
 _num_support: ContextVar[int | None] = ContextVar("num_support", default=None)
 

@@ -15,16 +15,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import bilevel as bl
-from applications import ranks
-from applications.device import select_device
-from applications.errors import UserError
 from applications.few_shot import data, evaluate, plots
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Sampler
 from applications.few_shot.methods import Learner, meta_step
 from applications.few_shot.models import build
-from applications.run_folder import Interruption, ReadOnly, RunFolder
-from applications.tune import read_settings
+from applications.frame import ranks
+from applications.frame.device import select_device
+from applications.frame.errors import UserError
+from applications.frame.run_folder import Interruption, ReadOnly, RunFolder
+from applications.frame.tune import read_settings
 
 METHOD_NAMES = {
     "imaml": "implicit MAML",

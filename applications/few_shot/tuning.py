@@ -8,11 +8,11 @@ from dataclasses import replace
 import optuna
 
 import bilevel as bl
-from applications.errors import UserError
 from applications.few_shot import evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.train import Session, meta_train
-from applications.tune.tunable import Settings, Tunable
+from applications.frame.errors import UserError
+from applications.frame.tune.tunable import Settings, Tunable
 
 LINEAR = ("CG", "MINRES", "Neumann", "Nystrom", "Identity")
 VALIDATION_TASKS = 60

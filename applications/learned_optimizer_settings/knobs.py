@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from applications.command import SolverKnobs, require, require_at_least_one, require_positive
+from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
 from applications.learned_optimizer_settings.learn import MOST_POINTS
 
 

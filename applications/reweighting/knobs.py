@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from applications.command import SolverKnobs, require
-from applications.data import Examples
-from applications.device import select_device
+from applications.frame.command import SolverKnobs, require
+from applications.frame.data import Examples
+from applications.frame.device import select_device
 from applications.reweighting.drawing import Drawn, Problem, draw
 from applications.reweighting.networks import Mlp, ResNet32
 from applications.reweighting.train import ClassifierTraining, Rule, Settings

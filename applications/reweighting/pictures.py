@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from applications.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, plt, png
+from applications.frame.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, plt, png
 from applications.reweighting.measure import BINS, LARGEST_LOSS, loss_grid
 
 Row = dict[str, Any]

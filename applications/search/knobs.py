@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from applications.command import SolverKnobs, require, require_at_least_one
+from applications.frame.command import SolverKnobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)

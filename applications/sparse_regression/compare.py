@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.run import Row, Run
+from applications.frame.run import Row, Run
 from applications.sparse_regression import models
 from applications.sparse_regression.criterion import Criterion
 from applications.sparse_regression.data import Study

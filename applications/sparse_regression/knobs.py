@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from applications.command import SolverKnobs, require, require_at_least_one
+from applications.frame.command import SolverKnobs, require, require_at_least_one
 from applications.sparse_regression.data import Study, draw
 
 

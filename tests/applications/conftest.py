@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.few_shot.conftest import glyph_root, real_data_root
+from tests.applications.few_shot.conftest import glyph_root, real_data_root
 
 ROOT = Path(__file__).parents[2]
 __all__ = ["glyph_root"]  # the fixture is shared

@@ -14,9 +14,6 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import bilevel as bl
-from applications.benchmarks.solutions import STOCHASTIC
-from applications.command import main
-from applications.data import Examples, load
 from applications.data_cleaning import curves, stochastic
 from applications.data_cleaning.__main__ import Config, story
 from applications.data_cleaning.cleaning import Cleaning
@@ -24,7 +21,10 @@ from applications.data_cleaning.model import Model
 from applications.data_cleaning.scores import agreement, detection, kept
 from applications.data_cleaning.stochastic import Judge, MiniBatches
 from applications.data_cleaning.task import Labelled, Task, make_task
-from applications.run_folder import RunFolder
+from applications.frame.command import main
+from applications.frame.data import Examples, load
+from applications.frame.run_folder import RunFolder
+from applications.measurements.benchmarks.solutions import STOCHASTIC
 
 
 def clean(*arguments: str) -> int:

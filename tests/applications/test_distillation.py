@@ -12,7 +12,6 @@ import torch
 from torch.nn.functional import cross_entropy, one_hot
 
 import bilevel as bl
-from applications.command import main
 from applications.distillation import __main__ as application
 from applications.distillation import evaluate
 from applications.distillation.data import HELD_OUT, class_means, labels, read, real_images
@@ -20,8 +19,9 @@ from applications.distillation.distill import FIRST_NETWORK, Distillation, Sched
 from applications.distillation.inner import CUT_OFF, Inner
 from applications.distillation.knobs import Config
 from applications.distillation.networks import ConvNet, Linear, accuracy, initial, outputs
-from applications.run import Run
-from applications.run_folder import RunFolder
+from applications.frame.command import main
+from applications.frame.run import Run
+from applications.frame.run_folder import RunFolder
 
 SHAPE = (1, 4, 4)
 

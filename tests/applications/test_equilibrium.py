@@ -12,7 +12,6 @@ import torch
 from torch.nn.functional import conv2d, cross_entropy
 
 import bilevel as bl
-from applications.command import main
 from applications.equilibrium import convergence, footprint, gradients
 from applications.equilibrium.__main__ import story
 from applications.equilibrium.convergence import iterations_needed
@@ -20,8 +19,9 @@ from applications.equilibrium.knobs import Config, create_network, parts_of, rea
 from applications.equilibrium.methods import METHODS, hidden
 from applications.equilibrium.network import Convolutional, Dense
 from applications.equilibrium.train import Fitting
-from applications.run_folder import RunFolder
-from tests.runs import comparable
+from applications.frame.command import main
+from applications.frame.run_folder import RunFolder
+from tests.applications.runs import comparable
 
 
 def dense(width=6, contraction=0.8, scale=3.0):

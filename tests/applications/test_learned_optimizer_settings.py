@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import bilevel as bl
-from applications.command import main
+from applications.frame.command import main
+from applications.frame.run_folder import RunFolder
 from applications.learned_optimizer_settings import baselines, compare, learn
 from applications.learned_optimizer_settings.__main__ import Config, history, story
 from applications.learned_optimizer_settings.learn import EXACT, Learning, end_of_run
 from applications.learned_optimizer_settings.networks import Data, Networks, losses, train
 from applications.learned_optimizer_settings.settings import Settings
 from applications.learned_optimizer_settings.tuning import tunable
-from applications.run_folder import RunFolder
-from tests.runs import comparable
+from tests.applications.runs import comparable
 
 STEPS = 8
 TINY = ["--data", "iris", "--steps", "6", "--hidden", "4", "--outer-steps", "6", "--networks", "2", "--points", "3"]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import bilevel as bl
-from applications.command import main
-from applications.data import Examples, load
-from applications.errors import UserError
+from applications.frame.command import main
+from applications.frame.data import Examples, load
+from applications.frame.errors import UserError
 from applications.reweighting.__main__ import Config, story
 from applications.reweighting.drawing import draw
 from applications.reweighting.measure import loss_grid, measure
@@ -29,7 +29,7 @@ from applications.reweighting.weighting import (
     losses_of,
     weighted_mean,
 )
-from tests.runs import comparable
+from tests.applications.runs import comparable
 
 SIZES = {"imbalance": 10.0, "noise": 0.4, "meta_per_class": 5, "validation_per_class": 5, "test_per_class": 20}
 SETTINGS = Settings(

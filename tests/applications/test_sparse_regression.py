@@ -11,10 +11,10 @@ import torch
 from sklearn.linear_model import ElasticNetCV, LassoCV
 
 import bilevel as bl
-from applications.command import main
-from applications.errors import UserError
-from applications.run import Run
-from applications.run_folder import RunFolder
+from applications.frame.command import main
+from applications.frame.errors import UserError
+from applications.frame.run import Run
+from applications.frame.run_folder import RunFolder
 from applications.sparse_regression import __main__ as application
 from applications.sparse_regression import data, models
 from applications.sparse_regression.compare import BLOCKS_PULLED, FEATURES, FEATURES_PULLED, GRID, LASSO, NET

@@ -11,8 +11,8 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from applications.stochastic_curves.methods import Batches, methods
-from applications.stochastic_curves.problems import Logistic, Quadratics, _quadratic
+from applications.measurements.stochastic_curves.methods import Batches, methods
+from applications.measurements.stochastic_curves.problems import Logistic, Quadratics, _quadratic
 from bilevel.stochastic import SABA
 from bilevel.tree import Raveler
 from tests.stochastic.cases import CASES
