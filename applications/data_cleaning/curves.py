@@ -21,11 +21,10 @@ from applications.data_cleaning.stochastic import (
     tune,
 )
 from applications.data_cleaning.task import Task
-from applications.frame.figures import png
+from applications.frame.figures import COLOURS, label_ends, png, style_of
+from applications.frame.mini_batches import STOCHASTIC
 from applications.frame.run import Row, Run
-from applications.measurements.benchmarks.solutions import STOCHASTIC
-from applications.measurements.stochastic_curves.plots import COLOURS, label_ends, style_of
-from applications.measurements.stochastic_curves.trace import Point
+from applications.frame.trace import Point
 
 
 class Curve(TypedDict):

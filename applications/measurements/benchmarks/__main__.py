@@ -15,11 +15,12 @@ import tyro
 
 from applications.frame.device import select_device
 from applications.frame.errors import UserError, exit_code
+from applications.frame.figures import OURS
 from applications.frame.run_folder import RunFolder
 from applications.measurements.benchmarks import report
 from applications.measurements.benchmarks.contest import timed
 from applications.measurements.benchmarks.meta_step import MetaStep
-from applications.measurements.benchmarks.runner import OURS, contest
+from applications.measurements.benchmarks.runner import contest
 from applications.measurements.benchmarks.unrolling import Unrolling
 from applications.measurements.benchmarks.workloads import KINDS, NAMES
 

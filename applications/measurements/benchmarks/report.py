@@ -10,9 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from applications.frame.figures import png
-
-OURS, THEIRS = "#1f5fa8", "#b0b0b0"
+from applications.frame.figures import BLUE, GREY, OURS, png
 
 
 def median(row: dict[str, Any]) -> float:
@@ -23,7 +21,7 @@ def median(row: dict[str, Any]) -> float:
 
 def best_peer(rows: list[dict[str, Any]]) -> float:
     """The least median of those that are not ours."""
-    return min((median(row) for row in rows if not row["name"].startswith("bilevel")), default=math.inf)
+    return min((median(row) for row in rows if not row["name"].startswith(OURS)), default=math.inf)
 
 
 def table(entry: dict[str, Any]) -> str:
@@ -85,7 +83,7 @@ def picture(entry: dict[str, Any]) -> bytes:
 def _bars(entry: dict[str, Any]) -> bytes:
     rows = [row for row in sorted(entry["rows"], key=median, reverse=True) if math.isfinite(median(row))]
     figure, axes = plt.subplots(figsize=(8, 0.9 + 0.38 * max(1, len(rows))), layout="constrained")
-    colours = [OURS if row["name"].startswith("bilevel") else THEIRS for row in rows]
+    colours = [BLUE if row["name"].startswith(OURS) else GREY for row in rows]
     bars = axes.barh([row["name"] for row in rows], [median(row) for row in rows], color=colours)
     axes.bar_label(bars, [f"{median(row):.3g} s" for row in rows], padding=3, fontsize=9)
     axes.margins(x=0.12)
@@ -100,14 +98,14 @@ SHOWN = 6
 def _curves(entry: dict[str, Any]) -> bytes:
     figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
     rows = sorted((row for row in entry["rows"] if "curve" in row["facts"]), key=median)
-    ours = [row for row in rows if row["name"].startswith("bilevel")]
-    chosen = ours[:SHOWN] + [row for row in ours[SHOWN:] if row["name"] == "bilevel: advised"]
+    ours = [row for row in rows if row["name"].startswith(OURS)]
+    chosen = ours[:SHOWN] + [row for row in ours[SHOWN:] if row["name"] == f"{OURS}: advised"]
     chosen += [row for row in rows if row not in ours]
     palette = plt.get_cmap("tab20")
     for index, row in enumerate(chosen):
         points = [(x, y) for x, y in row["facts"]["curve"] if x > 0 and math.isfinite(y)]
         if points:
-            style = "-" if row["name"].startswith("bilevel") else "--"
+            style = "-" if row["name"].startswith(OURS) else "--"
             reached = f" ({median(row):.2g} s)" if math.isfinite(median(row)) else ""
             axes.plot(
                 *zip(*points, strict=True), style, marker=".", color=palette(index % 20), label=row["name"] + reached

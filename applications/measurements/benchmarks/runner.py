@@ -20,9 +20,6 @@ from applications.frame import memory
 from applications.measurements.benchmarks.contest import Workload
 from applications.measurements.benchmarks.workloads import KINDS
 
-OURS = "bilevel"
-"""What the names of our contestants begin with."""
-
 
 @dataclass
 class Row:

@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 
 import bilevel as bl
 from applications.frame.data import mislabel
+from applications.frame.mini_batches import BATCHES, STOCHASTIC, Batches
 from applications.measurements.benchmarks.contest import Contestant, Round, Workload
-from applications.measurements.stochastic_curves.methods import Batches
 
 Step = Callable[[], Any]
 """One outer step; returns the hyperparameters that it leads to, as anything that numpy reads."""
@@ -425,29 +425,6 @@ def adaptive(task: Task) -> Step:
         tolerance = tolerance.after(loss)
 
     return outer_loop(task, lambda x: tolerance.settings(), seen)
-
-
-BATCHES = 8
-"""Mini-batches that each data set is cut into for the stochastic methods."""
-
-NEUMANN: dict[str, Any] = {"num_terms": 10}
-RARE: dict[str, Any] = {"num_inner_steps": 5}
-STOCHASTIC: dict[str, tuple[Any, float, dict[str, Any]]] = {
-    "SOBA": (bl.stochastic.SOBA, 1.0, {}),
-    "SABA": (bl.stochastic.SABA, 1.0, {"inner_batches": BATCHES, "outer_batches": BATCHES}),
-    "SRBA": (bl.stochastic.SRBA, 4.0, {"period": BATCHES}),
-    "FSLA": (bl.stochastic.FSLA, 1.0, {"mixing": 0.1}),
-    "AmIGO": (bl.stochastic.AmIGO, 4.0, {**RARE, "num_linear_steps": 5}),
-    "stocBiO": (bl.stochastic.StocBiO, 4.0, {**RARE, **NEUMANN}),
-    "BSA": (bl.stochastic.BSA, 1.0, {**RARE, **NEUMANN}),
-    "TTSA": (bl.stochastic.TTSA, 1.0, NEUMANN),
-    "MRBO": (bl.stochastic.MRBO, 4.0, {**NEUMANN, "mixing": 0.5}),
-    "SUSTAIN": (bl.stochastic.SUSTAIN, 1.0, {**NEUMANN, "mixing": 0.5}),
-    "VRBO": (bl.stochastic.VRBO, 4.0, {**NEUMANN, "num_inner_steps": 3, "period": BATCHES}),
-    "F2SA": (bl.stochastic.F2SA, 4.0, {**RARE, "penalty": 10.0}),
-    "BOME": (bl.stochastic.BOME, 0.0, {"num_inner_steps": 10}),
-}
-"""Class, outer step as a multiple of the task's, settings: from a coarse search over powers of 4 on penalties alone."""
 
 
 def stochastic(task: Task, name: str) -> Step:

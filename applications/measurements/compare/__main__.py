@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from applications.frame.command import Knobs, main, require
-from applications.frame.figures import BLUE, GREY, ORANGE, png
+from applications.frame.figures import BLUE, GREY, ORANGE, PURPLE, png
 from applications.frame.run import Row, Run
 from applications.measurements.compare.methods import METHODS, trace
 from applications.measurements.compare.problem import make
@@ -67,7 +67,7 @@ def story(knobs: Compare, run: Run) -> None:
 STYLES = {
     "hypergradient": (BLUE, "-"),
     "TPE": (ORANGE, "-"),
-    "Gaussian process": ("#8a4fbf", "-"),
+    "Gaussian process": (PURPLE, "-"),
     "random": (GREY, "--"),
 }
 

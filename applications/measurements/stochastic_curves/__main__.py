@@ -14,11 +14,11 @@ import torch
 import tyro
 
 from applications.frame.errors import UserError, exit_code
+from applications.frame.mini_batches import Batches
+from applications.frame.trace import trace
 from applications.measurements.stochastic_curves import plots
-from applications.measurements.stochastic_curves.methods import Batches, methods
-from applications.measurements.stochastic_curves.problems import Logistic, Problem, Quadratics
-from applications.measurements.stochastic_curves.trace import trace
-from bilevel import files, stochastic
+from applications.measurements.stochastic_curves.methods import Problem, methods
+from bilevel import files, problems, stochastic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Options:
     """Of the order of the batches."""
 
 
-PROBLEMS: dict[str, type[Quadratics] | type[Logistic]] = {"simulated": Quadratics, "logistic": Logistic}
+PROBLEMS: dict[str, type[Problem]] = {
+    "simulated": problems.finite_sums.Quadratics,
+    "logistic": problems.finite_sums.Logistic,
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+from bilevel import problems, stochastic
 
-from applications.measurements.stochastic_curves.problems import Logistic, Problem, Quadratics
-from bilevel import stochastic
-
-Make = Callable[[Problem, int], stochastic.Stochastic]
-"""From a problem and its number of batches to a method at the start."""
+Problem = problems.finite_sums.Quadratics | problems.finite_sums.Logistic
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,10 @@ class Tuning:
     """The first joint step of BOME."""
 
 
-TUNING: dict[type, Tuning] = {Quadratics: Tuning(0.4, 0.5, 40, 0.4), Logistic: Tuning(0.5, 8.0, 20, 1.0)}
+TUNING: dict[type, Tuning] = {
+    problems.finite_sums.Quadratics: Tuning(0.4, 0.5, 40, 0.4),
+    problems.finite_sums.Logistic: Tuning(0.5, 8.0, 20, 1.0),
+}
 
 
 def methods(problem: Problem, num_batches: int) -> dict[str, stochastic.Stochastic]:
@@ -63,40 +60,3 @@ def methods(problem: Problem, num_batches: int) -> dict[str, stochastic.Stochast
         name: kind(*problem.start(), problem.inner_loss, problem.outer_loss, **settings)
         for name, (kind, settings) in classes.items()
     }
-
-
-class Batches:
-    """A data set of each level cut into fixed batches, drawn uniformly; each method is given what it asks for.
-
-    Args:
-        num_outer: samples of the outer data set, where it has not as many as the inner one.
-    """
-
-    def __init__(self, num_samples: int, num_batches: int, seed: int = 0, num_outer: int | None = None):
-        self.random = torch.Generator().manual_seed(seed)
-        self.inner, self.outer = (
-            torch.randperm(size, generator=self.random).tensor_split(num_batches)
-            for size in (num_samples, num_outer or num_samples)
-        )
-        self.num_batches = num_batches
-
-    def step(self, method: stochastic.Stochastic) -> float:
-        """One step; returns its cost: gradients and products, in passes over a whole data set."""
-        if isinstance(method, stochastic.SABA):
-            i, j = self._pick(), self._pick()
-            record = method.step(self.inner[i], self.outer[j], inner_index=i, outer_index=j)
-            return (record.gradients + record.products) / self.num_batches
-        full = method.wants_full_batch
-        inner: list[Tensor | None] = [self.inner[self._pick()] for _ in range(method.inner_draws)]
-        outer: list[Tensor | None] = [self.outer[self._pick()] for _ in range(method.outer_draws)]
-        if full:
-            inner[0] = outer[0] = None
-        record = method.step(stochastic.Draws(inner), stochastic.Draws(outer))
-        cost = (record.gradients + record.products) / self.num_batches
-        if full:  # gradients of both losses and the products of one estimate, at the price of all the data
-            terms = method.num_terms if isinstance(method, stochastic.VRBO) else 0
-            cost += (3 + terms) * (1 - 1 / self.num_batches)
-        return cost
-
-    def _pick(self) -> int:
-        return int(torch.randint(self.num_batches, (), generator=self.random))

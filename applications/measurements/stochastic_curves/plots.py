@@ -6,24 +6,8 @@ from math import log
 from typing import Any
 
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
-from applications.frame.figures import png
-
-STYLES = ("-", "--", ":", "-.")
-"""By family; colours tell the members of a family apart."""
-FAMILIES = {
-    "one loop": ("SOBA", "SABA", "SRBA", "FSLA"),
-    "two loops": ("AmIGO", "stocBiO", "BSA", "TTSA"),
-    "momentum, recursion": ("MRBO", "SUSTAIN", "VRBO"),
-    "first order": ("F2SA", "BOME"),
-}
-COLOURS = {
-    **dict(zip(FAMILIES["one loop"], ("#08519c", "#1f78e0", "#17becf", "#7b9fd4"), strict=True)),
-    **dict(zip(FAMILIES["two loops"], ("#00441b", "#238b45", "#66c164", "#9aa800"), strict=True)),
-    **dict(zip(FAMILIES["momentum, recursion"], ("#a50f15", "#ef3b2c", "#fb7b50"), strict=True)),
-    **dict(zip(FAMILIES["first order"], ("#6a3d9a", "#c51b8a"), strict=True)),
-}
+from applications.frame.figures import COLOURS, label_ends, png, style_of
 
 
 def curves(found: dict[str, list[dict[str, Any]]], title: str) -> bytes:
@@ -72,51 +56,3 @@ def left_of(found: dict[str, list[dict[str, Any]]], quantity: str) -> float:
     ]
     first = [points[1][quantity] for points in found.values()]
     return 0.6 * min(reached, default=min(first))
-
-
-def style_of(name: str) -> str:
-    return next(style for style, members in zip(STYLES, FAMILIES.values(), strict=True) if name in members)
-
-
-def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: dict[str, str] = COLOURS) -> None:
-    """Each name in a column at the right of its panel, at its curve's end, or as near as there is room.
-
-    The axes are logarithmic, and their limits set.
-    """
-    low, high = axes.get_ylim()
-    order = sorted(ends, key=lambda name: ends[name][1])
-    heights = spread([position(ends[name][1], low, high) for name in order], gap=0.036)
-    for name, height in zip(order, heights, strict=True):
-        axes.annotate(
-            name,
-            xy=ends[name],
-            xycoords="data",
-            xytext=(1.03, height),
-            textcoords="axes fraction",
-            color=colours[name],
-            fontsize=9,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.5, "alpha": 0.6},
-        )
-
-
-def position(value: float, low: float, high: float) -> float:
-    """Of a value on a logarithmic axis, 0 at the bottom and 1 at the top."""
-    return log(value / low) / log(high / low)
-
-
-def spread(heights: list[float], gap: float) -> list[float]:
-    """Sorted heights moved apart to at least ``gap``, groups staying centred where they were; kept inside 0 and 1."""
-    groups = [[height, 1] for height in heights]  # centre and size of each run of labels
-    merged: list[list[float]] = []
-    for centre, size in groups:
-        merged.append([centre, size])
-        while len(merged) > 1 and merged[-1][0] - merged[-2][0] < gap * (merged[-1][1] + merged[-2][1]) / 2:
-            (a, n), (b, m) = merged[-2:]
-            merged[-2:] = [[(a * n + b * m) / (n + m), n + m]]
-    placed = []
-    for centre, size in merged:
-        half = gap * (size - 1) / 2
-        centre = min(max(centre, half), 1 - half)
-        placed += [centre - half + gap * index for index in range(int(size))]
-    return placed

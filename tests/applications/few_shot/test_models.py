@@ -3,10 +3,18 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
-from applications.few_shot.models import BatchStatNorm, Conv4, ImageNorm, build, inductive
+import bilevel as bl
+from applications.few_shot.models import BatchStatNorm, Conv4, FullyConnected, build, inductive
 from applications.frame.errors import UserError
+from applications.frame.norm import ImageNorm
+from bilevel.linalg.curvature import hessian
+from bilevel.problem import Problem
+from tests.conformance import relative_error
+from tests.linalg.test_curvature import check_products
 
 
 @pytest.mark.parametrize(
@@ -113,3 +121,24 @@ def test_any_module_by_import_path():
 def test_bad_models(name, message):
     with pytest.raises(UserError, match=message):
         build(name, 1, 28, 5)
+
+
+@pytest.mark.parametrize("mode", ["graph", "func"])
+@pytest.mark.parametrize("layer", [lambda: BatchStatNorm(3), lambda: ImageNorm(3, groups=1)], ids=["batch", "image"])
+def test_hessian_products_through_the_norms(layer, mode):
+    check_products(layer(), mode)
+
+
+@pytest.mark.parametrize("net", [Conv4(1, 28, 3, width=8), FullyConnected(1, 28, 3)], ids=["conv4", "fc"])
+def test_both_modes_agree_on_the_shipped_networks(net):
+    torch.manual_seed(0)
+    net = net.double()
+    x, y = torch.randn(2, 6, 1, 28, 28, dtype=torch.float64), torch.arange(6) % 3
+
+    def loss(params, x):
+        return cross_entropy(functional_call(net, params, (x,)), y)
+
+    start = bl.tree.tree_map(lambda p: p + 0.1 * torch.randn(2, *p.shape), dict(net.named_parameters()))
+    problem = Problem(torch.vmap(loss), start, (x,))
+    at, v = problem.linearize(problem.start.y), torch.randn_like(problem.start.y)
+    assert relative_error(hessian(problem, at, "func") @ v, hessian(problem, at, "graph") @ v) <= 1e-10

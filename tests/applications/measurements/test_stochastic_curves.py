@@ -7,18 +7,19 @@ from itertools import pairwise
 
 import pytest
 
-from applications.measurements.stochastic_curves import plots
+from applications.frame import figures
+from applications.frame.mini_batches import Batches
+from applications.frame.trace import trace
 from applications.measurements.stochastic_curves.__main__ import main
-from applications.measurements.stochastic_curves.methods import Batches, methods
-from applications.measurements.stochastic_curves.problems import Quadratics
-from applications.measurements.stochastic_curves.trace import trace
+from applications.measurements.stochastic_curves.methods import methods
 from bilevel import Solution, SolveError
+from bilevel.problems.finite_sums import Quadratics
 from tests.stochastic.cases import CASES
 
 
 def test_every_method_has_a_curve_and_a_colour():
     names = set(methods(Quadratics(size=3, outer_size=3, num_samples=8), 2))
-    assert names == set(CASES) == set(plots.COLOURS)
+    assert names == set(CASES) == set(figures.COLOURS)
 
 
 def test_a_short_run_writes_curves_and_picture(tmp_path, capsys):
@@ -94,7 +95,7 @@ def test_a_trace_that_diverges_says_so():
 
 
 def test_labels_keep_their_order_and_distance():
-    heights = plots.spread([0.0, 0.01, 0.5, 0.505, 0.51, 1.0], gap=0.05)
+    heights = figures.spread([0.0, 0.01, 0.5, 0.505, 0.51, 1.0], gap=0.05)
     assert heights == sorted(heights)
     assert all(b - a > 0.05 - 1e-12 for a, b in pairwise(heights))
     assert heights[3] == pytest.approx(0.505)

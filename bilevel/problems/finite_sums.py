@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-import bilevel as bl
+from ..argmin import argmin
+from ..inner.lbfgs import LBFGS
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Logistic:
 
     def inner_solution(self, x: Tensor) -> Tensor:
         y, _ = self.start()
-        found: Tensor = bl.argmin(self.inner_loss, y, x, solver=bl.LBFGS(gtol=1e-9)).value
+        found: Tensor = argmin(self.inner_loss, y, x, solver=LBFGS(gtol=1e-9)).value
         return found
 
     def value(self, x: Tensor) -> Tensor:
@@ -199,6 +200,3 @@ class Logistic:
         """The outer gap as a part of the gap at the start."""
         best, whole = self._gap
         return (float(self.value(x.detach()).detach()) - best) / whole
-
-
-Problem = Quadratics | Logistic
