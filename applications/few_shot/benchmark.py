@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> int:
     settings = tyro.cli(Benchmark, args=arguments, prog="python -m applications.few_shot benchmark")
     if not settings.inner_steps or min(settings.inner_steps) < 1 or settings.repeats < 1 or settings.tasks < 1:
         raise UserError("--inner-steps, --repeats and --tasks must be at least 1.")
+    settings.config.check()
     device = set_up_device(settings.config)
     data.load(settings.config.data, settings.config.data_root, split=settings.config.split)  # cached for the processes
     rows: list[Measurement] = []

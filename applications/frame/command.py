@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shlex
 import sys
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import tyro
+from typing_extensions import Self
 
 import bilevel as bl
-from applications.frame import tune
+from applications.frame import ranks, tune
 from applications.frame.errors import UserError, exit_code
 from applications.frame.run import SOLVER, Interrupted, Run
 from applications.frame.run_folder import RunFolder
+
+PLACE = ("out", "resume", "solver")
+"""What config.json does not hold; the settings of the solver's file are kept beside it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class Knobs:
     """Go on with this run folder, with its settings."""
     seed: int = 0
     """Of everything random."""
-    threads: int = 1
-    """Of PyTorch on a CPU. One is fastest for small data, and gives the same numbers on every machine."""
+    threads: int | None = 1
+    """Of PyTorch on a CPU; None: all cores. One is fastest for small data, and gives the same numbers everywhere."""
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is.
@@ -48,38 +53,51 @@ class Knobs:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in PLACE}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_json`.
+
+        Raises:
+            UserError: the values are not those of this application.
+        """
+        hints = typing.get_type_hints(cls)
+        plain = {f.name for f in dataclasses.fields(cls)} - set(PLACE)
+        if set(values) != plain:
+            wrong = ", ".join(sorted(set(values) ^ plain))
+            raise UserError(f"The run's config.json is of another application or version: {wrong}. Start a new run.")
+
+        def typed(name: str, value: Any) -> Any:
+            if isinstance(value, list):
+                return tuple(value)
+            path = isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name]))
+            return Path(value) if path else value
+
+        return cls(**{name: typed(name, value) for name, value in values.items()})
+
 
 @dataclass(frozen=True)
 class SolverKnobs(Knobs):
-    """Those of an application whose solvers can be tuned."""
+    """Those of an application whose solvers can be tuned.
+
+    Attributes:
+        solver_settings: the names of the settings that the file may have.
+    """
 
     solver: Path | None = None
     """File of solver settings, as `tune` writes it, in place of the application's own."""
 
+    solver_settings: ClassVar[Collection[str]] = ("solver", "hypergrad")
+
 
 K = TypeVar("K", bound=Knobs)
-PLACE = ("out", "resume", "solver")
-"""What config.json does not hold; the settings of the solver's file are kept beside it."""
 
 
-def from_json(kind: type[K], values: dict[str, Any]) -> K:
-    """The inverse of `Knobs.to_json`.
+@dataclass(frozen=True)
+class Subcommand:
+    """Another word after the application's name. ``about``: its arguments and what it does, a line of the help."""
 
-    Raises:
-        UserError: the values are not those of this application.
-    """
-    hints = typing.get_type_hints(kind)
-    plain = {f.name for f in dataclasses.fields(kind)} - set(PLACE)
-    if set(values) != plain:
-        wrong = ", ".join(sorted(set(values) ^ plain))
-        raise UserError(f"The run's config.json is of another application or version: {wrong}. Start a new run.")
-
-    def typed(name: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return tuple(value)
-        return Path(value) if isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name])) else value
-
-    return kind(**{name: typed(name, value) for name, value in values.items()})
+    about: str
+    run: Callable[[list[str]], int]
 
 
 def main(
@@ -88,6 +106,8 @@ def main(
     kind: type[K],
     story: Callable[[K, Run], None],
     tunable: Callable[[K], tune.Tunable] | None = None,
+    presets: Mapping[str, K] | None = None,
+    subcommands: Mapping[str, Subcommand] | None = None,
 ) -> int:
     """Parse the knobs, make or open the run folder, tell the story.
 
@@ -97,51 +117,100 @@ def main(
         story: does the work through the `Run`; it reads its data before it writes anything.
         tunable: what the subcommand ``tune`` searches with these knobs, `SolverKnobs` then; it reads its data when it
             is called. The story finds the settings of ``--solver`` in the `Run`.
+        presets: knobs to start from, by what the knob ``preset`` says.
 
     Returns:
         0; 2 for bad input, which is told in one message; 128 and the number of the signal that interrupted it.
     """
     command = f"python -m applications.{name}"
-    if tunable is not None and arguments[:1] == ["tune"]:
+    word, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if tunable is not None and word == "tune":
         return tune.main(
-            name, arguments[1:], lambda rest: tunable(_to_tune(tyro.cli(kind, args=rest, prog=f"{command} tune")))
+            name, rest, lambda rest: tunable(_to_tune(parse(kind, rest, f"{command} tune", presets=presets)))
         )
-    more = f"\n\nAn Optuna study over its solver settings: {command} tune --help" if tunable is not None else ""
-    knobs = tyro.cli(kind, args=arguments, prog=command, description=f"{kind.__doc__}{more}")
-    return exit_code(lambda: _run(knobs, kind, story, tunable, f"{command} {shlex.join(arguments)}".strip(), name))
+    if subcommands is not None and word in subcommands:
+        return exit_code(lambda: subcommands[word].run(rest))
+    others = {"tune": "an Optuna study over its solver settings"} if tunable is not None else {}
+    others |= {other: subcommand.about for other, subcommand in (subcommands or {}).items()}
+    help = "\n\n".join([kind.__doc__ or "", *(f"{command} {other}: {about}" for other, about in others.items())])
+    call = f"{command} {shlex.join(arguments)}".strip()
+    return exit_code(lambda: _run(parse(kind, arguments, command, help, presets), story, call, name))
 
 
-def _run(
-    knobs: K,
+def parse(
     kind: type[K],
-    story: Callable[[K, Run], None],
-    tunable: Callable[[K], tune.Tunable] | None,
+    arguments: list[str],
     command: str,
-    name: str,
-) -> int:
+    help: str | None = None,
+    presets: Mapping[str, K] | None = None,
+    start: K | None = None,
+) -> K:
+    """The knobs ``start``, or those of the preset that is asked for, changed by the options.
+
+    Raises:
+        UserError: there is no such preset.
+        SystemExit: ``--help``, or options that cannot be parsed.
+    """
+    if presets is not None and start is None:
+        asked, _ = tyro.cli(_Preset, args=arguments, return_unknown_args=True, add_help=False)
+        if asked.preset not in presets:
+            raise UserError(f"There is no preset {asked.preset!r}. There are {', '.join(presets)}.")
+        start = presets[asked.preset]
+        help = f"{help or kind.__doc__}\n\nPresets: {', '.join(presets)}."
+    if start is None:
+        return tyro.cli(kind, args=arguments, prog=command, description=help)
+    return tyro.cli(kind, default=start, args=arguments, prog=command, description=help)
+
+
+@dataclass(frozen=True)
+class _Preset:
+    preset: str = "default"
+
+
+def _run(knobs: K, story: Callable[[K, Run], None], call: str, name: str) -> int:
     solver: Path | None = getattr(knobs, "solver", None)
     if knobs.resume is None:
-        path = knobs.out or Path("runs") / name.rpartition(".")[2] / time.strftime("%Y%m%d-%H%M%S")
-        folder = RunFolder.new(path)
+        folder = _new_folder(knobs, name)
     else:
-        folder = RunFolder.open(knobs.resume)
-        given, knobs = knobs, from_json(kind, folder.read_json("config.json"))
-        refuse_changes(given, knobs)
-        kept = folder.path / SOLVER if (folder.path / SOLVER).is_file() else None
-        if solver is not None and (kept is None or bl.tuning.load(solver) != bl.tuning.load(kept)):
-            raise UserError("--solver has other settings than the run to resume. Leave it out, or start a new run.")
-        solver = kept
+        folder, knobs, solver = _resumed(knobs, knobs.resume, name)
     _prepare(knobs)
-    run = Run(folder, knobs.to_json(), command)
-    if solver is not None and tunable is not None:
-        run.settings = tune.read_settings(solver, tunable(knobs).names, name)
-    try:
-        story(knobs, run)
-    except (Interrupted, KeyboardInterrupt) as interruption:
-        print(f"\nInterrupted; what was done is saved. Go on with: --resume {folder.path}", file=sys.stderr)
-        return interruption.exit_code if isinstance(interruption, Interrupted) else 130
-    run.say(f"\nFigures and pictures are in {folder.path}")
+    with ranks.process_group():
+        run = Run(folder, knobs.to_json(), call)
+        if solver is not None and isinstance(knobs, SolverKnobs):
+            run.settings = tune.read_settings(solver, knobs.solver_settings, name)
+        try:
+            story(knobs, run)
+        except (Interrupted, KeyboardInterrupt) as interruption:
+            if run.leads:
+                saved = f"what was done is saved. Go on with: --resume {folder.path}"
+                print(f"\nInterrupted; {saved}", file=sys.stderr)
+            return interruption.exit_code if isinstance(interruption, Interrupted) else 130
+        run.say(f"\nFigures and pictures are in {folder.path}")
     return 0
+
+
+def _new_folder(knobs: Knobs, name: str) -> RunFolder:
+    """That of a new run, which the first rank begins; after a rank had died, of the run that all go on with."""
+    path = knobs.out or Path("runs") / name.rpartition(".")[2] / (ranks.launch_name() or time.strftime("%Y%m%d-%H%M%S"))
+    folder = RunFolder(path)
+    if ranks.restarted() and (path / "config.json").is_file():
+        if folder.read_json("config.json") != json.loads(json.dumps(knobs.to_json())):
+            raise UserError(f"{path} holds a run with other settings. Take another --out.")
+        return folder
+    return RunFolder.new(path) if ranks.leads() else folder
+
+
+def _resumed(given: K, path: Path, name: str) -> tuple[RunFolder, K, Path | None]:
+    """The folder of the run, its knobs, and the file of its solver settings."""
+    folder = RunFolder.open(path)
+    knobs = type(given).from_json(folder.read_json("config.json"))
+    refuse_changes(given, knobs)
+    kept = folder.path / SOLVER if (folder.path / SOLVER).is_file() else None
+    if isinstance(given, SolverKnobs) and given.solver is not None:
+        settings = tune.read_settings(given.solver, given.solver_settings, name)
+        if kept is None or settings != bl.tuning.load(kept):
+            raise UserError("--solver has other settings than the run to resume. Leave it out, or start a new run.")
+    return folder, knobs, kept
 
 
 def _to_tune(knobs: K) -> K:
@@ -155,7 +224,8 @@ def _to_tune(knobs: K) -> K:
 def _prepare(knobs: Knobs) -> None:
     require_at_least_one(knobs, "threads")
     knobs.check()
-    torch.set_num_threads(knobs.threads)
+    if knobs.threads is not None:
+        torch.set_num_threads(knobs.threads)
 
 
 def refuse_changes(given: Knobs, saved: Knobs) -> None:

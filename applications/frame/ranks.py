@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+import bilevel as bl
+
 
 @contextmanager
 def process_group() -> Iterator[None]:
@@ -42,3 +44,11 @@ def restarted() -> bool:
 def launch_name() -> str | None:
     """What torchrun calls this launch, the same after a restart; None outside it."""
     return os.environ.get("TORCHELASTIC_RUN_ID") if "RANK" in os.environ else None
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether it is set on any rank; every rank asks at the same place, and all get the same answer."""
+    if bl.distributed.world_size() == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return bool(bl.distributed.all_reduce(torch.tensor(float(flag), device=device)) > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
@@ -11,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 import bilevel as bl
+from applications.frame import ranks
 from applications.frame.errors import UserError
-from applications.frame.run_folder import Interruption, RunFolder
+from applications.frame.run_folder import Interruption, ReadOnly, RunFolder
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -26,8 +28,9 @@ CHECKPOINT_SECONDS = 5.0
 class Training(Protocol):
     """A loop that can be put back to where it stood; a generator method reads best."""
 
-    steps: int
-    """All that it makes."""
+    @property
+    def steps(self) -> int:
+        """All that it makes, as far as it is known where the training stands: the clock may end it earlier."""
 
     def records(self) -> Iterator[Row]:
         """From where it stands to its end: a step, then its plain numbers, with the ``"step"`` that is done, from 1."""
@@ -53,39 +56,44 @@ class Run:
     Files: ``config.json``, ``metrics.jsonl`` (one record a step of each training), ``checkpoint-NAME.pt`` (one a
     training), ``results.json`` (parts with their seconds, and tables), ``report.md`` (the tables), pictures.
 
+    Under torchrun all ranks go through the same story; the first one alone writes, prints and validates.
+
     Attributes:
+        leads: whether this is the first rank.
         settings: of solvers, in place of the application's own, by name; kept in `SOLVER`.
     """
 
     def __init__(self, folder: RunFolder, config: Row, command: str, quiet: bool = False):
+        self.leads = bl.distributed.rank() == 0
         self.folder, self.command, self.quiet = folder, command, quiet
+        if not self.leads:
+            self.folder, self.quiet = ReadOnly(folder.path), True
         self.settings: dict[str, Any] = {}
         self._config = config
         exists = (folder.path / "results.json").is_file()
         self._results: Row = folder.read_json("results.json") if exists else {"parts": {}, "tables": {}}
         self._begun = False
 
-    def train(self, name: str, training: Training, show: Sequence[str] = ("loss",)) -> float:
+    def train(
+        self,
+        name: str,
+        training: Training,
+        show: Sequence[str] = ("loss",),
+        validate: Callable[[], Row] | None = None,
+        validate_every: int = 0,
+    ) -> float:
         """Bring a training to its end, from its checkpoint where there is one; the seconds that its steps took.
 
         Args:
             show: entries of the records for the progress bar.
+            validate: what joins the record of every ``validate_every``-th step, off the clock; 0: of none.
         """
         self._begin()
-        file = f"checkpoint-{slug(name)}.pt"
-        step, seconds = 0, 0.0
-        if (self.folder.path / file).is_file():
-            saved = self.folder.load_checkpoint(torch.device("cpu"), file)
-            try:
-                training.restore(saved["training"])
-                step, seconds = saved["step"], saved["seconds"]
-            except (KeyError, RuntimeError, ValueError, TypeError) as error:
-                raise UserError(
-                    f"{self.folder.path / file} does not fit this training ({str(error).splitlines()[0]}): it is of "
-                    "other settings or another version. Start a new run."
-                ) from error
+        file = checkpoint_of(name)
+        exists = (self.folder.path / file).is_file()
+        step, seconds = restore(self.folder, name, training) if exists else (0, 0.0)
         self.folder.rewind_metrics(step, name)
-        finished = step >= training.steps
+        finished, interrupted = step >= training.steps, False
 
         def save() -> None:
             self.folder.save_checkpoint({"training": training.state(), "step": step, "seconds": seconds}, file)
@@ -105,10 +113,16 @@ class Run:
             for record in training.records():
                 seconds += time.perf_counter() - begin
                 step = record["step"]
+                if validate is not None and validate_every and step % validate_every == 0 and self.leads:
+                    found = validate()
+                    record = {**record, **found}
+                    self.say(f"step {step}: {', '.join(f'{key} {shown(value)}' for key, value in found.items())}")
                 self.folder.append_metrics({"part": name, **record, "seconds": round(seconds, 3)})
+                bar.total = training.steps
                 bar.update()
                 bar.set_postfix({key: f"{record[key]:.4g}" for key in show if key in record})
-                if interruption.exit_code is not None:
+                interrupted = ranks.anywhere(interruption.exit_code is not None)
+                if interrupted:
                     break
                 if time.perf_counter() - saved_at > CHECKPOINT_SECONDS:
                     save()
@@ -116,8 +130,8 @@ class Run:
                 begin = time.perf_counter()
         if not finished:
             save()
-        if interruption.exit_code is not None:
-            raise Interrupted(interruption.exit_code)
+        if interrupted:
+            raise Interrupted(interruption.exit_code or 128 + signal.SIGTERM)
         return seconds
 
     def metrics(self, name: str) -> list[Row]:
@@ -166,12 +180,35 @@ class Run:
         """The folder is made at the first thing to write: bad input leaves none."""
         if not self._begun:
             self.folder.begin(self._config)
-            if self.settings:  # the run is whole without the file that they came from
+            if self.settings and self.leads:  # the run is whole without the file that they came from
                 bl.tuning.save(self.folder.path / SOLVER, self.settings)
             self._begun = True
 
     def _save(self) -> None:
         self.folder.write_json("results.json", self._results)
+
+
+def restore(folder: RunFolder, name: str, training: Training) -> tuple[int, float]:
+    """Put a training back to its checkpoint in a run's folder; the steps and seconds that it has behind it.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is of another training.
+    """
+    file = checkpoint_of(name)
+    saved = folder.load_checkpoint(torch.device("cpu"), file)
+    try:
+        training.restore(saved["training"])
+        return saved["step"], saved["seconds"]
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder.path / file} does not fit this training ({str(error).splitlines()[0]}): it is of other settings "
+            "or another version. Start a new run."
+        ) from error
+
+
+def checkpoint_of(name: str) -> str:
+    """The file of a training's checkpoint."""
+    return f"checkpoint-{slug(name)}.pt"
 
 
 def slug(name: str) -> str:

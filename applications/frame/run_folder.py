@@ -19,7 +19,7 @@ from bilevel import files
 
 
 class RunFolder:
-    """``config.json``, ``metrics.jsonl``, ``checkpoint.pt`` and whatever else a run writes under one path.
+    """``config.json``, ``metrics.jsonl``, checkpoints and whatever else a run writes under one path.
 
     Raises:
         UserError: from every method, where the disk is full, the path is not writable, or a file is damaged.
@@ -81,19 +81,19 @@ class RunFolder:
                 records.append(json.loads(line))
         return records
 
-    def rewind_metrics(self, step: int, part: str | None = None) -> None:
+    def rewind_metrics(self, step: int, part: str) -> None:
         """Drop the records of a part after a step: a resumed run makes them again."""
         records = (record for record in self.metrics() if record.get("part") != part or record["step"] <= step)
         kept = [json.dumps(record) + "\n" for record in records]
         self.write_bytes("metrics.jsonl", "".join(kept).encode())
 
-    def save_checkpoint(self, state: dict[str, Any], name: str = "checkpoint.pt") -> None:
+    def save_checkpoint(self, state: dict[str, Any], name: str) -> None:
         """Tensors, numbers and strings in dicts and lists; nothing that would need code to load."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         self.write_bytes(name, buffer.getvalue())
 
-    def load_checkpoint(self, device: torch.device, name: str = "checkpoint.pt") -> dict[str, Any]:
+    def load_checkpoint(self, device: torch.device, name: str) -> dict[str, Any]:
         """Load without executing anything (``weights_only``): a malicious file raises."""
         path = self.path / name
         if not path.is_file():

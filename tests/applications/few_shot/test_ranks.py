@@ -15,7 +15,7 @@ import torch
 
 from applications.few_shot.__main__ import main
 from applications.frame.run_folder import RunFolder
-from tests.applications.few_shot.test_train import QUICK, ROOT
+from tests.applications.few_shot.test_train import CHECKPOINT, QUICK, ROOT
 from tests.applications.runs import comparable
 
 EXACT = [*QUICK, "--tasks", "3", "--precision", "float64", "--learn-strength", "layer"]
@@ -34,7 +34,7 @@ def torchrun(*arguments: str, restarts: int = 0) -> subprocess.Popen:
 
 
 def metas(folder: Path) -> torch.Tensor:
-    state = RunFolder(folder).load_checkpoint(torch.device("cpu"))
+    state = RunFolder(folder).load_checkpoint(torch.device("cpu"), CHECKPOINT)["training"]
     tensors = [*state["meta"].values(), *state["log_strength"].values()]
     return torch.cat([tensor.flatten() for tensor in tensors])
 
@@ -42,7 +42,7 @@ def metas(folder: Path) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def alone(glyph_root, tmp_path_factory):
     """One process, eight steps of three tasks, and its arguments but for the folder."""
-    arguments = [*EXACT, "--steps", "8", "--checkpoint-every", "2", "--data-root", str(glyph_root)]
+    arguments = [*EXACT, "--steps", "8", "--data-root", str(glyph_root)]
     folder = tmp_path_factory.mktemp("alone") / "run"
     assert main([*arguments, "--out", str(folder)]) == 0
     return folder, arguments
@@ -100,7 +100,7 @@ def test_a_killed_rank_is_restarted_from_the_last_checkpoint(alone, tmp_path):
     for a, b in zip(whole, resumed, strict=True):  # the schedule is of another length; the tasks are the same
         assert a["step"] == b["step"]
     assert resumed[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-6)
-    assert RunFolder(out).load_checkpoint(torch.device("cpu"))["step"] <= steps[-1]
+    assert RunFolder(out).load_checkpoint(torch.device("cpu"), CHECKPOINT)["step"] <= steps[-1]
 
 
 def test_more_ranks_than_tasks(glyph_root, tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from applications.few_shot import evaluate
+from applications.few_shot import evaluate, train
 from applications.few_shot.__main__ import main
 from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.train import Session, create_learner, meta_train
@@ -26,6 +26,7 @@ from applications.frame.run_folder import RunFolder
 from tests.applications.runs import comparable
 
 ROOT = Path(__file__).parents[3]
+CHECKPOINT = "checkpoint-meta-training.pt"
 QUICK = ["--width", "8", "--tasks", "2", "--inner-steps", "2", "--eval-tasks", "4", "--validate-every", "3"]
 
 
@@ -37,13 +38,25 @@ def finished(glyph_root, tmp_path_factory):
     return folder
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "applications.few_shot", *map(str, arguments)]
+SAVE_OFTEN = [
+    "-c",
+    "import sys; from applications.frame import run; from applications.few_shot.__main__ import main; "
+    "run.CHECKPOINT_SECONDS = 0.0; sys.exit(main(sys.argv[1:]))",
+]
 
 
-def start(*arguments, **kwargs):
+def command(*arguments, program=("-m", "applications.few_shot")):
+    return [sys.executable, *program, *map(str, arguments)]
+
+
+def start(*arguments, program=("-m", "applications.few_shot"), **kwargs):
     return subprocess.Popen(
-        command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+        command(*arguments, program=program),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
     )
 
 
@@ -57,7 +70,7 @@ def wait_for_steps(folder, count, process, limit=90):
 
 def assert_same_run(folder, other):
     assert comparable(folder) == comparable(other)
-    one, two = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (folder, other))
+    one, two = (torch.load(path / CHECKPOINT, weights_only=True)["training"] for path in (folder, other))
     for name, tensor in one["meta"].items():
         assert torch.equal(tensor, two["meta"][name]), name
     for index, state in one["optimizer"]["state"].items():
@@ -71,10 +84,12 @@ class TestRun:
         assert names == {
             "config.json",
             "metrics.jsonl",
-            "checkpoint.pt",
+            CHECKPOINT,
             "learning_curve.png",
             "test_episode.png",
             "evaluation.json",
+            "results.json",
+            "report.md",
         }
         config = Config.from_json(json.loads((finished / "config.json").read_text()))
         assert (config.width, config.steps, config.data) == (8, 8, "glyphs")
@@ -87,6 +102,7 @@ class TestRun:
 
     def test_evaluation_names_its_settings_and_baselines(self, finished, capsys):
         assert main(["evaluate", str(finished), "--eval-tasks", "60"]) == 0
+        place = finished / "evaluations" / "eval-tasks-60"
         printed = capsys.readouterr().out
         assert "Accuracy on 60 held-out tasks, implicit MAML, glyphs 5-way 1-shot" in printed
         for line in (
@@ -97,15 +113,17 @@ class TestRun:
             "nearest neighbour on pixels",
         ):
             assert line in printed
-        found = json.loads((finished / "evaluation.json").read_text())
+        assert json.loads((finished / "evaluation.json").read_text()) != (
+            found := json.loads((place / "evaluation.json").read_text())
+        )
         assert {row["num_tasks"] for row in found.values()} == {60}
         assert 40 < found["nearest neighbour on pixels"]["mean"] < 75
 
     def test_an_existing_run_is_never_overwritten(self, finished, capsys):
-        before = (finished / "checkpoint.pt").read_bytes()
+        before = (finished / CHECKPOINT).read_bytes()
         assert main([*QUICK, "--out", str(finished)]) == 2
         assert f"Go on with it by --resume {finished}" in capsys.readouterr().err
-        assert (finished / "checkpoint.pt").read_bytes() == before
+        assert (finished / CHECKPOINT).read_bytes() == before
 
     @pytest.mark.parametrize("method", ["imaml-hf", "maml", "fomaml", "reptile"])
     def test_every_method_trains(self, method, toy_splits):
@@ -128,29 +146,47 @@ class TestResume:
         output, _ = process.communicate(timeout=60)
         assert process.returncode == code, output
         assert "Traceback" not in output
-        stopped = RunFolder(folder).load_checkpoint(torch.device("cpu"))["step"]
+        stopped = RunFolder(folder).load_checkpoint(torch.device("cpu"), CHECKPOINT)["step"]
         assert 2 <= stopped < 8
-        assert f"Interrupted after step {stopped}; everything is saved" in output
+        assert f"Interrupted; what was done is saved. Go on with: --resume {folder}" in output
         assert main(["train", "--resume", str(folder)]) == 0
         assert_same_run(folder, finished)
 
     def test_killed_and_resumed_is_uninterrupted(self, finished, glyph_root, tmp_path):
         folder = tmp_path / "run"
-        arguments = [*QUICK, "--steps", 8, "--checkpoint-every", 2, "--data-root", glyph_root, "--out", folder]
-        process = start(*arguments)
+        arguments = [*QUICK, "--steps", 8, "--data-root", glyph_root, "--out", folder]
+        process = start(*arguments, program=SAVE_OFTEN)
         wait_for_steps(folder, 5, process)
         process.kill()
         process.wait()
+        assert (folder / CHECKPOINT).exists()
         assert main(["train", "--resume", str(folder)]) == 0
         assert_same_run(folder, finished)
 
-    def test_a_longer_schedule_and_other_settings_on_resume(self, finished, tmp_path, glyph_root, capsys):
+    @pytest.mark.parametrize(
+        ("option", "value", "kept"),
+        [("--steps", "9", "8"), ("--width", "16", "8"), ("--preset", "paper-omniglot-5way-1shot", "default")],
+    )
+    def test_other_settings_are_refused(self, option, value, kept, finished, capsys):
+        before = comparable(finished)
+        assert main(["train", "--resume", str(finished), option, value]) == 2
+        assert f"{option} is {value}, but the run to resume has {kept}" in capsys.readouterr().err
+        assert comparable(finished) == before
+
+    def test_a_finished_run_is_shown_again_and_is_not_evaluated_again(self, finished, capsys, monkeypatch):
+        monkeypatch.setattr(train, "evaluation", None)
+        results = (finished / "results.json").read_bytes()
+        assert main(["--resume", str(finished)]) == 0
+        assert "Accuracy on 4 held-out tasks" in capsys.readouterr().out
+        assert (finished / "results.json").read_bytes() == results
+
+    def test_a_preset_is_where_the_options_start_and_what_a_run_resumes_with(self, glyph_root, tmp_path):
         folder = tmp_path / "run"
-        assert main([*QUICK, "--steps", "2", "--data-root", str(glyph_root), "--out", str(folder)]) == 0
-        assert main(["train", "--resume", str(folder), "--steps", "3"]) == 0
-        assert RunFolder(folder).metrics()[-1]["step"] == 3
-        assert main(["train", "--resume", str(folder), "--width", "16"]) == 2
-        assert "The checkpoint does not fit these settings" in capsys.readouterr().err
+        arguments = ["--preset", "paper-omniglot-5way-5shot", "--data", "glyphs", *QUICK, "--steps", "1"]
+        assert main([*arguments, "--data-root", str(glyph_root), "--out", str(folder)]) == 0
+        config = Config.from_json(json.loads((folder / "config.json").read_text()))
+        assert (config.shots, config.strength, config.data, config.steps) == (5, 2.0, "glyphs", 1)
+        assert main(["--resume", str(folder)]) == 0
 
     def test_every_kill_leaves_a_loadable_checkpoint(self, tmp_path):
         """SIGKILL at random moments of a process that does nothing but save."""
@@ -159,7 +195,7 @@ class TestResume:
             "from applications.frame.run_folder import RunFolder\n"
             "folder = RunFolder(pathlib.Path(sys.argv[1]))\n"
             "for step in range(10**6):\n"
-            "    folder.save_checkpoint({'step': step, 'w': torch.full((20000,), float(step))})\n"
+            "    folder.save_checkpoint({'step': step, 'w': torch.full((20000,), float(step))}, 'state.pt')\n"
             "    print(step, flush=True)\n"
         )
         generator = np.random.default_rng(0)
@@ -172,7 +208,7 @@ class TestResume:
             time.sleep(generator.uniform(0, 0.05))
             process.kill()
             printed = process.stdout.read().split()
-            state = RunFolder(tmp_path).load_checkpoint(torch.device("cpu"))
+            state = RunFolder(tmp_path).load_checkpoint(torch.device("cpu"), "state.pt")
             assert (state["w"] == state["step"]).all()
             assert not printed or state["step"] >= int(printed[-1])
 
@@ -253,7 +289,7 @@ class TestBadInput:
         folder = tmp_path / "run"
         folder.mkdir()
         (folder / "config.json").write_bytes((finished / "config.json").read_bytes())
-        torch.save({"meta": Malicious()}, folder / "checkpoint.pt")
+        torch.save({"training": Malicious()}, folder / CHECKPOINT)
         assert "is damaged or holds more than tensors" in refused("evaluate", folder)
         assert not (tmp_path / "executed").exists()
 
@@ -261,28 +297,29 @@ class TestBadInput:
         folder = tmp_path / "run"
         folder.mkdir()
         (folder / "config.json").write_bytes((finished / "config.json").read_bytes())
-        (folder / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes()[:1000])
+        (folder / CHECKPOINT).write_bytes((finished / CHECKPOINT).read_bytes()[:1000])
         assert "is damaged" in refused("train", "--resume", folder)
 
     def test_full_disk_leaves_the_earlier_checkpoint(self, glyph_root, tmp_path):
         """The system refuses to write more than 20 kB into a file: the metrics fit, a checkpoint does not."""
         folder = tmp_path / "run"
-        assert main([*QUICK, "--steps", "2", "--data-root", str(glyph_root), "--out", str(folder)]) == 0
-        before = (folder / "checkpoint.pt").read_bytes()
+        process = start(*QUICK, "--steps", 1000, "--data-root", glyph_root, "--out", folder)
+        wait_for_steps(folder, 2, process)
+        process.terminate()
+        process.communicate(timeout=60)
+        before = (folder / CHECKPOINT).read_bytes()
         assert len(before) > 40_000
         process = start(
-            "train",
             "--resume",
             folder,
-            "--steps",
-            5,
+            program=SAVE_OFTEN,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
         )
         output, _ = process.communicate(timeout=90)
         assert process.returncode == 2, output
-        assert "checkpoint.pt could not be written; its earlier version is untouched: File too large" in output
+        assert f"{CHECKPOINT} could not be written; its earlier version is untouched: File too large" in output
         assert "Traceback" not in output
-        assert (folder / "checkpoint.pt").read_bytes() == before
+        assert (folder / CHECKPOINT).read_bytes() == before
         assert not list(folder.glob("*.partial"))
 
     def test_divergence_ends_with_advice(self, toy_splits):
@@ -307,9 +344,11 @@ class TestConfig:
         assert "lambda, the strength of the proximal term" in printed
 
     def test_overview(self, capsys):
-        assert main(["--help"]) == 0
+        with pytest.raises(SystemExit) as caught:
+            main(["--help"])
+        assert caught.value.code == 0
         printed = capsys.readouterr().out
-        assert all(name in printed for name in (*PRESETS, "evaluate", "benchmark", "--resume"))
+        assert all(name in printed for name in (*PRESETS, "evaluate", "benchmark", "tune", "--resume"))
 
     @pytest.mark.parametrize(
         ("name", "ways", "shots", "inner_steps"),

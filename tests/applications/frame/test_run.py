@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from applications.frame.command import Knobs, from_json, main, require
+from applications.frame.command import Knobs, main, require
 from applications.frame.errors import UserError
 from applications.frame.run import Run, aligned, markdown, slug
 from applications.frame.run_folder import RunFolder
@@ -133,9 +133,9 @@ def test_a_checkpoint_of_other_settings_is_told(tmp_path, capsys):
 
 def test_knobs_survive_the_file():
     knobs = Walk(seed=3, data=Path("a/b"), sizes=(4, 5))
-    assert from_json(Walk, json.loads(json.dumps(knobs.to_json()))) == knobs
+    assert Walk.from_json(json.loads(json.dumps(knobs.to_json()))) == knobs
     with pytest.raises(UserError, match="another application or version: pace"):
-        from_json(Walk, {**knobs.to_json(), "pace": 1})
+        Walk.from_json({**knobs.to_json(), "pace": 1})
 
 
 def test_tables_as_text_and_markdown():

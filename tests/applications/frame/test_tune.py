@@ -178,7 +178,7 @@ def test_few_shot_tunes_and_trains_with_the_winner(tmp_path, glyph_root, quick_v
     assert few_shot(train) == 0
     assert bl.tuning.load(tmp_path / "run" / "solver.json") == settings
     best.unlink()  # the run is whole without it
-    assert few_shot(["--resume", str(tmp_path / "run"), "--steps", "3"]) == 0
+    assert few_shot(["--resume", str(tmp_path / "run")]) == 0
     capsys.readouterr()
     best.write_text('{"solver": {"type": "System"}}')
     assert few_shot(["--solver", str(best), "--out", str(tmp_path / "other"), *common]) == 2
