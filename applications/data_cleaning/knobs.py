@@ -49,6 +49,7 @@ class Config(SolverKnobs):
         require(0 <= self.noise < 1, f"--noise is {self.noise}: a part of the labels, from 0 to below 1.")
         require(0 < self.lr < math.inf, f"--lr is {self.lr}: a positive step size is needed.")
         require(0 < self.seconds < math.inf, f"--seconds is {self.seconds}: a positive time is needed.")
+        require(self.solver is None or self.setting == "cleaning", "--solver is of --setting cleaning.")
         softmax = self.setting == "cleaning" or self.model == "softmax"
         require(softmax, f"--model {self.model}: --setting stochastic is of softmax regression. Leave it out.")
         for name in ("ridge", "fit_ridge"):

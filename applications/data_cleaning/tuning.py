@@ -23,7 +23,7 @@ def tunable(knobs: Config) -> tune.Tunable:
     Raises:
         UserError: bad data, or ``--setting stochastic``, which tunes each method by itself.
     """
-    require(knobs.setting == "cleaning", "tune and --solver are of --setting cleaning.")
+    require(knobs.setting == "cleaning", "tune is of --setting cleaning; the other one tunes its methods itself.")
     examples = load(knobs.data, knobs.data_root)
     make_task(examples, knobs.num_train, knobs.num_val, knobs.noise, knobs.seed)  # too few examples are told now
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
@@ -101,7 +100,7 @@ class Config(SolverKnobs):
     validate_every: int = 100
     """Meta-steps between validations (100 tasks of the validation classes); 0 for none."""
 
-    solver_settings: ClassVar[Collection[str]] = ("solver", "hypergrad", "strength")
+    solver_settings = ("solver", "hypergrad", "strength")
 
     def check(self) -> None:
         counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "width", "eval_steps")

@@ -43,6 +43,8 @@ class Config(SolverKnobs):
     fresh: int = 32
     """Networks, with starts and mini-batches of their own, on which all settings are compared at the end."""
 
+    solver_settings = ("hypergrad", "outer_lr")
+
     def check(self) -> None:
         """See `SolverKnobs`."""
         require_at_least_one(self, "hidden", "batch", "outer_steps", "networks")

@@ -29,6 +29,8 @@ class Config(SolverKnobs):
     candidates: int = 20
     """Of random search and of Optuna; the grids have up to 64."""
 
+    solver_settings = ("tol", "max_iter", "n_starts")
+
     def check(self) -> None:
         """See `SolverKnobs`."""
         require_at_least_one(self, "repeats", "candidates")

@@ -27,6 +27,8 @@ class Config(SolverKnobs):
     block_size: int = 20
     """Consecutive features that share a block, in the synthetic data and in files."""
 
+    solver_settings = ("hypergrad",)
+
     def check(self) -> None:
         require(len(self.data) > 0, "--data names no data set: give diabetes, synthetic, sparse-ho or a file.")
         require(len(set(self.data)) == len(self.data), f"--data names one twice: {' '.join(self.data)}.")

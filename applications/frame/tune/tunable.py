@@ -49,11 +49,6 @@ class Tunable:
     steps: int
     trials: int = 30
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of the settings."""
-        return tuple(self.settings(self.default))
-
     def settings(self, params: Mapping[str, Any]) -> Settings:
         """Those of a trial with these parameters."""
         return self.suggest(optuna.trial.FixedTrial(dict(params)))

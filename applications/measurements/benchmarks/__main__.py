@@ -19,9 +19,8 @@ from applications.frame.figures import OURS
 from applications.frame.run_folder import RunFolder
 from applications.measurements.benchmarks import report
 from applications.measurements.benchmarks.contest import timed
-from applications.measurements.benchmarks.meta_step import MetaStep
+from applications.measurements.benchmarks.meta_step_task import FewShot
 from applications.measurements.benchmarks.runner import contest
-from applications.measurements.benchmarks.unrolling import Unrolling
 from applications.measurements.benchmarks.workloads import KINDS, NAMES
 
 PACKAGES = ("torch", "torchopt", "jaxopt", "jax", "higher", "scipy")
@@ -102,7 +101,7 @@ def check(settings: Settings) -> None:
     if unknown:
         raise UserError(f"There is no workload {', '.join(unknown)}. There are {', '.join(NAMES)}.")
     select_device(settings.device)
-    elsewhere = [name for name in settings.workloads if KINDS[NAMES[name][0]] not in (MetaStep, Unrolling)]
+    elsewhere = [name for name in settings.workloads if not issubclass(KINDS[NAMES[name][0]], FewShot)]
     if settings.device != "cpu" and elsewhere:
         raise UserError(f"--device {settings.device}: {', '.join(elsewhere)} is for CPUs. Name A or C by --workloads.")
     if settings.rounds < 1 or settings.runs < 1 or not settings.timeout > 0:

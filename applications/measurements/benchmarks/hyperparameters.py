@@ -12,44 +12,17 @@ import numpy as np
 import scipy.sparse.linalg
 import torch
 from scipy.special import log_softmax, softmax
-from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
 
 import bilevel as bl
 from applications.measurements.benchmarks.contest import Contestant, Workload
+from applications.measurements.benchmarks.hyperparameters_task import RTOL, Data, objective
+from applications.measurements.benchmarks.peers_hyperparameters import contestants
 from bilevel import files
 
-RTOL, MAX_STEPS = 1e-6, 50
-"""Of the conjugate gradients of every contestant."""
 GTOL = 1e-4
 """Of the inner problem, which is solved once for all of them."""
 MEAN_LOG_PENALTY, SPREAD_LOG_PENALTY, STRENGTH = -2.0, 0.75, 3.0
 """How the problem is drawn; see `Hyperparameters`."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """Both data sets, the log-penalties, and the solution W of the inner problem, ``[classes, features]``."""
-
-    x_train: np.ndarray
-    y_train: np.ndarray
-    x_val: np.ndarray
-    y_val: np.ndarray
-    log_penalties: np.ndarray
-    solution: np.ndarray
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.solution)
-
-    def diagonal(self) -> np.ndarray:
-        """About the diagonal of the Hessian, one entry for each feature, at no product: penalty plus 1/classes.
-
-        The features have variance 1; a balanced softmax that knows nothing yet has curvature 1/classes along every
-        change of logits that sums to zero, and CG never leaves those. The same for all classes: entries of their own,
-        as the exact diagonal has, would lead it out.
-        """
-        return np.exp(self.log_penalties) + np.float32(1 / self.num_classes)
 
 
 @dataclass(frozen=True)
@@ -86,9 +59,7 @@ class Hyperparameters(Workload):
 
     def contestants(self) -> dict[str, Callable[[], Contestant]]:
         """See `Workload`."""
-        from applications.measurements.benchmarks.peers_hyperparameters import contestants
-
-        return contestants(self)
+        return contestants(self.data)
 
     def data(self) -> Data:
         """The same bits in every process: what rounding could change is drawn and solved once, and kept in a file."""
@@ -125,15 +96,6 @@ class Hyperparameters(Workload):
         """See `Workload`: float64, NumPy and SciPy only, at the same W."""
         data = self.data()
         return -np.exp(data.log_penalties.astype(np.float64)) * (data.solution * _adjoint(data)).sum(0)
-
-
-Linear = Callable[[Tensor, Tensor], Tensor]
-"""``linear(x, params)``: PyTorch's own, or ours in its place."""
-
-
-def objective(params: Tensor, log_penalties: Tensor, x: Tensor, y: Tensor, linear: Linear = linear) -> Tensor:
-    """The inner loss, as every contestant in PyTorch writes it."""
-    return cross_entropy(linear(x, params), y) + (log_penalties.exp() * params.square()).sum() / 2
 
 
 def solve(x: np.ndarray, y: np.ndarray, log_penalties: np.ndarray, num_classes: int) -> np.ndarray:

@@ -15,24 +15,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilevel as bl
 from applications.measurements.benchmarks.contest import Contestant, Round, checkout, needs, timed
-from applications.measurements.benchmarks.hyperparameters import (
-    MAX_STEPS,
-    RTOL,
-    Data,
-    Hyperparameters,
-    Linear,
-    objective,
-)
+from applications.measurements.benchmarks.hyperparameters_task import MAX_STEPS, RTOL, Data, Linear, objective
 
 Hypergradient = Callable[["Tensors"], tuple[Any, dict[str, Any]]]
 """One hypergradient from the solved W, with facts about it."""
 
 
-def contestants(workload: Hyperparameters) -> dict[str, Callable[[], Contestant]]:
+def contestants(data: Callable[[], Data]) -> dict[str, Callable[[], Contestant]]:
     """The peers stand twice where they take a preconditioner: as they come, and with the one that ours is given."""
 
     def in_torch(build: Callable[[Tensors], Hypergradient], layer: Linear = linear) -> Callable[[], Contestant]:
-        return lambda: InTorch(Tensors(workload.data(), layer), build)
+        return lambda: InTorch(Tensors(data(), layer), build)
 
     def with_diagonal(build: Callable[..., Hypergradient], layer: Linear = linear) -> Callable[[], Contestant]:
         return in_torch(functools.partial(build, preconditioned=True), layer)
@@ -44,8 +37,8 @@ def contestants(workload: Hyperparameters) -> dict[str, Callable[[], Contestant]
         "hypertorch": in_torch(hypertorch),
         "TorchOpt": in_torch(torchopt),
         "TorchOpt, same preconditioner": with_diagonal(torchopt),
-        "JAXopt": lambda: InJAX(workload.data(), preconditioned=False),
-        "JAXopt, same preconditioner": lambda: InJAX(workload.data(), preconditioned=True),
+        "JAXopt": lambda: InJAX(data(), preconditioned=False),
+        "JAXopt, same preconditioner": lambda: InJAX(data(), preconditioned=True),
         "scipy": in_torch(scipy),
         "scipy, same preconditioner": with_diagonal(scipy),
     }

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from applications.measurements.benchmarks.contest import Contestant, Round, checkout, needs, timed
-from applications.measurements.benchmarks.meta_step import CG_STEPS, INNER_LR, STRENGTH, MetaStep, checked, flat
+from applications.measurements.benchmarks.meta_step_task import CG_STEPS, INNER_LR, STRENGTH, FewShot, checked, flat
 
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def contestants(workload: MetaStep) -> dict[str, Callable[[], Contestant]]:
+def contestants(workload: FewShot) -> dict[str, Callable[[], Contestant]]:
     """Name -> builder."""
     makers = {
         "TorchOpt, functional": torchopt_functional,
@@ -26,7 +26,7 @@ def contestants(workload: MetaStep) -> dict[str, Callable[[], Contestant]]:
     return {name: lambda make=make: task_by_task(workload, make) for name, make in makers.items()}  # type: ignore[misc]
 
 
-def task_by_task(workload: MetaStep, make: Callable[[nn.Module, int], Callable[[Task], Tensor]]) -> Contestant:
+def task_by_task(workload: FewShot, make: Callable[[nn.Module, int], Callable[[Task], Tensor]]) -> Contestant:
     """Runs ``make``'s function of a task on all tasks; it gives the task's gradient, flat."""
     learner, episodes = workload.problem()
     net = build(workload.ways).to(workload.device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from applications.measurements.benchmarks.contest import checkout, needs
-from applications.measurements.benchmarks.solutions import DESCENT_STEPS, GTOL, RTOL, Begin, Step, Task, adam
+from applications.measurements.benchmarks.solutions_task import DESCENT_STEPS, GTOL, RTOL, Begin, Step, Task, adam
 
 CG_STEPS = 100
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from applications.measurements.benchmarks.contest import Contestant
-from applications.measurements.benchmarks.meta_step import MetaStep
+from applications.measurements.benchmarks.meta_step_task import FewShot
 from applications.measurements.benchmarks.peers_meta_step import higher, task_by_task
 
 
 @dataclass(frozen=True)
-class Unrolling(MetaStep):
+class Unrolling(FewShot):
     """Two tasks of workload A. `higher` differentiates the steps: its gradient is another one, and none is compared.
 
     The clock and the gradient of the implicit method are those of workload A.
@@ -32,9 +32,3 @@ class Unrolling(MetaStep):
     def contestants(self) -> dict[str, Callable[[], Contestant]]:
         """See `Workload`."""
         return {"bilevel": lambda: self.ours(), "higher": lambda: task_by_task(self, higher)}
-
-    def reference(self) -> None:
-        """No gradient is compared."""
-
-    def flops(self) -> None:
-        """Those of the peer are others."""

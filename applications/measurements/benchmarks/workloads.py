@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from applications.measurements.benchmarks.contest import Workload
@@ -11,9 +10,7 @@ from applications.measurements.benchmarks.meta_step import MetaStep
 from applications.measurements.benchmarks.solutions import Solutions
 from applications.measurements.benchmarks.unrolling import Unrolling
 
-KINDS: dict[str, Callable[..., Workload]] = {
-    kind.__name__: kind for kind in (MetaStep, Hyperparameters, Unrolling, Solutions)
-}
+KINDS: dict[str, type[Workload]] = {kind.__name__: kind for kind in (MetaStep, Hyperparameters, Unrolling, Solutions)}
 
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "A": ("MetaStep", {}),

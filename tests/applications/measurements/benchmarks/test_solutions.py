@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import bilevel as bl
-from applications.measurements.benchmarks import peers_solutions, solutions
+from applications.measurements.benchmarks import ours_solutions, peers_solutions, solutions, solutions_task
 from applications.measurements.benchmarks.contest import NotHere
-from applications.measurements.benchmarks.solutions import Solutions, Truth
+from applications.measurements.benchmarks.solutions import Solutions
+from applications.measurements.benchmarks.solutions_task import Truth
 
 pytest.importorskip("sklearn")
 pytestmark = pytest.mark.filterwarnings("ignore::bilevel.SolveWarning", "ignore::FutureWarning")
@@ -33,7 +34,7 @@ def test_solution_is_stationary_for_the_loss_that_contestants_minimise(small: So
     x = point(task.size)
     weights = torch.from_numpy(Truth(task).solve(x, gtol=1e-9)).requires_grad_()
     (features, labels), task_x = task.train, torch.from_numpy(x)
-    double = solutions.Task(
+    double = solutions_task.Task(
         task.kind, (features.double(), labels), task.val, task.classes, task.ridge, task.outer_lr, task.sgd_lr
     )
     (gradient,) = torch.autograd.grad(double.inner(weights, task_x), weights)
@@ -49,7 +50,7 @@ def test_hypergradient_is_the_slope_of_the_loss(small: Solutions) -> None:
     step = 1e-2
 
     def loss(point: np.ndarray) -> float:
-        logs = solutions.log_softmax(truth.val @ truth.solve(point, gtol=1e-11), 1)
+        logs = solutions_task.log_softmax(truth.val @ truth.solve(point, gtol=1e-11), 1)
         return float(-(truth.val_targets * logs).sum() / len(truth.val))
 
     slope = (loss(x + step * direction) - loss(x - step * direction)) / (2 * step)
@@ -102,7 +103,7 @@ def test_race_finds_the_first_point_below_the_target(problem: str, tmp_path: Pat
     small = Solutions(problem, cache=str(tmp_path), small=True)  # type: ignore[arg-type]
     known, task = small.target(), small.task
     truth, x = Truth(task), np.zeros(task.size)
-    step, path = solutions.adam(x, 0.05), []
+    step, path = solutions_task.adam(x, 0.05), []
     for _ in range(200):
         step(truth.hypergradient(x, rtol=1e-4))
         path.append(x.copy())
@@ -111,7 +112,7 @@ def test_race_finds_the_first_point_below_the_target(problem: str, tmp_path: Pat
     expected = len(path)
     assert 3 < expected < 200
 
-    def begin() -> solutions.Step:
+    def begin() -> solutions_task.Step:
         points = iter([*path, *[path[-1]] * 10**6])
 
         def step() -> np.ndarray:
@@ -132,13 +133,13 @@ def test_run_that_diverges_or_is_too_slow_is_infinite(tmp_path: Path) -> None:
     small = Solutions("penalties", cache=str(tmp_path), limit=0.2, small=True)
     size = small.task.size
 
-    def diverging() -> solutions.Step:
+    def diverging() -> solutions_task.Step:
         return lambda: np.full(size, np.nan)
 
-    def idle() -> solutions.Step:
+    def idle() -> solutions_task.Step:
         return lambda: np.zeros(size)
 
-    def overflowing() -> solutions.Step:
+    def overflowing() -> solutions_task.Step:
         return lambda: np.full(size, 1e3)
 
     for begin in (diverging, overflowing):
@@ -152,14 +153,14 @@ def test_run_that_diverges_or_is_too_slow_is_infinite(tmp_path: Path) -> None:
 
 def test_every_method_and_every_stochastic_one_takes_part(small: Solutions) -> None:
     names = set(small.contestants())
-    assert {f"bilevel: stochastic, {name}" for name in solutions.STOCHASTIC} <= names
-    assert len(solutions.STOCHASTIC) == 13
+    assert {f"bilevel: stochastic, {name}" for name in ours_solutions.STOCHASTIC} <= names
+    assert len(ours_solutions.STOCHASTIC) == 13
     assert {"bilevel: implicit, CG", "bilevel: unrolled", "bilevel: one step", "bilevel: SAMA"} <= names
 
 
-@pytest.mark.parametrize("name", sorted(set(solutions.STOCHASTIC) - {"BOME"}))
+@pytest.mark.parametrize("name", sorted(set(ours_solutions.STOCHASTIC) - {"BOME"}))
 def test_stochastic_methods_go_down(small: Solutions, name: str) -> None:
-    truth, step = Truth(small.task), solutions.stochastic(small.task, name)
+    truth, step = Truth(small.task), ours_solutions.stochastic(small.task, name)
     for _ in range(10):
         x = step()
     assert truth.loss(np.asarray(x).astype(np.float64)) < small.target()["start"]
