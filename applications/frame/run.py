@@ -116,7 +116,8 @@ class Run:
                 if validate is not None and validate_every and step % validate_every == 0 and self.leads:
                     found = validate()
                     record = {**record, **found}
-                    self.say(f"step {step}: {', '.join(f'{key} {shown(value)}' for key, value in found.items())}")
+                    told = ", ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in found.items())
+                    self.say(f"step {step}: {told}")
                 self.folder.append_metrics({"part": name, **record, "seconds": round(seconds, 3)})
                 bar.total = training.steps
                 bar.update()

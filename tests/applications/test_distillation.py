@@ -139,18 +139,16 @@ def test_parts_and_sets_of_images():
         (["--seed", "-1"], "--seed is -1"),
     ],
 )
-def test_bad_input(tmp_path, capsys, arguments, message):
-    assert command(*arguments, "--out", str(tmp_path / "run")) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_bad_input(refused, arguments, message):
+    assert message in refused(command, *arguments)
 
 
-def test_bad_files(tmp_path, bad_files, capsys):
-    for path in bad_files.values():
-        assert command("--data", str(path), "--out", str(tmp_path / "run")) == 2
-    assert command("--data", "mnist", "--data-root", str(tmp_path), "--out", str(tmp_path / "run")) == 2
-    assert "MNIST is not in" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_bad_files(bad_file, refused):
+    refused(command, "--data", bad_file)
+
+
+def test_missing_files(tmp_path, refused):
+    assert "MNIST is not in" in refused(command, "--data", "mnist", "--data-root", tmp_path)
 
 
 SMALL = "--steps 3 --l2 0.3 --convnet-steps 4 --width 4 --batch 32 --repeats 2 --full-steps 3".split()  # noqa: SIM905

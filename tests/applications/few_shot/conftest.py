@@ -1,31 +1,9 @@
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 
 from applications.few_shot.data import ImageClasses, Splits
-
-
-def real_data_root() -> Path:
-    default = Path(__file__).parents[3].parent / "shared" / "data"
-    return Path(os.environ.get("BILEVEL_DATA", default))
-
-
-@pytest.fixture(scope="session")
-def omniglot_root() -> Path:
-    root = real_data_root()
-    if not (root / "omniglot" / "omniglot28.npz").is_file():
-        pytest.skip(f"real Omniglot is not at {root}; set BILEVEL_DATA to its folder")
-    return root
-
-
-@pytest.fixture(scope="session")
-def glyph_root(tmp_path_factory) -> Path:
-    """One cache of the built-in data set for all tests."""
-    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,7 @@ def same(one: list[dict], two: list[dict]) -> None:
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
+        assert a.pop("part") == b.pop("part")
         for name in a:
             assert b[name] == pytest.approx(a[name], rel=1e-6), name
 
