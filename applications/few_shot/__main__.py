@@ -45,25 +45,31 @@ def story(config: Config, run: Run) -> None:
 def evaluate(arguments: list[str]) -> int:
     """Held-out accuracy of a run's network, with its settings or changed ones, in a folder of its own in the run's."""
     call = f"python -m applications.{NAME} evaluate"
-    if not arguments or arguments[0].startswith("-"):
-        print(f"usage: {call} RUN [options of train, such as --eval-tasks 1000]")
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    if arguments[:1] in (["-h"], ["--help"]):
+        about = "Held-out accuracy of a run's network, by its settings or changed ones, kept below the run or in --out."
+        parse(Config, ["--help"], f"{call} RUN", about)
+    named = bool(arguments) and not arguments[0].startswith("-")
+    require(named, f"{call} needs the folder of a run as its first word.")
     folder, changes = RunFolder.open(Path(arguments[0])), arguments[1:]
     kept = Config.from_json(folder.read_json("config.json"))
     config = parse(Config, changes, f"{call} RUN", start=kept)
-    require(config.preset == kept.preset, "--preset is what the run was trained with: give the options themselves.")
+    same = config.preset == kept.preset and config.resume is None
+    require(same, "evaluate has no --preset and no --resume: give the settings that are to change by themselves.")
     config.check()
-    solver = folder.path / SOLVER
-    session = Session.create(config, read_settings(solver, config.solver_settings, NAME) if solver.is_file() else None)
+    solver = config.solver or folder.path / SOLVER
+    settings = read_settings(solver, config.solver_settings, NAME) if config.solver or solver.is_file() else {}
+    session = Session.create(config, settings)
     restore(folder, TRAINING, session)
-    place = RunFolder(folder.path / "evaluations" / (slug(" ".join(changes)) or "as-trained"))
-    train.report(session, Run(place, config.to_json(), f"{call} {shlex.join(arguments)}"), train.evaluation(session))
+    place = RunFolder(config.out or folder.path / "evaluations" / (slug(" ".join(changes)) or "as-trained"))
+    run = Run(place, config.to_json(), f"{call} {shlex.join(arguments)}")
+    run.settings = settings
+    train.report(session, run, train.evaluation(session))
     return 0
 
 
 SUBCOMMANDS = {
-    "evaluate": Subcommand("held-out accuracy of a finished run: evaluate RUN [options]", evaluate),
-    "benchmark": Subcommand("memory and time of a meta-gradient against inner steps", benchmark.main),
+    "evaluate": Subcommand("RUN [options]", "held-out accuracy of a finished run", evaluate),
+    "benchmark": Subcommand("[options]", "memory and time of a meta-gradient against inner steps", benchmark.main),
 }
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import shlex
@@ -94,8 +95,9 @@ K = TypeVar("K", bound=Knobs)
 
 @dataclass(frozen=True)
 class Subcommand:
-    """Another word after the application's name. ``about``: its arguments and what it does, a line of the help."""
+    """Another word after the application's name; what it takes and what it is about make a line of the help."""
 
+    takes: str
     about: str
     run: Callable[[list[str]], int]
 
@@ -130,9 +132,14 @@ def main(
         )
     if subcommands is not None and word in subcommands:
         return exit_code(lambda: subcommands[word].run(rest))
-    others = {"tune": "an Optuna study over its solver settings"} if tunable is not None else {}
-    others |= {other: subcommand.about for other, subcommand in (subcommands or {}).items()}
-    help = "\n\n".join([kind.__doc__ or "", *(f"{command} {other}: {about}" for other, about in others.items())])
+    help = inspect.getdoc(kind) or ""
+    others = {f"{other} {one.takes}": one.about for other, one in (subcommands or {}).items()}
+    if tunable is not None:
+        others["tune [options]"] = "an Optuna study over its solver settings"
+    if others:
+        width = max(map(len, others))
+        lines = [f"  {command} {other:{width}}  {about}" for other, about in others.items()]
+        help = "\n".join([f"{help}\n\nBeside it, each with --help:", *lines])
     call = f"{command} {shlex.join(arguments)}".strip()
     return exit_code(lambda: _run(parse(kind, arguments, command, help, presets), story, call, name))
 
@@ -156,7 +163,7 @@ def parse(
         if asked.preset not in presets:
             raise UserError(f"There is no preset {asked.preset!r}. There are {', '.join(presets)}.")
         start = presets[asked.preset]
-        help = f"{help or kind.__doc__}\n\nPresets: {', '.join(presets)}."
+        help = f"{help or inspect.getdoc(kind)}\n\nPresets: {', '.join(presets)}."
     if start is None:
         return tyro.cli(kind, args=arguments, prog=command, description=help)
     return tyro.cli(kind, default=start, args=arguments, prog=command, description=help)

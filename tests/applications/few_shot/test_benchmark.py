@@ -45,6 +45,11 @@ def test_a_run_that_cannot_fit_is_extrapolated_instead(monkeypatch):
     assert (row.peak_mib, row.note) == (None, "not run: about 5550 needed, 6000 there")
 
 
+def test_settings_of_a_run_are_refused():
+    with pytest.raises(UserError, match=r"no --config.preset and no --config.out"):
+        benchmark.main(["--config.preset", "paper", "--config.out", "x"])
+
+
 @pytest.mark.parametrize("arguments", [["--inner-steps", "0"], ["--repeats", "0"], ["--tasks", "0"]])
 def test_bad_settings(arguments):
     with pytest.raises(UserError, match="must be at least 1"):

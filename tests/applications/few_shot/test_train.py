@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import bilevel as bl
 from applications.few_shot import evaluate, train
 from applications.few_shot.__main__ import main
 from applications.few_shot.config import PRESETS, Config
@@ -118,6 +119,28 @@ class TestRun:
         )
         assert {row["num_tasks"] for row in found.values()} == {60}
         assert 40 < found["nearest neighbour on pixels"]["mean"] < 75
+
+    def test_evaluation_goes_where_it_is_told_and_takes_other_solver_settings(self, finished, tmp_path):
+        settings = {"solver": bl.GradientDescent(0.1, 1), "strength": 0.5}
+        bl.tuning.save(tmp_path / "solver.json", settings)
+        arguments = ["--solver", str(tmp_path / "solver.json"), "--eval-steps", "1", "--out", str(tmp_path / "one")]
+        assert main(["evaluate", str(finished), *arguments]) == 0
+        assert {path.name for path in (tmp_path / "one").iterdir()} >= {"evaluation.json", "solver.json"}
+        before = json.loads((finished / "evaluation.json").read_text())
+        assert before != json.loads((tmp_path / "one" / "evaluation.json").read_text())
+
+    @pytest.mark.parametrize("arguments", [[], ["--eval-tasks", "1"], ["nowhere"]])
+    def test_evaluate_needs_a_run(self, arguments, capsys):
+        assert main(["evaluate", *arguments]) == 2
+        assert "the folder of a run" in capsys.readouterr().err
+
+    def test_evaluate_has_help_and_no_preset(self, finished, capsys):
+        with pytest.raises(SystemExit) as caught:
+            main(["evaluate", "--help"])
+        assert caught.value.code == 0
+        assert "--eval-tasks" in capsys.readouterr().out
+        assert main(["evaluate", str(finished), "--preset", "paper-omniglot-5way-1shot"]) == 2
+        assert "no --preset" in capsys.readouterr().err
 
     def test_an_existing_run_is_never_overwritten(self, finished, capsys):
         before = (finished / CHECKPOINT).read_bytes()
