@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from applications.frame.command import Knobs, main, require
+from applications.frame.command import Knobs, Subcommand, main, require
 from applications.frame.errors import UserError
 from applications.frame.run import Run, aligned, markdown, slug
 from applications.frame.run_folder import RunFolder
@@ -129,6 +129,85 @@ def test_a_checkpoint_of_other_settings_is_told(tmp_path, capsys):
     RunFolder(tmp_path / "run").save_checkpoint({"training": {}, "step": 1, "seconds": 0.0}, "checkpoint-the-walk.pt")
     assert walk("--resume", str(tmp_path / "run")) == 2
     assert "does not fit this training" in capsys.readouterr().err
+
+
+def test_after_a_restart_the_same_command_goes_on_and_another_is_refused(tmp_path, monkeypatch, capsys):
+    """torchrun starts the ranks again with the command that they had, when one of them has died."""
+    arguments = ["--out", str(tmp_path / "run")]
+    assert walk(*arguments) == 0
+    whole = comparable(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert walk(*arguments) == 0
+    assert comparable(tmp_path / "run") == whole
+    assert walk(*arguments, "--steps", "9") == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+    assert comparable(tmp_path / "run") == whole
+
+
+def test_validations_join_their_steps_and_are_off_the_clock(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("applications.frame.run.time.perf_counter", lambda: clock[0])
+    run, walking = Run(RunFolder(tmp_path), {}, "", quiet=True), Walking(Walk(steps=5))
+
+    def validate():
+        clock[0] += 100.0
+        return {"distance": walking.step}
+
+    assert run.train("walk", walking, validate=validate, validate_every=2) == 0.0
+    assert {record["step"]: record.get("distance") for record in run.metrics("walk")} == {
+        1: None,
+        2: 2,
+        3: None,
+        4: 4,
+        5: None,
+    }
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bilevel.distributed.rank", lambda: 1)
+    assert walk("--out", str(tmp_path / "run")) == 0
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "run").exists()
+
+
+@dataclass(frozen=True)
+class Trip(Walk):
+    """A walk with presets."""
+
+    preset: str = "default"
+
+
+TRIPS = {"default": Trip(), "far": Trip(steps=7, preset="far")}
+
+
+def trip(*arguments: str) -> int:
+    def lengths(rest: list[str]) -> int:
+        print(" ".join(rest))
+        return 3
+
+    beside = {"lengths": Subcommand("WORDS", "prints them", lengths)}
+    return main("trip", list(arguments), Trip, story, presets=TRIPS, subcommands=beside)
+
+
+def test_a_preset_is_where_the_options_start(tmp_path, capsys):
+    assert trip("--preset", "far", "--seed", "5", "--out", str(tmp_path / "run")) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["preset"], config["steps"], config["seed"]) == ("far", 7, 5)
+    assert trip("--resume", str(tmp_path / "run")) == 0
+    assert trip("--resume", str(tmp_path / "run"), "--preset", "far") == 0
+    capsys.readouterr()
+    assert trip("--preset", "near", "--out", str(tmp_path / "other")) == 2
+    assert "There is no preset 'near'. There are default, far." in capsys.readouterr().err
+
+
+def test_subcommands_have_their_words_and_a_line_in_the_help(capsys):
+    assert trip("lengths", "a", "b") == 3
+    assert capsys.readouterr().out == "a b\n"
+    with pytest.raises(SystemExit):
+        trip("--help")
+    printed = capsys.readouterr().out
+    assert "python -m applications.trip lengths WORDS  prints them" in printed
+    assert "Presets: default, far." in printed
 
 
 def test_knobs_survive_the_file():
