@@ -132,16 +132,22 @@ def main(
         )
     if subcommands is not None and word in subcommands:
         return exit_code(lambda: subcommands[word].run(rest))
-    help = inspect.getdoc(kind) or ""
     others = {f"{other} {one.takes}": one.about for other, one in (subcommands or {}).items()}
     if tunable is not None:
         others["tune [options]"] = "an Optuna study over its solver settings"
-    if others:
-        width = max(map(len, others))
-        lines = [f"  {command} {other:{width}}  {about}" for other, about in others.items()]
-        help = "\n".join([f"{help}\n\nBeside it, each with --help:", *lines])
+    help = _help(kind, command, others)
     call = f"{command} {shlex.join(arguments)}".strip()
     return exit_code(lambda: _run(parse(kind, arguments, command, help, presets), story, call, name))
+
+
+def _help(kind: type[Knobs], command: str, others: Mapping[str, str]) -> str:
+    """What the command does, and a line for each of its other words."""
+    about = inspect.getdoc(kind) or ""
+    if not others:
+        return about
+    width = max(map(len, others))
+    lines = [f"  {command} {other:{width}}  {does}" for other, does in others.items()]
+    return "\n".join([f"{about}\n\nBeside it, each with --help:", *lines])
 
 
 def parse(

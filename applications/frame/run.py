@@ -98,26 +98,13 @@ class Run:
         def save() -> None:
             self.folder.save_checkpoint({"training": training.state(), "step": step, "seconds": seconds}, file)
 
-        with (
-            Interruption() as interruption,
-            tqdm(
-                total=training.steps,
-                initial=step,
-                desc=name,
-                unit="step",
-                disable=True if self.quiet or finished else None,
-                dynamic_ncols=True,
-            ) as bar,
-        ):
+        with Interruption() as interruption, self._bar(name, training.steps, step, hidden=finished) as bar:
             saved_at = begin = time.perf_counter()
             for record in training.records():
                 seconds += time.perf_counter() - begin
                 step = record["step"]
                 if validate is not None and validate_every and step % validate_every == 0 and self.leads:
-                    found = validate()
-                    record = {**record, **found}
-                    told = ", ".join(f"{key.replace('_', ' ')} {shown(value)}" for key, value in found.items())
-                    self.say(f"step {step}: {told}")
+                    record = {**record, **self._told(step, validate())}
                 self.folder.append_metrics({"part": name, **record, "seconds": round(seconds, 3)})
                 bar.total = training.steps
                 bar.update()
@@ -134,6 +121,16 @@ class Run:
         if interrupted:
             raise Interrupted(interruption.exit_code or 128 + signal.SIGTERM)
         return seconds
+
+    def _bar(self, name: str, steps: int, done: int, hidden: bool) -> tqdm:
+        hide = True if self.quiet or hidden else None
+        return tqdm(total=steps, initial=done, desc=name, unit="step", disable=hide, dynamic_ncols=True)
+
+    def _told(self, step: int, found: Row) -> Row:
+        """What a validation found, as it is; it is said too."""
+        texts = [f"{key.replace('_', ' ')} {shown(value)}" for key, value in found.items()]
+        self.say(f"step {step}: {', '.join(texts)}")
+        return found
 
     def metrics(self, name: str) -> list[Row]:
         """The records of a training, in order."""
