@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from applications.frame import figures
 from applications.measurements.benchmarks import __main__ as command
-from applications.measurements.benchmarks import report, runner, workloads
+from applications.measurements.benchmarks import report, workloads
 from applications.measurements.benchmarks.hyperparameters import Hyperparameters
 from applications.measurements.benchmarks.runner import contest, relative_errors
 
@@ -152,4 +153,4 @@ def test_all_workloads_exist():
     for name, (kind, changes) in workloads.NAMES.items():
         workload = workloads.KINDS[kind](**changes)
         assert workload.letter == name[0]
-        assert any(contestant.startswith(runner.OURS) for contestant in workload.contestants())
+        assert any(contestant.startswith(figures.OURS) for contestant in workload.contestants())
