@@ -10,8 +10,6 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from applications.command import main
-from applications.data import load
 from applications.data_cleaning import curves, pictures
 from applications.data_cleaning.cleaning import Cleaning
 from applications.data_cleaning.knobs import Config
@@ -19,7 +17,9 @@ from applications.data_cleaning.model import Model
 from applications.data_cleaning.scores import agreement, detection, kept
 from applications.data_cleaning.task import Task, make_task
 from applications.data_cleaning.tuning import tunable
-from applications.run import Row, Run
+from applications.frame.command import main
+from applications.frame.data import load
+from applications.frame.run import Row, Run
 
 Scores = dict[str, dict[str, float]]
 

@@ -14,7 +14,7 @@ import bilevel as bl
 from applications.data_cleaning.model import SOLVER, Model, Params, mean_loss
 from applications.data_cleaning.scores import detection
 from applications.data_cleaning.task import Task
-from applications.run import Row
+from applications.frame.run import Row
 
 SETTINGS: dict[str, Any] = {"solver": SOLVER, "hypergrad": bl.Implicit(bl.CG(rtol=1e-2, max_steps=40))}
 """Of the inner problem and its hypergradient; the operator is always the Gauss-Newton matrix."""

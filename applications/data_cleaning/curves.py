@@ -10,7 +10,6 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from applications.benchmarks.solutions import STOCHASTIC
 from applications.data_cleaning.model import Model
 from applications.data_cleaning.stochastic import (
     IMPLICIT,
@@ -22,10 +21,10 @@ from applications.data_cleaning.stochastic import (
     tune,
 )
 from applications.data_cleaning.task import Task
-from applications.figures import png
-from applications.run import Row, Run
-from applications.stochastic_curves.plots import COLOURS, label_ends, style_of
-from applications.stochastic_curves.trace import Point
+from applications.frame.figures import COLOURS, label_ends, png, style_of
+from applications.frame.mini_batches import STOCHASTIC
+from applications.frame.run import Row, Run
+from applications.frame.trace import Point
 
 
 class Curve(TypedDict):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from applications.command import SolverKnobs, require, require_at_least_one
 from applications.data_cleaning.model import ModelName
+from applications.frame.command import SolverKnobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Config(SolverKnobs):
     setting: Literal["cleaning", "stochastic"] = "cleaning"
     """Implicit differentiation beside its baselines, or (one seed) the methods on mini-batches, error against time."""
     data: str = "digits"
-    """digits, mnist, or another data set of `applications.data.load`; a path to .npz or svmlight files."""
+    """digits, mnist, or another data set of `applications.frame.data.load`; a path to .npz or svmlight files."""
     data_root: Path | None = None
     """Folder of MNIST; by default $BILEVEL_DATA or ~/.cache/bilevel."""
     model: ModelName = "softmax"
@@ -49,6 +49,7 @@ class Config(SolverKnobs):
         require(0 <= self.noise < 1, f"--noise is {self.noise}: a part of the labels, from 0 to below 1.")
         require(0 < self.lr < math.inf, f"--lr is {self.lr}: a positive step size is needed.")
         require(0 < self.seconds < math.inf, f"--seconds is {self.seconds}: a positive time is needed.")
+        require(self.solver is None or self.setting == "cleaning", "--solver is of --setting cleaning.")
         softmax = self.setting == "cleaning" or self.model == "softmax"
         require(softmax, f"--model {self.model}: --setting stochastic is of softmax regression. Leave it out.")
         for name in ("ridge", "fit_ridge"):

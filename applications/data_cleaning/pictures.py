@@ -8,8 +8,8 @@ from torch import Tensor
 
 from applications.data_cleaning.scores import THRESHOLD
 from applications.data_cleaning.task import Task
-from applications.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, image_grid, png
-from applications.run import Row
+from applications.frame.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, image_grid, png
+from applications.frame.run import Row
 
 
 def found_wrong(task: Task, weights: Tensor, count: int = 60) -> bytes | None:

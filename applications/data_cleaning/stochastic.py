@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.benchmarks.solutions import BATCHES, STOCHASTIC
 from applications.data_cleaning.cleaning import Cleaning
 from applications.data_cleaning.model import SOLVER, Model, Params, mean_loss
 from applications.data_cleaning.scores import detection
 from applications.data_cleaning.task import Task
-from applications.stochastic_curves.methods import Batches
-from applications.stochastic_curves.trace import Point, trace
+from applications.frame.mini_batches import BATCHES, STOCHASTIC, Batches
+from applications.frame.trace import Point, trace
 
 INNER_FACTORS = (1.0, 4.0)
 """Of 1/L: the weights begin at 1/2, and a softmax seldom has its largest curvature."""

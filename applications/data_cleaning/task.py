@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from applications.data import Examples, mislabel, split
+from applications.frame.data import Examples, mislabel, split
 
 
 @dataclass(frozen=True)

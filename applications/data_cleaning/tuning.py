@@ -8,13 +8,13 @@ from typing import Any
 import optuna
 
 import bilevel as bl
-from applications import tune
-from applications.command import require
-from applications.data import load
 from applications.data_cleaning.cleaning import Cleaning
 from applications.data_cleaning.knobs import Config
 from applications.data_cleaning.model import Model
 from applications.data_cleaning.task import make_task
+from applications.frame import tune
+from applications.frame.command import require
+from applications.frame.data import load
 
 
 def tunable(knobs: Config) -> tune.Tunable:
@@ -23,7 +23,7 @@ def tunable(knobs: Config) -> tune.Tunable:
     Raises:
         UserError: bad data, or ``--setting stochastic``, which tunes each method by itself.
     """
-    require(knobs.setting == "cleaning", "tune and --solver are of --setting cleaning.")
+    require(knobs.setting == "cleaning", "tune is of --setting cleaning; the other one tunes its methods itself.")
     examples = load(knobs.data, knobs.data_root)
     make_task(examples, knobs.num_train, knobs.num_val, knobs.noise, knobs.seed)  # too few examples are told now
 

@@ -7,14 +7,14 @@ from typing import Literal
 
 from torch import Tensor
 
-from applications.command import main
 from applications.distillation import plots
 from applications.distillation.data import Parts, class_means, read, real_images
 from applications.distillation.distill import Distillation
 from applications.distillation.evaluate import by_adam, on_all_images, summary, test_accuracy
 from applications.distillation.knobs import Config, build, distillation
 from applications.distillation.tuning import tunable
-from applications.run import Row, Run
+from applications.frame.command import main
+from applications.frame.run import Row, Run
 
 LINEAR, FIXED, FRESH = "linear", "ConvNet, one initialisation", "ConvNet, any initialisation"
 """The three trainings of images."""

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications import data
-from applications.command import require
+from applications.frame import data
+from applications.frame.command import require
 
 HELD_OUT = 0.2
 """The part of the training images that curves and settings are judged on."""
@@ -42,7 +42,7 @@ def read(name: str, root: Path | None, images_per_class: int) -> Parts:
     """The parts of a data set; which image falls into which does not depend on the seed of the run.
 
     Raises:
-        UserError: as `applications.data.load`; the examples are no images; a class has too few of them.
+        UserError: as `applications.frame.data.load`; the examples are no images; a class has too few of them.
     """
     examples = data.load(name, root)
     require(

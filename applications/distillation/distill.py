@@ -15,7 +15,7 @@ import bilevel as bl
 from applications.distillation.data import Images, Parts
 from applications.distillation.inner import Inner
 from applications.distillation.networks import Params, accuracy, initial, outputs
-from applications.run import Row
+from applications.frame.run import Row
 
 FIRST_NETWORK = 1_000_000
 """Seeds from here on draw the networks of distillation; those below are for evaluation only."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from applications.command import SolverKnobs, require, require_at_least_one, require_positive
 from applications.distillation import data
 from applications.distillation.distill import Distillation, Schedule
 from applications.distillation.inner import CUT_OFF, Inner
 from applications.distillation.networks import ConvNet, Linear
+from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from applications.figures import BLUE, ORANGE, RIGHT, WRONG, plt, png, show_image
-from applications.run import Row
+from applications.frame.figures import BLUE, ORANGE, RIGHT, WRONG, plt, png, show_image
+from applications.frame.run import Row
 
 COLOURS = (BLUE, ORANGE, RIGHT, WRONG)
 

@@ -11,12 +11,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from applications import tune
-from applications.command import require
 from applications.distillation.data import read
 from applications.distillation.inner import CUT_OFF
 from applications.distillation.knobs import Config, build, distillation
 from applications.distillation.networks import initial, outputs
+from applications.frame import tune
+from applications.frame.command import require
 
 
 def tunable(config: Config) -> tune.Tunable:

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from applications.command import main
-from applications.data import Examples
 from applications.equilibrium import convergence, footprint, gradients, plots
 from applications.equilibrium.knobs import Config, Parts, create_network, parts_of, read
 from applications.equilibrium.methods import METHODS, Method
 from applications.equilibrium.network import Network
 from applications.equilibrium.train import Fitting, accuracy
 from applications.equilibrium.tuning import tunable
-from applications.run import Row, Run
+from applications.frame.command import main
+from applications.frame.data import Examples
+from applications.frame.run import Row, Run
 
 LOOKED_AT = 64
 """Examples on which gradients are compared."""

@@ -10,7 +10,7 @@ from torch import Tensor
 import bilevel as bl
 from applications.equilibrium.methods import equilibrium
 from applications.equilibrium.network import Network
-from applications.run import Row
+from applications.frame.run import Row
 
 COUNTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 22, 26, 30, 35, 40, 50, 60)
 """Iterations at which the residual is looked at."""

@@ -10,11 +10,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from applications import memory
-from applications.device import select_device
 from applications.equilibrium.knobs import Config, create_network, parts_of, read
 from applications.equilibrium.methods import equilibrium, iterate
-from applications.run import Row
+from applications.frame import memory
+from applications.frame.device import select_device
+from applications.frame.run import Row
 
 EXAMPLES = 300
 """In the step that is measured: enough that its tensors stand out of what Python itself allocates."""

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import bilevel as bl
 from applications.equilibrium.methods import equilibrium, iterate
 from applications.equilibrium.network import Network
-from applications.run import Row
+from applications.frame.run import Row
 
 EXACT = bl.Anderson(max_steps=5000, tol=1e-12)
 COUNTS = (1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50)

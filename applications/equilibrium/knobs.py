@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from applications.command import SolverKnobs, require, require_at_least_one, require_positive
-from applications.data import Examples, load, split
-from applications.device import select_device
 from applications.equilibrium.network import Convolutional, Dense, Network
-from applications.errors import UserError
+from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
+from applications.frame.data import Examples, load, split
+from applications.frame.device import select_device
+from applications.frame.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from applications.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, png, smooth
+from applications.frame.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, png, smooth
 
 COLOURS = (BLUE, RIGHT, ORANGE, GREY)
 """Of the methods, in their order."""

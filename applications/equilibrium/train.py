@@ -13,7 +13,7 @@ import bilevel as bl
 from applications.equilibrium.knobs import Config, Parts
 from applications.equilibrium.methods import Method, hidden
 from applications.equilibrium.network import Network
-from applications.run import Row
+from applications.frame.run import Row
 
 
 class Fitting:

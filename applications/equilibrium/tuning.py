@@ -11,10 +11,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from applications import tune
 from applications.equilibrium.knobs import Config, create_network, parts_of, read
 from applications.equilibrium.methods import ADJOINT_STEPS, hidden
 from applications.equilibrium.train import Fitting
+from applications.frame import tune
 
 
 def tunable(config: Config) -> tune.Tunable:

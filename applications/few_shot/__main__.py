@@ -1,105 +1,76 @@
-"""``python -m applications.few_shot [train | evaluate | benchmark]``."""
+"""``python -m applications.few_shot``: few-shot classification by implicit MAML and its relatives."""
 
 from __future__ import annotations
 
-import dataclasses
+import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
-import tyro
-
-from applications import ranks, tune
-from applications.errors import UserError, exit_code
-from applications.few_shot import benchmark, train
+import bilevel as bl
+from applications.few_shot import benchmark, plots, train
 from applications.few_shot.config import PRESETS, Config
+from applications.few_shot.train import Session
 from applications.few_shot.tuning import tunable
-from applications.run_folder import RunFolder
+from applications.frame import command
+from applications.frame.command import Subcommand, parse, require
+from applications.frame.run import SOLVER, Run, restore, slug
+from applications.frame.run_folder import RunFolder
+from applications.frame.tune import read_settings
 
-USAGE = """\
-Few-shot classification by implicit MAML and its relatives.
-
-  python -m applications.few_shot [train] [--preset NAME] [options]   train, then evaluate (the default)
-  python -m applications.few_shot train --resume RUN                  go on with an interrupted run
-  python -m applications.few_shot evaluate RUN [options]              held-out accuracy of a finished run
-  python -m applications.few_shot benchmark [options]                 memory and time against inner steps
-  python -m applications.few_shot tune [options]                      an Optuna study over the solver settings
-
-Each takes --help. Presets: {presets}.
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a run lives and what it starts from."""
-
-    preset: str = "default"
-    """Settings to start from; the other options change them."""
-    out: Path | None = None
-    """Run folder; by default a new one under runs/few_shot."""
-    resume: Path | None = None
-    """Go on with this run folder, with its settings."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainOptions(Config, Place):
-    """Train, then evaluate. The defaults are those of the preset, or of the run that is resumed."""
+NAME = "few_shot"
+TRAINING = "meta-training"
+"""The part of the run whose checkpoint is the network."""
 
 
 def main(arguments: list[str]) -> int:
-    """Run a subcommand; the exit code is 2 for bad input, which is told in one message."""
-    commands = {"train": run_train, "evaluate": run_evaluate, "benchmark": benchmark.main, "tune": run_tune}
-    if arguments[:1] and arguments[0] in ("-h", "--help"):
-        print(USAGE.format(presets=", ".join(PRESETS)))
-        return 0
-    name, rest = (arguments[0], arguments[1:]) if arguments[:1] and arguments[0] in commands else ("train", arguments)
-    return exit_code(lambda: commands[name](rest))
+    """Run the command; ``train`` may be said, and is what it does."""
+    rest = arguments[1:] if arguments[:1] == ["train"] else arguments
+    return command.main(NAME, rest, Config, story, tunable, PRESETS, SUBCOMMANDS)
 
 
-def run_train(arguments: list[str]) -> int:
-    """The default subcommand."""
-    place, _ = tyro.cli(Place, args=arguments, return_unknown_args=True, add_help=False)
-    if place.preset not in PRESETS:
-        raise UserError(f"There is no preset {place.preset!r}. There are {', '.join(PRESETS)}.")
-    start, folder = PRESETS[place.preset], None
-    if place.resume is not None:
-        folder = RunFolder.open(place.resume)
-        start = Config.from_json(folder.read_json("config.json"))
-    config = parse(arguments, TrainOptions, {**vars(start), **vars(place)}, "train")
-    if folder is not None:
-        return train.run(config, folder, resume=True)
-    path = place.out or train.default_folder(config)
-    if ranks.restarted():  # a rank died: all go on from the last checkpoint, or begin again where there is none
-        return train.run(config, RunFolder(path), resume=(path / "checkpoint.pt").exists())
-    return train.run(config, RunFolder.new(path) if ranks.leads() else RunFolder(path), resume=False)
+def story(config: Config, run: Run) -> None:
+    """Train, draw how it went, and evaluate on held-out tasks."""
+    ranks = bl.distributed.world_size()
+    require(config.tasks >= ranks, f"--tasks is {config.tasks} for {ranks} ranks: each needs a task. Start fewer.")
+    session = Session.create(config, run.settings)
+    title, many = train.describe(config), f", {ranks} ranks" if ranks > 1 else ""
+    run.say(f"{title}: {config.tasks} tasks a step on {session.device}{many}; run folder {run.folder.path}")
+    show = ("loss", "accuracy")
+    run.train(TRAINING, session, show, lambda: train.validation(session), config.validate_every)
+    if run.leads:
+        run.picture("learning_curve.png", plots.learning_curve(run.metrics(TRAINING), title))
+        train.report(session, run, run.part("evaluation", lambda: train.evaluation(session)))
 
 
-def run_evaluate(arguments: list[str]) -> int:
-    """Held-out accuracy of the run in a folder, with its settings or changed ones."""
-    if not arguments or arguments[0].startswith("-"):
-        print("usage: python -m applications.few_shot evaluate RUN [options of train, such as --eval-tasks 1000]")
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    folder = RunFolder.open(Path(arguments[0]))
-    start = Config.from_json(folder.read_json("config.json"))
-    config = parse(arguments[1:], Config, vars(start), "evaluate RUN")
-    session = train.Session.create(config)
-    session.restore(folder.load_checkpoint(session.device))
-    train.report(session, folder)
+def evaluate(arguments: list[str]) -> int:
+    """Held-out accuracy of a run's network, with its settings or changed ones, in a folder of its own in the run's."""
+    call = f"python -m applications.{NAME} evaluate"
+    if arguments[:1] in (["-h"], ["--help"]):
+        about = "Held-out accuracy of a run's network, by its settings or changed ones, kept below the run or in --out."
+        parse(Config, ["--help"], f"{call} RUN", about)
+    named = bool(arguments) and not arguments[0].startswith("-")
+    require(named, f"{call} needs the folder of a run as its first word.")
+    folder, changes = RunFolder.open(Path(arguments[0])), arguments[1:]
+    kept = Config.from_json(folder.read_json("config.json"))
+    config = parse(Config, changes, f"{call} RUN", start=kept)
+    same = config.preset == kept.preset and config.resume is None
+    require(same, "evaluate has no --preset and no --resume: give the settings that are to change by themselves.")
+    config.check()
+    solver = config.solver or folder.path / SOLVER
+    settings = read_settings(solver, config.solver_settings, NAME) if config.solver or solver.is_file() else {}
+    session = Session.create(config, settings)
+    restore(folder, TRAINING, session)
+    place = RunFolder(config.out or folder.path / "evaluations" / (slug(" ".join(changes)) or "as-trained"))
+    run = Run(place, config.to_json(), f"{call} {shlex.join(arguments)}")
+    run.settings = settings
+    train.report(session, run, train.evaluation(session))
     return 0
 
 
-def run_tune(arguments: list[str]) -> int:
-    """The study; options that are not its own are those of train."""
-    return tune.main("few_shot", arguments, lambda rest: tunable(parse(rest, Config, vars(Config()), "tune")))
-
-
-def parse(arguments: list[str], options: type[Config], start: dict[str, Any], command: str) -> Config:
-    """The configuration with the values ``start``, changed by the options."""
-    parsed = tyro.cli(
-        options, default=options(**start), args=arguments, prog=f"python -m applications.few_shot {command}"
-    )
-    return Config(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Config)})
-
+SUBCOMMANDS = {
+    "evaluate": Subcommand("RUN [options]", "held-out accuracy of a finished run", evaluate),
+    "benchmark": Subcommand("[options]", "memory and time of a meta-gradient against inner steps", benchmark.main),
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 import tyro
 
-from applications import memory
-from applications.errors import UserError
 from applications.few_shot import data, plots
 from applications.few_shot.config import Config, Method
 from applications.few_shot.methods import meta_step
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, set_up_device
-from applications.run_folder import RunFolder
+from applications.frame import memory
+from applications.frame.command import PLACE, require
+from applications.frame.errors import UserError
+from applications.frame.run_folder import RunFolder
 
 DEFAULTS = Config(inner_lr=0.01, queries=15, cg_steps=5, width=64, safeguard=False)
 
@@ -62,6 +63,9 @@ def main(arguments: list[str]) -> int:
     settings = tyro.cli(Benchmark, args=arguments, prog="python -m applications.few_shot benchmark")
     if not settings.inner_steps or min(settings.inner_steps) < 1 or settings.repeats < 1 or settings.tasks < 1:
         raise UserError("--inner-steps, --repeats and --tasks must be at least 1.")
+    given = [name for name in ("preset", *PLACE) if getattr(settings.config, name) != getattr(DEFAULTS, name)]
+    require(not given, f"benchmark has no --config.{' and no --config.'.join(given)}.")
+    settings.config.check()
     device = set_up_device(settings.config)
     data.load(settings.config.data, settings.config.data_root, split=settings.config.split)  # cached for the processes
     rows: list[Measurement] = []

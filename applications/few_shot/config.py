@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from applications.command import require_at_least_one
-from applications.errors import UserError
+from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
 
 Data = Literal["glyphs", "omniglot", "cifar-fs", "mini-imagenet"]
 Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile"]
 
 
 @dataclass(frozen=True)
-class Config:
-    """Every knob has a default that works; the defaults are sized for two CPU cores and five minutes."""
+class Config(SolverKnobs):
+    """Few-shot classification by implicit MAML and its relatives: train, then evaluate on held-out tasks.
 
+    Every knob has a default that works; the defaults are sized for two CPU cores and five minutes.
+    """
+
+    preset: str = "default"
+    """Settings to start from; the other options change them."""
+    threads: int | None = None
+    """Of PyTorch on a CPU, and tasks that are worked on side by side; None: all cores."""
     data: Data = "glyphs"
     """Data set: glyphs is built in, omniglot and cifar-fs are downloaded, mini-imagenet is a folder."""
     data_root: Path | None = None
@@ -65,9 +71,6 @@ class Config:
     hessian: Literal["graph", "func"] = "graph"
     """Hessian products over the retained graph (faster) or recomputed by torch.func."""
 
-    solver: Path | None = None
-    """File of solver settings, as `tune` writes it, in place of the knobs of adaptation and hypergradient above."""
-
     steps: int = 500
     """Meta-steps."""
     tasks: int = 16
@@ -78,13 +81,9 @@ class Config:
     """Schedule of that step size over the meta-steps."""
     minutes: float | None = None
     """Stop training after so many minutes; the schedule then follows the clock instead of the steps."""
-    seed: int = 0
-    """Seed of the network and of all episodes."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto takes the GPU where there is one."""
-    threads: int | None = None
-    """Tasks that are worked on side by side on a CPU; None: as many as PyTorch has threads."""
     chunk_size: int | None = None
     """Tasks in one tensor program; None: a few on a CPU, so that their tensors stay in the cache, all on a GPU."""
     capture: bool = False
@@ -100,44 +99,38 @@ class Config:
     """Steps of adaptation in evaluations, more than in training since nothing is differentiated; None: as there."""
     validate_every: int = 100
     """Meta-steps between validations (100 tasks of the validation classes); 0 for none."""
-    checkpoint_every: int = 100
-    """Meta-steps between checkpoints."""
 
-    def __post_init__(self) -> None:
-        counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "checkpoint_every", "width")
-        require_at_least_one(self, *counts, "eval_steps", "threads", "chunk_size")
-        for name in ("inner_lr", "strength", "lr"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive.")
-        if self.minutes is not None and not self.minutes > 0:
-            raise UserError(f"--minutes is {self.minutes}: it must be positive.")
-        if not 0 <= self.inner_momentum < 1:
-            raise UserError(f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
-        if self.cg_steps < 0 or self.validate_every < 0:
-            raise UserError("--cg-steps and --validate-every cannot be negative.")
-        if self.learn_strength != "no" and not self.method.startswith("imaml"):
-            raise UserError(f"--learn-strength needs an imaml method: {self.method} has no proximal term.")
-        if self.solver is not None and not self.method.startswith("imaml"):
-            raise UserError(f"--solver needs an imaml method: {self.method} has a hypergradient of its own.")
-        if self.capture and self.method == "imaml-hf":
-            raise UserError("--capture records a fixed number of steps: --method imaml-hf searches for its step sizes.")
-        if self.norm == "image" and self.width % 8:
-            raise UserError(f"--width is {self.width}: with --norm image it must be a multiple of 8.")
+    solver_settings = ("solver", "hypergrad", "strength")
+
+    def check(self) -> None:
+        counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "width", "eval_steps")
+        require_at_least_one(self, *counts, "chunk_size")
+        require_positive(self, "inner_lr", "strength", "lr")
+        require(self.minutes is None or self.minutes > 0, f"--minutes is {self.minutes}: it must be positive.")
+        require(0 <= self.inner_momentum < 1, f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
+        require(self.cg_steps >= 0 and self.validate_every >= 0, "--cg-steps and --validate-every cannot be negative.")
+        implicit = self.method.startswith("imaml")
+        require(
+            implicit or self.learn_strength == "no",
+            f"--learn-strength needs an imaml method: {self.method} has no proximal term.",
+        )
+        require(
+            implicit or self.solver is None,
+            f"--solver needs an imaml method: {self.method} has a hypergradient of its own.",
+        )
+        require(
+            not self.capture or self.method != "imaml-hf",
+            "--capture records a fixed number of steps: --method imaml-hf searches for its step sizes.",
+        )
+        require(
+            self.norm != "image" or self.width % 8 == 0,
+            f"--width is {self.width}: with --norm image it must be a multiple of 8.",
+        )
 
     @property
     def dtype(self) -> torch.dtype:
         """Of parameters and images; bf16 and tf32 are arithmetic on float32."""
         return torch.float64 if self.precision == "float64" else torch.float32
-
-    def to_json(self) -> dict[str, object]:
-        """Plain values for a JSON file."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_json(cls, values: dict[str, object]) -> Config:
-        """The inverse of `to_json`."""
-        paths = {name: Path(str(values[name])) for name in ("data_root", "solver") if values.get(name) is not None}
-        return cls(**{**values, **paths})  # type: ignore[arg-type]
 
 
 # Rajeswaran et al. 2019, section 4 and the command of the released code: 16 gradient steps (25 for 20-way), lambda 2,
@@ -159,24 +152,26 @@ PAPER = replace(
     lr=1e-3,
     queries=15,
     validate_every=500,
-    checkpoint_every=500,
 )
 
 PRESETS: dict[str, Config] = {
-    "default": Config(),
-    "omniglot-10-minutes": replace(Config(), data="omniglot", minutes=10.0, steps=100_000),
-    "paper-omniglot-5way-1shot": PAPER,
-    "paper-omniglot-5way-5shot": replace(PAPER, shots=5),
-    "paper-omniglot-20way-1shot": replace(PAPER, ways=20, inner_steps=25),
-    "paper-omniglot-20way-5shot": replace(PAPER, ways=20, shots=5, inner_steps=25),
-    "paper-miniimagenet-5way-1shot": replace(
-        PAPER,
-        data="mini-imagenet",
-        width=32,
-        halve="pool",
-        strength=0.5,
-        inner_steps=10,
-        steps=60_000,
-        tasks=4,
-    ),
+    name: replace(config, preset=name)
+    for name, config in {
+        "default": Config(),
+        "omniglot-10-minutes": replace(Config(), data="omniglot", minutes=10.0, steps=100_000),
+        "paper-omniglot-5way-1shot": PAPER,
+        "paper-omniglot-5way-5shot": replace(PAPER, shots=5),
+        "paper-omniglot-20way-1shot": replace(PAPER, ways=20, inner_steps=25),
+        "paper-omniglot-20way-5shot": replace(PAPER, ways=20, shots=5, inner_steps=25),
+        "paper-miniimagenet-5way-1shot": replace(
+            PAPER,
+            data="mini-imagenet",
+            width=32,
+            halve="pool",
+            strength=0.5,
+            inner_steps=10,
+            steps=60_000,
+            tasks=4,
+        ),
+    }.items()
 }

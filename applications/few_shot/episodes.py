@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.errors import UserError
 from applications.few_shot.data import ImageClasses
+from applications.frame.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bilevel as bl
-from applications.errors import UserError
+from applications.frame.errors import UserError
+from applications.frame.norm import ImageNorm, affine, pooled
 
 _num_support: ContextVar[int | None] = ContextVar("num_support", default=None)
 
@@ -45,7 +46,7 @@ class BatchStatNorm(nn.Module):
         if num_support is None:
             return bl.nn.batch_norm(x, self.weight, self.bias, pool=pool, statistics=statistics)
         variance, mean = _with_itself(x, num_support)
-        return _pooled(_affine((x - mean) * torch.rsqrt(variance + 1e-5), self.weight, self.bias), pool)
+        return pooled(affine((x - mean) * torch.rsqrt(variance + 1e-5), self.weight, self.bias), pool)
 
 
 def _with_itself(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -57,28 +58,6 @@ def _with_itself(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     spread = n * (variance + (mean - joint).square()) + own_variance + (own_mean - joint).square()
     shape = [*mean.shape[:-4], n, *mean.shape[-3:]]
     return torch.cat([variance.expand(shape), spread / (n + 1)], -4), torch.cat([mean.expand(shape), joint], -4)
-
-
-class ImageNorm(nn.Module):
-    """Normalise every image by its own statistics over groups of channels: inductive, no image sees another."""
-
-    def __init__(self, channels: int, groups: int = 8):
-        super().__init__()
-        self.groups = groups
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor, pool: int | None = None) -> Tensor:
-        """Normalise, then max-pool where asked for."""
-        normal = F.group_norm(x.flatten(0, -4), self.groups).unflatten(0, x.shape[:-3])
-        return _pooled(_affine(normal, self.weight, self.bias), pool)
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x * weight[..., None, :, None, None] + bias[..., None, :, None, None]
-
-
-def _pooled(x: Tensor, size: int | None) -> Tensor:
-    return x if size is None else F.max_pool2d(x.flatten(0, -4), size).unflatten(0, x.shape[:-3])
 
 
 NORMS = {"batch": BatchStatNorm, "image": ImageNorm}

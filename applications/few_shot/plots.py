@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from applications.figures import BLUE, ORANGE, RIGHT, WRONG, png, show_image, smooth
+from applications.frame.figures import BLUE, ORANGE, RIGHT, WRONG, png, show_image, smooth
 
 
 def learning_curve(records: list[dict[str, Any]], title: str) -> bytes:

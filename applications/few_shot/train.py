@@ -1,30 +1,25 @@
-"""Meta-training, from the knobs to the run folder; `meta_train` is the loop, one record a step."""
+"""Meta-training, and what it learned; `meta_train` is the loop, one record a step."""
 
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import bilevel as bl
-from applications import ranks
-from applications.device import select_device
-from applications.errors import UserError
 from applications.few_shot import data, evaluate, plots
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Sampler
 from applications.few_shot.methods import Learner, meta_step
 from applications.few_shot.models import build
-from applications.run_folder import Interruption, ReadOnly, RunFolder
-from applications.tune import read_settings
+from applications.frame.device import select_device
+from applications.frame.errors import UserError
+from applications.frame.run import Row, Run
 
 METHOD_NAMES = {
     "imaml": "implicit MAML",
@@ -40,7 +35,7 @@ MAX_SKIPPED = 20
 
 @dataclass
 class Session:
-    """What a run needs beside its configuration: the data, the learner, the meta-optimizer, and where it stands."""
+    """The data, the learner, the meta-optimizer, and where they stand; an `applications.frame.run.Training`."""
 
     config: Config
     splits: data.Splits
@@ -51,21 +46,27 @@ class Session:
     seconds: float = 0.0
     solution: bl.Solution | None = None
     """The last adaptation."""
-    interruption: Interruption | None = None
-    """Where a signal is noted."""
-    stop: bool = False
-    """Whether a signal came, to any rank: all stop after the same step."""
 
     @classmethod
     def create(cls, config: Config, chosen: Mapping[str, Any] | None = None) -> Session:
-        """At the start; ``chosen``: solver settings in place of those of the configuration and of its file."""
+        """At the start; ``chosen``: solver settings in place of those of the configuration."""
         device = set_up_device(config)
         splits = data.load(config.data, config.data_root, split=config.split)
-        learner = create_learner(config, splits.train, device, chosen or solver_settings(config))
+        learner = create_learner(config, splits.train, device, chosen)
         session = cls(config, splits, device, learner, torch.optim.Adam(learner.parameters(), config.lr))
         for stream in ("train", "validation", "test"):
             session.sampler(stream)  # what cannot be sampled is told before training, not after it
         return session
+
+    @property
+    def steps(self) -> int:
+        """Of the schedule, as many as there is time for where the clock ends it."""
+        steps, done = self.config.steps, progress(self)
+        return steps if done <= self.step / steps else max(self.step, math.ceil(self.step / done))
+
+    def records(self) -> Iterator[Row]:
+        """See `meta_train`."""
+        return meta_train(self)
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs; the episodes follow from the seed and the step."""
@@ -78,24 +79,14 @@ class Session:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`.
-
-        Raises:
-            UserError: the checkpoint is of another network.
-        """
-        try:
-            with torch.no_grad():
-                for name, param in self.learner.meta.items():
-                    param.copy_(state["meta"][name])
-                for name, value in self.learner.log_strength.items():
-                    value.copy_(state["log_strength"][name])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"The checkpoint does not fit these settings ({str(error).splitlines()[0]}): the network, its "
-                "width and the number of ways must be those of the run. Leave them out to take them from the run."
-            ) from error
+        """The inverse of `state`."""
+        with torch.no_grad():
+            for name, param in self.learner.meta.items():
+                param.copy_(state["meta"][name])
+            for name, value in self.learner.log_strength.items():
+                value.copy_(state["log_strength"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
 
     def sampler(self, stream: str) -> Sampler:
         """Episodes of the ``"train"``, ``"validation"`` or ``"test"`` classes."""
@@ -114,17 +105,6 @@ def set_up_device(config: Config) -> torch.device:
     exact = config.precision != "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
     return device
-
-
-def solver_settings(config: Config) -> dict[str, Any]:
-    """What the file of ``--solver`` holds.
-
-    Raises:
-        UserError: it cannot be read, or holds something else.
-    """
-    if config.solver is None:
-        return {}
-    return read_settings(config.solver, ("solver", "hypergrad", "strength"), "few_shot")
 
 
 def create_learner(
@@ -166,7 +146,7 @@ def meta_train(session: Session) -> Iterator[dict[str, Any]]:
                 f"No finite meta-gradient in {MAX_SKIPPED} steps, at step {session.step}: the adaptation diverges. "
                 "Lower --inner-lr or --lr, or raise --strength; the last checkpoint is from before."
             )
-        yield {"step": session.step, **record, "lr": lr, "seconds": round(session.seconds, 3)}
+        yield {"step": session.step, **record, "lr": lr}
 
 
 def progress(session: Session) -> float:
@@ -186,13 +166,12 @@ def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
     (share * outcome.objective).backward()
     session.solution = solution = outcome.solution
     means = [outcome.query_loss.item(), outcome.accuracy.item(), _mean(solution.stats["residual_norm"])]
-    sums = [float(session.interruption is not None and session.interruption.exit_code is not None)]
+    sums = []
     if solution.adjoint is not None:
         means.append(_mean(solution.adjoint.stats["relative_residual"]))
         sums.append(float((solution.adjoint.stats["result"] == bl.Result.NEGATIVE_CURVATURE).sum()))
     totals = bl.distributed.reduce_gradients(learner.parameters(), *(share * mean for mean in means), *sums)
-    (loss, accuracy, residual, *adjoint), (stop, *negative) = totals[: len(means)], totals[len(means) :]
-    session.stop = stop > 0
+    (loss, accuracy, residual, *adjoint), negative = totals[: len(means)], totals[len(means) :]
     gradients = [param.grad for param in learner.parameters() if param.grad is not None]
     size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])).item()
     finite = math.isfinite(size) and math.isfinite(loss)
@@ -217,101 +196,39 @@ def _mean(values: Tensor) -> float:
     return values.mean().item()
 
 
-def run(config: Config, folder: RunFolder, resume: bool) -> int:
-    """Train, evaluate, draw; the exit code is 0, or 128 + the signal that interrupted it."""
-    with ranks.process_group():
-        if config.tasks < bl.distributed.world_size():
-            raise UserError(
-                f"--tasks is {config.tasks} for {bl.distributed.world_size()} ranks: each needs a task. Start fewer."
-            )
-        if bl.distributed.rank() > 0:
-            folder = ReadOnly(folder.path)
-        return _run(config, folder, resume)
+def validation(session: Session, num_tasks: int = 100) -> Row:
+    """Percent on tasks of the validation classes, transductive where the network is."""
+    name, classify = next(iter(evaluate.settings(session.learner)))
+    found = evaluate.measure({name: classify}, session.sampler("validation"), num_tasks, progress=False)
+    return {"validation_accuracy": found[name].mean}
 
 
-def _run(config: Config, folder: RunFolder, resume: bool) -> int:
-    session, lead = Session.create(config), bl.distributed.rank() == 0
-    title = describe(config)
-    if resume:
-        session.restore(folder.load_checkpoint(session.device))
-        folder.rewind_metrics(session.step)
-    if config.solver is not None:  # the run is whole without the file
-        kept = folder.path / "solver.json"
-        bl.tuning.save(kept, solver_settings(config))
-        config = replace(config, solver=kept)
-    folder.begin(config.to_json())
-    many = f", {bl.distributed.world_size()} ranks" if bl.distributed.world_size() > 1 else ""
-    say(f"{title}: {config.tasks} tasks a step on {session.device}{many}; run folder {folder.path}")
-    with Interruption() as interruption:
-        session.interruption = interruption
-        _train(session, folder)
-    folder.write_bytes("learning_curve.png", plots.learning_curve(folder.metrics(), title))
-    if session.stop:
-        say(f"Interrupted after step {session.step}; everything is saved. Go on with: --resume {folder.path}")
-        return interruption.exit_code or 128 + signal.SIGTERM
-    if lead:
-        report(session, folder)
-    return 0
-
-
-def _train(session: Session, folder: RunFolder) -> None:
-    """The loop with its metrics, validations, checkpoints and progress bar, which are those of the first rank."""
-    config, lead = session.config, bl.distributed.rank() == 0
-    validation = session.sampler("validation") if config.validate_every and lead else None
-    hide = None if lead else True
-    with tqdm(total=config.steps, initial=session.step, unit="step", disable=hide, dynamic_ncols=True) as bar:
-        for record in meta_train(session):
-            folder.append_metrics(record)
-            bar.total = max(session.step, round(session.step / progress(session)))  # the clock may end the run earlier
-            bar.update()
-            rate = config.tasks * bar.format_dict["rate"] if bar.format_dict["rate"] else 0
-            bar.set_postfix(loss=f"{record['loss']:.3f}", acc=f"{record['accuracy']:.3f}", tasks_s=f"{rate:.0f}")
-            if validation is not None and session.step % config.validate_every == 0:
-                name, classify = next(iter(evaluate.settings(session.learner)))
-                accuracy = evaluate.measure({name: classify}, validation, 100, progress=False)[name]
-                folder.append_metrics({"step": session.step, "validation_accuracy": accuracy.mean})
-                line = f"step {session.step}: loss {record['loss']:.3f}, validation {accuracy} ({name.split(':')[0]})"
-                tqdm.write(line)
-            if session.step % config.checkpoint_every == 0:
-                folder.save_checkpoint(session.state())
-            if session.stop:
-                break
-    folder.save_checkpoint(session.state())
-
-
-def report(session: Session, folder: RunFolder) -> None:
-    """Evaluate on held-out tasks beside the baselines; print, and write ``evaluation.json`` and a test episode."""
-    config, sampler = session.config, session.sampler("test")
+def evaluation(session: Session) -> dict[str, Row]:
+    """Accuracy on held-out tasks beside the baselines, by name."""
+    config = session.config
     method = METHOD_NAMES[config.method]
     untrained = create_learner(config, session.splits.train, session.device)
     classifiers = {f"{method}, {name}": classify for name, classify in evaluate.settings(session.learner)}
     first = next(iter(evaluate.settings(untrained)))
     classifiers |= {f"the same before training, {first[0].split(':')[0]}": first[1], **evaluate.BASELINES}
-    found = evaluate.measure(classifiers, sampler, config.eval_tasks, progress=True)
-    width = max(map(len, found))
-    say(f"\nAccuracy on {config.eval_tasks} held-out tasks, {describe(config)} (mean +- 95 % interval):")
-    for name, accuracy in found.items():
-        say(f"  {name:{width}}  {accuracy}")
-    folder.write_json("evaluation.json", {name: vars(accuracy) for name, accuracy in found.items()})
+    found = evaluate.measure(classifiers, session.sampler("test"), config.eval_tasks, progress=True)
+    return {name: vars(accuracy) for name, accuracy in found.items()}
+
+
+def report(session: Session, run: Run, found: dict[str, Row]) -> None:
+    """Print and keep what was found, ``evaluation.json`` too, and draw a test episode."""
+    config, sampler = session.config, session.sampler("test")
+    rows = [{"classifier": name, "accuracy": str(evaluate.Accuracy(**row))} for name, row in found.items()]
+    title = f"Accuracy on {config.eval_tasks} held-out tasks, {describe(config)}"
+    run.table(f"{title} (mean +- 95 % interval)", rows)
+    run.folder.write_json("evaluation.json", found)
     episodes = sampler.episodes(1, config.eval_tasks)
     name, classify = next(iter(evaluate.settings(session.learner)))
     title = f"A test episode of {config.data}, {name}"
     predicted = classify(episodes)[0]
     picture = plots.episode(episodes.support_x[0], episodes.query_x[0], episodes.query_y[0], predicted, title)
-    folder.write_bytes("test_episode.png", picture)
-    say(f"Pictures and figures are in {folder.path}")
+    run.picture("test_episode.png", picture)
 
 
 def describe(config: Config) -> str:
     return f"{METHOD_NAMES[config.method]}, {config.data} {config.ways}-way {config.shots}-shot"
-
-
-def default_folder(config: Config) -> Path:
-    name = f"{config.data}-{config.ways}way-{config.shots}shot-{config.method}"
-    return Path("runs") / "few_shot" / f"{ranks.launch_name() or time.strftime('%Y%m%d-%H%M%S')}-{name}"
-
-
-def say(text: str) -> None:
-    """Print at once, also into a pipe; on the first rank alone."""
-    if bl.distributed.rank() == 0:
-        print(text, flush=True)

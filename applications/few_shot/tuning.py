@@ -8,11 +8,10 @@ from dataclasses import replace
 import optuna
 
 import bilevel as bl
-from applications.errors import UserError
-from applications.few_shot import evaluate
 from applications.few_shot.config import Config
-from applications.few_shot.train import Session, meta_train
-from applications.tune.tunable import Settings, Tunable
+from applications.few_shot.train import Session, validation
+from applications.frame.command import require
+from applications.frame.tune import UNENDING, Settings, Tunable
 
 LINEAR = ("CG", "MINRES", "Neumann", "Nystrom", "Identity")
 VALIDATION_TASKS = 60
@@ -24,11 +23,8 @@ def tunable(config: Config) -> Tunable:
     Raises:
         UserError: another method, or an outer step size that follows the number of steps.
     """
-    if config.method != "imaml":
-        raise UserError(f"tune searches the solvers of --method imaml, not of {config.method}.")
-    if config.solver is not None:
-        raise UserError("tune starts from the knobs: leave --solver out.")
-    config = replace(config, schedule="constant", steps=10**9, validate_every=0)
+    require(config.method == "imaml", f"tune searches the solvers of --method imaml, not of {config.method}.")
+    config = replace(config, schedule="constant", steps=UNENDING)
 
     def suggest(trial: optuna.trial.BaseTrial) -> Settings:
         # Newton's steps cost tens of gradients, so that a trial of equal seconds would make a handful of meta-steps.
@@ -43,7 +39,11 @@ def tunable(config: Config) -> Tunable:
 
     def train(settings: Settings, seed: int) -> Iterator[tuple[int, Callable[[], float], bl.Solution | None]]:
         session = Session.create(replace(config, seed=seed), settings)  # now: reading data is not training
-        return ((r["step"], lambda: validation_accuracy(session), session.solution) for r in meta_train(session))
+
+        def accuracy() -> float:
+            return float(validation(session, VALIDATION_TASKS)["validation_accuracy"])
+
+        return ((record["step"], accuracy, session.solution) for record in session.records())
 
     default = {
         "inner": "GradientDescent",
@@ -57,10 +57,3 @@ def tunable(config: Config) -> Tunable:
         "strength": config.strength,
     }
     return Tunable("validation accuracy (%)", "maximize", default, suggest, train, seconds=8.0, steps=20)
-
-
-def validation_accuracy(session: Session) -> float:
-    """Percent, on tasks of the validation classes, transductive where the network is."""
-    name, classify = next(iter(evaluate.settings(session.learner)))
-    sampler = session.sampler("validation")
-    return evaluate.measure({name: classify}, sampler, VALIDATION_TASKS, progress=False)[name].mean

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 import bilevel as bl
-from applications.command import main
+from applications.frame.command import main
+from applications.frame.run import Run
 from applications.learned_optimizer_settings import baselines, compare, plots
 from applications.learned_optimizer_settings.knobs import Config
 from applications.learned_optimizer_settings.learn import Learning, Method, ways
 from applications.learned_optimizer_settings.networks import Data, Networks
 from applications.learned_optimizer_settings.settings import Settings
 from applications.learned_optimizer_settings.tuning import tunable
-from applications.run import Run
 
 
 def story(knobs: Config, run: Run) -> None:

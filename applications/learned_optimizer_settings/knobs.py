@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from applications.command import SolverKnobs, require, require_at_least_one, require_positive
+from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
 from applications.learned_optimizer_settings.learn import MOST_POINTS
 
 
@@ -42,6 +42,8 @@ class Config(SolverKnobs):
     """Truncated hypergradients to compare with: steps that each one looks ahead."""
     fresh: int = 32
     """Networks, with starts and mini-batches of their own, on which all settings are compared at the end."""
+
+    solver_settings = ("hypergrad", "outer_lr")
 
     def check(self) -> None:
         """See `SolverKnobs`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.command import require
+from applications.frame.command import require
 from applications.learned_optimizer_settings.networks import Networks, seed_of
 from applications.learned_optimizer_settings.settings import Settings
 
@@ -85,7 +85,7 @@ class Learning:
         self.step = 0
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """See `applications.run.Training`."""
+        """See `applications.frame.run.Training`."""
         while self.step < self.steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.outer_lr * (1 + math.cos(math.pi * self.step / self.steps)) / 2
@@ -121,7 +121,7 @@ class Learning:
         return [first, first + self.steps_of_run - half]
 
     def state(self) -> dict[str, Any]:
-        """See `applications.run.Training`; the random numbers follow from the step."""
+        """See `applications.frame.run.Training`; the random numbers follow from the step."""
         log_lr, logit = (tensor.detach().clone() for tensor in self.settings.tensors)
         return {"step": self.step, "log_lr": log_lr, "logit": logit, "optimizer": self.optimizer.state_dict()}
 

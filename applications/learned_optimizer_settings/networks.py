@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from applications.data import Examples, load, split
+from applications.frame.data import Examples, load, split
 
 Params = dict[str, Tensor]
 

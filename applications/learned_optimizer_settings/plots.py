@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.ticker import LogLocator, NullLocator
 
-from applications.figures import BLUE, ORANGE, RIGHT, WRONG, png
+from applications.frame.figures import BLUE, ORANGE, RIGHT, WRONG, png
 
 COLOURS = {"start": "0.75", "constant": "0.45", "cosine": RIGHT, "TPE": WRONG, "learned": BLUE}
 WINDOWS = (ORANGE, "#f2b366", "#8f4e00", "#c9a37a")

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 
 import bilevel as bl
-from applications import tune
+from applications.frame import tune
 from applications.learned_optimizer_settings import baselines
 from applications.learned_optimizer_settings.knobs import Config
 from applications.learned_optimizer_settings.learn import EXACT, Learning, Method

@@ -7,8 +7,9 @@ import sys
 
 import torch
 
-from applications.command import main
-from applications.data import Examples
+from applications.frame.command import main
+from applications.frame.data import Examples
+from applications.frame.run import Row, Run
 from applications.regularization import augmentation, features, plots, weights
 from applications.regularization.augmentation import ROUNDS, Augmented, Draws
 from applications.regularization.features import FIRST_LOG_PENALTY, Regression
@@ -16,7 +17,6 @@ from applications.regularization.knobs import Config
 from applications.regularization.parts import read
 from applications.regularization.tuning import tunable
 from applications.regularization.weights import Network
-from applications.run import Row, Run
 
 
 def story(knobs: Config, run: Run) -> None:

@@ -14,9 +14,9 @@ from torch.func import functional_call
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
 import bilevel as bl
-from applications.data import Examples
+from applications.frame.data import Examples
+from applications.frame.run import Row
 from applications.regularization.search import Params, Search, accuracy
-from applications.run import Row
 
 Part = tuple[Tensor, Tensor]
 STRENGTHS = ("rotation", "shift", "scale", "noise")

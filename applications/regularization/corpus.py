@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import scipy.sparse
 
-from applications.data import Examples
+from applications.frame.data import Examples
 
 SUBJECTS = (
     "matplotlib.axes",

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from applications.data import Examples
+from applications.frame.data import Examples
+from applications.frame.run import Row
 from applications.regularization.search import Params, Search, accuracy
-from applications.run import Row
 
 Part = tuple[Tensor, Tensor]
 SETTINGS: dict[str, Any] = {

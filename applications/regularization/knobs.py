@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from applications.command import SolverKnobs, require, require_at_least_one
+from applications.frame.command import SolverKnobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Config(SolverKnobs):
     """Which of the three; all one after the other."""
     data: str = "embedded"
     """Documentation texts for features, scikit-learn's digits for the others; or digits, mnist, 20newsgroups (features
-    only), another name, or a file of examples (see applications/data)."""
+    only), another name, or a file of examples (see applications/frame/data)."""
     data_root: Path | None = None
     """The folder of the data sets; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
     train: int = 0

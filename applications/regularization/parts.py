@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from applications.data import Examples, load, split
-from applications.errors import UserError
+from applications.frame.data import Examples, load, split
+from applications.frame.errors import UserError
 from applications.regularization import corpus
 from applications.regularization.knobs import Config
 

@@ -8,8 +8,8 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from applications.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, image_grid, png
-from applications.run import Row
+from applications.frame.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, image_grid, png
+from applications.frame.run import Row
 
 
 def penalties(counts: Sequence[int], records: Sequence[Sequence[Row]], title: str) -> bytes:

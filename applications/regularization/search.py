@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.run import Row
+from applications.frame.run import Row
 
 Params = dict[str, Tensor]
 
 
 class Search:
-    """Adam along the hypergradient of the validation loss; a `applications.run.Training`.
+    """Adam along the hypergradient of the validation loss; a `applications.frame.run.Training`.
 
     Each step solves the inner problem from the last solution, measures there, and moves the hyperparameters. So the
     first record is that of the first hyperparameters.

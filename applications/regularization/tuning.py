@@ -9,8 +9,8 @@ from typing import Any
 import optuna
 
 import bilevel as bl
-from applications import tune
-from applications.data import Examples
+from applications.frame import tune
+from applications.frame.data import Examples
 from applications.regularization import augmentation, features, weights
 from applications.regularization.augmentation import Augmented
 from applications.regularization.features import Regression

@@ -11,8 +11,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
+from applications.frame.run import Row
 from applications.regularization.search import Params, Search, accuracy
-from applications.run import Row
 
 Part = tuple[Tensor, Tensor]
 Sharing = Literal["weight", "layer"]

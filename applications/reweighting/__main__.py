@@ -8,16 +8,16 @@ from functools import partial
 from statistics import mean, pstdev
 from typing import Any
 
-from applications.command import main
-from applications.data import Examples, load
-from applications.device import select_device
+from applications.frame.command import main
+from applications.frame.data import Examples, load
+from applications.frame.device import select_device
+from applications.frame.run import Row, Run
 from applications.reweighting.drawing import Drawn, Problem
 from applications.reweighting.knobs import Config, check_model, draw_for, training
 from applications.reweighting.measure import measure
 from applications.reweighting.pictures import class_bars, validation_curves, weight_functions
 from applications.reweighting.train import ClassifierTraining, Rule
 from applications.reweighting.tuning import tunable
-from applications.run import Row, Run
 
 
 def story(knobs: Config, run: Run) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from applications.data import Examples, mislabel
-from applications.errors import UserError
+from applications.frame.data import Examples, mislabel
+from applications.frame.errors import UserError
 
 Problem = Literal["long-tail", "noise"]
 

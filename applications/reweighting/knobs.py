@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from applications.command import SolverKnobs, require
-from applications.data import Examples
-from applications.device import select_device
+from applications.frame.command import SolverKnobs, require
+from applications.frame.data import Examples
+from applications.frame.device import select_device
 from applications.reweighting.drawing import Drawn, Problem, draw
 from applications.reweighting.networks import Mlp, ResNet32
 from applications.reweighting.train import ClassifierTraining, Rule, Settings
@@ -69,10 +69,14 @@ class Config(SolverKnobs):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 
+    solver_settings = ("hypergrad", "meta_lr")
+
     def check(self) -> None:
         """See `Knobs`."""
         for name in ("repeats", "meta_per_class", "validation_per_class", "test_per_class", "hidden", "steps", "batch"):
             require(getattr(self, name) >= 1, f"--{name.replace('_', '-')} is {getattr(self, name)}: at least 1.")
+        alone = self.solver is None or self.methods == ("unroll",)
+        require(alone, "--solver says which hypergradient: leave --methods out.")
         for name in ("lr", "meta_lr"):
             require(0 < getattr(self, name) < 10, f"--{name.replace('_', '-')} is {getattr(self, name)}: in (0, 10).")
         require(self.imbalance >= 1, f"--imbalance is {self.imbalance}: largest over smallest class, at least 1.")

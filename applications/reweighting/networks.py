@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bilevel as bl
-from applications.few_shot.models import ImageNorm
+from applications.frame.norm import ImageNorm
 
 Params = dict[str, Tensor]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 
-from applications.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, plt, png
+from applications.frame.figures import BLUE, GREY, ORANGE, PURPLE, RIGHT, WRONG, plt, png
 from applications.reweighting.measure import BINS, LARGEST_LOSS, loss_grid
 
 Row = dict[str, Any]
@@ -60,7 +60,7 @@ def class_bars(rows: dict[str, Row], sizes: list[int], orders: list[list[int]]) 
 def validation_curves(curves: Mapping[Any, dict[str, list[Row]]]) -> bytes:
     """Validation accuracy along the training, mean over the repeats: ``curves[problem][name]`` are its records."""
     figure, axes = plt.subplots(1, len(curves), figsize=(5.2 * len(curves), 5), squeeze=False, layout="constrained")
-    colours = {"unweighted": GREY, "focal loss": "#8d6cab", "class frequency": ORANGE, "meta set alone": RIGHT}
+    colours = {"unweighted": GREY, "focal loss": PURPLE, "class frequency": ORANGE, "meta set alone": RIGHT}
     lines: dict[str, Line2D] = {}
     for (problem, named), place in zip(curves.items(), axes[0], strict=True):
         late = []

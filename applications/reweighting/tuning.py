@@ -9,10 +9,10 @@ from typing import Any
 import optuna
 
 import bilevel as bl
-from applications import tune
-from applications.command import require
-from applications.data import load
-from applications.device import select_device
+from applications.frame import tune
+from applications.frame.command import require
+from applications.frame.data import load
+from applications.frame.device import select_device
 from applications.reweighting.knobs import Config, check_model, draw_for, training
 from applications.reweighting.weighting import DAMPING, METHODS, Method
 

@@ -10,8 +10,8 @@ from statistics import fmean, stdev
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from applications.command import main
-from applications.run import Row, Run
+from applications.frame.command import main
+from applications.frame.run import Row, Run
 from applications.search import plots
 from applications.search.comparison import Comparison
 from applications.search.contests import Contest, contests_of

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from sklearn.linear_model import Ridge
 
-from applications.data import split
-from applications.run import Row
+from applications.frame.data import split
+from applications.frame.run import Row
 from applications.search.contests import Contest
 from applications.search.estimator import BilevelSearchCV
 from applications.search.methods import METHODS, Task, held_out

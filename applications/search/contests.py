@@ -13,7 +13,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
-from applications.data import Examples, load, split
+from applications.frame.data import Examples, load, split
 from applications.search.feature_models import FeatureKernelRidge, FeatureLogistic, FeatureRidge
 from applications.search.knobs import Config
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from applications.command import SolverKnobs, require, require_at_least_one
+from applications.frame.command import SolverKnobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Config(SolverKnobs):
     """Splits into training and test examples, each with its own folds; the tables have the means."""
     candidates: int = 20
     """Of random search and of Optuna; the grids have up to 64."""
+
+    solver_settings = ("tol", "max_iter", "n_starts")
 
     def check(self) -> None:
         """See `SolverKnobs`."""

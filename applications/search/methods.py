@@ -22,7 +22,7 @@ from sklearn.model_selection import (
     cross_val_score,
 )
 
-from applications.errors import UserError
+from applications.frame.errors import UserError
 from applications.search.contests import Contest
 from applications.search.estimator import BilevelSearchCV
 

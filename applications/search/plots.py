@@ -9,8 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from applications.figures import BLUE, GREY, ORANGE, RIGHT, png
-from applications.run import Row
+from applications.frame.figures import BLUE, GREY, ORANGE, RIGHT, png
+from applications.frame.run import Row
 from applications.search.contests import Contest
 
 COLOURS = {"grid": GREY, "random": RIGHT, "Optuna": ORANGE, "hypergradient": BLUE}

@@ -10,7 +10,7 @@ import numpy as np
 import optuna
 from sklearn.exceptions import ConvergenceWarning
 
-from applications import tune
+from applications.frame import tune
 from applications.search.comparison import parts_of
 from applications.search.contests import Contest, contests_of
 from applications.search.estimator import BilevelSearchCV, Evaluation

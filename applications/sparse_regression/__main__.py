@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from applications.command import main
-from applications.run import Run, slug
+from applications.frame.command import main
+from applications.frame.run import Run, slug
 from applications.sparse_regression import plots
 from applications.sparse_regression.compare import Comparison, compare, means
 from applications.sparse_regression.knobs import Config, study

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.run import Row, Run
+from applications.frame.figures import OURS
+from applications.frame.run import Row, Run
 from applications.sparse_regression import models
 from applications.sparse_regression.criterion import Criterion
 from applications.sparse_regression.data import Study
@@ -20,9 +21,9 @@ from applications.sparse_regression.penalties import Penalty
 
 GRID, COARSE = "LassoCV, 100 penalties", "LassoCV, 10 penalties"
 ADAPTIVE = "adaptive lasso, 2 x 100 penalties"
-LASSO, NET = "ours: lasso", "ours: elastic net"
-BLOCKS, BLOCKS_PULLED = "ours: one a block", "ours: one a block, pulled"
-FEATURES, FEATURES_PULLED = "ours: one a feature", "ours: one a feature, pulled"
+LASSO, NET = f"{OURS}: lasso", f"{OURS}: elastic net"
+BLOCKS, BLOCKS_PULLED = f"{OURS}: one a block", f"{OURS}: one a block, pulled"
+FEATURES, FEATURES_PULLED = f"{OURS}: one a feature", f"{OURS}: one a feature, pulled"
 
 
 @dataclass

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.linalg import toeplitz
 
-from applications.data import load, split
-from applications.errors import UserError
+from applications.frame.data import load, split
+from applications.frame.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def draw(name: str, seed: int, test_size: float, noise_features: int, block_size
 
     Args:
         name: ``"diabetes"`` (Efron et al. 2004: ten measurements, their squares and products, 64 in all),
-            ``"synthetic"``, ``"sparse-ho"``, or a file that `applications.data.load` takes.
+            ``"synthetic"``, ``"sparse-ho"``, or a file that `applications.frame.data.load` takes.
         test_size: part of real data that is kept for the test.
         noise_features: columns of noise that are appended to real data.
         block_size: consecutive features of the synthetic data and of files that share a block.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from applications.command import SolverKnobs, require, require_at_least_one
+from applications.frame.command import SolverKnobs, require, require_at_least_one
 from applications.sparse_regression.data import Study, draw
 
 
@@ -26,6 +26,8 @@ class Config(SolverKnobs):
     """Columns of pure noise that are appended to real data: good penalties do not select them."""
     block_size: int = 20
     """Consecutive features that share a block, in the synthetic data and in files."""
+
+    solver_settings = ("hypergrad",)
 
     def check(self) -> None:
         require(len(self.data) > 0, "--data names no data set: give diabetes, synthetic, sparse-ho or a file.")

@@ -11,7 +11,7 @@ from sklearn.linear_model import ElasticNetCV, LassoCV, LinearRegression
 from sklearn.metrics import f1_score, r2_score
 from torch import Tensor
 
-from applications.run import Row
+from applications.frame.run import Row
 from applications.sparse_regression.criterion import Criterion
 from applications.sparse_regression.data import Study
 from applications.sparse_regression.descent import Descent, run

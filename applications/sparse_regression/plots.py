@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from applications.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, plt, png
-from applications.run import Row
+from applications.frame.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, plt, png
+from applications.frame.run import Row
 from applications.sparse_regression import models
 from applications.sparse_regression.compare import (
     BLOCKS,

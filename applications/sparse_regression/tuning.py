@@ -10,7 +10,7 @@ import optuna
 import torch
 
 import bilevel as bl
-from applications import tune
+from applications.frame import tune
 from applications.sparse_regression.criterion import Criterion
 from applications.sparse_regression.descent import Descent
 from applications.sparse_regression.folds import Folds

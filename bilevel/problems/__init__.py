@@ -1,13 +1,15 @@
 """Bilevel problems whose solution and hypergradient are known exactly: the truth that methods are held to.
 
 Each has ``kind``, ``init``, ``hparams``, ``inner(params, hparams)``, ``outer(params, hparams)``, and the exact
-``solution`` and ``hypergradient`` at given hyperparameters, by dense linear algebra in the problem's own dtype.
+``solution`` and ``hypergradient`` at given hyperparameters, by dense linear algebra in the problem's own dtype. Those
+of `finite_sums` are for mini-batches.
 """
 
 from __future__ import annotations
 
 import torch
 
+from . import finite_sums
 from .base import BilevelTestProblem, ClosedFormProblem, NewtonProblem
 from .constrained import LassoPath, Portfolio
 from .logistic import Logistic
@@ -31,6 +33,7 @@ __all__ = [
     "Singular",
     "WeightedRidge",
     "collection",
+    "finite_sums",
 ]
 
 

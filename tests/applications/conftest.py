@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -13,18 +14,31 @@ import numpy as np
 import pytest
 import torch
 
-from tests.few_shot.conftest import glyph_root, real_data_root
-
 ROOT = Path(__file__).parents[2]
-__all__ = ["glyph_root"]  # the fixture is shared
+
+
+def real_data(name: str, path: str) -> Path:
+    """The folder of real data sets, where a file of this one lies below it; else the test is skipped."""
+    root = Path(os.environ.get("BILEVEL_DATA", ROOT.parent / "shared" / "data"))
+    if not (root / path).exists():
+        pytest.skip(f"real {name} is not at {root}; set BILEVEL_DATA to its folder")
+    return root
 
 
 @pytest.fixture(scope="session")
 def mnist_root() -> Path:
-    root = real_data_root()
-    if not (root / "MNIST" / "raw").is_dir():
-        pytest.skip(f"real MNIST is not at {root}; set BILEVEL_DATA to its folder")
-    return root
+    return real_data("MNIST", "MNIST/raw")
+
+
+@pytest.fixture(scope="session")
+def omniglot_root() -> Path:
+    return real_data("Omniglot", "omniglot/omniglot28.npz")
+
+
+@pytest.fixture(scope="session")
+def glyph_root(tmp_path_factory) -> Path:
+    """One cache of the built-in data set for all tests."""
+    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture
@@ -73,6 +87,28 @@ def bad_files(tmp_path) -> dict[str, Path]:
     paths["damaged"].write_bytes(paths["nan"].read_bytes()[:200])
     paths["missing"] = tmp_path / "nowhere.npz"
     return paths
+
+
+@pytest.fixture(params=["nan", "range", "empty", "halves", "shapes", "sparse", "damaged", "missing"])
+def bad_file(request, bad_files) -> Path:
+    """Each of them."""
+    return bad_files[request.param]
+
+
+@pytest.fixture
+def refused(tmp_path, capsys) -> Callable[..., str]:
+    """Bad input of a command: exit code 2, nothing written, and the one message that it is told in."""
+
+    def run(command: Callable[..., int], *arguments: object) -> str:
+        capsys.readouterr()
+        assert command(*map(str, arguments), "--out", str(tmp_path / "run")) == 2
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert "Traceback" not in message
+        assert not (tmp_path / "run").exists()
+        return message
+
+    return run
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,6 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import bilevel as bl
-from applications.benchmarks.solutions import STOCHASTIC
-from applications.command import main
-from applications.data import Examples, load
 from applications.data_cleaning import curves, stochastic
 from applications.data_cleaning.__main__ import Config, story
 from applications.data_cleaning.cleaning import Cleaning
@@ -24,7 +21,10 @@ from applications.data_cleaning.model import Model
 from applications.data_cleaning.scores import agreement, detection, kept
 from applications.data_cleaning.stochastic import Judge, MiniBatches
 from applications.data_cleaning.task import Labelled, Task, make_task
-from applications.run_folder import RunFolder
+from applications.frame.command import main
+from applications.frame.data import Examples, load
+from applications.frame.mini_batches import STOCHASTIC
+from applications.frame.run_folder import RunFolder
 
 
 def clean(*arguments: str) -> int:
@@ -217,17 +217,12 @@ def test_a_network_is_cleaned_too(tmp_path):
         (("--data", "mnist", "--data-root", "nowhere"), "MNIST is not in"),
     ],
 )
-def test_bad_options_are_told_and_nothing_is_written(arguments, message, tmp_path, capsys):
-    assert clean(*arguments, "--out", str(tmp_path / "run")) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_bad_options_are_told_and_nothing_is_written(arguments, message, refused):
+    assert message in refused(clean, *arguments)
 
 
-@pytest.mark.parametrize("name", ["nan", "range", "empty", "halves", "shapes", "sparse", "damaged", "missing"])
-def test_bad_files_are_told_and_nothing_is_written(bad_files, name, tmp_path, capsys):
-    assert clean("--data", str(bad_files[name]), "--out", str(tmp_path / "run")) == 2
-    assert str(bad_files[name]) in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_bad_files_are_told_and_nothing_is_written(bad_file, refused):
+    assert str(bad_file) in refused(clean, "--data", bad_file)
 
 
 def test_batches_average_to_the_losses_of_the_other_setting(task):

@@ -12,7 +12,6 @@ import torch
 from torch.nn.functional import cross_entropy, one_hot
 
 import bilevel as bl
-from applications.command import main
 from applications.distillation import __main__ as application
 from applications.distillation import evaluate
 from applications.distillation.data import HELD_OUT, class_means, labels, read, real_images
@@ -20,8 +19,9 @@ from applications.distillation.distill import FIRST_NETWORK, Distillation, Sched
 from applications.distillation.inner import CUT_OFF, Inner
 from applications.distillation.knobs import Config
 from applications.distillation.networks import ConvNet, Linear, accuracy, initial, outputs
-from applications.run import Run
-from applications.run_folder import RunFolder
+from applications.frame.command import main
+from applications.frame.run import Run
+from applications.frame.run_folder import RunFolder
 
 SHAPE = (1, 4, 4)
 
@@ -139,18 +139,16 @@ def test_parts_and_sets_of_images():
         (["--seed", "-1"], "--seed is -1"),
     ],
 )
-def test_bad_input(tmp_path, capsys, arguments, message):
-    assert command(*arguments, "--out", str(tmp_path / "run")) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_bad_input(refused, arguments, message):
+    assert message in refused(command, *arguments)
 
 
-def test_bad_files(tmp_path, bad_files, capsys):
-    for path in bad_files.values():
-        assert command("--data", str(path), "--out", str(tmp_path / "run")) == 2
-    assert command("--data", "mnist", "--data-root", str(tmp_path), "--out", str(tmp_path / "run")) == 2
-    assert "MNIST is not in" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_bad_files(bad_file, refused):
+    refused(command, "--data", bad_file)
+
+
+def test_missing_files(tmp_path, refused):
+    assert "MNIST is not in" in refused(command, "--data", "mnist", "--data-root", tmp_path)
 
 
 SMALL = "--steps 3 --l2 0.3 --convnet-steps 4 --width 4 --batch 32 --repeats 2 --full-steps 3".split()  # noqa: SIM905

@@ -12,7 +12,6 @@ import torch
 from torch.nn.functional import conv2d, cross_entropy
 
 import bilevel as bl
-from applications.command import main
 from applications.equilibrium import convergence, footprint, gradients
 from applications.equilibrium.__main__ import story
 from applications.equilibrium.convergence import iterations_needed
@@ -20,8 +19,9 @@ from applications.equilibrium.knobs import Config, create_network, parts_of, rea
 from applications.equilibrium.methods import METHODS, hidden
 from applications.equilibrium.network import Convolutional, Dense
 from applications.equilibrium.train import Fitting
-from applications.run_folder import RunFolder
-from tests.runs import comparable
+from applications.frame.command import main
+from applications.frame.run_folder import RunFolder
+from tests.applications.runs import comparable
 
 
 def dense(width=6, contraction=0.8, scale=3.0):
@@ -208,11 +208,8 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypa
     assert without_times(tmp_path / "halves") == without_times(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["nan", "range", "empty", "halves", "shapes", "sparse", "damaged", "missing"])
-def test_bad_files_end_with_2_and_write_nothing(name, bad_files, tmp_path, capsys):
-    assert command("--data", str(bad_files[name]), "--out", str(tmp_path / "run")) == 2
-    assert "error:" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_bad_files_end_with_2_and_write_nothing(bad_file, refused):
+    refused(command, "--data", bad_file)
 
 
 @pytest.mark.parametrize(
@@ -229,10 +226,8 @@ def test_bad_files_end_with_2_and_write_nothing(name, bad_files, tmp_path, capsy
         (("--data", "mnist", "--data-root", "/nowhere"), "MNIST is not in /nowhere"),
     ],
 )
-def test_bad_knobs_end_with_2_and_write_nothing(arguments, message, tmp_path, capsys):
-    assert command(*arguments, "--out", str(tmp_path / "run")) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_bad_knobs_end_with_2_and_write_nothing(arguments, message, refused):
+    assert message in refused(command, *arguments)
 
 
 def test_mnist_keeps_its_test_images_and_is_learned(mnist_root):

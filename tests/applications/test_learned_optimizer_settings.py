@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import bilevel as bl
-from applications.command import main
+from applications.frame.command import main
+from applications.frame.run_folder import RunFolder
 from applications.learned_optimizer_settings import baselines, compare, learn
 from applications.learned_optimizer_settings.__main__ import Config, history, story
 from applications.learned_optimizer_settings.learn import EXACT, Learning, end_of_run
 from applications.learned_optimizer_settings.networks import Data, Networks, losses, train
 from applications.learned_optimizer_settings.settings import Settings
 from applications.learned_optimizer_settings.tuning import tunable
-from applications.run_folder import RunFolder
-from tests.runs import comparable
+from tests.applications.runs import comparable
 
 STEPS = 8
 TINY = ["--data", "iris", "--steps", "6", "--hidden", "4", "--outer-steps", "6", "--networks", "2", "--points", "3"]
@@ -245,11 +245,9 @@ def test_a_short_horizon_is_judged_by_whole_runs():
         ('{"solver": 1}', "'hypergrad', 'outer_lr' are expected"),
     ],
 )
-def test_bad_solver_settings_end_with_2(content, message, tmp_path, capsys):
+def test_bad_solver_settings_end_with_2(content, message, tmp_path, refused):
     (tmp_path / "bad.json").write_text(content)
-    assert command(*TINY, "--solver", str(tmp_path / "bad.json"), "--out", str(tmp_path / "run")) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert message in refused(command, *TINY, "--solver", tmp_path / "bad.json")
 
 
 @pytest.mark.parametrize(
@@ -267,17 +265,12 @@ def test_bad_solver_settings_end_with_2(content, message, tmp_path, capsys):
         (["--data", "mnist", "--data-root", "."], "MNIST is not in"),
     ],
 )
-def test_bad_settings_end_with_2_and_write_nothing(arguments, message, tmp_path, capsys):
-    assert command(*arguments, "--out", str(tmp_path / "run")) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+def test_bad_settings_end_with_2_and_write_nothing(arguments, message, refused):
+    assert message in refused(command, *arguments)
 
 
-@pytest.mark.parametrize("name", ["nan", "range", "empty", "halves", "shapes", "sparse", "damaged", "missing"])
-def test_bad_files_end_with_2_and_write_nothing(name, bad_files, tmp_path, capsys):
-    assert command("--data", str(bad_files[name]), "--out", str(tmp_path / "run")) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-    assert not (tmp_path / "run").exists()
+def test_bad_files_end_with_2_and_write_nothing(bad_file, refused):
+    refused(command, "--data", bad_file)
 
 
 def test_every_knob_is_in_the_help(capsys):

@@ -14,14 +14,14 @@ import scipy.sparse
 import torch
 
 import bilevel as bl
-from applications.command import main
-from applications.data import Examples, load, split
+from applications.frame.command import main
+from applications.frame.data import Examples, load, split
+from applications.frame.run_folder import RunFolder
 from applications.regularization import augmentation, corpus, features, weights
 from applications.regularization.__main__ import Config, read, story, tunable
 from applications.regularization.augmentation import STRENGTHS, Augmented, Draws, constant, transform
 from applications.regularization.features import Regression
 from applications.regularization.weights import Network, decay_shape
-from applications.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

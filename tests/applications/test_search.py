@@ -21,8 +21,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from applications.command import main
-from applications.data import Examples
+from applications.frame.command import main
+from applications.frame.data import Examples
 from applications.search import BilevelSearchCV, FeatureKernelRidge, FeatureLogistic, FeatureRidge, comparison, logistic
 from applications.search.__main__ import Config, story
 from applications.search.comparison import Comparison

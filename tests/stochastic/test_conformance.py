@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 from functools import cache
 
 import pytest
@@ -11,9 +10,7 @@ import torch
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from applications.stochastic_curves.methods import Batches, methods
-from applications.stochastic_curves.problems import Logistic, Quadratics, _quadratic
-from bilevel.stochastic import SABA
+from bilevel.problems.finite_sums import Logistic, Quadratics, _quadratic
 from bilevel.tree import Raveler
 from tests.stochastic.cases import CASES
 
@@ -56,66 +53,11 @@ def test_full_batch_steps_reach_the_exact_solution(name):
     assert method.num_steps == case.steps
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_mini_batches_come_near(name):
-    quadratics, batches, case = simulated(), Batches(256, 4), CASES[name]
-    method = methods(quadratics, 4)[name]
-    assert isinstance(method, case.method)
-    for _ in range(case.batch_steps):
-        batches.step(method)
-    assert quadratics.suboptimality(method._outer[0]) <= case.batch_bar
-
-
-# Long runs reach these: 1e-14 (variance-reduced), 1e-4 (noise), VRBO and the Neumann methods their bias of
-# 0.75^21 = 2e-3 in the adjoint; the bars leave a factor of about 5. BOME: see its case.
-LOGISTIC = {"SABA": (600, 1e-9), "SRBA": (600, 1e-9), "BOME": (200, 0.4), "VRBO": (60, 2e-2)}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_logistic_regression_with_a_penalty_for_each_feature(name):
-    problem, batches = logistic(), Batches(256, 4)
-    method = methods(problem, 4)[name]
-    steps, bar = LOGISTIC.get(name, (200, 1e-2))
-    for _ in range(steps):
-        batches.step(method)
-    assert problem.suboptimality(method._outer[0]) <= bar
-
-
 def test_logistic_solution_is_a_minimum():
     problem = logistic()
     x = problem.solution.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(problem.value(x), x)
     assert gradient.norm() < 1e-6  # the outer tolerance; it is 0.04 at the start
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_resume_is_bit_identical(name):
-    problem = Quadratics(size=6, outer_size=5, num_samples=32)
-    whole, first, second = (methods(problem, 4)[name] for _ in range(3))
-    batches = Batches(32, 4)
-    for _ in range(14):
-        batches.step(whole)
-
-    batches = Batches(32, 4)
-    for _ in range(6):
-        batches.step(first)
-    buffer = io.BytesIO()
-    torch.save(first.state_dict(), buffer)
-    kept = [leaf.detach().clone() for leaf in first._inner + first._outer]
-    for _ in range(3):  # what was saved must not follow
-        first.step() if not isinstance(first, SABA) else first.step(inner_index=0, outer_index=0)
-    buffer.seek(0)
-    second.load_state_dict(torch.load(buffer, weights_only=True))
-    assert all(torch.equal(a, b) for a, b in zip(second._inner + second._outer, kept, strict=True))
-    for _ in range(8):
-        batches.step(second)
-    assert second.num_steps == whole.num_steps == 14
-    for a, b in zip(second._inner + second._outer, whole._inner + whole._outer, strict=True):
-        assert torch.equal(a, b)
-    end, expected = second.state_dict(), whole.state_dict()
-    for part in ("vectors", "memory"):
-        assert end[part].keys() == expected[part].keys()
-        assert all(torch.equal(end[part][key], expected[part][key]) for key in expected[part])
 
 
 def network():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from applications.stochastic_curves.problems import Quadratics
+from bilevel.problems.finite_sums import Quadratics
 from bilevel.stochastic import (
     BOME,
     BSA,

@@ -6,7 +6,7 @@ from itertools import repeat
 import pytest
 import torch
 
-from applications.stochastic_curves.problems import Quadratics
+from bilevel.problems.finite_sums import Quadratics
 from bilevel.stochastic import SOBA, StocBiO
 from bilevel.stochastic.neumann import NeumannSum, NeumannTerm, Point, Sample
 

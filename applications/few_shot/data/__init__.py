@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from applications.data.files import data_root
-from applications.errors import UserError
 from applications.few_shot.data import cifar_fs, glyphs, mini_imagenet, omniglot
 from applications.few_shot.data.classes import ImageClasses, Splits, with_rotations
+from applications.frame.data.files import data_root
+from applications.frame.errors import UserError
 
 __all__ = ["NAMES", "ImageClasses", "Splits", "data_root", "load", "with_rotations"]
 

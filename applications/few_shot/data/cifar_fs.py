@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from applications.data.files import torchvision_datasets
-from applications.errors import UserError
 from applications.few_shot.data.classes import ImageClasses, Splits
+from applications.frame.data.files import torchvision_datasets
+from applications.frame.errors import UserError
 
 _TRAIN = """
     apple aquarium_fish bear bee bottle bowl boy bridge bus can castle caterpillar chair clock cloud

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from applications.data.files import read_npz
-from applications.errors import UserError
 from applications.few_shot.data.classes import ImageClasses, Splits
 from applications.few_shot.data.drawing import SIDE, Face, draw
+from applications.frame.data.files import read_npz
+from applications.frame.errors import UserError
 from bilevel import files
 
 SEED = 2024

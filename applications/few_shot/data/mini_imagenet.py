@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from applications.errors import UserError
 from applications.few_shot.data.classes import ImageClasses, Splits
+from applications.frame.errors import UserError
 from bilevel import files
 
 SIDE = 84

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from applications.data.files import read_npz, torchvision_datasets, unusable
-from applications.errors import UserError
 from applications.few_shot.data.classes import ImageClasses, Splits, with_rotations
+from applications.frame.data.files import read_npz, torchvision_datasets, unusable
+from applications.frame.errors import UserError
 from bilevel import files
 
 SEED = 0  # of both splits

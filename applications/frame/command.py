@@ -1,0 +1,284 @@
+"""The command line that the applications share: knobs, run folder, resuming, exit codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+import shlex
+import sys
+import time
+import typing
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import tyro
+from typing_extensions import Self
+
+import bilevel as bl
+from applications.frame import ranks, tune
+from applications.frame.errors import UserError, exit_code
+from applications.frame.run import SOLVER, Interrupted, Run
+from applications.frame.run_folder import RunFolder
+
+PLACE = ("out", "resume", "solver")
+"""What config.json does not hold; the settings of the solver's file are kept beside it."""
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """What every application has; a subclass adds its own, and checks them in `check`."""
+
+    out: Path | None = None
+    """Run folder; by default a new one under runs/."""
+    resume: Path | None = None
+    """Go on with this run folder, with its settings."""
+    seed: int = 0
+    """Of everything random."""
+    threads: int | None = 1
+    """Of PyTorch on a CPU; None: all cores. One is fastest for small data, and gives the same numbers everywhere."""
+
+    def check(self) -> None:
+        """Refuse what cannot be run, before anything is.
+
+        Raises:
+            UserError: naming the option.
+        """
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a JSON file, without the place of the run."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in PLACE}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_json`.
+
+        Raises:
+            UserError: the values are not those of this application.
+        """
+        hints = typing.get_type_hints(cls)
+        plain = {f.name for f in dataclasses.fields(cls)} - set(PLACE)
+        if set(values) != plain:
+            wrong = ", ".join(sorted(set(values) ^ plain))
+            raise UserError(f"The run's config.json is of another application or version: {wrong}. Start a new run.")
+
+        def typed(name: str, value: Any) -> Any:
+            if isinstance(value, list):
+                return tuple(value)
+            path = isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name]))
+            return Path(value) if path else value
+
+        return cls(**{name: typed(name, value) for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class SolverKnobs(Knobs):
+    """Those of an application whose solvers can be tuned.
+
+    Attributes:
+        solver_settings: the names of the settings that the file may have.
+    """
+
+    solver: Path | None = None
+    """File of solver settings, as `tune` writes it, in place of the application's own."""
+
+    solver_settings: ClassVar[Collection[str]] = ("solver", "hypergrad")
+
+
+K = TypeVar("K", bound=Knobs)
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """Another word after the application's name; what it takes and what it is about make a line of the help."""
+
+    takes: str
+    about: str
+    run: Callable[[list[str]], int]
+
+
+def main(
+    name: str,
+    arguments: list[str],
+    kind: type[K],
+    story: Callable[[K, Run], None],
+    tunable: Callable[[K], tune.Tunable] | None = None,
+    presets: Mapping[str, K] | None = None,
+    subcommands: Mapping[str, Subcommand] | None = None,
+) -> int:
+    """Parse the knobs, make or open the run folder, tell the story.
+
+    Args:
+        name: of the package under applications, such as ``"distillation"`` or ``"measurements.scaling"``.
+        kind: the knobs; its docstring is the help.
+        story: does the work through the `Run`; it reads its data before it writes anything.
+        tunable: what the subcommand ``tune`` searches with these knobs, `SolverKnobs` then; it reads its data when it
+            is called. The story finds the settings of ``--solver`` in the `Run`.
+        presets: knobs to start from, by what the knob ``preset`` says.
+
+    Returns:
+        0; 2 for bad input, which is told in one message; 128 and the number of the signal that interrupted it.
+    """
+    command = f"python -m applications.{name}"
+    word, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if tunable is not None and word == "tune":
+        return tune.main(
+            name, rest, lambda rest: tunable(_to_tune(parse(kind, rest, f"{command} tune", presets=presets)))
+        )
+    if subcommands is not None and word in subcommands:
+        return exit_code(lambda: subcommands[word].run(rest))
+    others = {f"{other} {one.takes}": one.about for other, one in (subcommands or {}).items()}
+    if tunable is not None:
+        others["tune [options]"] = "an Optuna study over its solver settings"
+    help = _help(kind, command, others)
+    call = f"{command} {shlex.join(arguments)}".strip()
+    return exit_code(lambda: _run(parse(kind, arguments, command, help, presets), story, call, name))
+
+
+def _help(kind: type[Knobs], command: str, others: Mapping[str, str]) -> str:
+    """What the command does, and a line for each of its other words."""
+    about = inspect.getdoc(kind) or ""
+    if not others:
+        return about
+    width = max(map(len, others))
+    lines = [f"  {command} {other:{width}}  {does}" for other, does in others.items()]
+    return "\n".join([f"{about}\n\nBeside it, each with --help:", *lines])
+
+
+def parse(
+    kind: type[K],
+    arguments: list[str],
+    command: str,
+    help: str | None = None,
+    presets: Mapping[str, K] | None = None,
+    start: K | None = None,
+) -> K:
+    """The knobs ``start``, or those of the preset that is asked for, changed by the options.
+
+    Raises:
+        UserError: there is no such preset.
+        SystemExit: ``--help``, or options that cannot be parsed.
+    """
+    if presets is not None and start is None:
+        asked, _ = tyro.cli(_Preset, args=arguments, return_unknown_args=True, add_help=False)
+        if asked.preset not in presets:
+            raise UserError(f"There is no preset {asked.preset!r}. There are {', '.join(presets)}.")
+        start = presets[asked.preset]
+        help = f"{help or inspect.getdoc(kind)}\n\nPresets: {', '.join(presets)}."
+    if start is None:
+        return tyro.cli(kind, args=arguments, prog=command, description=help)
+    return tyro.cli(kind, default=start, args=arguments, prog=command, description=help)
+
+
+@dataclass(frozen=True)
+class _Preset:
+    preset: str = "default"
+
+
+def _run(knobs: K, story: Callable[[K, Run], None], call: str, name: str) -> int:
+    solver: Path | None = getattr(knobs, "solver", None)
+    if knobs.resume is None:
+        folder = _new_folder(knobs, name)
+    else:
+        folder, knobs, solver = _resumed(knobs, knobs.resume, name)
+    _prepare(knobs)
+    with ranks.process_group():
+        run = Run(folder, knobs.to_json(), call)
+        if solver is not None and isinstance(knobs, SolverKnobs):
+            run.settings = tune.read_settings(solver, knobs.solver_settings, name)
+        try:
+            story(knobs, run)
+        except (Interrupted, KeyboardInterrupt) as interruption:
+            if run.leads:
+                saved = f"what was done is saved. Go on with: --resume {folder.path}"
+                print(f"\nInterrupted; {saved}", file=sys.stderr)
+            return interruption.exit_code if isinstance(interruption, Interrupted) else 130
+        run.say(f"\nFigures and pictures are in {folder.path}")
+    return 0
+
+
+def _new_folder(knobs: Knobs, name: str) -> RunFolder:
+    """That of a new run, which the first rank begins; after a rank had died, of the run that all go on with."""
+    path = knobs.out or Path("runs") / name.rpartition(".")[2] / (ranks.launch_name() or time.strftime("%Y%m%d-%H%M%S"))
+    folder = RunFolder(path)
+    if ranks.restarted() and (path / "config.json").is_file():
+        if folder.read_json("config.json") != json.loads(json.dumps(knobs.to_json())):
+            raise UserError(f"{path} holds a run with other settings. Take another --out.")
+        return folder
+    return RunFolder.new(path) if ranks.leads() else folder
+
+
+def _resumed(given: K, path: Path, name: str) -> tuple[RunFolder, K, Path | None]:
+    """The folder of the run, its knobs, and the file of its solver settings."""
+    folder = RunFolder.open(path)
+    knobs = type(given).from_json(folder.read_json("config.json"))
+    refuse_changes(given, knobs)
+    kept = folder.path / SOLVER if (folder.path / SOLVER).is_file() else None
+    if isinstance(given, SolverKnobs) and given.solver is not None:
+        settings = tune.read_settings(given.solver, given.solver_settings, name)
+        if kept is None or settings != bl.tuning.load(kept):
+            raise UserError("--solver has other settings than the run to resume. Leave it out, or start a new run.")
+    return folder, knobs, kept
+
+
+def _to_tune(knobs: K) -> K:
+    """Knobs of a study: what the search does not choose stays as they say."""
+    given = [option for option in ("resume", "solver") if getattr(knobs, option, None) is not None]
+    require(not given, f"tune has no --{' and no --'.join(given)}: the same command goes on, from the same settings.")
+    _prepare(knobs)
+    return knobs
+
+
+def _prepare(knobs: Knobs) -> None:
+    require_at_least_one(knobs, "threads")
+    knobs.check()
+    if knobs.threads is not None:
+        torch.set_num_threads(knobs.threads)
+
+
+def refuse_changes(given: Knobs, saved: Knobs) -> None:
+    """A resumed run keeps its settings: half a run of each would be neither."""
+    default, kept = type(given)().to_json(), saved.to_json()
+    for name, value in given.to_json().items():
+        if value not in (default[name], kept[name]):
+            raise UserError(
+                f"--{name.replace('_', '-')} is {value}, but the run to resume has {kept[name]}. "
+                "Leave it out, or start a new run with --out."
+            )
+
+
+def require_at_least_one(knobs: Any, *names: str) -> None:
+    """Options that count something; one that may be left out is None then.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in names:
+        value = getattr(knobs, name)
+        require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
+
+
+def require_positive(knobs: Any, *names: str) -> None:
+    """Options that are step sizes, tolerances and penalties: positive and finite.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in names:
+        value = getattr(knobs, name)
+        require(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}: a positive number is needed.")
+
+
+def require(condition: bool, message: str) -> None:
+    """For `Knobs.check`.
+
+    Raises:
+        UserError: the condition does not hold.
+    """
+    if not condition:
+        raise UserError(message)

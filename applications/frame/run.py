@@ -1,0 +1,238 @@
+"""One run of an application: trainings that resume exactly, parts that are computed once, tables and pictures."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from tqdm import tqdm
+
+import bilevel as bl
+from applications.frame import ranks
+from applications.frame.errors import UserError
+from applications.frame.run_folder import Interruption, ReadOnly, RunFolder
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+SOLVER = "solver.json"
+"""The settings of solvers that a run was given."""
+CHECKPOINT_SECONDS = 5.0
+"""Between checkpoints of a training; there is one at its end and at an interruption too."""
+
+
+class Training(Protocol):
+    """A loop that can be put back to where it stood; a generator method reads best."""
+
+    @property
+    def steps(self) -> int:
+        """All that it makes, as far as it is known where the training stands: the clock may end it earlier."""
+
+    def records(self) -> Iterator[Row]:
+        """From where it stands to its end: a step, then its plain numbers, with the ``"step"`` that is done, from 1."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers and strings in dicts and lists, all that decides the steps to come (random state too)."""
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The inverse of `state`."""
+
+
+class Interrupted(Exception):
+    """A signal ended a training; everything is saved. ``exit_code``: 128 and its number."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
+class Run:
+    """A run folder that is filled part by part; resumed, it does what is not in it yet.
+
+    Files: ``config.json``, ``metrics.jsonl`` (one record a step of each training), ``checkpoint-NAME.pt`` (one a
+    training), ``results.json`` (parts with their seconds, and tables), ``report.md`` (the tables), pictures.
+
+    Under torchrun all ranks go through the same story; the first one alone writes, prints and validates.
+
+    Attributes:
+        leads: whether this is the first rank.
+        settings: of solvers, in place of the application's own, by name; kept in `SOLVER`.
+    """
+
+    def __init__(self, folder: RunFolder, config: Row, command: str, quiet: bool = False):
+        self.leads = bl.distributed.rank() == 0
+        self.folder, self.command, self.quiet = folder, command, quiet
+        if not self.leads:
+            self.folder, self.quiet = ReadOnly(folder.path), True
+        self.settings: dict[str, Any] = {}
+        self._config = config
+        exists = (folder.path / "results.json").is_file()
+        self._results: Row = folder.read_json("results.json") if exists else {"parts": {}, "tables": {}}
+        self._begun = False
+
+    def train(
+        self,
+        name: str,
+        training: Training,
+        show: Sequence[str] = ("loss",),
+        validate: Callable[[], Row] | None = None,
+        validate_every: int = 0,
+    ) -> float:
+        """Bring a training to its end, from its checkpoint where there is one; the seconds that its steps took.
+
+        Args:
+            show: entries of the records for the progress bar.
+            validate: what joins the record of every ``validate_every``-th step, off the clock; 0: of none.
+        """
+        self._begin()
+        file = checkpoint_of(name)
+        exists = (self.folder.path / file).is_file()
+        step, seconds = restore(self.folder, name, training) if exists else (0, 0.0)
+        self.folder.rewind_metrics(step, name)
+        finished, interrupted = step >= training.steps, False
+
+        def save() -> None:
+            self.folder.save_checkpoint({"training": training.state(), "step": step, "seconds": seconds}, file)
+
+        with Interruption() as interruption, self._bar(name, training.steps, step, hidden=finished) as bar:
+            saved_at = begin = time.perf_counter()
+            for record in training.records():
+                seconds += time.perf_counter() - begin
+                step = record["step"]
+                if validate is not None and validate_every and step % validate_every == 0 and self.leads:
+                    record = {**record, **self._told(step, validate())}
+                self.folder.append_metrics({"part": name, **record, "seconds": round(seconds, 3)})
+                bar.total = training.steps
+                bar.update()
+                bar.set_postfix({key: f"{record[key]:.4g}" for key in show if key in record})
+                interrupted = ranks.anywhere(interruption.exit_code is not None)
+                if interrupted:
+                    break
+                if time.perf_counter() - saved_at > CHECKPOINT_SECONDS:
+                    save()
+                    saved_at = time.perf_counter()
+                begin = time.perf_counter()
+        if not finished:
+            save()
+        if interrupted:
+            raise Interrupted(interruption.exit_code or 128 + signal.SIGTERM)
+        return seconds
+
+    def _bar(self, name: str, steps: int, done: int, hidden: bool) -> tqdm:
+        hide = True if self.quiet or hidden else None
+        return tqdm(total=steps, initial=done, desc=name, unit="step", disable=hide, dynamic_ncols=True)
+
+    def _told(self, step: int, found: Row) -> Row:
+        """What a validation found, as it is; it is said too."""
+        texts = [f"{key.replace('_', ' ')} {shown(value)}" for key, value in found.items()]
+        self.say(f"step {step}: {', '.join(texts)}")
+        return found
+
+    def metrics(self, name: str) -> list[Row]:
+        """The records of a training, in order."""
+        return [record for record in self.folder.metrics() if record.get("part") == name]
+
+    def part(self, name: str, compute: Callable[[], T]) -> T:
+        """What ``compute`` returns (numbers, strings, lists, dicts), computed once and kept in ``results.json``."""
+        self._begin()
+        parts = self._results["parts"]
+        if name not in parts:
+            begin = time.perf_counter()
+            value = compute()
+            parts[name] = {"seconds": round(time.perf_counter() - begin, 3), "value": value}
+            self._save()
+        kept: T = parts[name]["value"]
+        return kept
+
+    def seconds(self, name: str) -> float:
+        """What a part took to compute."""
+        return float(self._results["parts"][name]["seconds"])
+
+    def table(self, title: str, rows: Sequence[Row]) -> None:
+        """Print rows that share their columns, and keep them in ``results.json`` and ``report.md``.
+
+        A float is shown with four digits; a string as it is.
+        """
+        self._begin()
+        self._results["tables"][title] = list(rows)
+        self._save()
+        texts = [f"## {name}\n\n{markdown(table)}" for name, table in self._results["tables"].items()]
+        self.folder.write_bytes("report.md", "\n".join([f"    {self.command}\n", *texts]).encode())
+        self.say(f"\n{title}\n{aligned(rows)}")
+
+    def picture(self, name: str, content: bytes) -> None:
+        """Write a PNG."""
+        self._begin()
+        self.folder.write_bytes(name, content)
+
+    def say(self, text: str) -> None:
+        """Print at once, also into a pipe."""
+        if not self.quiet:
+            tqdm.write(text)
+
+    def _begin(self) -> None:
+        """The folder is made at the first thing to write: bad input leaves none."""
+        if not self._begun:
+            self.folder.begin(self._config)
+            if self.settings and self.leads:  # the run is whole without the file that they came from
+                bl.tuning.save(self.folder.path / SOLVER, self.settings)
+            self._begun = True
+
+    def _save(self) -> None:
+        self.folder.write_json("results.json", self._results)
+
+
+def restore(folder: RunFolder, name: str, training: Training) -> tuple[int, float]:
+    """Put a training back to its checkpoint in a run's folder; the steps and seconds that it has behind it.
+
+    Raises:
+        UserError: there is none, it is damaged, or it is of another training.
+    """
+    file = checkpoint_of(name)
+    saved = folder.load_checkpoint(torch.device("cpu"), file)
+    try:
+        training.restore(saved["training"])
+        return saved["step"], saved["seconds"]
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder.path / file} does not fit this training ({str(error).splitlines()[0]}): it is of other settings "
+            "or another version. Start a new run."
+        ) from error
+
+
+def checkpoint_of(name: str) -> str:
+    """The file of a training's checkpoint."""
+    return f"checkpoint-{slug(name)}.pt"
+
+
+def slug(name: str) -> str:
+    """A name as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def shown(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def aligned(rows: Sequence[Row]) -> str:
+    """The rows under their column names, numbers to the right."""
+    columns = list(rows[0])
+    cells = [columns, *[[shown(row.get(column)) for column in columns] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    left = [isinstance(rows[0][column], str) for column in columns]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(w) if l else cell.rjust(w) for cell, w, l in zip(line, widths, left, strict=True))
+        for line in cells
+    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    columns = list(rows[0])
+    marks = ["---" if isinstance(rows[0][column], str) else "---:" for column in columns]
+    lines = [[shown(row.get(column)).replace("|", "/") for column in columns] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in [columns, marks, *lines])

@@ -1,0 +1,1 @@
+"""Times, memory and accuracy of the library beside others: they stand on the frame and on the stories."""

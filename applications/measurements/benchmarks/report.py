@@ -1,0 +1,127 @@
+"""Tables and pictures of the contests."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from applications.frame.figures import BLUE, GREY, OURS, png
+
+
+def median(row: dict[str, Any]) -> float:
+    """Of its times, an unreached target last; infinite where there is none."""
+    seconds = [math.inf if second is None else second for second in row["seconds"]]
+    return statistics.median(seconds) if seconds else math.inf
+
+
+def best_peer(rows: list[dict[str, Any]]) -> float:
+    """The least median of those that are not ours."""
+    return min((median(row) for row in rows if not row["name"].startswith(OURS)), default=math.inf)
+
+
+def table(entry: dict[str, Any]) -> str:
+    """Markdown, fastest first."""
+    rows, peer = entry["rows"], best_peer(entry["rows"])
+    rate = entry["matmul_gflops"]
+    machine = entry["machine"]
+    lines = [
+        f"### {entry['title']}",
+        "",
+        f"{_place(machine)}, a matrix product at {rate:.0f} GFLOP/s",
+        "",
+        "| | median s (least, most) | best peer / this | error | peak MiB | notes |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in sorted(rows, key=median):
+        seconds = [second for second in row["seconds"] if second is not None]
+        middle = median(row)
+        time = f"{middle:.3g} ({min(seconds):.3g}, {max(seconds):.3g})" if math.isfinite(middle) else ""
+        ratio = f"{peer / middle:.2f}" if math.isfinite(middle) and math.isfinite(peer) else ""
+        error = "" if row["error"] is None else f"{row['error']:.0e}"
+        if row["beyond"]:
+            error += f", {row['beyond']} of {row['checked']} beyond"
+        memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        lines.append(f"| {row['name']} | {time} | {ratio} | {error} | {memory} | {_notes(row, entry, middle, rate)} |")
+    return "\n".join([*lines, ""])
+
+
+def _place(machine: dict[str, Any]) -> str:
+    cores = f"{machine['threads']} cores of an {machine['cpu']} with {machine['instructions']}"
+    return f"{machine['gpu']}, beside {cores}" if "gpu" in machine else cores
+
+
+def _notes(row: dict[str, Any], entry: dict[str, Any], seconds: float, rate: float) -> str:
+    if row["note"]:
+        return row["note"].replace("|", "/")
+    facts, parts = row["facts"], []
+    if entry.get("flops") and math.isfinite(seconds):
+        achieved = entry["flops"] / seconds / 1e9
+        parts.append(f"{achieved:.0f} GFLOP/s, {100 * achieved / rate:.0f} % of a matmul")
+    for name, text in (("iterations", "CG steps"), ("passes", "passes over X"), ("steps", "outer steps")):
+        if name in facts:
+            parts.append(f"{facts[name]} {text}")
+    if "product_in_gradients" in facts:
+        parts.append(f"a product costs {facts['product_in_gradients']:.1f} gradients")
+    if "stopped" in facts:
+        parts.append(facts["stopped"][:80].replace("|", "/"))
+    elif "curve" in facts and not math.isfinite(seconds):
+        parts.append(f"target not reached: loss {facts['curve'][-1][1]:.3f} for {facts['target']:.3f}")
+    return ", ".join(parts)
+
+
+def picture(entry: dict[str, Any]) -> bytes:
+    """Curves where the rows have them, else bars."""
+    curves = any("curve" in row["facts"] for row in entry["rows"])
+    return _curves(entry) if curves else _bars(entry)
+
+
+def _bars(entry: dict[str, Any]) -> bytes:
+    rows = [row for row in sorted(entry["rows"], key=median, reverse=True) if math.isfinite(median(row))]
+    figure, axes = plt.subplots(figsize=(8, 0.9 + 0.38 * max(1, len(rows))), layout="constrained")
+    colours = [BLUE if row["name"].startswith(OURS) else GREY for row in rows]
+    bars = axes.barh([row["name"] for row in rows], [median(row) for row in rows], color=colours)
+    axes.bar_label(bars, [f"{median(row):.3g} s" for row in rows], padding=3, fontsize=9)
+    axes.margins(x=0.12)
+    axes.set_xlabel("seconds, median")
+    return _png(figure, axes, entry)
+
+
+SHOWN = 6
+"""Curves of ours, the fastest ones; those of the peers are all shown."""
+
+
+def _curves(entry: dict[str, Any]) -> bytes:
+    figure, axes = plt.subplots(figsize=(9, 5.2), layout="constrained")
+    rows = sorted((row for row in entry["rows"] if "curve" in row["facts"]), key=median)
+    ours = [row for row in rows if row["name"].startswith(OURS)]
+    chosen = ours[:SHOWN] + [row for row in ours[SHOWN:] if row["name"] == f"{OURS}: advised"]
+    chosen += [row for row in rows if row not in ours]
+    palette = plt.get_cmap("tab20")
+    for index, row in enumerate(chosen):
+        points = [(x, y) for x, y in row["facts"]["curve"] if x > 0 and math.isfinite(y)]
+        if points:
+            style = "-" if row["name"].startswith(OURS) else "--"
+            reached = f" ({median(row):.2g} s)" if math.isfinite(median(row)) else ""
+            axes.plot(
+                *zip(*points, strict=True), style, marker=".", color=palette(index % 20), label=row["name"] + reached
+            )
+    target = rows[0]["facts"]["target"]
+    axes.axhline(target, color="black", linewidth=0.8)
+    axes.annotate("target", (0.01, target), xycoords=("axes fraction", "data"), va="bottom", fontsize=9)
+    axes.set_xscale("log")
+    axes.set_ylim(top=rows[0]["facts"]["start"] * 1.02)
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("validation loss at the inner solution")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    return _png(figure, axes, entry)
+
+
+def _png(figure: plt.Figure, axes: Axes, entry: dict[str, Any]) -> bytes:
+    figure.suptitle(textwrap.fill(entry["title"], 90), fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    return png(figure)

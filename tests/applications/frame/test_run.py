@@ -1,0 +1,231 @@
+"""The run that the applications share: what is kept, what is resumed, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from applications.frame.command import Knobs, Subcommand, main, require
+from applications.frame.errors import UserError
+from applications.frame.run import Run, aligned, markdown, slug
+from applications.frame.run_folder import RunFolder
+from tests.applications.runs import comparable
+
+
+@dataclass(frozen=True)
+class Walk(Knobs):
+    """A random walk."""
+
+    steps: int = 6
+    data: Path | None = None
+    stop_after: int = 0
+    sizes: tuple[int, ...] = (1, 2)
+
+    def check(self) -> None:
+        require(self.steps > 0, f"--steps is {self.steps}: at least 1 is needed.")
+
+
+class Walking:
+    """Each step adds a random number; the signal comes after step ``stop_after``."""
+
+    def __init__(self, knobs: Walk, stop_after: int = 0):
+        self.steps, self.stop_after = knobs.steps, stop_after
+        self.step, self.place = 0, torch.zeros(2, dtype=torch.float64)
+        self.generator = torch.Generator().manual_seed(knobs.seed)
+
+    def records(self):
+        while self.step < self.steps:
+            self.place = self.place + torch.randn(2, generator=self.generator, dtype=torch.float64)
+            self.step += 1
+            if self.step == self.stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield {"step": self.step, "loss": self.place.norm().item()}
+
+    def state(self):
+        return {"step": self.step, "place": self.place, "generator": self.generator.get_state()}
+
+    def restore(self, state):
+        self.step, self.place = state["step"], state["place"]
+        self.generator.set_state(state["generator"])
+
+
+ROOT = Path(__file__).parents[3]
+STOP = {"after": 0}
+COMPUTED: list[str] = []
+
+
+def story(knobs: Walk, run: Run) -> None:
+    walking = Walking(knobs, STOP["after"])
+    start = run.part("start", lambda: (COMPUTED.append("start"), {"place": 0.0})[1])
+    run.train("the walk", walking)
+    run.table("Places", [{"name": "start", "place": start["place"]}, {"name": "end", "place": walking.place[0].item()}])
+
+
+def walk(*arguments: str) -> int:
+    return main("walk", list(arguments), Walk, story)
+
+
+def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, capsys):
+    assert walk("--out", str(tmp_path / "whole")) == 0
+    STOP["after"], COMPUTED[:] = 3, []
+    assert walk("--out", str(tmp_path / "halves")) == 128 + signal.SIGTERM
+    assert f"--resume {tmp_path / 'halves'}" in capsys.readouterr().err
+    assert len(RunFolder(tmp_path / "halves").metrics()) == 3
+    STOP["after"] = 0
+    assert walk("--resume", str(tmp_path / "halves")) == 0
+    assert COMPUTED == ["start"]  # a part that is done is not computed again
+    assert comparable(tmp_path / "halves") == comparable(tmp_path / "whole")
+    tables = [json.loads((tmp_path / name / "results.json").read_text())["tables"] for name in ("halves", "whole")]
+    assert tables[0] == tables[1]
+    assert len(tables[0]["Places"]) == 2
+
+
+def test_records_after_the_last_checkpoint_are_made_again(tmp_path):
+    assert walk("--out", str(tmp_path / "run")) == 0
+    folder = RunFolder(tmp_path / "run")
+    whole = comparable(folder.path)
+    early = Walking(Walk())
+    records = early.records()
+    next(records), next(records)  # the checkpoint of a run that was killed later
+    folder.save_checkpoint({"training": early.state(), "step": 2, "seconds": 0.1}, "checkpoint-the-walk.pt")
+    assert walk("--resume", str(folder.path)) == 0
+    assert comparable(folder.path) == whole
+
+
+def test_a_finished_run_is_shown_again_unchanged(tmp_path, capsys):
+    assert walk("--out", str(tmp_path / "run")) == 0
+    first, report = capsys.readouterr().out, (tmp_path / "run" / "report.md").read_text()
+    checkpoint = (tmp_path / "run" / "checkpoint-the-walk.pt").stat().st_mtime_ns
+    time.sleep(0.01)
+    assert walk("--resume", str(tmp_path / "run")) == 0
+    assert capsys.readouterr().out == first
+    assert (tmp_path / "run" / "checkpoint-the-walk.pt").stat().st_mtime_ns == checkpoint
+    assert (tmp_path / "run" / "report.md").read_text().splitlines()[2:] == report.splitlines()[2:]
+
+
+def test_bad_input_ends_with_2_and_writes_nothing(tmp_path, capsys):
+    assert walk("--steps", "0", "--out", str(tmp_path / "run")) == 2
+    assert "--steps is 0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert walk("--resume", str(tmp_path / "run")) == 2
+    assert walk("--out", str(tmp_path / "run")) == 0
+    assert walk("--out", str(tmp_path / "run")) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert walk("--resume", str(tmp_path / "run"), "--steps", "9") == 2
+    assert "--steps is 9, but the run to resume has 6" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_other_settings_is_told(tmp_path, capsys):
+    assert walk("--out", str(tmp_path / "run")) == 0
+    RunFolder(tmp_path / "run").save_checkpoint({"training": {}, "step": 1, "seconds": 0.0}, "checkpoint-the-walk.pt")
+    assert walk("--resume", str(tmp_path / "run")) == 2
+    assert "does not fit this training" in capsys.readouterr().err
+
+
+def test_after_a_restart_the_same_command_goes_on_and_another_is_refused(tmp_path, monkeypatch, capsys):
+    """torchrun starts the ranks again with the command that they had, when one of them has died."""
+    arguments = ["--out", str(tmp_path / "run")]
+    assert walk(*arguments) == 0
+    whole = comparable(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert walk(*arguments) == 0
+    assert comparable(tmp_path / "run") == whole
+    assert walk(*arguments, "--steps", "9") == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+    assert comparable(tmp_path / "run") == whole
+
+
+def test_validations_join_their_steps_and_are_off_the_clock(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("applications.frame.run.time.perf_counter", lambda: clock[0])
+    run, walking = Run(RunFolder(tmp_path), {}, "", quiet=True), Walking(Walk(steps=5))
+
+    def validate():
+        clock[0] += 100.0
+        return {"distance": walking.step}
+
+    assert run.train("walk", walking, validate=validate, validate_every=2) == 0.0
+    assert {record["step"]: record.get("distance") for record in run.metrics("walk")} == {
+        1: None,
+        2: 2,
+        3: None,
+        4: 4,
+        5: None,
+    }
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bilevel.distributed.rank", lambda: 1)
+    assert walk("--out", str(tmp_path / "run")) == 0
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "run").exists()
+
+
+@dataclass(frozen=True)
+class Trip(Walk):
+    """A walk with presets."""
+
+    preset: str = "default"
+
+
+TRIPS = {"default": Trip(), "far": Trip(steps=7, preset="far")}
+
+
+def trip(*arguments: str) -> int:
+    def lengths(rest: list[str]) -> int:
+        print(" ".join(rest))
+        return 3
+
+    beside = {"lengths": Subcommand("WORDS", "prints them", lengths)}
+    return main("trip", list(arguments), Trip, story, presets=TRIPS, subcommands=beside)
+
+
+def test_a_preset_is_where_the_options_start(tmp_path, capsys):
+    assert trip("--preset", "far", "--seed", "5", "--out", str(tmp_path / "run")) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["preset"], config["steps"], config["seed"]) == ("far", 7, 5)
+    assert trip("--resume", str(tmp_path / "run")) == 0
+    assert trip("--resume", str(tmp_path / "run"), "--preset", "far") == 0
+    capsys.readouterr()
+    assert trip("--preset", "near", "--out", str(tmp_path / "other")) == 2
+    assert "There is no preset 'near'. There are default, far." in capsys.readouterr().err
+
+
+def test_subcommands_have_their_words_and_a_line_in_the_help(capsys):
+    assert trip("lengths", "a", "b") == 3
+    assert capsys.readouterr().out == "a b\n"
+    with pytest.raises(SystemExit):
+        trip("--help")
+    printed = capsys.readouterr().out
+    assert "python -m applications.trip lengths WORDS  prints them" in printed
+    assert "Presets: default, far." in printed
+
+
+def test_knobs_survive_the_file():
+    knobs = Walk(seed=3, data=Path("a/b"), sizes=(4, 5))
+    assert Walk.from_json(json.loads(json.dumps(knobs.to_json()))) == knobs
+    with pytest.raises(UserError, match="another application or version: pace"):
+        Walk.from_json({**knobs.to_json(), "pace": 1})
+
+
+def test_tables_as_text_and_markdown():
+    rows = [{"method": "ours", "loss": 0.123456, "n": 10}, {"method": "a|b", "loss": None, "n": 5}]
+    assert aligned(rows) == "  method    loss   n\n  ours    0.1235  10\n  a|b              5"
+    assert markdown(rows) == "| method | loss | n |\n| --- | ---: | ---: |\n| ours | 0.1235 | 10 |\n| a/b |  | 5 |\n"
+    assert slug("MNIST, 10 images") == "mnist-10-images"
+
+
+def test_a_reader_that_goes_is_no_traceback(tmp_path):
+    program = f"{sys.executable} -u -m applications.measurements.compare"
+    command = f"{program} --sizes 1 --seconds 0.5 --out {tmp_path / 'run'} | head -c 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,225 @@
+"""The tune command on a bilevel problem that trains in milliseconds; and, with its real search, few-shot's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+import bilevel as bl
+from applications.few_shot.__main__ import main as few_shot
+from applications.frame import tune
+from applications.frame.tune.report import interval
+from bilevel.problems import Ridge
+
+ROOT = Path(__file__).parents[3]
+
+
+def ridge(arguments: list[str]) -> tune.Tunable:
+    """Gradient steps on the penalties of a ridge problem; the default solver is a bad one on purpose."""
+
+    def suggest(trial):
+        hypergrad = bl.tuning.suggest_hypergrad(trial, choices=("Implicit",), linear=("CG", "Identity"))
+        return {"solver": bl.LBFGS(), "hypergrad": hypergrad}
+
+    def train(settings, seed):
+        problem = Ridge(per_feature=True)
+        x = problem.hparams + 0.1 * torch.randn(
+            problem.hparams.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        x.requires_grad_()
+        optimizer, step = torch.optim.SGD([x], lr=0.1), 0  # Adam would hide that the default is bad
+        while True:
+            fit = bl.argmin(problem.inner, problem.init, x, **settings, throw="ignore")
+            loss = problem.outer(fit.value, x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+            yield step, loss.detach(), fit
+
+    default = {"hypergrad": "Implicit", "hypergrad.damped": True, "hypergrad.damping": 100.0}
+    default |= {"linear": "Identity", "linear.factor": 1e-3}
+    return tune.Tunable("validation loss", "minimize", default, suggest, train, seconds=0.3, steps=5, trials=6)
+
+
+def run(folder: Path, *arguments: str) -> int:
+    return tune.main("ridge", ["--out", str(folder), "--confirm", "2", *arguments], ridge)
+
+
+def trials(folder: Path, name: str = "ridge score") -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{folder / 'study.db'}").trials
+
+
+def test_a_study_its_winner_and_its_pictures(tmp_path, capsys):
+    assert run(tmp_path) == 0
+    printed = capsys.readouterr().out
+    found = trials(tmp_path)
+    assert sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in found) == 6
+    assert found[0].user_attrs["default"]
+    assert found[0].params["linear"] == "Identity"
+    best = min((t for t in found if t.state.name == "COMPLETE"), key=lambda trial: trial.value)
+    settings = bl.tuning.load(tmp_path / "best.json")
+    assert settings["hypergrad"] == bl.tuning.solver_from_trial(best)
+    assert f"hypergrad = {bl.tuning.expression(settings['hypergrad'])}" in printed
+    tables = json.loads((tmp_path / "results.json").read_text())["tables"]
+    (measured,) = [rows for title, rows in tables.items() if "2 fresh seeds" in title]
+    (verdict,) = tables["The winner against the defaults, seed by seed"]
+    assert verdict["mean"] == pytest.approx(measured[0]["mean"] - measured[1]["mean"])
+    for name in ("optimization-history.png", "intermediate-values.png", "param-importances.png", "slice.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "study.html").read_text().count("Plotly.newPlot") >= 4
+
+
+def test_the_same_command_resumes_and_more_trials_are_added(tmp_path, capsys):
+    assert run(tmp_path, "--trials", "4") == 0
+    assert run(tmp_path, "--trials", "4") == 0
+    assert len(trials(tmp_path)) == 4
+    assert run(tmp_path, "--trials", "7") == 0
+    found = trials(tmp_path)
+    assert len(found) == 7
+    assert sum("default" in trial.user_attrs for trial in found) == 1
+    points = {json.dumps(trial.params, sort_keys=True) for trial in found}
+    assert len(points) == 7
+    assert run(tmp_path, "--trials", "7", "--seconds", "0.5") == 2
+    assert "its trials cannot be compared" in capsys.readouterr().err
+
+
+def test_the_first_trial_does_not_pay_for_what_loads_at_first_use(tmp_path):
+    begun = []
+
+    def slow_at_first(arguments: list[str]) -> tune.Tunable:
+        usual = ridge(arguments)
+
+        def train(settings, seed):
+            begun.append(seed)
+            if len(begun) == 1:
+                time.sleep(1.0)
+            yield from usual.train(settings, seed)
+
+        return dataclasses.replace(usual, train=train)
+
+    assert tune.main("ridge", ["--out", str(tmp_path), "--confirm", "2", "--trials", "1"], slow_at_first) == 0
+    (first,) = trials(tmp_path)
+    assert first.user_attrs["seconds"] < 1.0
+    assert first.user_attrs["steps"] > 1
+
+
+def test_several_objectives_have_a_front(tmp_path):
+    assert run(tmp_path, "--objective", "pareto", "--trials", "5") == 0
+    study = optuna.load_study(study_name="ridge pareto", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert study.metric_names == ["validation loss", "seconds", "peak MiB"]
+    found = study.trials
+    assert all(len(trial.values) == 3 and trial.values[1] > 0 for trial in found if trial.state.name == "COMPLETE")
+    rows = json.loads((tmp_path / "results.json").read_text())["tables"]["The Pareto front"]
+    scores = [row["validation loss"] for row in rows]
+    assert scores == sorted(scores)
+    for row in rows:
+        assert "hypergrad" in bl.tuning.load(tmp_path / f"front-{row['trial']}.json")
+    assert (tmp_path / "pareto-front.png").exists()
+
+
+def test_limits_become_constraints_and_a_study_without_a_winner_says_so(tmp_path, capsys):
+    assert run(tmp_path, "--limit-step-seconds", "1e-9", "--trials", "2") == 0
+    assert "there is no winner" in capsys.readouterr().out
+    for trial in trials(tmp_path):
+        assert trial.state.name != "COMPLETE" or trial.constraints["step_seconds"] > 0
+        assert "peak_mib" in trial.user_attrs or trial.state.name == "PRUNED"
+    assert not (tmp_path / "best.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trials", "0"], "--trials is 0"),
+        (["--confirm", "1"], "--confirm is 1"),
+        (["--workers", "2", "--storage", "sqlite:///x.db"], "SQLite is not for several processes"),
+        (["--storage", "nothing"], "cannot be opened"),
+        (["--storage", "postgresql+psycopg2://nobody@127.0.0.1:1/none"], "cannot be opened"),
+    ],
+)
+def test_bad_options(tmp_path, capsys, arguments, message):
+    code = tune.main("ridge", ["--out", str(tmp_path / "out"), *arguments], ridge)
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_interval_is_students():
+    mean, half = interval([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5
+    assert half == pytest.approx(3.182446 * 1.290994 / 2, rel=1e-6)
+
+
+QUICK = ["--width", "8", "--tasks", "2", "--eval-tasks", "4", "--eval-steps", "2"]
+
+
+@pytest.fixture
+def quick_validation(monkeypatch):
+    monkeypatch.setattr("applications.few_shot.tuning.VALIDATION_TASKS", 10)
+
+
+def test_few_shot_tunes_and_trains_with_the_winner(tmp_path, glyph_root, quick_validation, capsys):
+    common = ["--data-root", str(glyph_root), *QUICK]
+    study = ["tune", "--trials", "3", "--seconds", "0.3", "--confirm", "2", "--out", str(tmp_path / "study"), *common]
+    assert few_shot(study) == 0
+    best = tmp_path / "study" / "best.json"
+    settings = bl.tuning.load(best)
+    assert set(settings) == {"solver", "hypergrad", "strength"}
+    train = ["--steps", "2", "--validate-every", "0", "--solver", str(best), "--out", str(tmp_path / "run"), *common]
+    assert few_shot(train) == 0
+    assert bl.tuning.load(tmp_path / "run" / "solver.json") == settings
+    best.unlink()  # the run is whole without it
+    assert few_shot(["--resume", str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    best.write_text('{"solver": {"type": "System"}}')
+    assert few_shot(["--solver", str(best), "--out", str(tmp_path / "other"), *common]) == 2
+    assert "'System' is no type of setting" in capsys.readouterr().err
+    assert few_shot(["tune", "--method", "maml", "--out", str(tmp_path / "maml"), *common]) == 2
+
+
+def test_workers_share_a_journal_and_ctrl_c_keeps_the_study(tmp_path, glyph_root):
+    """Two processes; interrupted, what is done is kept, nobody is left running, and the same command goes on."""
+    command = [sys.executable, "-m", "applications.few_shot", "tune", "--workers", "2", "--seconds", "0.3"]
+    command += ["--confirm", "2", "--out", str(tmp_path), "--data-root", str(glyph_root), *QUICK]
+    storage = str(tmp_path / "study.log")
+
+    def states():
+        study = bl.tuning.create_study("few_shot score", storage, direction="maximize")
+        return [trial.state.name for trial in study.trials]
+
+    first = subprocess.Popen(
+        [*command, "--trials", "400"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "study.log").exists() or states().count("COMPLETE") < 2:
+        assert first.poll() is None, first.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    first.send_signal(signal.SIGINT)
+    printed, _ = first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert "the study is kept" in printed
+    kept = states()
+    assert kept.count("RUNNING") == 0  # swept: their processes are gone
+    more = kept.count("COMPLETE") + kept.count("PRUNED") + 2
+    done = subprocess.run([*command, "--trials", str(more)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = states()
+    assert after[: len(kept)] == kept
+    assert after.count("COMPLETE") + after.count("PRUNED") >= more
+    processes = {
+        trial.user_attrs["process"]
+        for trial in optuna.load_study(study_name="few_shot score", storage=bl.tuning.open_storage(storage)).trials
+    }
+    assert str(os.getpid()) not in {process.split()[1] for process in processes}
+    assert len(processes) >= 3
+    assert (tmp_path / "best.json").exists()

@@ -1,0 +1,156 @@
+"""Contests in real processes, at sizes of seconds; the command, its files and its errors."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from applications.frame import figures
+from applications.measurements.benchmarks import __main__ as command
+from applications.measurements.benchmarks import report, workloads
+from applications.measurements.benchmarks.hyperparameters import Hyperparameters
+from applications.measurements.benchmarks.runner import contest, relative_errors
+
+SMALL = {"num_examples": 120, "num_features": 30, "num_classes": 4}
+OURS = "bilevel, plain CG"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """Processes find the problem's cache in the system's temporary folder."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path_factory.getbasetemp()))
+    monkeypatch.setattr("tempfile.tempdir", None)
+
+
+def rows(names, **changes):
+    settings = {"rounds": 1, "runs": 2, "timeout": 120.0, **changes}
+    return {row.name: row for row in contest("Hyperparameters", SMALL, names, **settings)}
+
+
+def test_right_answers_have_times_and_memory():
+    row = rows([OURS], rounds=2)[OURS]
+    assert not row.note
+    assert row.error < 1e-5
+    assert len(row.seconds) == 4
+    assert all(0 < second < 60 for second in row.seconds)
+    assert 0 < row.peak_mib < 500
+    assert row.facts["iterations"] > 1
+
+
+def test_a_wrong_answer_has_no_time(monkeypatch):
+    monkeypatch.setattr(Hyperparameters, "reference", lambda self: np.ones(30))
+    row = rows([OURS])[OURS]
+    assert row.note.startswith("wrong: relative error")
+    assert row.seconds == []
+    assert row.median == math.inf
+
+
+def test_a_peer_that_is_not_here_says_what_to_do(monkeypatch):
+    monkeypatch.delenv("BILEVEL_BENCH_HYPERTORCH", raising=False)
+    assert "clone it" in rows(["hypertorch"])["hypertorch"].note
+
+
+def test_a_turn_has_a_limit_and_a_crash_a_message():
+    assert rows([OURS], timeout=0.5)[OURS].note == "not done after 0 s"
+    assert rows(["nobody"])["nobody"].note.startswith("failed: KeyError")
+
+
+def test_errors_are_those_of_each_task():
+    truth = np.array([[3.0, 4.0], [0.0, 1.0]])
+    assert relative_errors(truth + np.array([[0.0, 0.5], [0.0, 0.0]]), truth).tolist() == [0.1, 0.0]
+    assert relative_errors(truth[0], truth[0]).tolist() == [0.0]
+    assert relative_errors(truth, np.stack([truth + 1, truth])).tolist() == [0.0, 0.0]
+    assert np.isinf(relative_errors(truth[0], truth)).all()
+    assert not (relative_errors(truth * np.nan, truth) <= 1.0).any()
+
+
+def test_the_command_writes_results_tables_and_pictures_and_keeps_earlier_ones(tmp_path, monkeypatch):
+    monkeypatch.setitem(workloads.NAMES, "B", ("Hyperparameters", SMALL))
+    (tmp_path / "results.json").write_text(json.dumps({"A": ENTRY}))
+    arguments = ["--workloads", "B", "--only", OURS, "--rounds", "1", "--runs", "1", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"A", "B"}
+    assert results["B"]["command"].endswith("--out " + str(tmp_path))
+    assert results["B"]["machine"]["versions"]["torch"]
+    assert (tmp_path / "B.png").read_bytes().startswith(b"\x89PNG")
+    tables = (tmp_path / "tables.md").read_text()
+    assert "### an earlier one" in tables
+    assert f"| {OURS} |" in tables
+
+
+ENTRY = {
+    "title": "an earlier one",
+    "machine": {"cpu": "AMD EPYC", "instructions": "AVX2", "threads": 2},
+    "matmul_gflops": 100.0,
+    "flops": 1e11,
+    "rows": [
+        {"name": "bilevel", "seconds": [2.0, 1.0, None], "error": 1e-6, "beyond": 1, "checked": 16, "peak_mib": 9.6},
+        {"name": "peer", "seconds": [5.0], "error": None, "beyond": 0, "checked": 0, "peak_mib": None},
+        {"name": "gone", "seconds": [], "error": None, "beyond": 0, "checked": 0, "peak_mib": None},
+    ],
+}
+for _row in ENTRY["rows"]:
+    _row |= {"facts": {}, "note": "not | here" if _row["name"] == "gone" else ""}
+
+
+def test_the_table_has_ratios_rates_and_reasons():
+    lines = report.table(ENTRY).splitlines()
+    assert lines[2] == "2 cores of an AMD EPYC with AVX2, a matrix product at 100 GFLOP/s"
+    assert lines[6] == "| bilevel | 2 (1, 2) | 2.50 | 1e-06, 1 of 16 beyond | 10 | 50 GFLOP/s, 50 % of a matmul |"
+    assert lines[7] == "| peer | 5 (5, 5) | 1.00 |  |  | 20 GFLOP/s, 20 % of a matmul |"
+    assert lines[8] == "| gone |  |  |  |  | not / here |"
+
+
+def test_curves_are_drawn_where_there_are_some():
+    curve = {"curve": [[0.0, 2.0], [0.5, 1.0], [1.0, 0.4]], "target": 0.5, "start": 2.0}
+    entry = {**ENTRY, "rows": [{**ENTRY["rows"][0], "facts": curve}, ENTRY["rows"][2]]}
+    assert report.picture(entry).startswith(b"\x89PNG")
+    assert report.picture(entry) != report.picture(ENTRY)
+
+
+def test_a_gpu_is_named():
+    machine = {**ENTRY["machine"], "gpu": "NVIDIA H200"}
+    assert "NVIDIA H200, beside 2 cores of an AMD EPYC" in report.table({**ENTRY, "machine": machine})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_meta_step_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("BILEVEL_DATA", str(tmp_path))
+    monkeypatch.setitem(workloads.NAMES, "A", ("MetaStep", {"ways": 3, "tasks": 3, "inner_steps": 2}))
+    arguments = ["--workloads", "A", "--device", "cuda", "--rounds", "1", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    rows = json.loads((tmp_path / "results.json").read_text())["A-cuda"]["rows"]
+    for row in rows[:2]:
+        assert not row["note"]
+        assert row["peak_mib"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workloads", "E"], "no workload E"),
+        (["--rounds", "0"], "must be positive"),
+        (["--data-root", "/nowhere/at/all"], "is no folder"),
+        (["--workloads", "B", "--only", "nobody"], "no contestant of B"),
+        pytest.param(
+            ["--device", "cuda"],
+            "finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+        ),
+    ],
+)
+def test_bad_input(arguments, message, capsys):
+    assert command.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_all_workloads_exist():
+    for name, (kind, changes) in workloads.NAMES.items():
+        workload = workloads.KINDS[kind](**changes)
+        assert workload.letter == name[0]
+        assert any(contestant.startswith(figures.OURS) for contestant in workload.contestants())
