@@ -11,11 +11,12 @@ Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalC
 How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
 Many tasks: `stack`, `map_tasks`, `mean_over_tasks`, `losses_of_tasks`; layers made for Hessian products: `nn`.
 Recorded as a CUDA graph: `capture`.
-Many processes: `distributed`. From JAXopt: `custom_root`, `custom_fixed_point`, `compat`. Optuna: `tuning`.
+Many processes: `distributed`. From JAXopt: `custom_root`, `custom_fixed_point`, `compat`. Optuna: `tuning`;
+scikit-learn: `sklearn`.
 Files: `files`.
 """
 
-from . import compat, diagnostics, distributed, files, nn, problems, prox, stochastic, tuning
+from . import compat, diagnostics, distributed, files, nn, problems, prox, sklearn, stochastic, tuning
 from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
@@ -124,6 +125,7 @@ __all__ = [
     "prox",
     "quadratic_program",
     "root",
+    "sklearn",
     "stack",
     "stochastic",
     "tuning",

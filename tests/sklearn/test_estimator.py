@@ -267,7 +267,8 @@ def test_metadata_routing():
     with sklearn.config_context(enable_metadata_routing=True):
         scaler = StandardScaler().set_fit_request(sample_weight=True)
         model = Ridge().set_fit_request(sample_weight=True).set_score_request(sample_weight=False)
-        routed = BilevelSearchCV(make_pipeline(scaler, model), {"ridge__alpha": (1e-3, 1e3)}, cv=3)
+        pipeline = make_pipeline(scaler, model).set_score_request(sample_weight=False)
+        routed = BilevelSearchCV(pipeline, {"ridge__alpha": (1e-3, 1e3)}, cv=3)
         routed.fit(x, y, sample_weight=w)
     plain = BilevelSearchCV(make_pipeline(StandardScaler(), Ridge()), {"ridge__alpha": (1e-3, 1e3)}, cv=3)
     plain.fit(x, y, standardscaler__sample_weight=w, ridge__sample_weight=w)
