@@ -37,7 +37,7 @@ def test_links_and_pictures_exist(page):
 
 def test_readme_has_the_two_commands():
     assert blocks(ROOT / "README.md", "sh") == [
-        "pip install -e . && python -m applications.few_shot\n",
+        'pip install -e ".[applications]" && python -m applications.few_shot\n',
         'pip install -e ".[test]" && pytest\n',
     ]
 

@@ -11,22 +11,9 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *(
-        "extras",
-        "files",
-        "tree",
-        "recording",
-        "solution",
-        "nn",
-        "closure",
-        "prox",
-        "problem",
-        "tasks",
-        "linalg",
-        "inner",
-    ),
-    *("hypergrad", "argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed"),
-    *("tuning", "sklearn"),
+    *("extras", "files", "tree", "recording", "solution", "nn", "closure", "prox", "problem", "tasks"),
+    *("linalg", "inner", "hypergrad", "argmin", "adaptive", "compat", "qp", "problems", "stochastic"),
+    *("diagnostics", "distributed", "tuning", "sklearn"),
     "__init__",
 ]
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..extras import require
 from ..solution import SolveError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def create_study(
     Raises:
         ValueError: an unknown sampler; a study of this name with other directions; a damaged storage.
     """
+    require("optuna", "tuning")
     import optuna
 
     directions = [direction] if isinstance(direction, str) else list(direction)
@@ -99,6 +101,7 @@ def open_storage(storage: str | Path | None, grace_seconds: int = GRACE_SECONDS)
     Raises:
         ValueError: an address of neither kind.
     """
+    require("optuna", "tuning")
     import optuna
     from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -146,6 +149,7 @@ def sweep(study: optuna.Study, grace_seconds: float = GRACE_SECONDS) -> int:
     left to the storage's heartbeat, or, where there is none, failed after its grace. A database retries what its
     heartbeat misses, so its trials are left to that.
     """
+    require("optuna", "tuning")
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
@@ -173,6 +177,7 @@ def guard(objective: Objective) -> Objective:
     A failed solve, and a value that is not finite (Optuna would call infinity complete), end the trial as pruned, with
     the reason as its user attribute ``failure``. Other errors pass: they are mistakes in the program.
     """
+    require("optuna", "tuning")
     import optuna
 
     @functools.wraps(objective)
@@ -193,6 +198,7 @@ def guard(objective: Objective) -> Objective:
 
 
 def _sampler(name: Sampler, seed: int, num_objectives: int) -> optuna.samplers.BaseSampler:
+    require("optuna", "tuning")
     import optuna
 
     if name in ("auto", "tpe"):
@@ -205,6 +211,7 @@ def _sampler(name: Sampler, seed: int, num_objectives: int) -> optuna.samplers.B
 
 
 def _has_heartbeat(study: optuna.Study) -> bool:
+    require("optuna", "tuning")
     from optuna.storages import RDBStorage
 
     storage: Any = study._storage
