@@ -16,6 +16,8 @@ scikit-learn: `sklearn`.
 Files: `files`.
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from . import compat, diagnostics, distributed, files, nn, problems, prox, sklearn, stochastic, tuning
 from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
@@ -56,6 +58,11 @@ from .recording import Captured, capture
 from .solution import NonFiniteError, Result, Solution, SolveError, SolveWarning
 from .tasks import losses_of_tasks, map_tasks, mean_over_tasks
 from .tree import stack
+
+try:
+    __version__ = version("bilevel")
+except PackageNotFoundError:  # a checkout on the path that nobody installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "CG",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from pathlib import Path
 
@@ -40,9 +39,3 @@ def test_readme_has_the_two_commands():
         'pip install -e ".[applications]" && python -m applications.few_shot\n',
         'pip install -e ".[test]" && pytest\n',
     ]
-
-
-def test_extras_and_types_are_shipped():
-    extras = importlib.metadata.metadata("bilevel").get_all("Provides-Extra")
-    assert set(extras or []) == {"test", "docs", "bench"}
-    assert (ROOT / "bilevel" / "py.typed").exists()

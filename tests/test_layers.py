@@ -14,7 +14,7 @@ LAYERS = [
     *("extras", "files", "tree", "recording", "solution", "nn", "closure", "prox", "problem", "tasks"),
     *("linalg", "inner", "hypergrad", "argmin", "adaptive", "compat", "qp", "problems", "stochastic"),
     *("diagnostics", "distributed", "tuning", "sklearn"),
-    "__init__",
+    *("doctor", "__init__"),
 ]
 
 
