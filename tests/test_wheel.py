@@ -22,12 +22,17 @@ EXTRAS = ("optuna", "plotly", "sklearn", "torchvision", "tyro", "tqdm", "matplot
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    """Built from a copy, so that the checkout stays clean."""
+def source(tmp_path_factory) -> Path:
+    """A copy of what a build reads, so that the checkout stays clean."""
     source = tmp_path_factory.mktemp("source")
     shutil.copytree(ROOT / "bilevel", source / "bilevel", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source) -> Path:
     run(
         sys.executable,
         "-m",
@@ -107,6 +112,18 @@ def test_the_wheel_holds_the_library_and_asks_for_three_packages(wheel):
     extras = {line.removeprefix("Provides-Extra: ") for line in text.splitlines() if "Provides-Extra" in line}
     assert extras == {"tuning", "sklearn", "applications", "test", "docs", "bench", "dev"} == set(doctor.USES)
     assert {"Project-URL", "Classifier", "Keywords"} <= {line.split(":")[0] for line in text.splitlines()}
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_follow(source):
+    """They read no import hook, which setuptools makes where packages lie beside other folders."""
+    (source / "editable").mkdir()
+    build = "from setuptools import build_meta; build_meta.build_editable('editable')"
+    run(sys.executable, "-c", build, cwd=source)
+    (found,) = (source / "editable").glob("*.whl")
+    with zipfile.ZipFile(found) as archive:
+        (path,) = (name for name in archive.namelist() if ".dist-info" not in name)
+        assert path.endswith(".pth")
+        assert (Path(archive.read(path).decode().strip()) / "bilevel" / "py.typed").exists()
 
 
 PROGRAM = """
