@@ -19,6 +19,7 @@ from bilevel import doctor
 ROOT = Path(__file__).parents[1]
 CORE = {"torch", "numpy", "scipy"}
 EXTRAS = ("optuna", "plotly", "sklearn", "torchvision", "tyro", "tqdm", "matplotlib", "PIL", "pandas", "pytest")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
