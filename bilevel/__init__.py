@@ -11,14 +11,17 @@ Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalC
 How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
 Many tasks: `stack`, `map_tasks`, `mean_over_tasks`, `losses_of_tasks`; layers made for Hessian products: `nn`.
 Recorded as a CUDA graph: `capture`.
-Many processes: `distributed`. From JAXopt: `custom_root`, `custom_fixed_point`, `compat`. Optuna: `tuning`.
+Many processes: `distributed`. From JAXopt: `custom_root`, `custom_fixed_point`, `compat`. Optuna: `tuning`;
+scikit-learn: `sklearn`.
 Files: `files`.
 Your own: `Operator`, `LinearSolver`, `InnerSolver`, `RootSolver`, `Hypergrad`, `PathMethod`, `Rule`, `Prox`, made of
 what is in `extending`, held to their protocols by `bilevel.testing`; of other libraries `ScipyOperator`,
 `CurvlinopsOperator`, `InversePreconditioner`.
 """
 
-from . import compat, diagnostics, distributed, extending, files, nn, problems, prox, stochastic, tuning
+from importlib.metadata import PackageNotFoundError, version
+
+from . import compat, diagnostics, distributed, extending, files, nn, problems, prox, sklearn, stochastic, tuning
 from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
@@ -65,6 +68,11 @@ from .recording import Captured, capture
 from .solution import NonFiniteError, Result, Solution, SolveError, SolveWarning
 from .tasks import losses_of_tasks, map_tasks, mean_over_tasks
 from .tree import stack
+
+try:
+    __version__ = version("bilevel")
+except PackageNotFoundError:  # a checkout on the path that nobody installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "CG",
@@ -148,6 +156,7 @@ __all__ = [
     "prox",
     "quadratic_program",
     "root",
+    "sklearn",
     "stack",
     "stochastic",
     "tuning",

@@ -93,7 +93,7 @@ def launch(body: str, ranks: int, tmp_path: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_many_ranks_are_one(tmp_path, ranks):
     """Hypergradients, their second derivative, Hessian products and gradients, all to 1e-10 and better."""
     launch(

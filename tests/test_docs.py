@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "applications").rglob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "applications").rglob("*.md")),
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -35,14 +40,31 @@ def test_links_and_pictures_exist(page):
             assert (page.parent / target).exists(), f"{name(page)} links to {target}"
 
 
+def test_the_workflow_runs_all_that_is_supported():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    matrix = workflow["jobs"]["run"]["strategy"]["matrix"]
+    project = (ROOT / "pyproject.toml").read_text()
+    assert matrix["python"] == re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    assert f'requires-python = ">={matrix["python"][0]}"' in project
+    (oldest,) = re.findall(r'"torch>=([\d.]+)"', project)
+    assert f"torch=={oldest}.*" in (ROOT / ".ci" / "oldest.txt").read_text()
+    assert [step["run"] for step in workflow["jobs"]["run"]["steps"] if "run" in step] == [".ci/run"]
+
+
+def test_reports_of_bugs_have_the_doctor_s_output():
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
+    (field,) = (part for part in form["body"] if part["id"] == "doctor")
+    assert "python -m bilevel.doctor" in field["attributes"]["label"]
+    assert field["validations"]["required"]
+
+
+@pytest.mark.parametrize("name", ["CITATION.cff", ".pre-commit-config.yaml", ".github/ISSUE_TEMPLATE/idea.yml"])
+def test_files_for_other_programs_can_be_read(name):
+    assert len(yaml.safe_load((ROOT / name).read_text())) > 0
+
+
 def test_readme_has_the_two_commands():
     assert blocks(ROOT / "README.md", "sh") == [
-        "pip install -e . && python -m applications.few_shot\n",
+        'pip install -e ".[applications]" && python -m applications.few_shot\n',
         'pip install -e ".[test]" && pytest\n',
     ]
-
-
-def test_extras_and_types_are_shipped():
-    extras = importlib.metadata.metadata("bilevel").get_all("Provides-Extra")
-    assert set(extras or []) == {"test", "docs", "bench"}
-    assert (ROOT / "bilevel" / "py.typed").exists()

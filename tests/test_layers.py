@@ -11,11 +11,11 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *("_torch", "files", "tree", "recording", "reach", "solution", "checks", "context", "spared", "modules", "nn"),
-    *("closure", "prox", "problem", "tasks", "linalg", "inner"),
+    *("extras", "_torch", "files", "tree", "recording", "reach", "solution", "checks", "context", "spared", "modules"),
+    *("nn", "closure", "prox", "problem", "tasks", "linalg", "inner"),
     *("hypergrad", "argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed"),
-    *("tuning", "extending", "testing"),
-    "__init__",
+    *("tuning", "sklearn", "extending", "testing"),
+    *("doctor", "__init__"),
 ]
 
 
@@ -44,8 +44,10 @@ def test_applications_use_public_names_only():
     applications = ROOT.parent / "applications"
     for path in applications.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                assert not node.module.startswith("bilevel."), f"{path} imports from {node.module}"
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bilevel."):
+                public = getattr(bilevel, node.module.removeprefix("bilevel."), None)
+                assert public, f"{path} imports from {node.module}"
+                assert {name.name for name in node.names} <= set(public.__all__), f"{path} imports from {node.module}"
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "bl":
                 assert node.attr in bilevel.__all__, f"{path} uses bl.{node.attr}"
 

@@ -1,6 +1,1 @@
-"""`BilevelSearchCV` tunes scikit-learn models by hypergradients; its comparison: ``python -m applications.search``."""
-
-from applications.search.estimator import BilevelSearchCV
-from applications.search.feature_models import FeatureKernelRidge, FeatureLogistic, FeatureRidge
-
-__all__ = ["BilevelSearchCV", "FeatureKernelRidge", "FeatureLogistic", "FeatureRidge"]
+"""The comparison of `bilevel.sklearn.BilevelSearchCV` with other searches: ``python -m applications.search``."""

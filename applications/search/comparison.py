@@ -11,8 +11,8 @@ from sklearn.linear_model import Ridge
 from applications.frame.data import split
 from applications.frame.run import Row
 from applications.search.contests import Contest
-from applications.search.estimator import BilevelSearchCV
 from applications.search.methods import METHODS, Task, held_out
+from bilevel.sklearn import BilevelSearchCV
 
 TEST_SHARE = 0.4
 

@@ -14,8 +14,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
 from applications.frame.data import Examples, load, split
-from applications.search.feature_models import FeatureKernelRidge, FeatureLogistic, FeatureRidge
 from applications.search.knobs import Config
+from bilevel.sklearn import FeatureKernelRidge, FeatureLogistic, FeatureRidge
 
 PENALTIES = (1e-3, 1e3)
 """Of every penalty, three decades around the default on both sides."""

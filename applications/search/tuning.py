@@ -13,10 +13,10 @@ from sklearn.exceptions import ConvergenceWarning
 from applications.frame import tune
 from applications.search.comparison import parts_of
 from applications.search.contests import Contest, contests_of
-from applications.search.estimator import BilevelSearchCV, Evaluation
 from applications.search.knobs import Config
 from applications.search.methods import SETTINGS, Task, search_of
 from applications.search.one_by_one import one_by_one
+from bilevel.sklearn import BilevelSearchCV, Evaluation
 
 BUILT_IN = "diabetes, penalty a feature"
 """Of the contests a quick one with ten hyperparameters: a search of a second, in which each setting counts."""
@@ -89,5 +89,5 @@ class Watched(BilevelSearchCV):
 
         return one_by_one(search)
 
-    def _heard(self, evaluation: Evaluation) -> None:
+    def evaluated(self, evaluation: Evaluation) -> None:
         self.give(float(evaluation.test_losses.mean()))

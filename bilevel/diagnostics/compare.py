@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .._torch import profiled_events
+from ..extras import require
 from ..files import write_atomically
 from ..hypergrad.implicit import Implicit
 from ..linalg.cg import CG
@@ -88,6 +89,7 @@ class Comparison:
 
     def to_png(self) -> bytes:
         """Error against time, each method by its name."""
+        require("matplotlib", "applications")
         from matplotlib.figure import Figure
 
         shown = [row for row in self.rows if not math.isnan(row.error)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import scipy.sparse.linalg
 
 
 class Operator(ABC):
@@ -72,6 +74,8 @@ class Operator(ABC):
 
     def to_scipy(self) -> scipy.sparse.linalg.LinearOperator:
         """The whole batch as one float64 SciPy operator of size ``prod(batch) * n``."""
+        import scipy.sparse.linalg
+
         total = self.batch_shape.numel() * self.size
 
         def on_host(product: Callable[[Tensor], Tensor]) -> Callable[[np.ndarray], np.ndarray]:

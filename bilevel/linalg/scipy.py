@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
@@ -29,7 +27,7 @@ class ScipySolver(IterativeSolver):
         rtol, atol, max_steps: see `IterativeSolver`; the limit is on the iterations of the whole system.
     """
 
-    algorithm: ClassVar[Callable[..., Any]]
+    algorithm: ClassVar[str]
 
     def iterate(
         self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
@@ -50,6 +48,8 @@ class ScipySolver(IterativeSolver):
 
     def _run(self, operator: Operator, b: np.ndarray, tolerance: float) -> tuple[np.ndarray, int]:
         """One call of the algorithm: the solution and the number of iterations."""
+        import scipy.sparse.linalg
+
         steps = 0
 
         def count(_: Any) -> None:
@@ -58,7 +58,7 @@ class ScipySolver(IterativeSolver):
 
         settings = self._settings(tolerance, self._limit(b.size))
         with np.errstate(all="ignore"):
-            x, _ = type(self).algorithm(operator.to_scipy(), b, callback=count, **settings)
+            x, _ = getattr(scipy.sparse.linalg, self.algorithm)(operator.to_scipy(), b, callback=count, **settings)
         return np.asarray(x), steps
 
     def _settings(self, tolerance: float, limit: int) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class GMRES(ScipySolver):
     """
 
     restart: int = 50
-    algorithm: ClassVar[Callable[..., Any]] = staticmethod(scipy.sparse.linalg.gmres)
+    algorithm: ClassVar[str] = "gmres"
 
     def _settings(self, tolerance: float, limit: int) -> dict[str, Any]:
         cycles = math.ceil(limit / self.restart)
@@ -89,7 +89,7 @@ class GMRES(ScipySolver):
 class BiCGSTAB(ScipySolver):
     """Stabilised bi-conjugate gradients (van der Vorst 1992): any regular matrix, two products a step."""
 
-    algorithm: ClassVar[Callable[..., Any]] = staticmethod(scipy.sparse.linalg.bicgstab)
+    algorithm: ClassVar[str] = "bicgstab"
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class LSMR(ScipySolver):
     """
 
     def _run(self, operator: Operator, b: np.ndarray, tolerance: float) -> tuple[np.ndarray, int]:
+        import scipy.sparse.linalg
+
         with np.errstate(all="ignore"):
             outcome = scipy.sparse.linalg.lsmr(
                 operator.to_scipy(), b, atol=tolerance * 1e-2, btol=tolerance, conlim=0, maxiter=self._limit(b.size)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..diagnostics.compare import compare_methods
 from ..diagnostics.problem import Bilevel
+from ..extras import require
 from ..solution import Solution
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def report(
     Raises:
         optuna.TrialPruned: the loss is NaN, infinite or of the size of ``worst``, or the study's pruner says so.
     """
+    require("optuna", "tuning")
     import optuna
 
     value = _record(trial, step, loss, fit, error, worst)
@@ -61,6 +63,7 @@ def _record(
     worst: float,
 ) -> float:
     """The loss; see `report`, of which this is all but what the pruner says."""
+    require("optuna", "tuning")
     import optuna
 
     value = float(loss)
@@ -158,6 +161,7 @@ def hypergradient_error(
     Raises:
         optuna.TrialPruned: the method refuses the problem, or its answer is not finite.
     """
+    require("optuna", "tuning")
     import optuna
 
     (row,) = compare_methods(problem, {"trial": (solver, hypergrad)}, repeats=repeats).rows
@@ -195,6 +199,7 @@ def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial:
     Raises:
         ValueError: no trial is complete and within the limits.
     """
+    require("optuna", "tuning")
     from optuna.trial import TrialState
 
     done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]

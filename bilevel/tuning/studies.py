@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..extras import require
 from .failures import of_a_trial
 from .resumed import refuse_unused, tell_other_ranges
 
@@ -63,6 +64,7 @@ def create_study(
     Raises:
         ValueError: an unknown sampler; a study of this name with other directions; a damaged storage.
     """
+    require("optuna", "tuning")
     import optuna
 
     directions = [direction] if isinstance(direction, str) else list(direction)
@@ -101,6 +103,7 @@ def open_storage(storage: str | Path | None, grace_seconds: int = GRACE_SECONDS)
     Raises:
         ValueError: an address of neither kind.
     """
+    require("optuna", "tuning")
     import optuna
     from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -148,6 +151,7 @@ def sweep(study: optuna.Study, grace_seconds: float = GRACE_SECONDS) -> int:
     left to the storage's heartbeat, or, where there is none, failed after its grace. A database retries what its
     heartbeat misses, so its trials are left to that.
     """
+    require("optuna", "tuning")
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
@@ -181,6 +185,7 @@ def guard(objective: Objective) -> Objective:
         ValueError: the trial was put in front with parameters (``defaults`` of `create_study`) that nothing asks for:
             they are misspelt, or belong to another choice.
     """
+    require("optuna", "tuning")
     import optuna
 
     compared = False
@@ -210,6 +215,7 @@ def guard(objective: Objective) -> Objective:
 
 
 def _sampler(name: Sampler, seed: int, num_objectives: int) -> optuna.samplers.BaseSampler:
+    require("optuna", "tuning")
     import optuna
 
     if name in ("auto", "tpe"):
@@ -222,6 +228,7 @@ def _sampler(name: Sampler, seed: int, num_objectives: int) -> optuna.samplers.B
 
 
 def _has_heartbeat(study: optuna.Study) -> bool:
+    require("optuna", "tuning")
     from optuna.storages import RDBStorage
 
     storage: Any = study._storage

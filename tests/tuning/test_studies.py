@@ -254,6 +254,7 @@ def postgres(tmp_path_factory):
         run("pg_ctl", "-D", data, "-m", "immediate", "stop")
 
 
+@pytest.mark.slow
 def test_four_workers_on_postgresql_one_killed(postgres):
     create_study("bowl", postgres, grace_seconds=6)
     victim = worker(postgres, 3, 1, pause=600)

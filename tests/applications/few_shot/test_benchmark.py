@@ -14,11 +14,24 @@ from applications.frame.errors import UserError
 @pytest.fixture(scope="module")
 def measured(glyph_root, tmp_path_factory):
     out = tmp_path_factory.mktemp("benchmark")
-    arguments = ["--inner-steps", "100", "10", "--repeats", "1", "--out", str(out), "--tasks", "2"]
+    arguments = [
+        "--inner-steps",
+        "100",
+        "10",
+        "--repeats",
+        "1",
+        "--out",
+        str(out),
+        "--tasks",
+        "2",
+        "--config.width",
+        "16",
+    ]
     assert benchmark.main([*arguments, "--config.data-root", str(glyph_root)]) == 0
     return out
 
 
+@pytest.mark.slow
 def test_implicit_memory_is_flat_and_unrolled_memory_is_not(measured):
     rows = {(r["method"], r["inner_steps"]): r for r in json.loads((measured / "benchmark.json").read_text())["rows"]}
     assert set(rows) == {(method, steps) for method in ("imaml", "maml") for steps in (10, 100)}
@@ -28,6 +41,7 @@ def test_implicit_memory_is_flat_and_unrolled_memory_is_not(measured):
     assert all(row["seconds"] > 0 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_table_plot_and_command_are_written(measured):
     table = (measured / "table.md").read_text().splitlines()
     assert len(table) == 6

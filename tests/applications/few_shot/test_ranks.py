@@ -57,6 +57,7 @@ def same(one: list[dict], two: list[dict]) -> None:
             assert b[name] == pytest.approx(a[name], rel=1e-6), name
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(alone, tmp_path):
     """Two tasks on one rank, one on the other: the parameters to 1e-6 (they agree to rounding), the same metrics."""
     folder, arguments = alone
@@ -71,6 +72,7 @@ def test_two_ranks_are_one(alone, tmp_path):
     assert printed.count("Accuracy on") == 1  # the first rank alone writes and prints
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_from_the_last_checkpoint(alone, tmp_path):
     folder, arguments = alone
     out = tmp_path / "killed"
@@ -104,6 +106,7 @@ def test_a_killed_rank_is_restarted_from_the_last_checkpoint(alone, tmp_path):
     assert RunFolder(out).load_checkpoint(torch.device("cpu"), CHECKPOINT)["step"] <= steps[-1]
 
 
+@pytest.mark.slow
 def test_more_ranks_than_tasks(glyph_root, tmp_path):
     process = torchrun(*QUICK, "--tasks", "1", "--data-root", str(glyph_root), "--out", str(tmp_path / "run"))
     printed, _ = process.communicate(timeout=120)

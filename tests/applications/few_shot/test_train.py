@@ -161,6 +161,7 @@ class TestRun:
 
 class TestResume:
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    @pytest.mark.slow
     def test_interrupted_and_resumed_is_uninterrupted(self, number, code, finished, glyph_root, tmp_path):
         folder = tmp_path / "run"
         process = start(*QUICK, "--steps", 8, "--data-root", glyph_root, "--out", folder)
@@ -175,6 +176,7 @@ class TestResume:
         assert main(["train", "--resume", str(folder)]) == 0
         assert_same_run(folder, finished)
 
+    @pytest.mark.slow
     def test_killed_and_resumed_is_uninterrupted(self, finished, glyph_root, tmp_path):
         folder = tmp_path / "run"
         arguments = [*QUICK, "--steps", 8, "--data-root", glyph_root, "--out", folder]
@@ -211,6 +213,7 @@ class TestResume:
         assert (config.shots, config.strength, config.data, config.steps) == (5, 2.0, "glyphs", 1)
         assert main(["--resume", str(folder)]) == 0
 
+    @pytest.mark.slow
     def test_every_kill_leaves_a_loadable_checkpoint(self, tmp_path):
         """SIGKILL at random moments of a process that does nothing but save."""
         script = (

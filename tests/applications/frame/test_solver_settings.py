@@ -75,6 +75,7 @@ def test_the_first_trial_has_the_settings_in_use_today(name):
 
 
 @pytest.mark.parametrize("name", TUNED)
+@pytest.mark.slow
 def test_a_study_and_a_run_with_its_winner(name, tmp_path, capsys, monkeypatch):
     study = tmp_path / "study"
     assert run(name, "tune", "--trials", "4", "--seconds", "0.1", "--confirm", "2", "--out", str(study)) == 0

@@ -186,6 +186,7 @@ def test_few_shot_tunes_and_trains_with_the_winner(tmp_path, glyph_root, quick_v
     assert few_shot(["tune", "--method", "maml", "--out", str(tmp_path / "maml"), *common]) == 2
 
 
+@pytest.mark.slow
 def test_workers_share_a_journal_and_ctrl_c_keeps_the_study(tmp_path, glyph_root):
     """Two processes; interrupted, what is done is kept, nobody is left running, and the same command goes on."""
     command = [sys.executable, "-m", "applications.few_shot", "tune", "--workers", "2", "--seconds", "0.3"]

@@ -31,6 +31,7 @@ def rows(names, **changes):
     return {row.name: row for row in contest("Hyperparameters", SMALL, names, **settings)}
 
 
+@pytest.mark.slow
 def test_right_answers_have_times_and_memory():
     row = rows([OURS], rounds=2)[OURS]
     assert not row.note
@@ -68,6 +69,7 @@ def test_errors_are_those_of_each_task():
     assert not (relative_errors(truth * np.nan, truth) <= 1.0).any()
 
 
+@pytest.mark.slow
 def test_the_command_writes_results_tables_and_pictures_and_keeps_earlier_ones(tmp_path, monkeypatch):
     monkeypatch.setitem(workloads.NAMES, "B", ("Hyperparameters", SMALL))
     (tmp_path / "results.json").write_text(json.dumps({"A": ENTRY}))

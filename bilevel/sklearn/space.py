@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +95,9 @@ def make_space(given: Mapping[str, Any], known: Mapping[str, tuple[int | None, b
         known: of each hyperparameter of the model its size (None: a number) and whether it is logarithmic.
         prefix: what the names in ``given`` begin with.
 
+    Warns:
+        UserWarning: bounds that are no tuple, as if they were a grid.
+
     Raises:
         ValueError: nothing to search, an unknown name, bounds out of order or out of range.
     """
@@ -109,7 +113,16 @@ def make_space(given: Mapping[str, Any], known: Mapping[str, tuple[int | None, b
         try:
             low, high = (float(bound) for bound in bounds)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"param_space[{name!r}] is {bounds!r}: bounds (low, high) are needed.") from error
+            raise ValueError(
+                f"param_space[{name!r}] is {bounds!r}: bounds (low, high) are needed, between which all is searched."
+            ) from error
+        if not isinstance(bounds, tuple):
+            warnings.warn(
+                f"param_space[{name!r}] is {bounds!r}, which is searched from {low:g} to {high:g}, not a grid of two "
+                f"values (that is GridSearchCV). Write bounds as a tuple: ({low:g}, {high:g}).",
+                UserWarning,
+                stacklevel=4,
+            )
         inside = (low > 0 if logarithmic else low >= 0 and high <= 1) and low < high < np.inf
         if not inside:
             wanted = "0 < low < high" if logarithmic else "0 <= low < high <= 1"

@@ -7,6 +7,7 @@ features divided by ``sqrt(p_j)``, and a width of its own for each feature a com
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -32,11 +33,11 @@ class FeatureRidge(RegressorMixin, BaseEstimator):
         self.alphas = alphas
         self.fit_intercept = fit_intercept
 
-    def fit(self, X: Any, y: Any) -> FeatureRidge:
-        """Fit; sets ``coef_ [d]`` and ``intercept_``."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> FeatureRidge:
+        """Fit; sets ``coef_ [d]`` and ``intercept_``. ``sample_weight`` as in `Ridge`."""
         X, y = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
         scale = 1 / np.sqrt(for_each_feature("alphas", self.alphas, X.shape[1]))
-        model = Ridge(alpha=1.0, fit_intercept=self.fit_intercept).fit(X * scale, y)
+        model = Ridge(alpha=1.0, fit_intercept=self.fit_intercept).fit(X * scale, y, sample_weight)
         self.coef_, self.intercept_ = model.coef_ * scale, model.intercept_
         return self
 
@@ -55,6 +56,7 @@ class FeatureLogistic(ClassifierMixin, BaseEstimator):
         penalties: a positive number, or one for each feature ``[d]``.
         fit_intercept: whether there are b.
         max_iter, tol: of scikit-learn's solver.
+        class_weight: as in `LogisticRegression`.
     """
 
     def __init__(
@@ -63,19 +65,25 @@ class FeatureLogistic(ClassifierMixin, BaseEstimator):
         fit_intercept: bool = True,
         max_iter: int = 1000,
         tol: float = 1e-4,
+        class_weight: Mapping[Any, float] | str | None = None,
     ):
         self.penalties = penalties
         self.fit_intercept = fit_intercept
         self.max_iter = max_iter
         self.tol = tol
+        self.class_weight = class_weight
 
-    def fit(self, X: Any, y: Any) -> FeatureLogistic:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> FeatureLogistic:
         """Fit; sets ``classes_``, ``coef_`` and ``intercept_`` as scikit-learn does."""
         X, y = validate_data(self, X, y, dtype=np.float64)
         scale = 1 / np.sqrt(for_each_feature("penalties", self.penalties, X.shape[1]))
-        model = LogisticRegression(C=1.0, fit_intercept=self.fit_intercept, max_iter=self.max_iter, tol=self.tol).fit(
-            X * scale, y
-        )
+        model = LogisticRegression(
+            C=1.0,
+            fit_intercept=self.fit_intercept,
+            max_iter=self.max_iter,
+            tol=self.tol,
+            class_weight=self.class_weight,
+        ).fit(X * scale, y, sample_weight)
         self.classes_, self.n_iter_ = model.classes_, model.n_iter_
         self._model, self._scale = model, scale
         self.coef_, self.intercept_ = model.coef_ * scale, model.intercept_
@@ -113,12 +121,12 @@ class FeatureKernelRidge(RegressorMixin, BaseEstimator):
         self.alpha = alpha
         self.gammas = gammas
 
-    def fit(self, X: Any, y: Any) -> FeatureKernelRidge:
-        """Fit; sets ``dual_coef_ [n]``."""
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> FeatureKernelRidge:
+        """Fit; sets ``dual_coef_ [n]``. ``sample_weight`` as in `KernelRidge`."""
         X, y = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
         gammas = 1 / X.shape[1] if self.gammas is None else self.gammas
         self._scale = np.sqrt(for_each_feature("gammas", gammas, X.shape[1]))
-        self._model = KernelRidge(alpha=self.alpha, kernel="rbf", gamma=1.0).fit(X * self._scale, y)
+        self._model = KernelRidge(alpha=self.alpha, kernel="rbf", gamma=1.0).fit(X * self._scale, y, sample_weight)
         self.dual_coef_ = self._model.dual_coef_
         return self
 

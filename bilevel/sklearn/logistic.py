@@ -7,16 +7,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import bilevel as bl
-from applications.search.folds import Folds
-from applications.search.quadratic import Factored
+from ..argmin import argmin
+from ..hypergrad.implicit import Implicit
+from ..inner.external import External
+from ..inner.lbfgs import LBFGS
+from ..linalg.cg import CG
+from .folds import Folds
+from .quadratic import Factored
 
 MOST_UNKNOWNS = 1500
 """Of one fold, for its Hessian to be formed and factorised."""
 
 
 class LogisticTwin:
-    """``sum_i log loss_i + sum_cj penalties_j w_cj^2 / 2``: that of scikit-learn, with ``penalties = 1 / C``.
+    """``sum_i s_i log loss_i + sum_cj penalties_j w_cj^2 / 2``: that of scikit-learn, with ``penalties = 1 / C``.
 
     Two classes have one vector of weights, more have one each. Each solve begins at the solution of the last. Newton's
     steps have the whole Hessian, and the factor of the last preconditions the adjoint; large problems go to L-BFGS.
@@ -37,22 +41,22 @@ class LogisticTwin:
 
         def objective(weights: Tensor) -> Tensor:
             losses = self.folds.each_loss(self._logits(weights))
-            fit = torch.where(self.folds.train, losses, torch.zeros_like(losses)).sum(-1)
+            fit = torch.where(self.folds.train > 0, self.folds.train * losses, torch.zeros_like(losses)).sum(-1)
             by_class = self._by_class(weights)
             # Equal shifts of all intercepts change nothing: their sum is held at zero.
             shift = by_class[..., self.folds.num_features :].sum((-2, -1)).square() if self.gauge else 0.0
             return fit + ((each * by_class.square()).sum((-2, -1)) + shift) / 2
 
-        solver: bl.External | bl.LBFGS
+        solver: External | LBFGS
         if self.start.shape[-1] <= MOST_UNKNOWNS:
             minimum, factor = self._newton(objective, each.detach())
             solver, linear = (
-                bl.External(lambda loss, start: minimum, gtol=1e-5),
-                bl.CG(rtol=1e-9, preconditioner=Factored(factor)),
+                External(lambda loss, start: minimum, gtol=1e-5),
+                CG(rtol=1e-9, preconditioner=Factored(factor)),
             )
         else:
-            minimum, solver, linear = self.start, bl.LBFGS(gtol=1e-3), bl.CG(rtol=1e-5)
-        fit = bl.argmin(objective, minimum, solver=solver, hypergrad=bl.Implicit(linear))
+            minimum, solver, linear = self.start, LBFGS(gtol=1e-3), CG(rtol=1e-5)
+        fit = argmin(objective, minimum, solver=solver, hypergrad=Implicit(linear))
         self.start = fit.value.detach()
         return self._logits(fit.value)
 
@@ -83,14 +87,14 @@ class LogisticTwin:
 
     def _hessian(self, weights: Tensor, penalties: Tensor) -> Tensor:
         """Of the objective, ``[K, p, p]``."""
-        logits, mask = self._logits(weights), self.folds.train.unsqueeze(-1)
+        logits, counts = self._logits(weights), self.folds.train.unsqueeze(-1)
         if logits.shape[-1] == 1:
             share = logits.sigmoid()
-            hessian = (self.x * (mask * share * (1 - share))).mT @ self.x
+            hessian = (self.x * (counts * share * (1 - share))).mT @ self.x
         else:  # in the outputs of one example: diag(share) - share share'
-            share = mask * logits.softmax(-1)
-            each = (share.unsqueeze(-1) * self.x.unsqueeze(-2)).flatten(-2)
-            diagonal = [(self.x * column.unsqueeze(-1)).mT @ self.x for column in share.unbind(-1)]
+            share = logits.softmax(-1)
+            each = ((counts.sqrt() * share).unsqueeze(-1) * self.x.unsqueeze(-2)).flatten(-2)
+            diagonal = [(self.x * column.unsqueeze(-1)).mT @ self.x for column in (counts * share).unbind(-1)]
             hessian = -each.mT @ each
             for c, block in enumerate(diagonal):
                 at = slice(c * self.x.shape[-1], (c + 1) * self.x.shape[-1])

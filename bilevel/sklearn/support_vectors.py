@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from sklearn.svm import SVR
 from torch import Tensor
 
-from applications.search.folds import Folds
-from applications.search.quadratic import gaussian_kernel, minimize_quadratic, times
+from .folds import Folds
+from .quadratic import gaussian_kernel, minimize_quadratic, times
 
 
 class SVRTwin:
-    """``min b K b / 2 - y b + epsilon |b|_1`` with ``sum b = 0`` and ``-C <= b <= C``, over the training examples.
+    """``min b K b / 2 - y b + epsilon |b|_1`` with ``sum b = 0`` and ``|b_i| <= C w_i``, w the examples' weights.
 
-    At the solution an example lies inside the tube (b = 0), beyond it (b = C s, s the sign of its error), or on its
+    At the solution an example lies inside the tube (b = 0), beyond it (b = C w s, s the sign of its error), or on its
     edge, a free support vector: ``(K b)_i + intercept = y_i - epsilon s_i``. libsvm finds these sets. With them fixed,
     b is the minimum of a quadratic in the free entries under one equality, differentiable towards the kernel, epsilon
     and C: the derivative of the solution wherever the sets do not change.
     """
 
     def __init__(self, folds: Folds):
-        self.folds, self.x = folds, folds.features
-        self.y = folds.targets * folds.train
+        self.folds, self.x, self.weights = folds, folds.features, folds.train
+        self.y = folds.targets * (folds.train > 0)
 
     def predictions(self, C: Tensor, epsilon: Tensor, gammas: Tensor) -> Tensor:
         """Of each fold's model for all examples, ``[K, n]``; all 0-d."""
         kernel = gaussian_kernel(self.x, gammas)
         b, intercept = self._solve(kernel.detach(), C.item(), epsilon.item())
-        sign, bounded = b.sign(), (b.abs() >= C.item() * (1 - 1e-9)).double()
+        sign, bounded = b.sign(), ((b != 0) & (b.abs() >= C.item() * (1 - 1e-9) * self.weights)).double()
         free = (b != 0) * (1 - bounded)
         count = free.sum(-1, keepdim=True).clamp_min(1)
 
@@ -35,7 +36,7 @@ class SVRTwin:
             """Over the free entries."""
             return (free * v).sum(-1, keepdim=True) / count
 
-        beyond = C * bounded * sign
+        beyond = C * self.weights * bounded * sign
         feasible = beyond - free * beyond.sum(-1, keepdim=True) / count
         wanted = self.y - epsilon * sign
 
@@ -59,13 +60,13 @@ class SVRTwin:
 
     def _solve(self, kernel: Tensor, C: float, epsilon: float) -> tuple[Tensor, Tensor]:
         """b ``[K, n]`` and the intercept ``[K, 1]`` by libsvm, fold by fold."""
-        masks = self.folds.train
-        kernels, targets = kernel.expand(len(masks), -1, -1).numpy(), self.folds.targets.numpy()
-        b, intercept = torch.zeros(masks.shape, dtype=torch.float64), torch.zeros(len(masks), 1, dtype=torch.float64)
-        for k, mask in enumerate(masks.numpy()):
-            rows, y = kernels[k][mask][:, mask], targets[mask]
-            model = SVR(kernel="precomputed", C=C, epsilon=epsilon, tol=1e-4, cache_size=500).fit(rows, y)
-            chosen = masks[k].nonzero().squeeze(-1)[torch.from_numpy(model.support_).long()]
+        kernels, targets = kernel.expand(len(self.weights), -1, -1).numpy(), self.folds.targets.numpy()
+        b, intercept = torch.zeros_like(self.weights), torch.zeros_like(self.weights[:, :1])
+        for k, weights in enumerate(self.weights.numpy()):
+            inside = np.flatnonzero(weights)
+            model = SVR(kernel="precomputed", C=C, epsilon=epsilon, tol=1e-4, cache_size=500)
+            model.fit(kernels[k][np.ix_(inside, inside)], targets[inside], sample_weight=weights[inside])
+            chosen = torch.from_numpy(inside[model.support_])
             b[k, chosen] = torch.from_numpy(model.dual_coef_[0])
             intercept[k] = float(model.intercept_[0])
         return b, intercept

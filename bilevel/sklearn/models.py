@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 from sklearn.svm import SVR
 from torch import Tensor
 
-from applications.search.elastic_net import ElasticNetTwin
-from applications.search.feature_models import FeatureKernelRidge, FeatureLogistic, FeatureRidge
-from applications.search.folds import Folds
-from applications.search.logistic import LogisticTwin
-from applications.search.quadratic import KernelRidgeTwin, RidgeTwin
-from applications.search.support_vectors import SVRTwin
+from .elastic_net import ElasticNetTwin
+from .feature_models import FeatureKernelRidge, FeatureLogistic, FeatureRidge
+from .folds import Folds
+from .logistic import LogisticTwin
+from .quadratic import KernelRidgeTwin, RidgeTwin
+from .support_vectors import SVRTwin
 
 Values = Mapping[str, Any]
 Predict = Callable[[dict[str, Tensor]], Tensor]
@@ -68,6 +68,16 @@ def feature_kernel_ridge(folds: Folds, values: Values) -> Predict:
 
 
 def logistic(folds: Folds, values: Values) -> Predict:
+    """
+    Raises:
+        ValueError: liblinear's model is another one.
+    """
+    if values["solver"] == "liblinear" and (values["fit_intercept"] or folds.num_classes > 2):
+        raise ValueError(
+            "LogisticRegression(solver='liblinear') penalises its intercept, and has no softmax: its hypergradients "
+            "here would be those of another model. Use another solver, such as 'lbfgs' (of two classes, "
+            "fit_intercept=False will do)."
+        )
     twin = LogisticTwin(folds, values["fit_intercept"])
     return lambda h: twin.predictions(1 / h["C"])
 
@@ -94,7 +104,7 @@ MODELS: dict[type[BaseEstimator], Searchable] = {
     FeatureKernelRidge: Searchable({"alpha": LOGARITHMIC, "gammas": VECTOR}, {}, feature_kernel_ridge),
     LogisticRegression: Searchable(
         {"C": LOGARITHMIC},
-        {"class_weight": (None,), "l1_ratio": (0, 0.0), "penalty": ("deprecated", "l2")},
+        {"l1_ratio": (None, 0), "penalty": ("deprecated", "l2"), "multi_class": ("deprecated", "auto")},
         logistic,
     ),
     FeatureLogistic: Searchable({"penalties": VECTOR}, {}, feature_logistic),
@@ -126,18 +136,31 @@ def searchable(model: BaseEstimator) -> Searchable:
                 f"{type(model).__name__}({name}={values[name]!r}) has no hypergradients here: it must be "
                 f"{' or '.join(map(repr, allowed))}."
             )
+    if isinstance(model, KernelRidge) and model.kernel == "linear":  # it does not read gamma
+        return replace(found, kinds={"alpha": LOGARITHMIC})
     return found
 
 
 def hyperparameters(model: BaseEstimator, kinds: Mapping[str, str], folds: Folds) -> dict[str, Any]:
-    """The values that the model has now; one that scikit-learn takes from the data for each fold, ``[K, 1, 1]``."""
+    """The values that the model has now; one that scikit-learn takes from the data for each fold, ``[K, 1, 1]``.
+
+    Raises:
+        ValueError: one depends on the number of columns, which is another one in another fold.
+    """
     values = {name: value for name, value in model.get_params(deep=False).items() if name in kinds}
+    if not folds.even:
+        for name, value in values.items():
+            if kinds[name] == VECTOR or value is None or isinstance(value, str):
+                raise ValueError(
+                    f"The steps before the model give another number of columns in another fold, on which {name} of "
+                    f"{type(model).__name__} depends: let them give the same columns, or give {name} a number."
+                )
     for name, value in values.items():
         if value is None or (isinstance(value, str) and value == "auto"):
             values[name] = 1 / folds.num_features
         elif isinstance(value, str):  # "scale"
-            parts = [folds.features[k % len(folds.features)][mask] for k, mask in enumerate(folds.train)]
-            variances = torch.stack([part.var(correction=0) for part in parts])
-            each = torch.where(variances > 0, 1 / (folds.num_features * variances), torch.ones_like(variances))
-            values[name] = each[:, None, None]
+            share = (folds.drawn / folds.drawn.sum(-1, keepdim=True)).unsqueeze(-1) / folds.num_features
+            mean = (share * folds.features).sum((-2, -1), keepdim=True)
+            variances = (share * (folds.features - mean).square()).sum((-2, -1), keepdim=True)
+            values[name] = torch.where(variances > 0, 1 / (folds.num_features * variances), torch.ones_like(variances))
     return values

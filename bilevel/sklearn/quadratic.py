@@ -8,13 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import bilevel as bl
-from applications.search.folds import Folds
+from ..argmin import argmin
+from ..hypergrad.implicit import Implicit
+from ..inner.external import External
+from ..linalg.cg import CG
+from .folds import Folds
 
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """The Cholesky factor ``[K, p, p]`` of the forward solve as preconditioner of `bl.CG`: one step is exact.
+    """The Cholesky factor ``[K, p, p]`` of the forward solve as preconditioner of `CG`: one step is exact.
 
     CG measures the true residual all the same, and mends what rounding left.
     """
@@ -36,28 +39,30 @@ def minimize_quadratic(objective: Callable[[Tensor], Tensor], matrix: Tensor, ri
     factor, info = torch.linalg.cholesky_ex(matrix)
     if bool(info.any()):  # rounding made it indefinite: CG corrects for what is added
         factor = torch.linalg.cholesky(matrix + torch.diag_embed((1e-10 * size).unsqueeze(-1).expand_as(right)))
-    exact = bl.External(lambda loss, start: torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1))
-    adjoint = bl.Implicit(bl.CG(rtol=1e-9, preconditioner=Factored(factor)))
-    return bl.argmin(objective, torch.zeros_like(right), solver=exact, hypergrad=adjoint).value
+    exact = External(lambda loss, start: torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1))
+    adjoint = Implicit(CG(rtol=1e-9, preconditioner=Factored(factor)))
+    return argmin(objective, torch.zeros_like(right), solver=exact, hypergrad=adjoint).value
 
 
 class RidgeTwin:
-    """``sum_i (y_i - x_i w - b)^2 + sum_j alpha_j w_j^2`` (half of it, which has the same minimum).
+    """``sum_i s_i (y_i - x_i w - b)^2 + sum_j alpha_j w_j^2`` (half of it), s the weights of the examples.
+
+    The rows are those of the centred examples times ``sqrt(s)``, zero where an example is held out.
 
     With more features than examples in the dual: ``w = X' a / alpha`` with ``a (X X' / alpha + I) = y``, so that a
     thousand penalties cost a matrix of the examples only.
     """
 
     def __init__(self, folds: Folds, fit_intercept: bool):
-        self.mask = folds.train.double()
-        share = self.mask / self.mask.sum(-1, keepdim=True)
+        share = folds.train / folds.train.sum(-1, keepdim=True)
         x, y = folds.features, folds.targets.expand_as(share)
         self.offset = torch.zeros(len(share), 1, dtype=torch.float64)
         if fit_intercept:  # the intercept is free: it takes up the means
             x = x - (share.unsqueeze(-1) * x).sum(-2, keepdim=True)
             self.offset = (share * y).sum(-1, keepdim=True)
-        self.x, self.y = x, (y - self.offset) * self.mask
-        self.rows = self.x * self.mask.unsqueeze(-1)
+        root = folds.train.sqrt()
+        self.x, self.y = x, (y - self.offset) * root
+        self.rows = self.x * root.unsqueeze(-1)
         self.dual = self.x.shape[-1] > self.x.shape[-2]
         if not self.dual:
             self.gram, self.moment = self.rows.mT @ self.rows, (self.rows.mT @ self.y.unsqueeze(-1)).squeeze(-1)
@@ -87,26 +92,27 @@ class RidgeTwin:
 
 
 class KernelRidgeTwin:
-    """``a (K + alpha I) a / 2 - y a`` over the training examples, with ``K_ij = exp(-sum_k gamma_k (x_ik - x_jk)^2)``.
+    """``a (S K S + alpha I) a / 2 - S y a``, with ``K_ij = exp(-sum_k gamma_k (x_ik - x_jk)^2)``.
 
-    Without gammas the kernel is linear.
+    S is the diagonal of the roots of the examples' weights, zero where one is held out. Without gammas the kernel is
+    linear.
     """
 
     def __init__(self, folds: Folds):
-        self.x, self.mask = folds.features, folds.train.double()
-        self.y = folds.targets * self.mask
+        self.x, self.root = folds.features, folds.train.sqrt()
+        self.y = folds.targets * self.root
 
     def predictions(self, alpha: Tensor, gammas: Tensor | None) -> Tensor:
         """Of each fold's model for all examples, ``[K, n]``; ``gammas`` 0-d or ``[d]``."""
         kernel = self.x @ self.x.mT if gammas is None else gaussian_kernel(self.x, gammas)
 
         def objective(a: Tensor) -> Tensor:
-            inside = a * self.mask
+            inside = a * self.root
             return (inside * times(kernel, inside) + alpha * a.square()).sum(-1) / 2 - (self.y * a).sum(-1)
 
-        pairs = self.mask.unsqueeze(-1) * self.mask.unsqueeze(-2)
+        pairs = self.root.unsqueeze(-1) * self.root.unsqueeze(-2)
         matrix = kernel.detach() * pairs + alpha.detach() * torch.eye(pairs.shape[-1], dtype=pairs.dtype)
-        return times(kernel, minimize_quadratic(objective, matrix, self.y) * self.mask)
+        return times(kernel, minimize_quadratic(objective, matrix, self.y) * self.root)
 
 
 def gaussian_kernel(x: Tensor, gammas: Tensor) -> Tensor:

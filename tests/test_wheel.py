@@ -1,0 +1,181 @@
+"""The wheel, installed with its core dependencies alone: every public name, a problem solved, what is missing told."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from bilevel import doctor
+
+ROOT = Path(__file__).parents[1]
+CORE = {"torch", "numpy", "scipy"}
+EXTRAS = ("optuna", "plotly", "sklearn", "torchvision", "tyro", "tqdm", "matplotlib", "PIL", "pandas", "pytest")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what a build reads, so that the checkout stays clean."""
+    source = tmp_path_factory.mktemp("source")
+    shutil.copytree(ROOT / "bilevel", source / "bilevel", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source) -> Path:
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(source / "dist"),
+        str(source),
+    )
+    (found,) = (source / "dist").glob("bilevel-*.whl")
+    return found
+
+
+def run(*command: str, cwd: Path | None = None) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def closure(names: set[str]) -> set[str]:
+    """The distributions and all that they require here, without extras."""
+    found, rest = set(), [canonicalize_name(name) for name in names]
+    while rest:
+        name = rest.pop()
+        if name in found:
+            continue
+        found.add(name)
+        for line in importlib.metadata.requires(name) or []:
+            requirement = Requirement(line)
+            asked = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if asked and installed(requirement.name):
+                rest.append(canonicalize_name(requirement.name))
+                for extra in requirement.extras:  # such as cuda-toolkit[cublas]
+                    rest += [
+                        canonicalize_name(part.name)
+                        for part in map(Requirement, importlib.metadata.requires(requirement.name) or [])
+                        if part.marker is not None and part.marker.evaluate({"extra": extra}) and installed(part.name)
+                    ]
+    return found
+
+
+def installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def python(wheel, tmp_path_factory) -> Path:
+    """A fresh environment with the wheel; links to this environment's core dependencies stand for a second download."""
+    place = tmp_path_factory.mktemp("environment")
+    venv.create(place, symlinks=True)
+    (site,) = place.glob("lib/python*/site-packages")
+    for name in closure(CORE):
+        distribution = importlib.metadata.distribution(name)
+        for part in {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}:
+            if not (site / part).exists():
+                (site / part).symlink_to(Path(str(distribution.locate_file(part))))
+    python = place / "bin" / "python"
+    run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
+    return python
+
+
+def test_the_wheel_holds_the_library_and_asks_for_three_packages(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = (name for name in names if name.endswith("METADATA"))
+        text = archive.read(metadata).decode()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"bilevel"}
+    assert "bilevel/py.typed" in names
+    asked = [Requirement(line.removeprefix("Requires-Dist: ")) for line in text.splitlines() if "Requires-Dist" in line]
+    assert {requirement.name for requirement in asked if requirement.marker is None} == CORE
+    extras = {line.removeprefix("Provides-Extra: ") for line in text.splitlines() if "Provides-Extra" in line}
+    assert extras == {"tuning", "sklearn", "applications", "test", "docs", "bench", "dev"} == set(doctor.USES)
+    assert {"Project-URL", "Classifier", "Keywords"} <= {line.split(":")[0] for line in text.splitlines()}
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_follow(source):
+    """They read no import hook, which setuptools makes where packages lie beside other folders."""
+    (source / "editable").mkdir()
+    build = "from setuptools import build_meta; build_meta.build_editable('editable')"
+    run(sys.executable, "-c", build, cwd=source)
+    (found,) = (source / "editable").glob("*.whl")
+    with zipfile.ZipFile(found) as archive:
+        (path,) = (name for name in archive.namelist() if ".dist-info" not in name)
+        assert path.endswith(".pth")
+        assert (Path(archive.read(path).decode().strip()) / "bilevel" / "py.typed").exists()
+
+
+PROGRAM = """
+import importlib, importlib.util, pkgutil, sys
+import torch
+import bilevel as bl
+
+for name in {extras}:
+    assert importlib.util.find_spec(name) is None, name + " is visible"
+assert bl.__file__.startswith(sys.prefix), bl.__file__
+assert bl.__version__ == importlib.metadata.version("bilevel")
+
+for name in bl.__all__:
+    part = getattr(bl, name)
+    for own in getattr(part, "__all__", ()):
+        name == "sklearn" or getattr(part, own)
+for module in pkgutil.walk_packages(bl.__path__, "bilevel."):
+    if not module.name.startswith(("bilevel.sklearn.", "bilevel.doctor")):
+        importlib.import_module(module.name)
+
+problem = bl.problems.Ridge(per_feature=True)
+x = problem.hparams.clone().requires_grad_()
+fit = bl.argmin(problem.inner, problem.init, x, hypergrad=bl.Implicit(bl.CG(rtol=1e-12)))
+(found,) = torch.autograd.grad(problem.outer(fit.value, x), x)
+torch.testing.assert_close(found, problem.hypergradient(x.detach()), rtol=1e-6, atol=1e-9)
+
+def sentence(use):
+    try:
+        use()
+    except ModuleNotFoundError as error:
+        return str(error)
+    raise AssertionError("nothing is missing")
+
+comparison = bl.diagnostics.compare_methods(problem, {{"CG": bl.Implicit(bl.CG(rtol=1e-9))}}, repeats=1)
+for use, extra, package in (
+    (lambda: bl.sklearn.BilevelSearchCV, "sklearn", "sklearn"),
+    (lambda: bl.tuning.create_study("study"), "tuning", "optuna"),
+    (lambda: bl.tuning.open_storage("study.db"), "tuning", "optuna"),
+    (comparison.to_png, "applications", "matplotlib"),
+):
+    said = sentence(use)
+    assert said.startswith(package + " is not installed") and 'pip install "bilevel[' + extra + ']"' in said, said
+print("all is well")
+"""
+
+
+def test_it_works_with_its_core_dependencies_alone(python, tmp_path):
+    assert "all is well" in run(str(python), "-I", "-c", PROGRAM.format(extras=EXTRAS), cwd=tmp_path)
+
+
+def test_its_doctor_names_what_is_missing(python, tmp_path):
+    said = run(str(python), "-I", "-m", "bilevel.doctor", cwd=tmp_path)
+    assert 'missing scikit-learn, threadpoolctl: pip install "bilevel[sklearn]"' in said
+    assert "WRONG" not in said
