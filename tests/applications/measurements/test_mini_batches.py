@@ -10,9 +10,11 @@ import torch
 
 from applications.frame.mini_batches import Batches
 from applications.measurements.stochastic_curves.methods import methods
+from bilevel import SolveError
 from bilevel.problems.finite_sums import Logistic, Quadratics
 from bilevel.stochastic import SABA
 from tests.stochastic.cases import CASES
+from tests.stochastic.test_conformance import small_settings
 
 
 @cache
@@ -73,3 +75,21 @@ def test_resume_is_bit_identical(name):
     for part in ("vectors", "memory"):
         assert end[part].keys() == expected[part].keys()
         assert all(torch.equal(end[part][key], expected[part][key]) for key in expected[part])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "BOME"])
+def test_a_divergence_in_noise_is_told_early(name):
+    """Batches of four examples, whose curvatures differ, so that the norms do not grow at every step."""
+    problem = Quadratics(size=8, outer_size=6, num_samples=32, condition=10.0)  # L = 1: steps above 2 diverge
+    y, x = problem.start()
+    settings = {**small_settings(name), "inner_lr": 2.5, "outer_lr": 0.1}
+    if name == "SABA":
+        settings |= {"inner_batches": 8, "outer_batches": 8}
+    method, batches = CASES[name].method(y, x, problem.inner_loss, problem.outer_loss, **settings), Batches(32, 8)
+
+    def run():
+        for _ in range(150):
+            batches.step(method)
+
+    with pytest.raises(SolveError, match="diverges at step"):
+        run()
