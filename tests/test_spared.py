@@ -58,7 +58,7 @@ def normed_problem(functional=functional_call):
         (bl.Implicit(), bl.External(lambda loss, start: (loss(start), start)[1])),
         (None, bl.TorchOptim(torch.optim.Adam, max_steps=5)),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_running_statistics_are_left_as_they_were(hypergrad, solver):
     net, inner, decay = normed_problem()

@@ -28,7 +28,7 @@ from ..solution import Result, Solution, make_codes
 from ..tree import dot, norm
 from .base import Point, Pulled
 from .composite import CompositeStatement
-from .statement import ResidualStatement
+from .statement import ResidualStatement, SymmetricResidualStatement
 
 OperatorFactory = Callable[[Problem, Linearization], Operator]
 
@@ -43,7 +43,8 @@ class Implicit:
     both modes, also under `torch.func`.
 
     Args:
-        linear_solver: how the system is solved; None: `CG` for `argmin`, `GMRES` for `root` and `fixed_point`.
+        linear_solver: how the system is solved; None: `CG` for `argmin`, `GMRES` for `root` and `fixed_point`, `MINRES`
+            for a `root` with a symmetric Jacobian.
         operator: how products are made. ``"graph"``: one reverse pass over the retained graph of the residual;
             ``"func"``: `torch.func.vjp` of `torch.func.grad`, recomputed each time (`argmin` only); or a factory
             such as `GaussNewton` or `EmpiricalFisher`, in place of the Hessian.
@@ -85,7 +86,8 @@ class Implicit:
         return self._doubted(point, b, solved)
 
     def _solve(self, point: Point, operator: Operator, b: Tensor) -> Solution:
-        solver = self.linear_solver or (CG() if operator.symmetric else GMRES())
+        definite = not isinstance(point.statement, SymmetricResidualStatement)
+        solver = self.linear_solver or (GMRES() if not operator.symmetric else CG() if definite else MINRES())
         state = point.state if isinstance(point.state, LinearState) else None
         solved = solver.solve(self._damped(operator, 0.0), b, state)
         return self._recover(operator, b, solved) if point.throw == "fallback" else solved

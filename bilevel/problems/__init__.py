@@ -16,11 +16,13 @@ from .logistic import Logistic
 from .quadratics import Quadratics, Saddle, Singular
 from .ridge import KernelRidge, Ridge, WeightedRidge
 from .roots import LinearFixedPoint, NonSymmetricRoot
+from .scaled import Known, Scaled, hard, in_double
 
 __all__ = [
     "BilevelTestProblem",
     "ClosedFormProblem",
     "KernelRidge",
+    "Known",
     "LassoPath",
     "LinearFixedPoint",
     "Logistic",
@@ -30,10 +32,13 @@ __all__ = [
     "Quadratics",
     "Ridge",
     "Saddle",
+    "Scaled",
     "Singular",
     "WeightedRidge",
     "collection",
     "finite_sums",
+    "hard",
+    "in_double",
 ]
 
 

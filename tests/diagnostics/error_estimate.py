@@ -2,7 +2,7 @@
 
     python -m tests.diagnostics.error_estimate [--count 2000] [--seed 0] [--verbose]
 
-Every problem of `bilevel.problems` and those of `Known`, in float32 and float64, with loss, params and data scaled by
+Every problem of `bilevel.problems` and the hard ones, in float32 and float64, with loss, params and data scaled by
 1e-6 to 1e6, from starts 1 to 1e4 away, by the default solvers and by some that stop early. The truth is the problem's
 own hypergradient in float64, from the data as the problem has them. An error that is smaller than float64 resolves,
 as far as the truth itself tells (it is computed at neighbouring hyperparameters as well), counts as right where the
@@ -12,11 +12,10 @@ estimate is below that as well. Where no solution is near, the estimate is infin
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor
 
 import bilevel as bl
 from bilevel.diagnostics import hypergradient
-from bilevel.problems import BilevelTestProblem, NewtonProblem, collection
+from bilevel.problems import BilevelTestProblem, Scaled, collection, hard, in_double
 
 FACTOR = 3.0
 SCALED_DATA = {
@@ -37,102 +36,6 @@ SCALED_DATA = {
     "KernelRidge": ("b_train", "b_val"),
     "LinearFixedPoint": ("input", "bias", "target"),
 }
-
-
-class Known(NewtonProblem):
-    """A smooth problem given by its functions; ``near`` is a start from which dense Newton finds the solution."""
-
-    def __init__(
-        self, kind: str, inner: Callable[..., Tensor], outer: Callable[..., Tensor], near: Tensor, hparams: Tensor
-    ):
-        self.kind = kind  # type: ignore[misc, assignment]
-        self.functions = inner, outer
-        self.init, self.hparams = near, hparams
-
-    def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
-        return self.functions[0](params, hparams)
-
-    def outer(self, params: Tensor, hparams: Tensor) -> Tensor:
-        return self.functions[1](params, hparams)
-
-
-def known(dtype: torch.dtype) -> dict[str, BilevelTestProblem]:
-    """Problems on which tolerances go wrong: exponentials, features of different units, small targets, far starts."""
-    generator = torch.Generator().manual_seed(0)
-
-    def data(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    def number(value: float) -> Tensor:
-        return torch.tensor([value], dtype=dtype)
-
-    def square(y: Tensor, x: Tensor) -> Tensor:
-        return y.square().sum()
-
-    def regression(features: Tensor, targets: Tensor) -> Known:
-        a, b = features.to(dtype), targets.to(dtype)
-
-        def inner(y: Tensor, x: Tensor) -> Tensor:
-            return (a.to(y.dtype) @ y - b.to(y.dtype)).square().mean() + (x * y.square()).sum()
-
-        def outer(y: Tensor, x: Tensor) -> Tensor:
-            return (a.to(y.dtype) @ y - 2 * b.to(y.dtype)).square().mean()
-
-        return Known("argmin", inner, outer, a.new_zeros(a.shape[1]), torch.full((a.shape[1],), 0.1, dtype=dtype))
-
-    units, small = data(100, 2) * torch.tensor([3000.0, 1.0], dtype=torch.float64), data(30, 4)
-    counts = torch.poisson((data(60, 3) @ torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)).exp(), generator)
-    poisson = data(60, 3).to(dtype)
-    return {
-        "exponential": Known(
-            "argmin", lambda y, x: (y.exp() - x * y + y.square() / 2).sum(), square, number(0.1), number(1.5)
-        ),
-        "units": regression(units, units @ torch.tensor([0.01, 1.0], dtype=torch.float64)),
-        "small targets": regression(small, 1e-5 * small.sum(1)),
-        "poisson": Known(
-            "argmin",
-            lambda w, x: (
-                ((poisson.to(w.dtype) @ w).exp() - counts.to(w.dtype) * (poisson.to(w.dtype) @ w)).mean()
-                + x * w.square().sum()
-            ),
-            square,
-            torch.zeros(3, dtype=dtype),
-            torch.tensor(0.1, dtype=dtype),
-        ),
-        "square root": Known("root", lambda y, x: y.square() - x, square, number(1.4), number(2.0)),
-        "logarithm": Known("root", lambda y, x: y.exp() - x, square, number(0.7), number(2.0)),
-        "Heron": Known("fixed_point", lambda y, x: 0.5 * (y + x / y), square, number(1.4), number(2.0)),
-    }
-
-
-class Scaled:
-    """A problem in other units: ``loss`` times its inner function, ``params`` times its params, a start far away."""
-
-    def __init__(self, problem: BilevelTestProblem, loss: float, params: float, away: float, seed: int):
-        self.problem, self.kind, self.symmetric = problem, problem.kind, problem.symmetric
-        self.loss, self.params, self.hparams = loss, params, problem.hparams
-        generator = torch.Generator().manual_seed(seed)
-        towards = torch.randn(problem.init.shape, generator=generator, dtype=torch.float64)
-        towards = towards / towards.norm() * (1 + problem.init.double().norm())
-        self.init = (params * (problem.init.double() + away * towards)).to(problem.init.dtype)
-        if problem.kind in ("composite", "qp"):
-            self.solve_inner, self.residual = problem.solve_inner, problem.residual  # type: ignore[attr-defined]
-
-    def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
-        value = self.problem.inner(params / self.params, hparams)
-        return (self.params if self.kind == "fixed_point" else self.loss) * value
-
-    def outer(self, params: Tensor, hparams: Tensor) -> Tensor:
-        return self.problem.outer(params / self.params, hparams)
-
-
-def in_double(problem: BilevelTestProblem) -> BilevelTestProblem:
-    """The same problem, its data as they are, in float64."""
-    twin = copy.copy(problem)
-    for name, value in vars(problem).items():
-        if isinstance(value, Tensor) and value.is_floating_point():
-            setattr(twin, name, value.double())
-    return twin
 
 
 def truth_of(problem: BilevelTestProblem) -> tuple[Tensor, float]:
@@ -165,7 +68,7 @@ def cases(count: int, seed: int) -> Iterator[Case]:
 
     for index in range(count):
         dtype = (torch.float64, torch.float32)[index % 2]
-        problems = {**collection(dtype), **known(dtype)}
+        problems = {**collection(dtype), **hard(dtype)}
         name = list(problems)[(index // 2) % len(problems)]
         base = problems[name]
         data = 10 ** uniform(-6, 6)
