@@ -160,7 +160,7 @@ def _cell(precision: str, name: str, variation: str, truth: BilevelTestProblem, 
         except (bl.SolveError, bl.NonFiniteError):
             return Cell(precision, name, variation, None, True, evaluations)
     told = any(issubclass(warning.category, bl.SolveWarning) for warning in heard)
-    error = float((grad.double() - exact).norm() / exact.norm())
+    error = float((grad.double() - exact).norm() / (exact.norm() if bool(exact.any()) else 1.0))
     return Cell(precision, name, variation, error, told, solved)
 
 
@@ -194,8 +194,8 @@ def page(cells: list[Cell]) -> str:
         f"    {COMMAND}",
         "A cell: the relative error against the exact hypergradient, and how often the inner function was evaluated. "
         f"Promised are {PROMISED['float64']:.0e} in float64 and {PROMISED['float32']:.0e} in float32, or a warning: "
-        "*told*. Lasso and the quadratic program are solved by their own solvers, the latter as it is only. Starts of the "
-        "singular problem have no part in its null space, which every solver leaves as it is.",
+        "*told*. Lasso and the quadratic program are solved by their own solvers, the latter as it is only. Starts of "
+        "the singular problem have no part in its null space, which every solver leaves as it is.",
         f"**{len(cells)} cells, {wrong} wrong and not told; {told} told, of which {false} were accurate all the "
         "same.**",
     ]
