@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from ._torch import get_unwrapped, is_functorch_wrapped_tensor, pytree, saved_tensors_hooks
-from .tree import Tree, leaves
+from .tree import Tree
 
 _CALL = nn.Module._call_impl.__code__
 _REENTRANT = CheckpointFunction.forward.__code__
@@ -35,16 +35,16 @@ class ModuleReads:
     """What modules read while an objective is recorded.
 
     Attributes:
-        own: parameters that require grad, read by a module from itself; each with the outermost module of the call.
+        own: parameters read by a module from itself; each with the outermost module of the call.
     """
 
     def __init__(self) -> None:
         self.own: dict[int, tuple[Tensor, nn.Module]] = {}
-        self._given: set[int] = set()
+        self._given: dict[int, int] = {}
 
     def know(self, params: Sequence[Tensor]) -> None:
-        """The params that the objective is given."""
-        self._given.update(id(tensor) for tensor in params)
+        """The params that the objective is given, leaf by leaf."""
+        self._given = {id(tensor): index for index, tensor in enumerate(params)}
 
     def look(self, operands: Sequence[Tensor]) -> None:
         """Note the operands of one operation.
@@ -53,25 +53,28 @@ class ModuleReads:
             ValueError: the operation is inside `torch.utils.checkpoint`, in a module that was given other parameters.
         """
         for tensor in operands:
-            if isinstance(tensor, nn.Parameter) and tensor.requires_grad and id(tensor) not in self.own:
+            if isinstance(tensor, nn.Parameter) and id(tensor) not in self.own:
                 calls = list(_module_calls())
                 if calls:
                     self.own[id(tensor)] = tensor, calls[-1]
-        if _is_checkpointed() and any(_is_swapped(module) for module in _module_calls()):
+        if _is_checkpointed() and any(True for module in _module_calls() for _ in _swapped(module)):
             raise ValueError(CHECKPOINT)
 
     def warn_forgotten(self, init: Tree, evaluate: Callable[[], Any]) -> None:
-        """Warn where modules read the very parameters that ``init`` holds, and the given ones are in no model.
+        """Warn where a module reads the very parameters that ``init`` holds, and the given ones are in no model.
 
         A proximal term reads them too, but not by a call of a module; a teacher is called, but so is the student: the
         objective is evaluated once more to see that, where there is a suspicion at all.
         """
-        if not any(_is_in(init, tensor, module) for tensor, module in self.own.values()):
+        read: dict[nn.Module, set[int]] = {}
+        for tensor, module in self.own.values():
+            read.setdefault(module, set()).update(_places(init, tensor, module))
+        if not any(read.values()):
             return
         uses = _Uses(self._given)
         with torch.no_grad(), uses:
             evaluate()
-        if not uses.found:
+        if any(places and places.isdisjoint(uses.found) for places in read.values()):
             warnings.warn(FORGOTTEN, UserWarning, stacklevel=2)
 
 
@@ -89,20 +92,39 @@ FORGOTTEN = (
 
 
 class _Uses(TorchFunctionMode):
-    """Whether the given params enter a model: by a module that holds others than its own, or by hand."""
+    """Which of the given params enter a model: by a module that holds others than its own, or by hand, with data.
 
-    def __init__(self, given: set[int]):
+    Args:
+        given: the number of each param, by its id.
+    """
+
+    def __init__(self, given: dict[int, int]):
         super().__init__()
-        self.given, self.found = given, False
+        self.found: set[int] = set()
+        self._all = frozenset(given.values())
+        self._made_of = {ident: frozenset({index}) for ident, index in given.items()}
+        self._kept: list[Tensor] = []  # so that no id is that of another tensor
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.found:
-            operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            by_hand = getattr(func, "__name__", "") in MODEL_OPERATIONS
-            self.found = (by_hand and any(id(_plain(tensor)) in self.given for tensor in operands)) or any(
-                _is_swapped(module) for module in _module_calls()
-            )
-        return func(*args, **(kwargs or {}))
+        operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made_of = [self._params_in(tensor) for tensor in operands]
+        by_hand = getattr(func, "__name__", "") in MODEL_OPERATIONS
+        if by_hand and not all(made_of):  # params with params are a penalty
+            self.found.update(*made_of)
+        for module in _module_calls():
+            for parameter in _swapped(module):
+                self.found |= self._params_in(parameter) or self._all
+        out = func(*args, **(kwargs or {}))
+        if not by_hand and any(made_of):
+            for tensor in pytree.tree_leaves(out):
+                if isinstance(tensor, Tensor) and not self._params_in(tensor):
+                    self._made_of[id(tensor)] = frozenset().union(*made_of)
+                    self._kept.append(tensor)
+        return out
+
+    def _params_in(self, tensor: Tensor) -> frozenset[int]:
+        """The params that it was made of."""
+        return self._made_of.get(id(tensor)) or self._made_of.get(id(_plain(tensor)), frozenset())
 
 
 def _module_calls() -> Iterator[nn.Module]:
@@ -119,13 +141,12 @@ def _module_calls() -> Iterator[nn.Module]:
         frame = frame.f_back
 
 
-def _is_swapped(module: nn.Module) -> bool:
-    """Whether a functional call has put other tensors into its slots, or into those of a part of it."""
-    return any(
-        parameter is not None and not isinstance(parameter, nn.Parameter)
-        for part in module.modules()
-        for parameter in part._parameters.values()
-    )
+def _swapped(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors that a functional call has put into its slots, or into those of a part of it."""
+    for part in module.modules():
+        for parameter in part._parameters.values():
+            if parameter is not None and not isinstance(parameter, nn.Parameter):
+                yield parameter
 
 
 def _is_checkpointed() -> bool:
@@ -141,15 +162,35 @@ def _is_checkpointed() -> bool:
     return frame is not None
 
 
-def _is_in(init: Tree, tensor: Tensor, module: nn.Module) -> bool:
-    """Whether a parameter of ``module`` is a leaf of ``init``, or stands there under its name."""
+def _places(init: Tree, tensor: Tensor, module: nn.Module) -> set[int]:
+    """The leaves of ``init`` that are a parameter of ``module``, or stand for it by name or by the shapes of all."""
+    placed = list(enumerate(pytree.tree_flatten_with_path(init)[0]))
     here = tensor.untyped_storage().data_ptr()
-    if any(leaf.untyped_storage().data_ptr() == here for leaf in leaves(init)):
-        return True
-    if not isinstance(init, dict):
-        return False
-    named = [init.get(name) for name, parameter in module.named_parameters() if parameter is tensor]
-    return any(isinstance(leaf, Tensor) and leaf.shape[leaf.dim() - tensor.dim() :] == tensor.shape for leaf in named)
+    itself = {index for index, (_, leaf) in placed if leaf.untyped_storage().data_ptr() == here}
+    names = {name for name, parameter in module.named_parameters() if parameter is tensor}
+    named = {index for index, (path, leaf) in placed if _key(path) in names and _fits(leaf, tensor)}
+    return itself or named or _in_order([leaf for _, (_, leaf) in placed], tensor, list(module.parameters()))
+
+
+def _in_order(leaves: Sequence[Tensor], tensor: Tensor, parameters: Sequence[Tensor]) -> set[int]:
+    """The place of a parameter among leaves that have the shapes of all, or are all in one vector."""
+    if len(parameters) < 2:
+        return set()
+    if len(leaves) == 1 and leaves[0].shape[-1:] == (sum(parameter.numel() for parameter in parameters),):
+        return {0}
+    if len(leaves) == len(parameters) and all(map(_fits, leaves, parameters)):
+        return {index for index, parameter in enumerate(parameters) if parameter is tensor}
+    return set()
+
+
+def _fits(leaf: Tensor, parameter: Tensor) -> bool:
+    """Whether it has the shape of the parameter, for one problem or many."""
+    return leaf.shape[leaf.dim() - parameter.dim() :] == parameter.shape
+
+
+def _key(path: tuple[Any, ...]) -> Any:
+    """The last name on the way to a leaf."""
+    return getattr(path[-1], "key", None) if path else None
 
 
 def _plain(tensor: Tensor) -> Tensor:

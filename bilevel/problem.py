@@ -240,7 +240,9 @@ def refuse_hidden(nodes: Iterable[Node], known: Sequence[Tensor]) -> None:
         raise ValueError(
             f"The inner problem depends on a tensor of shape {tuple(variable.shape)} that requires grad, in a way "
             "that cannot be followed (as operand of a custom autograd Function, or in compiled code), so its "
-            "hypergradient would be missing. Pass the tensor as one of args, or detach it if no gradient is wanted."
+            "hypergradient would be missing. Pass the tensor as one of args, or detach it if no gradient is wanted. "
+            "Where several threads call one module, take bilevel.nn.functional_call: with that of torch.func each "
+            "sees the tensors of the others."
         )
 
 

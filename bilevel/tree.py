@@ -52,6 +52,11 @@ def stack(tree: Tree, num_tasks: int) -> Tree:
     return tree_map(lambda leaf: leaf.expand(num_tasks, *leaf.shape), tree)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in double precision, real or complex as it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
+
+
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over the last dimension, accumulated in float64: ``[*batch, n] -> [*batch]``."""
     return (a * b).sum(-1, dtype=torch.float64)

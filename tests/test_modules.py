@@ -34,6 +34,7 @@ STARTS = {
     "cloned": lambda net: {name: p.detach().clone() for name, p in net.named_parameters()},
     "zeros": lambda net: {name: torch.zeros_like(p) for name, p in net.named_parameters()},
     "list": lambda net: list(net.parameters()),
+    "list of copies": lambda net: [p.detach().clone() for p in net.parameters()],
 }
 
 
@@ -54,6 +55,33 @@ def test_it_is_told_of_many_problems_nested_modules_and_beside_a_proximal_term(d
         (lambda p: F.mse_loss(deep(x), y) + decay * penalty(p), dict(deep.named_parameters())),
         (lambda p: F.mse_loss(net(x), y) + sum((p[k] - own[k]).square().sum() for k in p), own),
         (lambda p: sum((p[k] - own[k]).square().sum() for k in p) + F.mse_loss(net(x), y), own),
+    ):
+        with pytest.warns(UserWarning, match="functional_call"):
+            bl.argmin(objective, init, solver=SOLVER)
+
+
+def test_it_is_told_of_one_of_two_modules_and_where_params_meet_params_only(data):
+    first, x, y, decay = data
+    second = nn.Linear(4, 1)
+    both = {"first": dict(first.named_parameters()), "second": dict(second.named_parameters())}
+    copies = {name: {key: p.detach().clone() for key, p in params.items()} for name, params in both.items()}
+    frozen = nn.Linear(4, 1).requires_grad_(False)
+    vector = torch.cat([p.detach().flatten() for p in first.parameters()])
+    by_products = lambda p: F.mse_loss(first(x), y) + decay * (p["weight"] @ p["weight"].mT).sum()  # noqa: E731
+
+    def one(p):
+        output = first(x) + functional_call(second, p["second"], (x,))
+        return F.mse_loss(output, y) + decay * (penalty(p["first"]) + penalty(p["second"]))
+
+    for objective, init in (
+        (one, both),
+        (by_products, {"weight": both["first"]["weight"]}),
+        (lambda p: F.mse_loss(first(x), y) + decay * penalty(p["a"]), {"a": copies["first"]}),
+        (lambda p: F.mse_loss(frozen(x), y) + decay * penalty(p), dict(frozen.named_parameters())),
+        (
+            lambda p: F.mse_loss(first(x), y) + decay * p.square().sum(),
+            vector,
+        ),
     ):
         with pytest.warns(UserWarning, match="functional_call"):
             bl.argmin(objective, init, solver=SOLVER)
@@ -98,6 +126,8 @@ def test_other_uses_of_a_module_are_not_told(data):
             (lambda p: F.mse_loss(by_hand(p), teacher(x)) + decay * penalty(p), dict(teacher.named_parameters())),
             (lambda p: F.mse_loss(functional_call(net, p, (body(x),)), y), own),  # a shared representation
             (lambda p: F.mse_loss(functional_call(whole, p, (x,)), y), head),
+            (lambda p: F.mse_loss(x @ p["weight"].mT + p["bias"], teacher(x)), clone),  # a view of the params
+            (lambda p: F.mse_loss(student({k: p[k] - own[k] for k in p}), net(x)), own),
         ):
             bl.argmin(objective, init, solver=SOLVER)
             bl.argmin(objective, init, solver=SOLVER, hypergrad=bl.Unroll())

@@ -24,7 +24,7 @@ from ..solution import Result, Solution
 from ..tree import Tree, leaves
 from .checked import corrected_hypergradient, distance, outer_gradients
 from .compare import LARGEST_DENSE
-from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of
+from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of, with_decay_outside
 from .spectrum import Spectrum, look
 
 
@@ -142,6 +142,7 @@ def advise(
             f"accuracy is {accuracy}: in {dtype} a relative error between {torch.finfo(dtype).eps * 10:.0e} and 1 can "
             "be asked for."
         )
+    problem, solver = with_decay_outside(problem, solver)
     fit = solve(problem, x, solver=solver, hypergrad=Implicit(), throw="ignore")
     statement, flat = statement_of(problem, x)
     params = [leaf.detach() for leaf in leaves(fit.value)]

@@ -16,7 +16,7 @@ from ..solution import SolveWarning, Throw
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .differences import Differences, OuterLoss
-from .problem import AnyHypergrad, Bilevel, Solver, leaf_copies, solve
+from .problem import AnyHypergrad, Bilevel, Solver, leaf_copies, solve, with_decay_outside
 
 Verdict = Literal["right", "wrong", "inconclusive"]
 
@@ -126,8 +126,11 @@ def check_hypergradient(
         HypergradientError: the hypergradient is wrong, with both slopes in the message.
     """
     x = leaf_copies(problem.hparams if hparams is None else hparams)
-    reference = reference_solver if reference_solver is not None else solver
     path = isinstance(hypergrad, PathMethod)
+    reference = reference_solver if reference_solver is not None else solver
+    if not path:
+        reference = with_decay_outside(problem, reference)[1]
+        problem, solver = with_decay_outside(problem, solver)
     outer = OuterLoss(problem, x, reference, throw, path=path)
     random = outer.randomness(problem.init)
     if random is not None:

@@ -18,7 +18,7 @@ from ..linalg.scipy import GMRES
 from ..solution import Solution, Throw
 from ..tree import Tree, leaves, norm, tree_map
 from .precision import as_double, in_double
-from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of
+from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of, with_decay_outside
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def hypergradient(
     """
     where = problem.hparams if hparams is None else hparams
     x = leaf_copies(where)
+    problem, solver = with_decay_outside(problem, solver)
     fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw=throw)
     loss, by_x, by_params = outer_gradients(problem, fit.value, x)
     implicit = torch.autograd.grad(leaves(fit.value), leaves(x), by_params, allow_unused=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..argmin import argmin, fixed_point, root
 from ..closure import Autocast, Closure
 from ..hypergrad.base import Hypergrad, PathMethod
 from ..hypergrad.statement import ObjectiveStatement, ResidualStatement, Statement, SymmetricResidualStatement
+from ..inner.decay import with_decay
 from ..inner.minimize import InnerSolver
 from ..inner.roots import RootSolver
 from ..solution import Solution, Throw
@@ -137,3 +138,13 @@ def _residual_of(problem: Bilevel) -> Callable[[Tree, Tree], Tree]:
             "give it residual(params, hparams), or use check_hypergradient, which compares with finite differences."
         )
     return own
+
+
+def with_decay_outside(problem: Bilevel, solver: Solver | None) -> tuple[Bilevel, Solver | None]:
+    """The problem that the solver solves: a weight decay inside of an optimizer is a part of the inner loss."""
+    if problem.kind != "argmin" or solver is None:
+        return problem, solver
+    plain, inner = with_decay(cast(InnerSolver, solver), problem.inner, problem.init, warn=False)
+    if plain is solver:
+        return problem, solver
+    return BilevelProblem(inner, problem.outer, problem.init, problem.hparams), plain

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..recording import recording
 from ..solution import Result, Solution, make_codes, settle
-from ..tree import dot, norm, scale
+from ..tree import dot, norm, scale, wide
 from .base import Point, Pulled
 
 
@@ -117,21 +117,21 @@ def _difference(point: Point, u: Tensor, move: Tensor) -> tuple[list[_Part | Non
             parts.append(None)
             continue
         precision = max(torch.finfo(a.dtype).eps, _precision(point))
-        heights = torch.stack([torch.linalg.vector_norm(g.double()) for g in (a, b)])
-        parts.append(_Part((largest * (b.double() - a.double())).to(a.dtype), precision * largest * heights.amax()))
+        heights = torch.stack([torch.linalg.vector_norm(wide(g)) for g in (a, b)])
+        parts.append(_Part((largest * (wide(b) - wide(a))).to(a.dtype), precision * largest * heights.amax()))
     return parts, torch.where(size > 0, turned, torch.zeros_like(turned))
 
 
 def _drowned(parts: list[_Part | None]) -> bool:
     """Whether rounding can be more than `MOST_BROKEN` of a part."""
     known = [part for part in parts if part is not None]
-    return any(bool(torch.linalg.vector_norm(part.value.double()) * MOST_BROKEN < part.floor) for part in known)
+    return any(bool(torch.linalg.vector_norm(wide(part.value)) * MOST_BROKEN < part.floor) for part in known)
 
 
 def _disagree(parts: list[_Part | None], others: list[_Part | None]) -> bool:
     for part, other in zip(parts, others, strict=True):
         if part is not None and other is not None:
-            apart = torch.linalg.vector_norm(part.value.double() - other.value.double())
-            if bool(apart > MOST_BROKEN * torch.linalg.vector_norm(other.value.double())):
+            apart = torch.linalg.vector_norm(wide(part.value) - wide(other.value))
+            if bool(apart > MOST_BROKEN * torch.linalg.vector_norm(wide(other.value))):
                 return True
     return False

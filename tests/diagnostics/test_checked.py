@@ -195,3 +195,24 @@ def test_an_inner_problem_without_hparams_leaves_the_direct_gradient():
     checked = hypergradient(problem)
     torch.testing.assert_close(checked.value, torch.ones(2, dtype=torch.float64))
     assert float(checked.stats["error"]) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        bl.TorchOptim(torch.optim.SGD, lr=0.1, weight_decay=0.5, max_steps=2000, gtol=1e-11),
+        bl.Steps(bl.SGD(lr=0.1, weight_decay=0.5), max_steps=2000, gtol=1e-11),
+    ],
+    ids=repr,
+)
+def test_the_weight_decay_of_an_optimizer_is_a_part_of_the_problem(solver):
+    x = torch.tensor(0.5, dtype=torch.float64)
+    goal = torch.arange(1.0, 4.0, dtype=torch.float64)
+    inner = lambda y, x: (y - goal).square().sum() + x * y.square().sum()  # noqa: E731
+    problem = BilevelProblem(inner, lambda y, x: y.square().sum(), torch.zeros(3, dtype=torch.float64), x)
+    exact = -2 * goal.square().sum() / (1 + x + 0.25) ** 3  # y = goal / (1 + x + 0.5 / 2)
+    found = bl.diagnostics.hypergradient(problem, solver=solver)
+    assert found.value.item() == pytest.approx(exact.item(), rel=1e-8)
+    assert float(found.stats["error"]) < 1e-8 * abs(exact)
+    assert bl.diagnostics.check_hypergradient(problem, solver=solver).ok
+    assert bl.diagnostics.advise(problem, solver=solver).predicted_error <= 1e-6

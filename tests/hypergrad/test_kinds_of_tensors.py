@@ -67,6 +67,19 @@ def test_complex_hyperparameters_of_one_step(hypergrad):
     assert relative_error(torch.view_as_real(grad), torch.view_as_real(expected)) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_complex_hyperparameters_of_a_difference(dtype):
+    def run(hypergrad, solver=EXACT):
+        c = C.to(dtype.to_complex()).requires_grad_()
+        fit = bl.argmin(lambda p: inner(p, c), START.to(dtype), solver=solver, hypergrad=hypergrad, throw="ignore")
+        return torch.view_as_real(torch.autograd.grad(fit.value.pow(3).sum(), c)[0])
+
+    tolerance = 1e-8 if dtype is F64 else 1e-3
+    assert relative_error(run(bl.FiniteDifference(0.3)), run(bl.OneStep(0.3))) < tolerance
+    steps = bl.Steps(bl.SGD(lr=0.05), max_steps=20)
+    assert relative_error(run(bl.SAMA(), steps), run(bl.OneStep(0.05), steps)) < tolerance
+
+
 def test_complex_hyperparameters_in_both_modes_to_second_order_and_in_systems():
     def value(c):
         return bl.argmin(inner, START, c, solver=EXACT).value
