@@ -20,7 +20,7 @@ from ..linalg.curvature import fused_norm, has_layer_norm
 from ..problem import Objective, Problem, graph_nodes, refuse_hidden
 from ..reach import Reach
 from ..recording import recording
-from ..solution import NonFiniteError, Result, Solution, Throw, settle
+from ..solution import Result, Solution, SolveError, Throw, settle
 from ..tree import Tree, norm
 from .call import ADJOINT_ADVICE, measured
 from .statement import free_leaves
@@ -127,7 +127,7 @@ def finish(problem: Problem, found: Solution, throw: Throw, layer_norm: bool = F
     settle(found, throw, "The inner solve", INNER_ADVICE)
     value = _FirstOrderOnly.apply(found.value) if layer_norm and found.value.requires_grad else found.value
     if throw != "ignore" and value.requires_grad and not recording():
-        value = _Guarded.apply(value, problem.hparams)
+        value = _Guarded.apply(value, problem.hparams, found.without_values())
     found.value = problem.raveler.unflatten(problem.raveler.unravel(value))
     found.reach = problem.reach
     return found
@@ -161,12 +161,12 @@ class _Guarded(torch.autograd.Function):
     """The value itself; in the backward pass that begins here, gradients of hyperparameters have to be finite."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, hparams: list[Tensor]) -> Tensor:
-        ctx.hparams = hparams
+    def forward(ctx: Any, value: Tensor, hparams: list[Tensor], found: Solution) -> Tensor:
+        ctx.hparams, ctx.found = hparams, found
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         hooks: list[Any] = []
 
         def remove() -> None:
@@ -176,11 +176,11 @@ class _Guarded(torch.autograd.Function):
         def check(grad: Tensor) -> None:
             if not bool(torch.isfinite(grad).all()):
                 remove()
-                raise NonFiniteError(f"The hypergradient is NaN or infinite. {ADJOINT_ADVICE[Result.NONFINITE]}")
+                raise SolveError(f"The hypergradient is NaN or infinite. {ADJOINT_ADVICE[Result.NONFINITE]}", ctx.found)
 
         hooks += [tensor.register_hook(check) for tensor in ctx.hparams if tensor.requires_grad]
         after_backward(remove)
-        return grads[0], None
+        return grads[0], None, None
 
 
 class _FirstOrderOnly(torch.autograd.Function):

@@ -104,6 +104,6 @@ class LSMR(ScipySolver):
 
         with np.errstate(all="ignore"):
             outcome = scipy.sparse.linalg.lsmr(
-                operator.to_scipy(), b, atol=tolerance * 1e-2, btol=tolerance, conlim=0, maxiter=self._limit(b.size)
+                operator.to_scipy(), b, atol=tolerance * 1e-4, btol=tolerance, conlim=0, maxiter=self._limit(b.size)
             )
         return outcome[0], outcome[2]

@@ -228,7 +228,7 @@ def report(value: Tensor, codes: Tensor, steps: Tensor, residual: Tensor, scale:
         residual: ``||b - A x||``. scale: ``||b||``. Both float64.
     """
     relative = torch.where(scale > 0, residual / scale, torch.zeros_like(residual))
-    worse = (relative > WORSE) & (codes < int(Result.NEGATIVE_CURVATURE))
+    worse = (relative > WORSE) & (codes < int(Result.MAX_STEPS))
     codes = torch.where(worse, make_codes(Result.DIVERGED, codes), codes)
     stats = {"num_steps": steps, "residual_norm": residual, "relative_residual": relative, "result": codes}
     return Solution(value, stats)

@@ -103,7 +103,7 @@ def test_unconverged_says_so_with_the_true_residual():
 
 
 def test_a_number_of_steps_alone_is_no_failure():
-    solution = CG(max_steps=3).solve(Dense(spd(30, 1e4)), randn(30))
+    solution = CG(max_steps=3).solve(Dense(spd(30, 30.0)), randn(30))
     assert solution.result is Result.STEPS_DONE
     assert solution.stats["num_steps"] == 3
     assert solution.stats["residual_norm"] > 0.01

@@ -84,7 +84,7 @@ def test_least_norm_of_singular_systems(dtype, tolerance):
 def test_scipy_limit_of_steps(solver):
     matrix, b = spd(40, 1e6), randn(40)
     assert solver(rtol=1e-10, max_steps=3).solve(Dense(matrix), b).result is Result.MAX_STEPS
-    assert solver(max_steps=3).solve(Dense(matrix), b).result is Result.STEPS_DONE
+    assert solver(max_steps=3).solve(Dense(spd(40, 10.0)), b).result is Result.STEPS_DONE
 
 
 def test_direct_solvers_refuse_to_form_large_matrices():
