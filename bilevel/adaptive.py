@@ -41,10 +41,10 @@ class Adaptive:
         slowest, fastest: factors in (0, 1), the largest and the smallest of a step.
     """
 
-    value: float = 0.05
+    value: float = 0.1
     smallest: float = 1e-8
     scale: float = 1.0
-    slowest: float = 0.9
+    slowest: float = 0.95
     fastest: float = 0.25
     previous: float | None = None
     first_progress: float | None = None

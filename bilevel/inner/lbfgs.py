@@ -38,7 +38,7 @@ class LBFGS:
 
     def minimize(self, problem: Problem) -> Solution:
         """Minimise; see `InnerSolver`."""
-        memory = Memory(self.history, problem)
+        memory = Memory(self.history, problem, probe=self.gtol is None)
         nearness = Nearness(problem.start.y) if self.gtol is None else None
         return descend(problem, self.gtol, self.max_steps, memory.direction, nearness)
 
@@ -80,10 +80,13 @@ class Memory:
     """Curvature pairs and the two-loop recursion; a pair without positive curvature counts as none.
 
     Gradients are taken in units of the first one: the squares of small ones underflow in float32.
+
+    Args:
+        probe: spend a gradient on the curvature at the start; else the first step is cautious.
     """
 
-    def __init__(self, history: int, problem: Problem):
-        self.history, self.problem = history, problem
+    def __init__(self, history: int, problem: Problem, probe: bool = True):
+        self.history, self.problem, self.probe = history, problem, probe
         size = norm(problem.start.g)
         self.unit = torch.where((size > 0) & torch.isfinite(size), 1 / size, torch.ones_like(size))
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -94,10 +97,17 @@ class Memory:
         """The direction, its first step size, and where the newest curvature is positive; see `descend`."""
         if self.previous is None:
             self.previous = at
-            return first_step(self.problem)
+            return first_step(self.problem) if self.probe else self._cautious(at)
         useful = self._remember(at.y - self.previous.y, scale(self.unit, at.g - self.previous.g))
         self.previous = at
         return -self._two_loops(scale(self.unit, at.g)), torch.ones_like(at.f), useful
+
+    @staticmethod
+    def _cautious(at: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
+        """Down the gradient, a step of its length and of one at most."""
+        slope = norm(at.g)
+        downhill = scale(torch.where(slope > 0, -1 / slope, torch.zeros_like(slope)), at.g)
+        return downhill, slope.clamp_max(1.0), torch.zeros_like(slope, dtype=torch.bool)
 
     def _remember(self, s: Tensor, y: Tensor) -> Tensor:
         curvature, yy = dot(s, y), dot(y, y)
