@@ -74,8 +74,12 @@ class Config:
     """Tasks in a meta-step."""
     lr: float = 8e-3
     """Step size of the meta-optimizer (Adam)."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Schedule of that step size over the meta-steps."""
+    schedule: Literal["cosine", "root", "constant"] = "cosine"
+    """Schedule of that step size: to zero over the meta-steps, lr / sqrt(1 + step / 1000), or none."""
+    clip: float | None = 3.0
+    """Shorten a meta-gradient to so many times the running norm of those before; None: never."""
+    average: int = 100
+    """Meta-steps in the moving average of the meta-parameters that is evaluated, at most a tenth of all; 1: none."""
     minutes: float | None = None
     """Stop training after so many minutes; the schedule then follows the clock instead of the steps."""
     seed: int = 0
@@ -105,12 +109,14 @@ class Config:
 
     def __post_init__(self) -> None:
         counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "checkpoint_every", "width")
-        require_at_least_one(self, *counts, "eval_steps", "threads", "chunk_size")
+        require_at_least_one(self, *counts, "average", "eval_steps", "threads", "chunk_size")
         for name in ("inner_lr", "strength", "lr"):
             if not getattr(self, name) > 0:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be positive.")
         if self.minutes is not None and not self.minutes > 0:
             raise UserError(f"--minutes is {self.minutes}: it must be positive.")
+        if self.clip is not None and not self.clip >= 1:
+            raise UserError(f"--clip is {self.clip}: it is at least 1, or None; below, every meta-gradient shrinks.")
         if not 0 <= self.inner_momentum < 1:
             raise UserError(f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
         if self.cg_steps < 0 or self.validate_every < 0:

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 import bilevel as bl
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes
+from applications.few_shot.guard import LEFT_OUT, guarded
 
 Params = dict[str, Tensor]
 
@@ -67,12 +68,13 @@ class Learner:
         )
 
     def hypergrad(self) -> Any:
-        """How implicit MAML differentiates the adaptation."""
+        """How implicit MAML differentiates the adaptation; a task whose solve is worse than none counts as zero."""
         config = self.config
+        smallest = torch.stack(list(self.log_strength.values())).detach().amin().exp()
         if "hypergrad" in self.chosen:
-            return self.chosen["hypergrad"]
+            return guarded(self.chosen["hypergrad"], smallest)
         linear = bl.CG(max_steps=config.cg_steps) if config.cg_steps else bl.Identity(1 / config.strength)
-        return bl.Implicit(linear, operator=config.hessian)
+        return guarded(bl.Implicit(linear, operator=config.hessian), smallest)
 
     @cached_property
     def task_objectives(self) -> Callable[..., Any]:
@@ -148,7 +150,10 @@ class Outcome:
     """Of one meta-step: the scalar to differentiate, and what to record.
 
     Attributes:
-        objective: its gradient is the meta-gradient. query_loss, accuracy: means over the tasks, detached.
+        objective: its gradient is the sum of the meta-gradients of the tasks that are kept, divided by the number of
+            all tasks.
+        query_loss, accuracy: means over the tasks that are kept, detached; NaN where none is.
+        kept: 0-d, tasks whose meta-gradient is of use, see `Guarded`.
         solution: of the adaptation; its ``adjoint`` tells of the linear solve. Without values, unless they were
             asked for: they are two networks a task.
     """
@@ -156,6 +161,7 @@ class Outcome:
     objective: Tensor
     query_loss: Tensor
     accuracy: Tensor
+    kept: Tensor
     solution: bl.Solution
 
 
@@ -182,12 +188,13 @@ def meta_step(learner: Learner, episodes: Episodes, values: bool = False) -> Out
     keep = None if values else _without_values
     sharing = learner.sharing(episodes.support_x)
     objective, found = bl.mean_over_tasks(learner.task_objectives, params, *data, **sharing, keep=keep)
-    return Outcome(
-        objective,
-        torch.cat([queried.loss for queried in found]).mean(),
-        torch.cat([queried.accuracy for queried in found]).mean(),
-        bl.Solution.joined([queried.solution for queried in found]),
-    )
+    solution = bl.Solution.joined([queried.solution for queried in found])
+    loss, accuracy = (torch.cat([getattr(queried, name) for queried in found]) for name in ("loss", "accuracy"))
+    left_out = torch.zeros_like(loss, dtype=torch.bool)
+    if solution.adjoint is not None:
+        left_out = solution.adjoint.stats.get(LEFT_OUT, left_out)
+    kept = ~left_out
+    return Outcome(objective, loss[kept].mean(), accuracy[kept].mean(), kept.sum(), solution)
 
 
 def _task_objectives(learner: Learner, params: dict[str, Params], *data: Tensor) -> tuple[Tensor, Queried]:

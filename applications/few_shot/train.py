@@ -6,7 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import bilevel as bl
 from applications import ranks
 from applications.device import select_device
 from applications.errors import UserError
-from applications.few_shot import data, evaluate, plots
+from applications.few_shot import data, evaluate, guard, plots
+from applications.few_shot.average import Average
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Sampler
 from applications.few_shot.methods import Learner, meta_step
@@ -55,6 +56,12 @@ class Session:
     """Where a signal is noted."""
     stop: bool = False
     """Whether a signal came, to any rank: all stop after the same step."""
+    clipping: guard.Clipping = field(init=False)
+    average: Average = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clipping = guard.Clipping(self.config.clip)
+        self.average = Average(self.learner, self.config.average)
 
     @classmethod
     def create(cls, config: Config, chosen: Mapping[str, Any] | None = None) -> Session:
@@ -72,6 +79,8 @@ class Session:
         return {
             "meta": {name: param.detach() for name, param in self.learner.meta.items()},
             "log_strength": {name: value.detach() for name, value in self.learner.log_strength.items()},
+            "average": self.average.values,
+            "running_norm": self.clipping.running,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -89,6 +98,8 @@ class Session:
                     param.copy_(state["meta"][name])
                 for name, value in self.learner.log_strength.items():
                     value.copy_(state["log_strength"][name])
+            self.average.restore(state.get("average"))
+            self.clipping.running = state.get("running_norm", 0.0)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
         except (KeyError, RuntimeError, ValueError) as error:
@@ -155,7 +166,7 @@ def meta_train(session: Session) -> Iterator[dict[str, Any]]:
     config, sampler, skipped = session.config, session.sampler("train"), 0
     while progress(session) < 1:
         begin = time.perf_counter()
-        lr = config.lr * (0.5 + 0.5 * math.cos(math.pi * progress(session)) if config.schedule == "cosine" else 1.0)
+        lr = config.lr * scheduled(session)
         record = one_step(session, sampler, lr)
         session.step += 1
         elapsed = time.perf_counter() - begin
@@ -167,6 +178,13 @@ def meta_train(session: Session) -> Iterator[dict[str, Any]]:
                 "Lower --inner-lr or --lr, or raise --strength; the last checkpoint is from before."
             )
         yield {"step": session.step, **record, "lr": lr, "seconds": round(session.seconds, 3)}
+
+
+def scheduled(session: Session) -> float:
+    """What the schedule multiplies the step size of the meta-optimizer by."""
+    if session.config.schedule == "cosine":
+        return 0.5 + 0.5 * math.cos(math.pi * progress(session))
+    return 1 / math.sqrt(1 + session.step / 1000) if session.config.schedule == "root" else 1.0
 
 
 def progress(session: Session) -> float:
@@ -185,25 +203,31 @@ def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
     optimizer.zero_grad()
     (share * outcome.objective).backward()
     session.solution = solution = outcome.solution
-    means = [outcome.query_loss.item(), outcome.accuracy.item(), _mean(solution.stats["residual_norm"])]
-    sums = [float(session.interruption is not None and session.interruption.exit_code is not None)]
+    kept = int(outcome.kept)
+    per_kept = [outcome.query_loss.item(), outcome.accuracy.item()] if kept else [0.0, 0.0]
+    means = [_mean(solution.stats["residual_norm"])]
+    sums = [float(kept), float(session.interruption is not None and session.interruption.exit_code is not None)]
     if solution.adjoint is not None:
         means.append(_mean(solution.adjoint.stats["relative_residual"]))
         sums.append(float((solution.adjoint.stats["result"] == bl.Result.NEGATIVE_CURVATURE).sum()))
-    totals = bl.distributed.reduce_gradients(learner.parameters(), *(share * mean for mean in means), *sums)
-    (loss, accuracy, residual, *adjoint), (stop, *negative) = totals[: len(means)], totals[len(means) :]
+    numbers = [*(kept * mean for mean in per_kept), *(share * mean for mean in means), *sums]
+    totals = bl.distributed.reduce_gradients(learner.parameters(), *numbers)
+    (loss, accuracy, residual, *adjoint), (kept_by_all, stop, *negative) = totals[: -len(sums)], totals[-len(sums) :]
     session.stop = stop > 0
     gradients = [param.grad for param in learner.parameters() if param.grad is not None]
-    size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])).item()
-    finite = math.isfinite(size) and math.isfinite(loss)
+    size, factor = guard.rescale(gradients, session.clipping, session.config.tasks, kept_by_all)
+    finite = math.isfinite(size) and kept_by_all > 0 and math.isfinite(loss)
     if finite:
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-    record = {
+        session.average.update(session.step + 1)
+    record: dict[str, Any] = {
         "skipped": not finite,
-        "loss": loss,
-        "accuracy": accuracy,
+        "loss": loss / max(kept_by_all, 1),
+        "accuracy": accuracy / max(kept_by_all, 1),
         "meta_gradient_norm": size,
+        "clipped": factor < 1,
+        "left_out": session.config.tasks - int(kept_by_all),
         "inner_residual": residual,
     }
     if adjoint:
@@ -245,7 +269,11 @@ def _run(config: Config, folder: RunFolder, resume: bool) -> int:
     with Interruption() as interruption:
         session.interruption = interruption
         _train(session, folder)
-    folder.write_bytes("learning_curve.png", plots.learning_curve(folder.metrics(), title))
+    records = folder.metrics()
+    folder.write_bytes("learning_curve.png", plots.learning_curve(records, title))
+    told = guard.told(records)
+    if told:
+        say(told)
     if session.stop:
         say(f"Interrupted after step {session.step}; everything is saved. Go on with: --resume {folder.path}")
         return interruption.exit_code or 128 + signal.SIGTERM
@@ -267,7 +295,7 @@ def _train(session: Session, folder: RunFolder) -> None:
             rate = config.tasks * bar.format_dict["rate"] if bar.format_dict["rate"] else 0
             bar.set_postfix(loss=f"{record['loss']:.3f}", acc=f"{record['accuracy']:.3f}", tasks_s=f"{rate:.0f}")
             if validation is not None and session.step % config.validate_every == 0:
-                name, classify = next(iter(evaluate.settings(session.learner)))
+                name, classify = next(iter(evaluate.settings(session.average.averaged())))
                 accuracy = evaluate.measure({name: classify}, validation, 100, progress=False)[name]
                 folder.append_metrics({"step": session.step, "validation_accuracy": accuracy.mean})
                 line = f"step {session.step}: loss {record['loss']:.3f}, validation {accuracy} ({name.split(':')[0]})"
@@ -284,7 +312,7 @@ def report(session: Session, folder: RunFolder) -> None:
     config, sampler = session.config, session.sampler("test")
     method = METHOD_NAMES[config.method]
     untrained = create_learner(config, session.splits.train, session.device)
-    classifiers = {f"{method}, {name}": classify for name, classify in evaluate.settings(session.learner)}
+    classifiers = {f"{method}, {name}": classify for name, classify in evaluate.settings(session.average.averaged())}
     first = next(iter(evaluate.settings(untrained)))
     classifiers |= {f"the same before training, {first[0].split(':')[0]}": first[1], **evaluate.BASELINES}
     found = evaluate.measure(classifiers, sampler, config.eval_tasks, progress=True)
@@ -294,7 +322,7 @@ def report(session: Session, folder: RunFolder) -> None:
         say(f"  {name:{width}}  {accuracy}")
     folder.write_json("evaluation.json", {name: vars(accuracy) for name, accuracy in found.items()})
     episodes = sampler.episodes(1, config.eval_tasks)
-    name, classify = next(iter(evaluate.settings(session.learner)))
+    name, classify = next(iter(evaluate.settings(session.average.averaged())))
     title = f"A test episode of {config.data}, {name}"
     predicted = classify(episodes)[0]
     picture = plots.episode(episodes.support_x[0], episodes.query_x[0], episodes.query_y[0], predicted, title)
