@@ -10,8 +10,8 @@ import torch
 
 from applications.command import require_at_least_one
 from applications.errors import UserError
+from applications.few_shot.data import SHAPES, Reading
 
-Data = Literal["glyphs", "omniglot", "cifar-fs", "mini-imagenet"]
 Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile"]
 
 
@@ -19,12 +19,18 @@ Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile"]
 class Config:
     """Every knob has a default that works; the defaults are sized for two CPU cores and five minutes."""
 
-    data: Data = "glyphs"
-    """Data set: glyphs is built in, omniglot and cifar-fs are downloaded, mini-imagenet is a folder."""
+    data: str = "glyphs"
+    """Data set: glyphs (built in), omniglot and cifar-fs (downloaded), mini-imagenet; or a folder of class folders."""
     data_root: Path | None = None
     """Folder of the data sets; by default $BILEVEL_DATA, then ~/.cache/bilevel."""
     split: Literal["characters", "alphabets"] = "characters"
     """Omniglot's split: shuffled characters (the MAML protocol) or whole alphabets (Lake's, harder)."""
+    image_size: int = 28
+    """Side in pixels to which the images of a folder are brought."""
+    grey: bool = False
+    """Read the images of a folder in grey instead of colour."""
+    held_out: tuple[float, float] = (0.2, 0.2)
+    """Fractions of a folder's classes for validation and test, where it has no folders train, validation, test."""
     ways: int = 5
     """Classes in a task."""
     shots: int = 1
@@ -108,7 +114,16 @@ class Config:
     """Meta-steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "checkpoint_every", "width")
+        counts = (
+            "inner_steps",
+            "newton_cg_steps",
+            "tasks",
+            "steps",
+            "eval_tasks",
+            "checkpoint_every",
+            "width",
+            "image_size",
+        )
         require_at_least_one(self, *counts, "average", "eval_steps", "threads", "chunk_size")
         for name in ("inner_lr", "strength", "lr"):
             if not getattr(self, name) > 0:
@@ -117,6 +132,8 @@ class Config:
             raise UserError(f"--minutes is {self.minutes}: it must be positive.")
         if self.clip is not None and not self.clip >= 1:
             raise UserError(f"--clip is {self.clip}: it is at least 1, or None; below, every meta-gradient shrinks.")
+        if not (min(self.held_out) > 0 and sum(self.held_out) < 1):
+            raise UserError(f"--held-out is {self.held_out}: two fractions above 0, of sum below 1.")
         if not 0 <= self.inner_momentum < 1:
             raise UserError(f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
         if self.cg_steps < 0 or self.validate_every < 0:
@@ -135,6 +152,16 @@ class Config:
         """Of parameters and images; bf16 and tf32 are arithmetic on float32."""
         return torch.float64 if self.precision == "float64" else torch.float32
 
+    @property
+    def reading(self) -> Reading:
+        """How the images of a folder are read."""
+        return Reading(self.image_size, self.grey, self.held_out, self.seed)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Channels and side of the images."""
+        return SHAPES.get(self.data, (1 if self.grey else 3, self.image_size))
+
     def to_json(self) -> dict[str, object]:
         """Plain values for a JSON file."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
@@ -143,7 +170,8 @@ class Config:
     def from_json(cls, values: dict[str, object]) -> Config:
         """The inverse of `to_json`."""
         paths = {name: Path(str(values[name])) for name in ("data_root", "solver") if values.get(name) is not None}
-        return cls(**{**values, **paths})  # type: ignore[arg-type]
+        pairs: dict[str, object] = {"held_out": tuple(values["held_out"])} if "held_out" in values else {}  # type: ignore[arg-type]
+        return cls(**{**values, **paths, **pairs})  # type: ignore[arg-type]
 
 
 # Rajeswaran et al. 2019, section 4 and the command of the released code: 16 gradient steps (25 for 20-way), lambda 2,

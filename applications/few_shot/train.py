@@ -67,7 +67,7 @@ class Session:
     def create(cls, config: Config, chosen: Mapping[str, Any] | None = None) -> Session:
         """At the start; ``chosen``: solver settings in place of those of the configuration and of its file."""
         device = set_up_device(config)
-        splits = data.load(config.data, config.data_root, split=config.split)
+        splits = data.load(config.data, config.data_root, split=config.split, reading=config.reading)
         learner = create_learner(config, splits.train, device, chosen or solver_settings(config))
         session = cls(config, splits, device, learner, torch.optim.Adam(learner.parameters(), config.lr))
         for stream in ("train", "validation", "test"):
@@ -331,11 +331,11 @@ def report(session: Session, folder: RunFolder) -> None:
 
 
 def describe(config: Config) -> str:
-    return f"{METHOD_NAMES[config.method]}, {config.data} {config.ways}-way {config.shots}-shot"
+    return f"{METHOD_NAMES[config.method]}, {Path(config.data).name} {config.ways}-way {config.shots}-shot"
 
 
 def default_folder(config: Config) -> Path:
-    name = f"{config.data}-{config.ways}way-{config.shots}shot-{config.method}"
+    name = f"{Path(config.data).name}-{config.ways}way-{config.shots}shot-{config.method}"
     return Path("runs") / "few_shot" / f"{ranks.launch_name() or time.strftime('%Y%m%d-%H%M%S')}-{name}"
 
 

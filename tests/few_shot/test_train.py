@@ -212,6 +212,9 @@ class TestBadInput:
             ("--model", "nonsense", "neither 'conv4' nor 'fc'"),
             ("--preset", "paper", "There is no preset 'paper'"),
             ("--resume", "nowhere", "not the folder of a run"),
+            ("--data", "imagenet", "There is no data set 'imagenet', and no folder of that path"),
+            ("--clip", 0.5, "--clip is 0.5"),
+            ("--average", 0, "--average is 0"),
         ],
     )
     def test_values(self, option, value, message, refused, glyph_root, tmp_path):
@@ -239,7 +242,7 @@ class TestBadInput:
         message = refused("--method", "maml", "--learn-strength", "layer", "--out", tmp_path / "run")
         assert "maml has no proximal term" in message
 
-    @pytest.mark.parametrize("arguments", [["--no-such-option", "1"], ["--ways", "many"], ["--data", "imagenet"]])
+    @pytest.mark.parametrize("arguments", [["--no-such-option", "1"], ["--ways", "many"], ["--split", "letters"]])
     def test_options_that_do_not_parse(self, arguments):
         with pytest.raises(SystemExit) as caught:
             main(arguments)

@@ -1,0 +1,201 @@
+"""Trained networks as single files, small enough to ship: tensors, numbers and how they came about, with a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from applications.errors import UserError
+from applications.few_shot.config import Config
+from applications.few_shot.methods import Learner
+from applications.few_shot.models import build
+from applications.run_folder import RunFolder
+
+SHIPPED = Path(__file__).parent / "trained"
+"""Folder of the networks that come with the project, ``NAME.pt`` each."""
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Meta-parameters with the configuration that made them.
+
+    Attributes:
+        meta: name -> tensor, without those of a head that stays at zero.
+        log_strength: layer -> log lambda, 0-d.
+        origin: ``command``, ``hours``, ``steps``, ``seed``, and ``validation`` where it was measured: the accuracy in
+            percent on tasks of the validation classes when the file was made.
+    """
+
+    config: Config
+    meta: dict[str, Tensor]
+    log_strength: dict[str, Tensor]
+    origin: dict[str, Any]
+
+    @classmethod
+    def load(cls, source: str | Path) -> Trained:
+        """From the name of a shipped network, a file as `save` writes it, or the folder of a run.
+
+        Raises:
+            UserError: there is none, or the file is damaged or of another make.
+        """
+        path = Path(source)
+        if (path / "config.json").is_file():
+            return cls.from_run(path)
+        if not path.is_file():
+            path = SHIPPED / f"{source}.pt"
+        if not path.is_file():
+            raise UserError(
+                f"There is no trained network {str(source)!r}: it is neither the folder of a run, nor a file, nor one "
+                f"of those that are shipped ({', '.join(shipped()) or 'none yet'})."
+            )
+        return cls._from_file(path)
+
+    @classmethod
+    def from_run(cls, path: Path) -> Trained:
+        """What a run evaluates: the moving average of its last checkpoint."""
+        folder = RunFolder.open(path)
+        config = Config.from_json(folder.read_json("config.json"))
+        state = folder.load_checkpoint(torch.device("cpu"))
+        average = state.get("average")
+        meta, log_strength = (_part(average, part) if average else state[part] for part in ("meta", "log_strength"))
+        origin = {
+            "command": command(config),
+            "hours": round(state["seconds"] / 3600, 3),
+            "steps": state["step"],
+            "seed": config.seed,
+        }
+        measured = [r for r in folder.metrics() if "validation_accuracy" in r and r["step"] <= state["step"]]
+        if measured:
+            origin["validation"] = round(measured[-1]["validation_accuracy"], 3)
+        kept = {name: value.detach().clone() for name, value in meta.items() if not _in_zero_head(config, name)}
+        return cls(replace(config, solver=None), kept, dict(log_strength), origin)
+
+    def save(self, path: Path) -> None:
+        """Write it as a file of tensors, numbers and strings, which loads without executing anything."""
+        content = self._content()
+        buffer = io.BytesIO()
+        torch.save({**content, "hash": digest(content)}, buffer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bl.files.write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+    def learner(self, ways: int | None = None, device: torch.device | str = "cpu") -> Learner:
+        """The network with its parameters, for tasks of ``ways`` classes; None: as many as in training.
+
+        Raises:
+            UserError: the head was learned, for another number of classes; the network's code is another one now.
+        """
+        ways = ways or self.config.ways
+        if ways != self.config.ways and self.config.head != "zero":
+            raise UserError(
+                f"The network was trained with --head learned for {self.config.ways} classes, and has no weights for "
+                f"{ways}. One that is trained with --head zero serves any number."
+            )
+        config = replace(self.config, ways=ways)
+        net = bare_network(config).to(torch.device(device), config.dtype)
+        learner = Learner.create(config, net)
+        put(learner.meta, self.meta, optional=lambda name: _in_zero_head(config, name))
+        put(learner.log_strength, self.log_strength)
+        return learner
+
+    def _content(self) -> dict[str, Any]:
+        values = {**self.config.to_json(), "data_root": None, "solver": None}
+        tensors = {"meta": self.meta, "log_strength": self.log_strength}
+        plain = {part: {n: t.detach().cpu().contiguous() for n, t in named.items()} for part, named in tensors.items()}
+        return {"format": FORMAT, "config": values, "origin": self.origin, **plain}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> Trained:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            found = content.pop("hash")
+            if found != digest(content):
+                raise UserError(f"{path} is damaged: its content has another hash than it says. Fetch it again.")
+            config = Config.from_json(content["config"])
+            return cls(config, content["meta"], content["log_strength"], content["origin"])
+        except (
+            pickle.UnpicklingError,
+            RuntimeError,
+            EOFError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
+            raise UserError(
+                f"{path} is no trained network of this version, or damaged: {str(error).splitlines()[0]}."
+            ) from error
+
+
+def shipped() -> list[str]:
+    """Names of the networks that come with the project."""
+    return sorted(path.stem for path in SHIPPED.glob("*.pt"))
+
+
+def digest(content: dict[str, Any]) -> str:
+    """SHA-256 of everything in a file: the bytes of its tensors with their names, and the rest as JSON."""
+    found = hashlib.sha256()
+    for part, values in sorted(content.items()):
+        tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)} if isinstance(values, dict) else {}
+        for name, tensor in sorted(tensors.items()):
+            found.update(f"{part}.{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            found.update(tensor.cpu().contiguous().numpy().tobytes())
+        if not tensors:
+            found.update(f"{part} {json.dumps(values, sort_keys=True)}\n".encode())
+    return found.hexdigest()
+
+
+def command(config: Config) -> str:
+    """The command that trains with this configuration, with the options that are not at their defaults."""
+    default, options = Config().to_json(), []
+    for name, value in config.to_json().items():
+        if value != default[name] and name not in ("data_root", "threads", "device"):
+            option = f"--{name.replace('_', '-')}"
+            options.append(f"--no-{option[2:]}" if value is False else option if value is True else f"{option} {value}")
+    return " ".join(["python -m applications.few_shot train", *options])
+
+
+def bare_network(config: Config) -> torch.nn.Module:
+    """The network of a configuration, at an initialisation that does not touch the global generator."""
+    channels, size = config.image_shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build(
+            config.model, channels, size, config.ways, width=config.width, norm=config.norm, halve=config.halve
+        )
+
+
+def put(params: dict[str, Tensor], values: dict[str, Tensor], optional: Any = lambda name: False) -> None:
+    """Copy values into parameters of the same names and shapes, where they are not optional.
+
+    Raises:
+        UserError: a name or a shape is another one.
+    """
+    for name, param in params.items():
+        if optional(name):
+            continue
+        if name not in values or values[name].shape != param.shape:
+            shape = list(values[name].shape) if name in values else "missing"
+            raise UserError(
+                f"The network has {name} {list(param.shape)}, and the file has it {shape}: not of one make."
+            )
+        with torch.no_grad():
+            param.copy_(values[name])
+
+
+def _part(values: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): value for name, value in values.items() if name.startswith(f"{part}.")}
+
+
+def _in_zero_head(config: Config, name: str) -> bool:
+    return config.head == "zero" and name.startswith("head.")
