@@ -1,4 +1,4 @@
-"""``python -m applications.few_shot [train | evaluate | benchmark]``."""
+"""``python -m applications.few_shot [train | evaluate | export | benchmark | tune]``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tyro
 
 from applications import ranks, tune
 from applications.errors import UserError, exit_code
-from applications.few_shot import benchmark, train
+from applications.few_shot import benchmark, evaluation, train
 from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.tuning import tunable
 from applications.run_folder import RunFolder
@@ -21,7 +21,9 @@ Few-shot classification by implicit MAML and its relatives.
 
   python -m applications.few_shot [train] [--preset NAME] [options]   train, then evaluate (the default)
   python -m applications.few_shot train --resume RUN                  go on with an interrupted run
-  python -m applications.few_shot evaluate RUN [options]              held-out accuracy of a finished run
+  python -m applications.few_shot evaluate RUN [options]              held-out accuracy of a run
+  python -m applications.few_shot evaluate --trained NAME [options]   held-out accuracy of a network that is shipped
+  python -m applications.few_shot export RUN NAME                     the network of a run as one small file
   python -m applications.few_shot benchmark [options]                 memory and time against inner steps
   python -m applications.few_shot tune [options]                      an Optuna study over the solver settings
 
@@ -48,7 +50,13 @@ class TrainOptions(Config, Place):
 
 def main(arguments: list[str]) -> int:
     """Run a subcommand; the exit code is 2 for bad input, which is told in one message."""
-    commands = {"train": run_train, "evaluate": run_evaluate, "benchmark": benchmark.main, "tune": run_tune}
+    commands = {
+        "train": run_train,
+        "evaluate": evaluation.command,
+        "export": evaluation.export,
+        "benchmark": benchmark.main,
+        "tune": run_tune,
+    }
     if arguments[:1] and arguments[0] in ("-h", "--help"):
         print(USAGE.format(presets=", ".join(PRESETS)))
         return 0
@@ -72,20 +80,6 @@ def run_train(arguments: list[str]) -> int:
     if ranks.restarted():  # a rank died: all go on from the last checkpoint, or begin again where there is none
         return train.run(config, RunFolder(path), resume=(path / "checkpoint.pt").exists())
     return train.run(config, RunFolder.new(path) if ranks.leads() else RunFolder(path), resume=False)
-
-
-def run_evaluate(arguments: list[str]) -> int:
-    """Held-out accuracy of the run in a folder, with its settings or changed ones."""
-    if not arguments or arguments[0].startswith("-"):
-        print("usage: python -m applications.few_shot evaluate RUN [options of train, such as --eval-tasks 1000]")
-        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    folder = RunFolder.open(Path(arguments[0]))
-    start = Config.from_json(folder.read_json("config.json"))
-    config = parse(arguments[1:], Config, vars(start), "evaluate RUN")
-    session = train.Session.create(config)
-    session.restore(folder.load_checkpoint(session.device))
-    train.report(session, folder)
-    return 0
 
 
 def run_tune(arguments: list[str]) -> int:
