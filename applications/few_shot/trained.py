@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,18 +122,11 @@ class Trained:
                 raise UserError(f"{path} is damaged: its content has another hash than it says. Fetch it again.")
             config = Config.from_json(content["config"])
             return cls(config, content["meta"], content["log_strength"], content["origin"])
-        except (
-            pickle.UnpicklingError,
-            RuntimeError,
-            EOFError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:
-            raise UserError(
-                f"{path} is no trained network of this version, or damaged: {str(error).splitlines()[0]}."
-            ) from error
+        except UserError:
+            raise
+        except Exception as error:  # torch.load and a file of another make raise a dozen types
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{path} is no trained network of this version, or damaged: {reason}.") from error
 
 
 def shipped() -> list[str]:
