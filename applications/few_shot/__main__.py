@@ -1,4 +1,4 @@
-"""``python -m applications.few_shot [train | evaluate | export | benchmark | tune]``."""
+"""``python -m applications.few_shot [train | evaluate | export | hours | benchmark | tune]``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tyro
 
 from applications import ranks, tune
 from applications.errors import UserError, exit_code
-from applications.few_shot import benchmark, evaluation, train
+from applications.few_shot import benchmark, evaluation, hours, train
 from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.tuning import tunable
 from applications.run_folder import RunFolder
@@ -24,6 +24,7 @@ Few-shot classification by implicit MAML and its relatives.
   python -m applications.few_shot evaluate RUN [options]              held-out accuracy of a run
   python -m applications.few_shot evaluate --trained NAME [options]   held-out accuracy of a network that is shipped
   python -m applications.few_shot export RUN NAME                     the network of a run as one small file
+  python -m applications.few_shot hours RUN [RUN ...] PICTURE.png     validation accuracy against hours of training
   python -m applications.few_shot benchmark [options]                 memory and time against inner steps
   python -m applications.few_shot tune [options]                      an Optuna study over the solver settings
 
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> int:
         "train": run_train,
         "evaluate": evaluation.command,
         "export": evaluation.export,
+        "hours": hours.command,
         "benchmark": benchmark.main,
         "tune": run_tune,
     }

@@ -6,7 +6,7 @@ mean has the meta-gradient as its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils import _pytree as pytree
 
 import bilevel as bl
+from applications.errors import UserError
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes
 from applications.few_shot.guard import LEFT_OUT, guarded
@@ -46,10 +47,13 @@ class Learner:
 
     @classmethod
     def create(cls, config: Config, net: nn.Module, chosen: Mapping[str, Any] | None = None) -> Learner:
-        """At the network's parameters; ``chosen`` may have a ``strength`` too."""
+        """At the network's parameters, a head that stays at zero set to it; ``chosen`` may have a ``strength`` too."""
         chosen = dict(chosen or {})
         config = replace(config, strength=chosen.pop("strength", config.strength))
         meta: Params = dict(net.named_parameters())
+        with torch.no_grad():
+            for name in fixed_at_zero(config, meta):
+                meta[name].zero_()
         names = {_layer(name) for name in meta} if config.learn_strength == "layer" else {"all"}
         like = next(iter(meta.values()))
         start = torch.tensor(config.strength, dtype=like.dtype, device=like.device).log()
@@ -90,9 +94,18 @@ class Learner:
         return replace(self, config=replace(self.config, inner_steps=steps), chosen=chosen)
 
     def parameters(self) -> list[Tensor]:
-        """What the meta-optimizer updates."""
-        fixed = "head." if self.config.head == "zero" else None
-        learned = [param for name, param in self.meta.items() if fixed is None or not name.startswith(fixed)]
+        """What the meta-optimizer updates.
+
+        Raises:
+            UserError: nothing: the network is nothing but a head that stays at zero.
+        """
+        fixed = fixed_at_zero(self.config, self.meta)
+        learned = [param for name, param in self.meta.items() if name not in fixed]
+        if not learned:
+            raise UserError(
+                f"--model {self.config.model} has no parameters beside those of its head, which --head zero keeps at "
+                "zero: nothing is left to learn. Give it features, or take --head learned."
+            )
         return [*learned, *(s for s in self.log_strength.values() if s.requires_grad)]
 
     def tasks_at_once(self, x: Tensor) -> int | None:
@@ -138,6 +151,11 @@ class Learner:
 
     def _flat(self, param: Tensor, name: str) -> Tensor:
         return param.reshape(*param.shape[: param.dim() - self.meta[name].dim()], -1)
+
+
+def fixed_at_zero(config: Config, names: Iterable[str]) -> list[str]:
+    """Those of the module called head, where the configuration keeps it at zero: they are not learned."""
+    return [name for name in names if config.head == "zero" and name.startswith("head.")]
 
 
 def task_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from applications.few_shot import data, evaluate, guard, plots
 from applications.few_shot.average import Average
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Sampler
-from applications.few_shot.methods import Learner, meta_step
+from applications.few_shot.methods import Learner, fixed_at_zero, meta_step
 from applications.few_shot.models import build
 from applications.run_folder import Interruption, ReadOnly, RunFolder
 from applications.tune import read_settings
@@ -34,6 +34,12 @@ METHOD_NAMES = {
     "fomaml": "first-order MAML",
     "reptile": "Reptile",
 }
+
+NO_HEAD = (
+    "--model {model} has no layer called head, so --head zero keeps nothing at zero: all its parameters are learned, "
+    "those of the last layer too, and it serves this number of classes alone. Class numbers are arbitrary: call the "
+    "last layer head to let it start at zero in every task."
+)
 
 MAX_SKIPPED = 20
 """Meta-steps in a row without a finite meta-gradient, after which training gives up."""
@@ -266,6 +272,8 @@ def _run(config: Config, folder: RunFolder, resume: bool) -> int:
     folder.begin(config.to_json())
     many = f", {bl.distributed.world_size()} ranks" if bl.distributed.world_size() > 1 else ""
     say(f"{title}: {config.tasks} tasks a step on {session.device}{many}; run folder {folder.path}")
+    if config.head == "zero" and not fixed_at_zero(config, session.learner.meta):
+        say(NO_HEAD.format(model=config.model))
     with Interruption() as interruption:
         session.interruption = interruption
         _train(session, folder)
@@ -320,7 +328,9 @@ def report(session: Session, folder: RunFolder) -> None:
     say(f"\nAccuracy on {config.eval_tasks} held-out tasks, {describe(config)} (mean +- 95 % interval):")
     for name, accuracy in found.items():
         say(f"  {name:{width}}  {accuracy}")
-    folder.write_json("evaluation.json", {name: vars(accuracy) for name, accuracy in found.items()})
+    again = (folder.path / "evaluation.json").exists()  # of the same run before it went on: it is kept
+    kept = f"evaluation-step-{session.step}.json" if again else "evaluation.json"
+    folder.write_json(kept, {name: vars(accuracy) for name, accuracy in found.items()})
     episodes = sampler.episodes(1, config.eval_tasks)
     name, classify = next(iter(evaluate.settings(session.average.averaged())))
     title = f"A test episode of {config.data}, {name}"

@@ -15,7 +15,7 @@ from torch import Tensor
 import bilevel as bl
 from applications.errors import UserError
 from applications.few_shot.config import Config
-from applications.few_shot.methods import Learner
+from applications.few_shot.methods import Learner, fixed_at_zero
 from applications.few_shot.models import build
 from applications.run_folder import RunFolder
 
@@ -77,7 +77,8 @@ class Trained:
         measured = [r for r in folder.metrics() if "validation_accuracy" in r and r["step"] <= state["step"]]
         if measured:
             origin["validation"] = round(measured[-1]["validation_accuracy"], 3)
-        kept = {name: value.detach().clone() for name, value in meta.items() if not _in_zero_head(config, name)}
+        fixed = fixed_at_zero(config, meta)
+        kept = {name: value.detach().clone() for name, value in meta.items() if name not in fixed}
         return cls(replace(config, solver=None), kept, dict(log_strength), origin)
 
     def save(self, path: Path) -> None:
@@ -95,15 +96,15 @@ class Trained:
             UserError: the head was learned, for another number of classes; the network's code is another one now.
         """
         ways = ways or self.config.ways
-        if ways != self.config.ways and self.config.head != "zero":
-            raise UserError(
-                f"The network was trained with --head learned for {self.config.ways} classes, and has no weights for "
-                f"{ways}. One that is trained with --head zero serves any number."
-            )
         config = replace(self.config, ways=ways)
-        net = bare_network(config).to(torch.device(device), config.dtype)
-        learner = Learner.create(config, net)
-        put(learner.meta, self.meta, optional=lambda name: _in_zero_head(config, name))
+        learner = Learner.create(config, bare_network(config).to(torch.device(device), config.dtype))
+        fixed = fixed_at_zero(config, learner.meta)
+        if ways != self.config.ways and not fixed:
+            raise UserError(
+                f"The network was trained for {self.config.ways} classes with a last layer that is learned, and has no "
+                f"weights for {ways}. One with a layer called head, trained with --head zero, serves any number."
+            )
+        put({name: param for name, param in learner.meta.items() if name not in fixed}, self.meta)
         put(learner.log_strength, self.log_strength)
         return learner
 
@@ -167,15 +168,13 @@ def bare_network(config: Config) -> torch.nn.Module:
         )
 
 
-def put(params: dict[str, Tensor], values: dict[str, Tensor], optional: Any = lambda name: False) -> None:
-    """Copy values into parameters of the same names and shapes, where they are not optional.
+def put(params: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy values into parameters of the same names and shapes.
 
     Raises:
         UserError: a name or a shape is another one.
     """
     for name, param in params.items():
-        if optional(name):
-            continue
         if name not in values or values[name].shape != param.shape:
             shape = list(values[name].shape) if name in values else "missing"
             raise UserError(
@@ -187,7 +186,3 @@ def put(params: dict[str, Tensor], values: dict[str, Tensor], optional: Any = la
 
 def _part(values: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{part}."): value for name, value in values.items() if name.startswith(f"{part}.")}
-
-
-def _in_zero_head(config: Config, name: str) -> bool:
-    return config.head == "zero" and name.startswith("head.")

@@ -87,7 +87,7 @@ class TestFile:
         assert learner.meta["head.weight"].shape[0] == 7
         assert not learner.meta["head.weight"].any()
         learned = Trained(Config(width=8, head="learned"), found.meta, found.log_strength, found.origin)
-        with pytest.raises(UserError, match="trained with --head learned for 5 classes"):
+        with pytest.raises(UserError, match="trained for 5 classes with a last layer that is learned"):
             learned.learner(ways=7)
 
     def test_another_network(self, file):
