@@ -16,7 +16,7 @@ LEFT_OUT = "left_out"
 """Name in the stats of an adjoint: whether the task is left out, bool ``[T]``."""
 
 LIMIT = 10.0
-"""Seen where all goes well: up to 2 with 64 filters, 4 with 8; in a step that ruined a network, hundreds. What lies$
+"""Seen where all goes well: up to 2 with 64 filters, 4 with 8; in a step that ruined a network, hundreds. What lies
 between is left to `Clipping`."""
 
 

@@ -69,7 +69,7 @@ class Trained:
         average = state.get("average")
         meta, log_strength = (_part(average, part) if average else state[part] for part in ("meta", "log_strength"))
         origin = {
-            "command": command(config),
+            "command": command(config if config.schedule == "cosine" else replace(config, steps=state["step"])),
             "hours": round(state["seconds"] / 3600, 3),
             "steps": state["step"],
             "seed": config.seed,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+import textwrap
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +19,8 @@ from applications.few_shot.data.images import as_bytes
 from applications.few_shot.episodes import Sampler
 from applications.few_shot.train import Session, create_sampler
 from applications.few_shot.trained import Trained
+
+PAGE = Path(__file__).parents[2] / "docs" / "few_shot_own_images.md"
 
 READING = Reading(size=16, grey=False, held_out=(0.2, 0.3), seed=0)
 COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "orange")
@@ -264,3 +270,35 @@ class TestFromPhotographsToPredictions:
             model.adapt(images, [0, 1, 2])
         with pytest.raises(UserError, match="two or more to tell apart"):
             model.adapt(images, [0, 0, 0, 0])
+
+
+def test_the_page_from_photographs_to_predictions(tmp_path, monkeypatch):
+    """Every command and the code of the page, on 25 classes of small pictures of one colour each, in a few steps."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    colours = generator.integers(0, 256, (25, 3))
+
+    def photograph(index):
+        return Image.fromarray(np.clip(colours[index] + generator.normal(0, 9, (20, 24, 3)), 0, 255).astype(np.uint8))
+
+    for index in range(25):
+        (tmp_path / "photographs" / f"bird{index}").mkdir(parents=True)
+        for number in range(16):
+            photograph(index).save(tmp_path / "photographs" / f"bird{index}" / f"{number}.png")
+    lines = [line.strip() for line in PAGE.read_text().splitlines() if line.startswith("    python -m")]
+    quick = "--image-size 8 --width 8 --steps 12 --tasks 4 --eval-tasks 5 --validate-every 0 --data-root ."
+    for line in lines:
+        assert line.startswith("python -m applications.few_shot ")
+        words = shlex.split(line)[3:]
+        assert main([*words, *shlex.split(quick)] if words[0] == "train" else words) == 0
+    assert (tmp_path / "birds.pt").is_file()
+    new = [0, 1, 2, 3, 4]
+    names = {
+        "images": [photograph(index) for index in new],
+        "labels": [f"bird{index}" for index in new],
+        "new_images": [photograph(index) for index in new],
+    }
+    code = PAGE.read_text().split("## 3. Predict")[1].split("`images` are")[0]
+    exec(compile(textwrap.dedent(code), str(PAGE), "exec"), names)
+    assert names["probabilities"].shape == (5, 5)
+    assert sum(a == b for a, b in zip(names["names"], names["labels"], strict=True)) >= 4
