@@ -1,4 +1,4 @@
-"""``python -m applications.few_shot [train | evaluate | export | hours | benchmark | tune]``."""
+"""``python -m applications.few_shot [train | evaluate | export | hours | gradients | benchmark | tune]``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tyro
 
 from applications import ranks, tune
 from applications.errors import UserError, exit_code
-from applications.few_shot import benchmark, evaluation, hours, train
+from applications.few_shot import benchmark, evaluation, gradients, hours, train
 from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.tuning import tunable
 from applications.run_folder import RunFolder
@@ -25,6 +25,7 @@ Few-shot classification by implicit MAML and its relatives.
   python -m applications.few_shot evaluate --trained NAME [options]   held-out accuracy of a network that is shipped
   python -m applications.few_shot export RUN NAME                     the network of a run as one small file
   python -m applications.few_shot hours RUN [RUN ...] PICTURE.png     validation accuracy against hours of training
+  python -m applications.few_shot gradients [options]                 error of the meta-gradient against inner steps
   python -m applications.few_shot benchmark [options]                 memory and time against inner steps
   python -m applications.few_shot tune [options]                      an Optuna study over the solver settings
 
@@ -56,6 +57,7 @@ def main(arguments: list[str]) -> int:
         "evaluate": evaluation.command,
         "export": evaluation.export,
         "hours": hours.command,
+        "gradients": gradients.command,
         "benchmark": benchmark.main,
         "tune": run_tune,
     }
