@@ -24,6 +24,7 @@ from applications.few_shot.config import Config
 from applications.few_shot.episodes import Sampler
 from applications.few_shot.methods import Learner, fixed_at_zero, meta_step
 from applications.few_shot.models import build
+from applications.few_shot.trained import SETTINGS
 from applications.run_folder import Interruption, ReadOnly, RunFolder
 from applications.tune import read_settings
 
@@ -141,7 +142,7 @@ def solver_settings(config: Config) -> dict[str, Any]:
     """
     if config.solver is None:
         return {}
-    return read_settings(config.solver, ("solver", "hypergrad", "strength"), "few_shot")
+    return read_settings(config.solver, SETTINGS, "few_shot")
 
 
 def create_learner(

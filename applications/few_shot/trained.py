@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from dataclasses import dataclass, replace
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,15 @@ from applications.few_shot.config import Config
 from applications.few_shot.methods import Learner, fixed_at_zero
 from applications.few_shot.models import build
 from applications.run_folder import RunFolder
+from applications.tune import read_settings
 
 SHIPPED = Path(__file__).parent / "trained"
 """Folder of the networks that come with the project, ``NAME.pt`` each."""
 
 FORMAT = 1
+
+SETTINGS = ("solver", "hypergrad", "strength")
+"""What a file of solver settings may hold."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +40,14 @@ class Trained:
         log_strength: layer -> log lambda, 0-d.
         origin: ``command``, ``hours``, ``steps``, ``seed``, and ``validation`` where it was measured: the accuracy in
             percent on tasks of the validation classes when the file was made.
+        chosen: solver settings of a tuned run, in place of those of the configuration.
     """
 
     config: Config
     meta: dict[str, Tensor]
     log_strength: dict[str, Tensor]
     origin: dict[str, Any]
+    chosen: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, source: str | Path) -> Trained:
@@ -79,7 +87,9 @@ class Trained:
             origin["validation"] = round(measured[-1]["validation_accuracy"], 3)
         fixed = fixed_at_zero(config, meta)
         kept = {name: value.detach().clone() for name, value in meta.items() if name not in fixed}
-        return cls(replace(config, solver=None), kept, dict(log_strength), origin)
+        solver = path / "solver.json"
+        chosen = read_settings(solver, SETTINGS, "few_shot") if solver.is_file() else {}
+        return cls(replace(config, solver=None), kept, dict(log_strength), origin, chosen)
 
     def save(self, path: Path) -> None:
         """Write it as a file of tensors, numbers and strings, which loads without executing anything."""
@@ -97,7 +107,7 @@ class Trained:
         """
         ways = ways or self.config.ways
         config = replace(self.config, ways=ways)
-        learner = Learner.create(config, bare_network(config).to(torch.device(device), config.dtype))
+        learner = Learner.create(config, bare_network(config).to(torch.device(device), config.dtype), self.chosen)
         fixed = fixed_at_zero(config, learner.meta)
         if ways != self.config.ways and not fixed:
             raise UserError(
@@ -112,7 +122,10 @@ class Trained:
         values = {**self.config.to_json(), "data_root": None, "solver": None}
         tensors = {"meta": self.meta, "log_strength": self.log_strength}
         plain = {part: {n: t.detach().cpu().contiguous() for n, t in named.items()} for part, named in tensors.items()}
-        return {"format": FORMAT, "config": values, "origin": self.origin, **plain}
+        solver = (
+            "" if not self.chosen else _through_a_file(lambda path: bl.tuning.save(path, self.chosen), Path.read_text)
+        )
+        return {"format": FORMAT, "config": values, "origin": self.origin, "solver": solver, **plain}
 
     @classmethod
     def _from_file(cls, path: Path) -> Trained:
@@ -122,7 +135,9 @@ class Trained:
             if found != digest(content):
                 raise UserError(f"{path} is damaged: its content has another hash than it says. Fetch it again.")
             config = Config.from_json(content["config"])
-            return cls(config, content["meta"], content["log_strength"], content["origin"])
+            text = content["solver"]
+            chosen = {} if not text else _through_a_file(lambda path: path.write_text(text), bl.tuning.load)
+            return cls(config, content["meta"], content["log_strength"], content["origin"], chosen)
         except UserError:
             raise
         except Exception as error:  # torch.load and a file of another make raise a dozen types
@@ -182,6 +197,14 @@ def put(params: dict[str, Tensor], values: dict[str, Tensor]) -> None:
             )
         with torch.no_grad():
             param.copy_(values[name])
+
+
+def _through_a_file(write: Callable[[Path], Any], read: Callable[[Path], Any]) -> Any:
+    """What is read from a file that was written: solver settings have no other form as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "solver.json"
+        write(path)
+        return read(path)
 
 
 def _part(values: dict[str, Tensor], part: str) -> dict[str, Tensor]:

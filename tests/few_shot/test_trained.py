@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
+import bilevel as bl
 from applications.errors import UserError
 from applications.few_shot import evaluation, trained
 from applications.few_shot.__main__ import main
@@ -90,6 +92,17 @@ class TestFile:
         learned = Trained(Config(width=8, head="learned"), found.meta, found.log_strength, found.origin)
         with pytest.raises(UserError, match="trained for 5 classes with a last layer that is learned"):
             learned.learner(ways=7)
+
+    def test_tuned_settings_go_with_it(self, run, tmp_path):
+        folder = tmp_path / "tuned"
+        shutil.copytree(run, folder)
+        settings = {"solver": bl.GradientDescent(0.05, 7), "hypergrad": bl.Implicit(bl.MINRES(max_steps=3))}
+        bl.tuning.save(folder / "solver.json", settings)
+        assert main(["export", str(folder), str(tmp_path / "tuned.pt")]) == 0
+        for source in (folder, tmp_path / "tuned.pt"):
+            found = Trained.load(source)
+            assert found.chosen == settings
+            assert found.learner().inner_solver() == settings["solver"]
 
     def test_another_network(self, file):
         found = Trained.load(file)
