@@ -13,7 +13,7 @@ from applications.few_shot import guard, methods
 from applications.few_shot.average import Average
 from applications.few_shot.config import Config
 from applications.few_shot.methods import meta_step
-from applications.few_shot.train import Session, create_learner, meta_train, one_step
+from applications.few_shot.train import Session, create_learner, meta_train, one_step, scheduled
 
 CPU = torch.device("cpu")
 CONFIG = Config(
@@ -158,6 +158,14 @@ class TestClipping:
         assert record["meta_gradient_norm"] > 1e-3  # as it was before
         assert gradients(one).norm() == pytest.approx(1e-6, rel=1e-9)
         assert "clipped in 1 meta-steps" in guard.told([{"step": 1, **record}])
+
+
+@pytest.mark.parametrize(("schedule", "expected"), [("constant", 1.0), ("root", 0.5), ("cosine", 0.5)])
+def test_schedules_go_by_steps(session, schedule, expected):
+    one = session(schedule=schedule, steps=6000)
+    assert scheduled(one) == 1
+    one.step = 3000
+    assert scheduled(one) == pytest.approx(expected)
 
 
 class TestAverage:
