@@ -25,7 +25,7 @@ Images = Any
 class FewShot:
     """A network that learns new classes from a few images each.
 
-    ``FewShot.load("omniglot-20way").adapt(images, labels)(new_images)`` gives the labels of the new images.
+    ``FewShot.load("omniglot-20way-1shot").adapt(images, labels)(new_images)`` gives the labels of the new images.
 
     Attributes:
         trained: the meta-parameters, with the configuration that made them and their origin.

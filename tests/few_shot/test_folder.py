@@ -198,6 +198,19 @@ class TestFormats:
         assert 0 < (expected > 0).mean() < 0.3  # ink is bright, paper is 0
 
 
+def test_drawings_and_arrays_of_omniglot_are_the_same_to_the_shipped_network(omniglot_root):
+    """Five characters of the test, two drawings to learn from: as files hold them, dark on light, and as arrays."""
+    images = data.load("omniglot", omniglot_root).test.images[:5, :, 0]
+    model, labels = FewShot.load("omniglot-20way-1shot", device="cpu"), [f"letter {i}" for i in range(5) for _ in "ab"]
+    expected = [f"letter {i}" for i in range(5) for _ in range(18)]
+    found = []
+    for form in (lambda image: Image.fromarray(255 - image.numpy()), lambda image: image):
+        classifier = model.adapt([form(image) for image in images[:, :2].flatten(0, 1)], labels)
+        found.append(classifier([form(image) for image in images[:, 2:].flatten(0, 1)]))
+    assert found[0] == found[1]
+    assert np.mean([a == b for a, b in zip(found[0], expected, strict=True)]) > 0.9
+
+
 @pytest.fixture(scope="session")
 def run(photographs, tmp_path_factory):
     """What the page on one's own images does: thirty seconds of training, or less."""
