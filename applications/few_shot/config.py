@@ -8,9 +8,9 @@ from typing import Literal
 
 import torch
 
+from applications.few_shot.data import SHAPES, Reading
 from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
 
-Data = Literal["glyphs", "omniglot", "cifar-fs", "mini-imagenet"]
 Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile"]
 
 
@@ -25,12 +25,18 @@ class Config(SolverKnobs):
     """Settings to start from; the other options change them."""
     threads: int | None = None
     """Of PyTorch on a CPU, and tasks that are worked on side by side; None: all cores."""
-    data: Data = "glyphs"
-    """Data set: glyphs is built in, omniglot and cifar-fs are downloaded, mini-imagenet is a folder."""
+    data: str = "glyphs"
+    """Data set: glyphs (built in), omniglot and cifar-fs (downloaded), mini-imagenet; or a folder of class folders."""
     data_root: Path | None = None
     """Folder of the data sets; by default $BILEVEL_DATA, then ~/.cache/bilevel."""
     split: Literal["characters", "alphabets"] = "characters"
     """Omniglot's split: shuffled characters (the MAML protocol) or whole alphabets (Lake's, harder)."""
+    image_size: int = 28
+    """Side in pixels to which the images of a folder are brought."""
+    grey: bool = False
+    """Read the images of a folder in grey instead of colour."""
+    held_out: tuple[float, float] = (0.2, 0.2)
+    """Fractions of a folder's classes for validation and test, where it has no folders train, validation, test."""
     ways: int = 5
     """Classes in a task."""
     shots: int = 1
@@ -77,8 +83,12 @@ class Config(SolverKnobs):
     """Tasks in a meta-step."""
     lr: float = 8e-3
     """Step size of the meta-optimizer (Adam)."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Schedule of that step size over the meta-steps."""
+    schedule: Literal["cosine", "root", "constant"] = "cosine"
+    """Schedule of that step size: to zero over the meta-steps, lr / sqrt(1 + step / 1000), or none."""
+    clip: float | None = 3.0
+    """Shorten a meta-gradient to so many times the running norm of those before; None: never."""
+    average: int = 100
+    """Meta-steps in the moving average of the meta-parameters that is evaluated, at most a tenth of all; 1: none."""
     minutes: float | None = None
     """Stop training after so many minutes; the schedule then follows the clock instead of the steps."""
 
@@ -104,9 +114,13 @@ class Config(SolverKnobs):
 
     def check(self) -> None:
         counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "width", "eval_steps")
-        require_at_least_one(self, *counts, "chunk_size")
+        require_at_least_one(self, *counts, "image_size", "average", "chunk_size")
         require_positive(self, "inner_lr", "strength", "lr")
         require(self.minutes is None or self.minutes > 0, f"--minutes is {self.minutes}: it must be positive.")
+        clip = f"--clip is {self.clip}: it is at least 1, or None; below, every meta-gradient shrinks."
+        require(self.clip is None or self.clip >= 1, clip)
+        fractions = min(self.held_out) > 0 and sum(self.held_out) < 1
+        require(fractions, f"--held-out is {self.held_out}: two fractions above 0, of sum below 1.")
         require(0 <= self.inner_momentum < 1, f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
         require(self.cg_steps >= 0 and self.validate_every >= 0, "--cg-steps and --validate-every cannot be negative.")
         implicit = self.method.startswith("imaml")
@@ -131,6 +145,16 @@ class Config(SolverKnobs):
     def dtype(self) -> torch.dtype:
         """Of parameters and images; bf16 and tf32 are arithmetic on float32."""
         return torch.float64 if self.precision == "float64" else torch.float32
+
+    @property
+    def reading(self) -> Reading:
+        """How the images of a folder are read."""
+        return Reading(self.image_size, self.grey, self.held_out, self.seed)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Channels and side of the images."""
+        return SHAPES.get(self.data, (1 if self.grey else 3, self.image_size))
 
 
 # Rajeswaran et al. 2019, section 4 and the command of the released code: 16 gradient steps (25 for 20-way), lambda 2,

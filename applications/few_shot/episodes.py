@@ -56,11 +56,17 @@ class Sampler:
                 "distinct. Take fewer ways or another data set."
             )
         if shots + queries > classes.num_instances:
+            counts = classes.counts or (classes.num_instances,) * len(classes)
+            which = "a class" if classes.counts is None else f"the class {classes.names[counts.index(min(counts))]!r}"
             raise UserError(
-                f"--shots {shots} and {queries} queries: a class of the {stream} set has only "
+                f"--shots {shots} and {queries} queries: {which} of the {stream} set has only "
                 f"{classes.num_instances} images. Lower --shots, --queries or --eval-queries."
             )
         self.images = classes.images.to(device)
+        self.blank: Tensor | None = None
+        if classes.counts is not None:
+            last = torch.tensor(classes.counts, device=device).unsqueeze(-1)
+            self.blank = torch.arange(self.images.shape[1], device=device) >= last
         self.stream, self.seed, self.device, self.dtype = stream, seed, device, dtype
         self.ways, self.shots, self.queries = ways, shots, queries
 
@@ -72,8 +78,10 @@ class Sampler:
         num_classes, num_instances = self.images.shape[:2]
         draw = torch.rand(num_tasks, num_classes, generator=generator, device=self.device)
         classes = draw.topk(self.ways, -1).indices[part]
-        draw = torch.rand(num_tasks, self.ways, num_instances, generator=generator, device=self.device)
-        instances = draw[part].topk(self.shots + self.queries, -1).indices
+        draw = torch.rand(num_tasks, self.ways, num_instances, generator=generator, device=self.device)[part]
+        if self.blank is not None:
+            draw = draw.masked_fill(self.blank[classes], -1.0)
+        instances = draw.topk(self.shots + self.queries, -1).indices
         images = self.images[classes.unsqueeze(-1), instances].to(self.dtype) / 255
         labels = torch.arange(self.ways, device=self.device).view(1, -1, 1).expand(instances.shape)
         return Episodes(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 import bilevel as bl
 from applications.few_shot.episodes import Episodes, Sampler
-from applications.few_shot.methods import Learner, adapt
+from applications.few_shot.methods import Learner, Params, adapt
 from applications.few_shot.models import BatchStatNorm, inductive
 
 Classifier = Callable[[Episodes], Tensor]
@@ -54,40 +54,60 @@ def measure(
 
 
 def settings(learner: Learner) -> Iterator[tuple[str, Classifier]]:
-    """How the network can classify: as one batch of queries, and query by query; one where they are the same."""
+    """How the network can classify: as one batch of queries, and query by query; one where they are the same.
+
+    They share the adaptation, where one is asked right after the other.
+    """
     if learner.config.eval_steps is not None:
         learner = learner.with_steps(learner.config.eval_steps)
+    adapted = _Adapted(learner)
     if not any(isinstance(module, BatchStatNorm) for module in learner.net.modules()):
-        yield "inductive: no query sees another", _adapted(learner, transductive)
+        yield "inductive: no query sees another", adapted.classifier(transductive)
         return
-    yield "transductive: batch statistics of all queries", _adapted(learner, transductive)
-    yield "not transductive: each query by itself", _adapted(learner, each_by_itself)
+    yield "transductive: batch statistics of all queries", adapted.classifier(transductive)
+    yield "not transductive: each query by itself", adapted.classifier(each_by_itself)
 
 
-def _adapted(learner: Learner, classify: Callable[[Learner, Episodes], Tensor]) -> Classifier:
-    def classifier(episodes: Episodes) -> Tensor:
-        def chunk(*tensors: Tensor) -> Tensor:
-            return classify(learner, Episodes(*tensors))
+class _Adapted:
+    """A learner adapted to the episodes that were seen last, so that several classifiers pay for it once."""
 
-        return bl.map_tasks(chunk, *episodes.tensors(), **learner.sharing(episodes.query_x))
+    def __init__(self, learner: Learner):
+        self.learner = learner
+        self._last: tuple[Episodes, Params] | None = None
 
-    return classifier
+    def classifier(self, classify: Callable[[Learner, Params, Episodes], Tensor]) -> Classifier:
+        def classifier(episodes: Episodes) -> Tensor:
+            def chunk(params: Params, *tensors: Tensor) -> Tensor:
+                return classify(self.learner, params, Episodes(*tensors))
+
+            sharing = self.learner.sharing(torch.cat([episodes.support_x, episodes.query_x], 1))
+            return bl.map_tasks(chunk, self.params(episodes), *episodes.tensors(), **sharing)
+
+        return classifier
+
+    def params(self, episodes: Episodes) -> Params:
+        """The adapted parameters of T tasks, leaves ``[T, ...]``."""
+        if self._last is None or self._last[0] is not episodes:
+
+            def chunk(x: Tensor, y: Tensor) -> Params:
+                return adapt(self.learner, x, y).value
+
+            support = episodes.support_x, episodes.support_y
+            self._last = episodes, bl.map_tasks(chunk, *support, **self.learner.sharing(episodes.support_x))
+        return self._last[1]
 
 
-def transductive(learner: Learner, episodes: Episodes) -> Tensor:
+def transductive(learner: Learner, params: Params, episodes: Episodes) -> Tensor:
     """Labels ``[T, n]`` where the queries of a task are one batch of the network."""
-    adapted = adapt(learner, episodes.support_x, episodes.support_y).value
-    with torch.no_grad():
-        return learner.predict(adapted, episodes.query_x).argmax(-1)
+    return learner.predict(params, episodes.query_x).argmax(-1)
 
 
-def each_by_itself(learner: Learner, episodes: Episodes) -> Tensor:
+def each_by_itself(learner: Learner, params: Params, episodes: Episodes) -> Tensor:
     """Labels ``[T, n]`` where each query is normalised with the support set and itself alone."""
-    adapted = adapt(learner, episodes.support_x, episodes.support_y).value
     num_support = episodes.support_x.shape[1]
     images = torch.cat([episodes.support_x, episodes.query_x], 1)
-    with torch.no_grad(), inductive(num_support):
-        return learner.predict(adapted, images)[:, num_support:].argmax(-1)
+    with inductive(num_support):
+        return learner.predict(params, images)[:, num_support:].argmax(-1)
 
 
 def nearest_neighbour(episodes: Episodes) -> Tensor:

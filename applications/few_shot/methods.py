@@ -6,7 +6,7 @@ mean has the meta-gradient as its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 import bilevel as bl
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes
+from applications.few_shot.guard import LEFT_OUT, guarded
+from applications.frame.errors import UserError
 
 Params = dict[str, Tensor]
 
@@ -45,10 +47,13 @@ class Learner:
 
     @classmethod
     def create(cls, config: Config, net: nn.Module, chosen: Mapping[str, Any] | None = None) -> Learner:
-        """At the network's parameters; ``chosen`` may have a ``strength`` too."""
+        """At the network's parameters, a head that stays at zero set to it; ``chosen`` may have a ``strength`` too."""
         chosen = dict(chosen or {})
         config = replace(config, strength=chosen.pop("strength", config.strength))
         meta: Params = dict(net.named_parameters())
+        with torch.no_grad():
+            for name in fixed_at_zero(config, meta):
+                meta[name].zero_()
         names = {_layer(name) for name in meta} if config.learn_strength == "layer" else {"all"}
         like = next(iter(meta.values()))
         start = torch.tensor(config.strength, dtype=like.dtype, device=like.device).log()
@@ -67,12 +72,13 @@ class Learner:
         )
 
     def hypergrad(self) -> Any:
-        """How implicit MAML differentiates the adaptation."""
+        """How implicit MAML differentiates the adaptation; a task whose solve is worse than none counts as zero."""
         config = self.config
+        smallest = torch.stack(list(self.log_strength.values())).detach().amin().exp()
         if "hypergrad" in self.chosen:
-            return self.chosen["hypergrad"]
+            return guarded(self.chosen["hypergrad"], smallest)
         linear = bl.CG(max_steps=config.cg_steps) if config.cg_steps else bl.Identity(1 / config.strength)
-        return bl.Implicit(linear, operator=config.hessian)
+        return guarded(bl.Implicit(linear, operator=config.hessian), smallest)
 
     @cached_property
     def task_objectives(self) -> Callable[..., Any]:
@@ -88,9 +94,18 @@ class Learner:
         return replace(self, config=replace(self.config, inner_steps=steps), chosen=chosen)
 
     def parameters(self) -> list[Tensor]:
-        """What the meta-optimizer updates."""
-        fixed = "head." if self.config.head == "zero" else None
-        learned = [param for name, param in self.meta.items() if fixed is None or not name.startswith(fixed)]
+        """What the meta-optimizer updates.
+
+        Raises:
+            UserError: nothing: the network is nothing but a head that stays at zero.
+        """
+        fixed = fixed_at_zero(self.config, self.meta)
+        learned = [param for name, param in self.meta.items() if name not in fixed]
+        if not learned:
+            raise UserError(
+                f"--model {self.config.model} has no parameters beside those of its head, which --head zero keeps at "
+                "zero: nothing is left to learn. Give it features, or take --head learned."
+            )
         return [*learned, *(s for s in self.log_strength.values() if s.requires_grad)]
 
     def tasks_at_once(self, x: Tensor) -> int | None:
@@ -138,6 +153,11 @@ class Learner:
         return param.reshape(*param.shape[: param.dim() - self.meta[name].dim()], -1)
 
 
+def fixed_at_zero(config: Config, names: Iterable[str]) -> list[str]:
+    """Those of the module called head, where the configuration keeps it at zero: they are not learned."""
+    return [name for name in names if config.head == "zero" and name.startswith("head.")]
+
+
 def task_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """``logits [*T, n, ways], y [*T, n] -> [*T]``"""
     return cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="none").view_as(y).mean(-1)
@@ -148,7 +168,10 @@ class Outcome:
     """Of one meta-step: the scalar to differentiate, and what to record.
 
     Attributes:
-        objective: its gradient is the meta-gradient. query_loss, accuracy: means over the tasks, detached.
+        objective: its gradient is the sum of the meta-gradients of the tasks that are kept, divided by the number of
+            all tasks.
+        query_loss, accuracy: means over the tasks that are kept, detached; NaN where none is.
+        kept: 0-d, tasks whose meta-gradient is of use, see `Guarded`.
         solution: of the adaptation; its ``adjoint`` tells of the linear solve. Without values, unless they were
             asked for: they are two networks a task.
     """
@@ -156,6 +179,7 @@ class Outcome:
     objective: Tensor
     query_loss: Tensor
     accuracy: Tensor
+    kept: Tensor
     solution: bl.Solution
 
 
@@ -182,12 +206,13 @@ def meta_step(learner: Learner, episodes: Episodes, values: bool = False) -> Out
     keep = None if values else _without_values
     sharing = learner.sharing(episodes.support_x)
     objective, found = bl.mean_over_tasks(learner.task_objectives, params, *data, **sharing, keep=keep)
-    return Outcome(
-        objective,
-        torch.cat([queried.loss for queried in found]).mean(),
-        torch.cat([queried.accuracy for queried in found]).mean(),
-        bl.Solution.joined([queried.solution for queried in found]),
-    )
+    solution = bl.Solution.joined([queried.solution for queried in found])
+    loss, accuracy = (torch.cat([getattr(queried, name) for queried in found]) for name in ("loss", "accuracy"))
+    left_out = torch.zeros_like(loss, dtype=torch.bool)
+    if solution.adjoint is not None:
+        left_out = solution.adjoint.stats.get(LEFT_OUT, left_out)
+    kept = ~left_out
+    return Outcome(objective, loss[kept].mean(), accuracy[kept].mean(), kept.sum(), solution)
 
 
 def _task_objectives(learner: Learner, params: dict[str, Params], *data: Tensor) -> tuple[Tensor, Queried]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import bilevel as bl
 from applications.frame.errors import UserError
-from applications.frame.norm import ImageNorm, affine, pooled
+from applications.frame.norm import ImageNorm, pooled
 
 _num_support: ContextVar[int | None] = ContextVar("num_support", default=None)
 
@@ -46,14 +46,17 @@ class BatchStatNorm(nn.Module):
         if num_support is None:
             return bl.nn.batch_norm(x, self.weight, self.bias, pool=pool, statistics=statistics)
         variance, mean = _with_itself(x, num_support)
-        return pooled(affine((x - mean) * torch.rsqrt(variance + 1e-5), self.weight, self.bias), pool)
+        factor = torch.rsqrt(variance + 1e-5) * self.weight[..., None, :, None, None]
+        # In one pass over the images, the largest tensors there are.
+        return pooled(torch.addcmul(self.bias[..., None, :, None, None] - mean * factor, x, factor), pool)
 
 
 def _with_itself(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Variance and mean for each image: of the n support images, and for a query of those and itself together."""
     support, queries = x.split((n, x.shape[-4] - n), -4)
     variance, mean = torch.var_mean(support, (-4, -2, -1), correction=0, keepdim=True)
-    own_variance, own_mean = torch.var_mean(queries, (-2, -1), correction=0, keepdim=True)
+    own_mean = queries.mean((-2, -1), keepdim=True)
+    own_variance = (queries - own_mean).square_().mean((-2, -1), keepdim=True)  # var_mean is ten times slower here
     joint = (n * mean + own_mean) / (n + 1)
     spread = n * (variance + (mean - joint).square()) + own_variance + (own_mean - joint).square()
     shape = [*mean.shape[:-4], n, *mean.shape[-3:]]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.few_shot import data, evaluate, plots
+from applications.few_shot import data, evaluate, guard, plots
+from applications.few_shot.average import Average
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Sampler
 from applications.few_shot.methods import Learner, meta_step
@@ -28,6 +30,15 @@ METHOD_NAMES = {
     "fomaml": "first-order MAML",
     "reptile": "Reptile",
 }
+
+NO_HEAD = (
+    "--model {model} has no layer called head, so --head zero keeps nothing at zero: all its parameters are learned, "
+    "those of the last layer too, and it serves this number of classes alone. Class numbers are arbitrary: call the "
+    "last layer head to let it start at zero in every task."
+)
+
+TRAINING = "meta-training"
+"""The part of a run whose checkpoint has the network."""
 
 MAX_SKIPPED = 20
 """Meta-steps in a row without a finite meta-gradient, after which training gives up."""
@@ -46,12 +57,18 @@ class Session:
     seconds: float = 0.0
     solution: bl.Solution | None = None
     """The last adaptation."""
+    clipping: guard.Clipping = field(init=False)
+    average: Average = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clipping = guard.Clipping(self.config.clip)
+        self.average = Average(self.learner, self.config.average)
 
     @classmethod
     def create(cls, config: Config, chosen: Mapping[str, Any] | None = None) -> Session:
         """At the start; ``chosen``: solver settings in place of those of the configuration."""
         device = set_up_device(config)
-        splits = data.load(config.data, config.data_root, split=config.split)
+        splits = data.load(config.data, config.data_root, split=config.split, reading=config.reading)
         learner = create_learner(config, splits.train, device, chosen)
         session = cls(config, splits, device, learner, torch.optim.Adam(learner.parameters(), config.lr))
         for stream in ("train", "validation", "test"):
@@ -73,6 +90,8 @@ class Session:
         return {
             "meta": {name: param.detach() for name, param in self.learner.meta.items()},
             "log_strength": {name: value.detach() for name, value in self.learner.log_strength.items()},
+            "average": self.average.values,
+            "running_norm": self.clipping.running,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
@@ -85,6 +104,8 @@ class Session:
                 param.copy_(state["meta"][name])
             for name, value in self.learner.log_strength.items():
                 value.copy_(state["log_strength"][name])
+            self.average.restore(state.get("average"))
+        self.clipping.running = state.get("running_norm", 0.0)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
 
@@ -135,7 +156,7 @@ def meta_train(session: Session) -> Iterator[dict[str, Any]]:
     config, sampler, skipped = session.config, session.sampler("train"), 0
     while progress(session) < 1:
         begin = time.perf_counter()
-        lr = config.lr * (0.5 + 0.5 * math.cos(math.pi * progress(session)) if config.schedule == "cosine" else 1.0)
+        lr = config.lr * scheduled(session)
         record = one_step(session, sampler, lr)
         session.step += 1
         elapsed = time.perf_counter() - begin
@@ -147,6 +168,13 @@ def meta_train(session: Session) -> Iterator[dict[str, Any]]:
                 "Lower --inner-lr or --lr, or raise --strength; the last checkpoint is from before."
             )
         yield {"step": session.step, **record, "lr": lr}
+
+
+def scheduled(session: Session) -> float:
+    """What the schedule multiplies the step size of the meta-optimizer by."""
+    if session.config.schedule == "cosine":
+        return 0.5 + 0.5 * math.cos(math.pi * progress(session))
+    return 1 / math.sqrt(1 + session.step / 1000) if session.config.schedule == "root" else 1.0
 
 
 def progress(session: Session) -> float:
@@ -165,24 +193,30 @@ def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
     optimizer.zero_grad()
     (share * outcome.objective).backward()
     session.solution = solution = outcome.solution
-    means = [outcome.query_loss.item(), outcome.accuracy.item(), _mean(solution.stats["residual_norm"])]
-    sums = []
+    kept = int(outcome.kept)
+    per_kept = [outcome.query_loss.item(), outcome.accuracy.item()] if kept else [0.0, 0.0]
+    means = [_mean(solution.stats["residual_norm"])]
+    sums = [float(kept)]
     if solution.adjoint is not None:
         means.append(_mean(solution.adjoint.stats["relative_residual"]))
         sums.append(float((solution.adjoint.stats["result"] == bl.Result.NEGATIVE_CURVATURE).sum()))
-    totals = bl.distributed.reduce_gradients(learner.parameters(), *(share * mean for mean in means), *sums)
-    (loss, accuracy, residual, *adjoint), negative = totals[: len(means)], totals[len(means) :]
+    numbers = [*(kept * mean for mean in per_kept), *(share * mean for mean in means), *sums]
+    totals = bl.distributed.reduce_gradients(learner.parameters(), *numbers)
+    (loss, accuracy, residual, *adjoint), (kept_by_all, *negative) = totals[: -len(sums)], totals[-len(sums) :]
     gradients = [param.grad for param in learner.parameters() if param.grad is not None]
-    size = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])).item()
-    finite = math.isfinite(size) and math.isfinite(loss)
+    size, factor = guard.rescale(gradients, session.clipping, session.config.tasks, kept_by_all)
+    finite = math.isfinite(size) and kept_by_all > 0 and math.isfinite(loss)
     if finite:
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-    record = {
+        session.average.update(session.step + 1)
+    record: dict[str, Any] = {
         "skipped": not finite,
-        "loss": loss,
-        "accuracy": accuracy,
+        "loss": loss / max(kept_by_all, 1),
+        "accuracy": accuracy / max(kept_by_all, 1),
         "meta_gradient_norm": size,
+        "clipped": factor < 1,
+        "left_out": session.config.tasks - int(kept_by_all),
         "inner_residual": residual,
     }
     if adjoint:
@@ -198,7 +232,7 @@ def _mean(values: Tensor) -> float:
 
 def validation(session: Session, num_tasks: int = 100) -> Row:
     """Percent on tasks of the validation classes, transductive where the network is."""
-    name, classify = next(iter(evaluate.settings(session.learner)))
+    name, classify = next(iter(evaluate.settings(session.average.averaged())))
     found = evaluate.measure({name: classify}, session.sampler("validation"), num_tasks, progress=False)
     return {"validation_accuracy": found[name].mean}
 
@@ -208,7 +242,7 @@ def evaluation(session: Session) -> dict[str, Row]:
     config = session.config
     method = METHOD_NAMES[config.method]
     untrained = create_learner(config, session.splits.train, session.device)
-    classifiers = {f"{method}, {name}": classify for name, classify in evaluate.settings(session.learner)}
+    classifiers = {f"{method}, {name}": classify for name, classify in evaluate.settings(session.average.averaged())}
     first = next(iter(evaluate.settings(untrained)))
     classifiers |= {f"the same before training, {first[0].split(':')[0]}": first[1], **evaluate.BASELINES}
     found = evaluate.measure(classifiers, session.sampler("test"), config.eval_tasks, progress=True)
@@ -223,7 +257,7 @@ def report(session: Session, run: Run, found: dict[str, Row]) -> None:
     run.table(f"{title} (mean +- 95 % interval)", rows)
     run.folder.write_json("evaluation.json", found)
     episodes = sampler.episodes(1, config.eval_tasks)
-    name, classify = next(iter(evaluate.settings(session.learner)))
+    name, classify = next(iter(evaluate.settings(session.average.averaged())))
     title = f"A test episode of {config.data}, {name}"
     predicted = classify(episodes)[0]
     picture = plots.episode(episodes.support_x[0], episodes.query_x[0], episodes.query_y[0], predicted, title)
@@ -231,4 +265,4 @@ def report(session: Session, run: Run, found: dict[str, Row]) -> None:
 
 
 def describe(config: Config) -> str:
-    return f"{METHOD_NAMES[config.method]}, {config.data} {config.ways}-way {config.shots}-shot"
+    return f"{METHOD_NAMES[config.method]}, {Path(config.data).name} {config.ways}-way {config.shots}-shot"

@@ -10,22 +10,26 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageClasses:
-    """The images of some classes, the same number for each.
+    """The images of some classes.
 
     Args:
         images: uint8 [classes, instances, channels, height, width].
         names: One name for each class.
+        counts: How many instances of each class there are, the others being blank; None: all.
 
     Raises:
-        ValueError: If the images are not uint8 of five dimensions, or the names don't match them.
+        ValueError: If the images are not uint8 of five dimensions, or the names or counts don't match them.
     """
 
     images: Tensor
     names: tuple[str, ...]
+    counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.dim() != 5:
             raise ValueError(f"images must be uint8 of 5 dimensions, not {self.images.dtype} {self.images.shape}")
+        if self.counts is not None and len(self.counts) != len(self.images):
+            raise ValueError(f"{len(self.counts)} counts for {len(self.images)} classes")
         if len(self.names) != len(self.images):
             raise ValueError(f"{len(self.names)} names for {len(self.images)} classes")
 
@@ -34,8 +38,8 @@ class ImageClasses:
 
     @property
     def num_instances(self) -> int:
-        """The number of images of each class."""
-        return self.images.shape[1]
+        """The number of images of each class; of the smallest, where they differ."""
+        return self.images.shape[1] if self.counts is None else min(self.counts)
 
 
 @dataclass(frozen=True)

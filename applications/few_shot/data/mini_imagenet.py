@@ -99,16 +99,19 @@ def _images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
 
 
-def _pixels(file: Path) -> np.ndarray:
+def resized(image: Image.Image) -> np.ndarray:
     """uint8 [3, 84, 84], resized as by MAML's script for mini-ImageNet."""
+    return np.asarray(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)).transpose(2, 0, 1)
+
+
+def _pixels(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
-            resized = image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            return resized(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow has it
         raise UserError(
             f"{file} can't be read as an image: {error}. It may be cut short. Try to unpack it again, or to delete it."
         ) from error
-    return np.asarray(resized).transpose(2, 0, 1)
 
 
 def _cached(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -146,7 +146,11 @@ def _folders(parent: Path) -> Iterator[Path]:
     return (path for path in sorted(parent.iterdir()) if path.is_dir())
 
 
+def ink(drawing: Image.Image) -> np.ndarray:
+    """Where the ink of a drawing is, dark on light: bool [28, 28]."""
+    return ~np.asarray(drawing.convert("1").resize((SIDE, SIDE)))
+
+
 def _packed(drawing: Path) -> np.ndarray:
     with Image.open(drawing) as image:
-        paper = np.asarray(image.convert("1").resize((SIDE, SIDE)))
-    return np.packbits(~paper.ravel())
+        return np.packbits(ink(image).ravel())

@@ -6,10 +6,12 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -101,9 +103,10 @@ class TestRun:
         for picture in ("learning_curve.png", "test_episode.png"):
             assert (finished / picture).read_bytes().startswith(b"\x89PNG")
 
-    def test_evaluation_names_its_settings_and_baselines(self, finished, capsys):
-        assert main(["evaluate", str(finished), "--eval-tasks", "60"]) == 0
-        place = finished / "evaluations" / "eval-tasks-60"
+    def test_evaluation_names_its_settings_and_baselines(self, finished, tmp_path, capsys):
+        folder = tmp_path / "copy"
+        shutil.copytree(finished, folder)
+        assert main(["evaluate", str(folder), "--eval-tasks", "60", "--baselines"]) == 0
         printed = capsys.readouterr().out
         assert "Accuracy on 60 held-out tasks, implicit MAML, glyphs 5-way 1-shot" in printed
         for line in (
@@ -114,9 +117,7 @@ class TestRun:
             "nearest neighbour on pixels",
         ):
             assert line in printed
-        assert json.loads((finished / "evaluation.json").read_text()) != (
-            found := json.loads((place / "evaluation.json").read_text())
-        )
+        found = json.loads((folder / "evaluation-step-8-5way-1shot-characters-test.json").read_text())["accuracy"]
         assert {row["num_tasks"] for row in found.values()} == {60}
         assert 40 < found["nearest neighbour on pixels"]["mean"] < 75
 
@@ -274,6 +275,9 @@ class TestBadInput:
             ("--model", "nonsense", "neither 'conv4' nor 'fc'"),
             ("--preset", "paper", "There is no preset 'paper'"),
             ("--resume", "nowhere", "not the folder of a run"),
+            ("--data", "imagenet", "There is no data set 'imagenet', and no folder of that path"),
+            ("--clip", 0.5, "--clip is 0.5"),
+            ("--average", 0, "--average is 0"),
         ],
     )
     def test_values(self, option, value, message, refused, glyph_root, tmp_path):
@@ -301,7 +305,7 @@ class TestBadInput:
         message = refused("--method", "maml", "--learn-strength", "layer", "--out", tmp_path / "run")
         assert "maml has no proximal term" in message
 
-    @pytest.mark.parametrize("arguments", [["--no-such-option", "1"], ["--ways", "many"], ["--data", "imagenet"]])
+    @pytest.mark.parametrize("arguments", [["--no-such-option", "1"], ["--ways", "many"], ["--split", "letters"]])
     def test_options_that_do_not_parse(self, arguments):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
@@ -436,3 +440,56 @@ def test_half_a_minute_of_training_beats_the_pixels(glyph_root, tmp_path):
     trained = next(mean for name, mean in found.items() if name.startswith("implicit MAML, transductive"))
     for baseline in evaluate.BASELINES:
         assert trained > found[baseline] + 10, found
+
+
+class TestHead:
+    """Networks of one's own, by import path, with and without a layer called head."""
+
+    def train(self, model, glyph_root, folder):
+        small = ["--model", f"tests.applications.few_shot.test_train:{model}", "--tasks", "2", "--inner-steps", "2"]
+        rest = ["--steps", "2", "--eval-tasks", "2", "--data-root", str(glyph_root), "--out", str(folder)]
+        assert main([*small, *rest]) == 0
+
+    def test_a_network_without_one_is_told(self, glyph_root, tmp_path, capsys):
+        self.train("headless", glyph_root, tmp_path / "run")
+        assert "has no layer called head, so --head zero keeps nothing at zero" in capsys.readouterr().out
+        assert main(["evaluate", str(tmp_path / "run"), "--ways", "3"]) == 2
+        assert "with a last layer that is learned" in capsys.readouterr().err
+
+    def test_one_that_starts_elsewhere_is_set_to_zero(self, glyph_root, tmp_path, capsys):
+        self.train("headed", glyph_root, tmp_path / "run")
+        assert "no layer called head" not in capsys.readouterr().out
+        state = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"), CHECKPOINT)["training"]
+        assert not state["meta"]["head.weight"].any()
+        assert main(["evaluate", str(tmp_path / "run"), "--ways", "3", "--eval-tasks", "2"]) == 0
+
+    def test_nothing_but_a_head(self, glyph_root, tmp_path, capsys):
+        model = ["--model", "tests.applications.few_shot.test_train:nothing_but_a_head", "--data-root", str(glyph_root)]
+        assert main([*model, "--out", str(tmp_path / "run")]) == 2
+        assert "nothing is left to learn" in capsys.readouterr().err
+
+    def test_an_evaluation_at_the_end_is_not_overwritten(self, glyph_root, tmp_path):
+        folder = tmp_path / "run"
+        self.train("headed", glyph_root, folder)
+        before = (folder / "evaluation.json").read_bytes()
+        assert main(["train", "--resume", str(folder)]) == 0
+        assert main(["evaluate", str(folder), "--eval-tasks", "3"]) == 0
+        assert (folder / "evaluation.json").read_bytes() == before
+        assert len(list(folder.glob("evaluation-step-2-*.json"))) == 1
+
+
+def headless(channels, size, ways):
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * size**2, ways))
+
+
+def headed(channels, size, ways):
+    layers = {
+        "flat": torch.nn.Flatten(),
+        "body": torch.nn.Linear(channels * size**2, 8),
+        "head": torch.nn.Linear(8, ways),
+    }
+    return torch.nn.Sequential(OrderedDict(layers))
+
+
+def nothing_but_a_head(channels, size, ways):
+    return torch.nn.Sequential(OrderedDict(flat=torch.nn.Flatten(), head=torch.nn.Linear(channels * size**2, ways)))

@@ -1,0 +1,162 @@
+"""One's own images: a folder for each class, images of any size."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from applications.few_shot.data.classes import ImageClasses, Splits
+from applications.frame.data.files import read_npz, torchvision_datasets
+from applications.frame.errors import UserError
+from bilevel import files
+
+PARTS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
+"""Names of the folders that a split may be given by."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How images become tensors, and classes a split.
+
+    Attributes:
+        size: side in pixels.
+        grey: one channel instead of three.
+        held_out: fractions of the classes for validation and for the test.
+        seed: of the order of the classes before they are split.
+    """
+
+    size: int
+    grey: bool
+    held_out: tuple[float, float]
+    seed: int
+
+
+def load(folder: Path, reading: Reading, cache: Path) -> Splits:
+    """Read the images below ``folder``.
+
+    Args:
+        folder: holds a folder of images for each class; or ``train``, ``validation`` and ``test`` with those. Otherwise
+            the classes are split by fractions of their number.
+        reading: how.
+        cache: folder for the images as tensors, made again where a file is added, changed or gone.
+
+    Returns:
+        Splits of images uint8 ``[classes, instances, channels, size, size]``; a class with fewer images than others
+        has blank ones at its end, and says how many count.
+
+    Raises:
+        UserError: no images, an image that cannot be read, or too few classes for three parts.
+    """
+    parts = _given_parts(folder)
+    if parts is None:
+        parts = _split(_classes(folder), reading, folder)
+    return Splits(**{part: _read(folder, classes, reading, cache) for part, classes in parts.items()})
+
+
+def prepare(image: Image.Image, size: int, grey: bool) -> np.ndarray:
+    """An image as the network sees it: its middle square, upright and resized, uint8 ``[channels, size, size]``."""
+    upright = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
+    square = np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
+    return square[None] if grey else np.ascontiguousarray(square.transpose(2, 0, 1))
+
+
+Classes = dict[str, list[Path]]
+"""Name of a class -> its images."""
+
+
+def _given_parts(folder: Path) -> dict[str, Classes] | None:
+    found = {}
+    for part, names in PARTS.items():
+        below = [folder / name for name in names if (folder / name).is_dir()]
+        if below:
+            found[part] = below[0]
+    if set(found) == {"train", "validation", "test"}:
+        return {part: _classes(path) for part, path in found.items()}
+    if set(found) >= {"train", "test"}:
+        raise UserError(
+            f"{folder} has the folders train and test and no validation: classes to choose settings by. Move some "
+            "classes from train to validation, or put all classes into one folder, to be split by --held-out."
+        )
+    return None
+
+
+def _classes(folder: Path) -> Classes:
+    try:
+        found = torchvision_datasets().ImageFolder(folder, allow_empty=True)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{folder} has no folders of classes. --data takes a folder that holds a folder of images for each class, "
+            "or train, validation and test with those."
+        ) from error
+    classes: Classes = {name: [] for name in found.classes}
+    for path, index in found.samples:
+        classes[found.classes[index]].append(Path(path))
+    empty = [name for name, paths in classes.items() if not paths]
+    if empty:
+        raise UserError(
+            f"{folder / empty[0]} has no images ({len(empty)} such folders of {len(classes)}). A class is a folder of "
+            f"images: {', '.join(sorted(torchvision_datasets().folder.IMG_EXTENSIONS))}. Fill it or take it away."
+        )
+    return classes
+
+
+def _split(classes: Classes, reading: Reading, folder: Path) -> dict[str, Classes]:
+    names = sorted(classes)
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(reading.seed)).tolist()
+    validation, test = (round(fraction * len(names)) for fraction in reading.held_out)
+    if min(validation, test, len(names) - validation - test) < 1:
+        raise UserError(
+            f"{folder} has {len(names)} classes: by --held-out {' '.join(map(str, reading.held_out))}, that is "
+            f"{validation} for validation, {test} for the test and {len(names) - validation - test} to train on. Each "
+            "part needs some."
+        )
+    shuffled = [names[index] for index in order]
+    parts = {
+        "train": shuffled[validation + test :],
+        "validation": shuffled[:validation],
+        "test": shuffled[validation : validation + test],
+    }
+    return {part: {name: classes[name] for name in sorted(own)} for part, own in parts.items()}
+
+
+def _read(folder: Path, classes: Classes, reading: Reading, cache: Path) -> ImageClasses:
+    names, counts = tuple(classes), [len(paths) for paths in classes.values()]
+    channels = 1 if reading.grey else 3
+    shape = (len(names), max(counts), channels, reading.size, reading.size)
+    path = cache / f"{_key(folder, classes, reading)}.npz"
+    if not path.exists():
+        images = np.zeros(shape, np.uint8)
+        for row, paths in enumerate(classes.values()):
+            for column, file in enumerate(paths):
+                images[row, column] = _image(file, reading)
+        cache.mkdir(parents=True, exist_ok=True)
+        files.write_atomically(path, lambda file: np.savez_compressed(file, allow_pickle=False, images=images))
+    images = read_npz(path, {"images": ("uint8", shape)})["images"]
+    return ImageClasses(torch.from_numpy(images), names, tuple(counts))
+
+
+def _image(path: Path, reading: Reading) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return prepare(image, reading.size, reading.grey)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}. Mend it or take it away.") from error
+
+
+def _key(folder: Path, classes: Mapping[str, Sequence[Path]], reading: Reading) -> str:
+    """Changes with the way of reading and with every file that is added, changed or gone."""
+    listed = defaultdict(list)
+    for name, paths in classes.items():
+        for path in paths:
+            about = path.stat()
+            listed[name].append((str(path.relative_to(folder)), about.st_size, about.st_mtime_ns))
+    told = json.dumps([str(folder.resolve()), reading.size, reading.grey, listed])
+    return hashlib.sha256(told.encode()).hexdigest()[:20]

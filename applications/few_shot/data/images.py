@@ -1,0 +1,100 @@
+"""Images that a user has at hand, brought to what a network was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from applications.few_shot.data import folder, mini_imagenet, omniglot
+from applications.frame.errors import UserError
+
+FROM_FILES: dict[str, Callable[[Image.Image], np.ndarray]] = {
+    "omniglot": lambda image: 255 * omniglot.ink(image)[None].astype(np.uint8),
+    "glyphs": lambda image: 255 - folder.prepare(image, 28, grey=True),  # they are drawn white on black
+    "mini-imagenet": mini_imagenet.resized,
+}
+"""How the files of a data set become uint8 ``[channels, size, size]``; those of others as `folder.prepare` says."""
+
+
+def as_bytes(images: Any, data: str, channels: int, size: int) -> Tensor:
+    """Prepare images as those of a data set: PIL images and files like its files, arrays like its tensors.
+
+    Args:
+        images: PIL images, paths, arrays or tensors, in a sequence; or one array or tensor ``[n, ...]``; or one PIL
+            image. An array is ``[height, width]``, ``[channels, height, width]`` or ``[height, width, channels]``, of
+            integers in [0, 255] or floating point numbers in [0, 1].
+        data: name of the data set, or path of its folder.
+        channels, size: of the result; others are converted and resized.
+
+    Returns:
+        uint8 ``[n, channels, size, size]``.
+
+    Raises:
+        UserError: there are no images, or they are of another kind or outside of those numbers.
+    """
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, np.ndarray | Tensor) and images.ndim not in (3, 4):
+        raise UserError(
+            f"The images are one array of shape {tuple(images.shape)}. Many images are [n, height, width], "
+            "[n, channels, height, width] or [n, height, width, channels]; put a single one into a list."
+        )
+    rows = [_one(image, data, channels, size) for image in images]
+    if not rows:
+        raise UserError("There are no images: at least one is needed.")
+    return torch.from_numpy(np.stack(rows))
+
+
+def _one(image: Any, data: str, channels: int, size: int) -> np.ndarray:
+    if isinstance(image, str | Path):
+        image = _opened(Path(image))
+    if isinstance(image, Image.Image):
+        read = FROM_FILES.get(data)
+        return folder.prepare(image, size, grey=channels == 1) if read is None else read(image)
+    if isinstance(image, np.ndarray | Tensor):
+        return _array(np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image), channels, size)
+    raise UserError(f"An image is a {type(image).__name__}: give PIL images, paths, NumPy arrays or tensors.")
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} cannot be read as an image: {error}.") from error
+
+
+def _array(array: np.ndarray, channels: int, size: int) -> np.ndarray:
+    if array.ndim == 3 and array.shape[0] not in (1, 3) and array.shape[-1] in (1, 3):
+        array = array.transpose(2, 0, 1)
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim != 3 or array.shape[0] not in (1, 3):
+        raise UserError(
+            f"An image is an array of shape {array.shape}: [height, width], [channels, height, width] or "
+            "[height, width, channels] is needed, with 1 or 3 channels."
+        )
+    pixels = _bytes(array)
+    if pixels.shape == (channels, size, size):
+        return pixels
+    flat = pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0))
+    return folder.prepare(Image.fromarray(flat), size, grey=channels == 1)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return array
+    largest = 1 if array.dtype.kind in "fb" else 255
+    if array.dtype.kind not in "fbiu" or not (array.min() >= 0 and array.max() <= largest):
+        raise UserError(
+            f"An image is an array of {array.dtype} from {array.min()} to {array.max()}: integers in [0, 255] or "
+            "floating point numbers in [0, 1] are needed. Undo a normalisation, the network has its own."
+        )
+    return np.round(array.astype(np.float64) * (255 / largest)).astype(np.uint8)

@@ -1,0 +1,173 @@
+"""``evaluate`` and ``export``: the accuracy of a network on held-out tasks of any setting, and its file."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+import bilevel as bl
+from applications.few_shot import data, evaluate
+from applications.few_shot.config import Config
+from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, describe, set_up_device
+from applications.few_shot.trained import SHIPPED, Trained
+from applications.frame.command import parse, require
+from applications.frame.errors import UserError
+from applications.frame.run import SOLVER
+from applications.frame.run_folder import RunFolder
+from applications.frame.tune import read_settings
+
+NUM_TASKS = 1000
+"""That a trained network is evaluated on where nothing is said."""
+
+USAGE = """\
+usage: python -m applications.few_shot evaluate RUN [options]              the last checkpoint of a run
+       python -m applications.few_shot evaluate --trained NAME [options]   a shipped network, or a file of `export`
+
+Accuracy on held-out tasks, transductive and not. Options are those of train, such as --ways 20 --shots 5
+--split alphabets --eval-tasks 1000, and
+  --classes {test,validation}   the classes that tasks are made of (default: test)
+  --out DIR                     where the figures go, in place of the run's folder; --solver FILE, other solvers
+  --baselines                   the untrained network and classifiers of pixels too
+"""
+
+
+@dataclass(frozen=True)
+class What:
+    """What is evaluated, beside the configuration."""
+
+    trained: str | None = None
+    """Name of a shipped network, or a file that `export` wrote."""
+    classes: Literal["test", "validation"] = "test"
+    """The classes that the tasks are made of."""
+    baselines: bool = False
+    """Evaluate the untrained network and classifiers of pixels too."""
+
+
+@dataclass(frozen=True)
+class Options(Config, What):
+    """Evaluate a network on held-out tasks. The defaults are those of its training."""
+
+
+def command(arguments: list[str]) -> int:
+    """``evaluate``; of a run, the figures are written beside it under a name of their own."""
+    call = "python -m applications.few_shot evaluate"
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(USAGE)
+        parse(Options, ["--help"], f"{call} RUN | --trained NAME")
+    require(bool(arguments), f"{call} needs the folder of a run as its first word, or --trained NAME.")
+    run, rest = (None, arguments) if arguments[0].startswith("-") else (Path(arguments[0]), arguments[1:])
+    what, _ = tyro.cli(What, args=rest, return_unknown_args=True, add_help=False)
+    if (run is None) == (what.trained is None):
+        raise UserError(f"{call} takes the folder of a run or --trained NAME: one of them.")
+    trained = Trained.from_run(run) if run is not None else Trained.load(what.trained or "")
+    start = replace(trained.config, threads=None)
+    if run is None:
+        queries = Config().eval_queries if start.data in data.NAMES else start.eval_queries
+        start = replace(start, eval_tasks=NUM_TASKS, eval_queries=queries)
+    parsed = parse(Options, rest, f"{call} {run or '--trained'}", start=Options(**{**vars(start), **vars(what)}))
+    config = Config(**{field.name: getattr(parsed, field.name) for field in fields(Config)})
+    same = config.preset == start.preset and config.resume is None
+    require(same, "evaluate has no --preset and no --resume: give the settings that are to change by themselves.")
+    config.check()
+    if config.solver:
+        trained = replace(trained, chosen=read_settings(config.solver, config.solver_settings, "few_shot"))
+    found = figures(trained, config, what)
+    tell(found, config)
+    place = config.out or run
+    if place is not None:
+        name = write(RunFolder(place), found, "evaluation" if config.out else None)
+        print(f"The figures are in {place / name}")
+    if config.out and trained.chosen:
+        bl.tuning.save(config.out / SOLVER, trained.chosen)
+    return 0
+
+
+def figures(trained: Trained, config: Config, what: What) -> dict[str, Any]:
+    """Accuracy of a trained network in the setting of ``config``, with what a reader needs to trust it.
+
+    Returns:
+        Plain values for a JSON file: the setting, ``accuracy`` (name -> mean, interval and tasks, percent), ``seconds``
+        and ``seen_in_training``, how many of the classes were training classes of the network: 0 on its own split.
+    """
+    begin, device = time.perf_counter(), set_up_device(config)
+    splits = data.load(config.data, config.data_root, split=config.split, reading=config.reading)
+    classes = getattr(splits, what.classes)
+    learner = replace(trained.learner(config.ways, device), config=config)
+    method = METHOD_NAMES[config.method]
+    classifiers = {f"{method}, {name}": classify for name, classify in evaluate.settings(learner)}
+    if what.baselines:
+        name, classify = next(iter(evaluate.settings(create_learner(config, splits.train, device))))
+        classifiers |= {f"the same before training, {name.split(':')[0]}": classify, **evaluate.BASELINES}
+    sampler = create_sampler(config, classes, what.classes, config.eval_queries, device)
+    found = evaluate.measure(classifiers, sampler, config.eval_tasks, progress=True)
+    return {
+        "data": config.data,
+        "split": config.split,
+        "classes": what.classes,
+        "ways": config.ways,
+        "shots": config.shots,
+        "queries": config.eval_queries,
+        "inner_steps": config.eval_steps or config.inner_steps,
+        "seen_in_training": _seen(trained.config, config, classes),
+        "num_classes": len(classes),
+        "trained": trained.origin,
+        "seconds": round(time.perf_counter() - begin, 1),
+        "accuracy": {name: vars(accuracy) for name, accuracy in found.items()},
+    }
+
+
+def tell(found: dict[str, Any], config: Config) -> None:
+    """Print the figures."""
+    origin, accuracy = found["trained"], found["accuracy"]
+    print(f"Trained for {origin['steps']} meta-steps, {origin['hours']:.2f} hours: {origin['command']}")
+    setting = f"{config.eval_tasks} held-out tasks, {describe(config)}, {found['classes']} classes"
+    print(f"Accuracy on {setting} (mean +- 95 % interval):")
+    for name, row in accuracy.items():
+        print(f"  {name:{max(map(len, accuracy))}}  {evaluate.Accuracy(**row)}")
+    if found["seen_in_training"]:
+        print(
+            f"{found['seen_in_training']} of the {found['num_classes']} classes were training classes of this network: "
+            "these figures are too good. Train with the same --split to compare."
+        )
+    print(f"{found['seconds']:.0f} seconds")
+
+
+def write(folder: RunFolder, found: dict[str, Any], stem: str | None = None) -> str:
+    """Write the figures into a folder and return the file's name: a new one, whatever is there already."""
+    setting = f"{found['ways']}way-{found['shots']}shot-{found['split']}-{found['classes']}"
+    stem = stem or f"evaluation-step-{found['trained']['steps']}-{setting}"
+    folder.path.mkdir(parents=True, exist_ok=True)
+    name, count = f"{stem}.json", 1
+    while (folder.path / name).exists():
+        count += 1
+        name = f"{stem}-{count}.json"
+    folder.write_json(name, found)
+    return name
+
+
+def export(arguments: list[str]) -> int:
+    """``export RUN NAME``: the network that a run evaluates, as a file that can be shipped."""
+    if len(arguments) != 2 or arguments[0].startswith("-"):
+        print("usage: python -m applications.few_shot export RUN NAME   (NAME, or a path that ends in .pt)")
+        return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    trained, path = Trained.from_run(Path(arguments[0])), Path(arguments[1])
+    if path.suffix != ".pt":
+        path = SHIPPED / f"{arguments[1]}.pt"
+    if path.exists():
+        raise UserError(f"{path} exists, and is not overwritten. Delete it, or take another name.")
+    trained.save(path)
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {trained.origin['steps']} meta-steps")
+    return 0
+
+
+def _seen(training: Config, config: Config, classes: data.ImageClasses) -> int:
+    """Classes of an evaluation that the network was trained on: another split may have other classes for its test."""
+    same = (training.data, training.split, training.seed, training.held_out)
+    if same == (config.data, config.split, config.seed, config.held_out) or training.data != config.data:
+        return 0
+    splits = data.load(training.data, config.data_root, split=training.split, reading=training.reading)
+    return len(set(splits.train.names) & set(classes.names))

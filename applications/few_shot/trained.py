@@ -1,0 +1,214 @@
+"""Trained networks as single files, small enough to ship: tensors, numbers and how they came about, with a hash."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from applications.few_shot.config import Config
+from applications.few_shot.methods import Learner, fixed_at_zero
+from applications.few_shot.models import build
+from applications.few_shot.train import TRAINING
+from applications.frame.errors import UserError
+from applications.frame.run import checkpoint_of
+from applications.frame.run_folder import RunFolder
+from applications.frame.tune import read_settings
+
+SHIPPED = Path(__file__).parent / "trained"
+"""Folder of the networks that come with the project, ``NAME.pt`` each."""
+
+FORMAT = 1
+
+SETTINGS = ("solver", "hypergrad", "strength")
+"""What a file of solver settings may hold."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Meta-parameters with the configuration that made them.
+
+    Attributes:
+        meta: name -> tensor, without those of a head that stays at zero.
+        log_strength: layer -> log lambda, 0-d.
+        origin: ``command``, ``hours``, ``steps``, ``seed``, and ``validation`` where it was measured: the accuracy in
+            percent on tasks of the validation classes when the file was made.
+        chosen: solver settings of a tuned run, in place of those of the configuration.
+    """
+
+    config: Config
+    meta: dict[str, Tensor]
+    log_strength: dict[str, Tensor]
+    origin: dict[str, Any]
+    chosen: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, source: str | Path) -> Trained:
+        """From the name of a shipped network, a file as `save` writes it, or the folder of a run.
+
+        Raises:
+            UserError: there is none, or the file is damaged or of another make.
+        """
+        path = Path(source)
+        if (path / "config.json").is_file():
+            return cls.from_run(path)
+        if not path.is_file():
+            path = SHIPPED / f"{source}.pt"
+        if not path.is_file():
+            raise UserError(
+                f"There is no trained network {str(source)!r}: it is neither the folder of a run, nor a file, nor one "
+                f"of those that are shipped ({', '.join(shipped()) or 'none yet'})."
+            )
+        return cls._from_file(path)
+
+    @classmethod
+    def from_run(cls, path: Path) -> Trained:
+        """What a run evaluates: the moving average of its last checkpoint."""
+        folder = RunFolder.open(path)
+        config = Config.from_json(folder.read_json("config.json"))
+        state = folder.load_checkpoint(torch.device("cpu"), checkpoint_of(TRAINING))["training"]
+        average = state.get("average")
+        meta, log_strength = (_part(average, part) if average else state[part] for part in ("meta", "log_strength"))
+        origin = {
+            "command": command(config if config.schedule == "cosine" else replace(config, steps=state["step"])),
+            "hours": round(state["seconds"] / 3600, 3),
+            "steps": state["step"],
+            "seed": config.seed,
+        }
+        measured = [r for r in folder.metrics() if "validation_accuracy" in r and r["step"] <= state["step"]]
+        if measured:
+            origin["validation"] = round(measured[-1]["validation_accuracy"], 3)
+        fixed = fixed_at_zero(config, meta)
+        kept = {name: value.detach().clone() for name, value in meta.items() if name not in fixed}
+        solver = path / "solver.json"
+        chosen = read_settings(solver, SETTINGS, "few_shot") if solver.is_file() else {}
+        return cls(config, kept, dict(log_strength), origin, chosen)
+
+    def save(self, path: Path) -> None:
+        """Write it as a file of tensors, numbers and strings, which loads without executing anything."""
+        content = self._content()
+        buffer = io.BytesIO()
+        torch.save({**content, "hash": digest(content)}, buffer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        bl.files.write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+    def learner(self, ways: int | None = None, device: torch.device | str = "cpu") -> Learner:
+        """The network with its parameters, for tasks of ``ways`` classes; None: as many as in training.
+
+        Raises:
+            UserError: the head was learned, for another number of classes; the network's code is another one now.
+        """
+        ways = ways or self.config.ways
+        config = replace(self.config, ways=ways)
+        learner = Learner.create(config, bare_network(config).to(torch.device(device), config.dtype), self.chosen)
+        fixed = fixed_at_zero(config, learner.meta)
+        if ways != self.config.ways and not fixed:
+            raise UserError(
+                f"The network was trained for {self.config.ways} classes with a last layer that is learned, and has no "
+                f"weights for {ways}. One with a layer called head, trained with --head zero, serves any number."
+            )
+        put({name: param for name, param in learner.meta.items() if name not in fixed}, self.meta)
+        put(learner.log_strength, self.log_strength)
+        return learner
+
+    def _content(self) -> dict[str, Any]:
+        values = {**self.config.to_json(), "data_root": None}
+        tensors = {"meta": self.meta, "log_strength": self.log_strength}
+        plain = {part: {n: t.detach().cpu().contiguous() for n, t in named.items()} for part, named in tensors.items()}
+        solver = (
+            "" if not self.chosen else _through_a_file(lambda path: bl.tuning.save(path, self.chosen), Path.read_text)
+        )
+        return {"format": FORMAT, "config": values, "origin": self.origin, "solver": solver, **plain}
+
+    @classmethod
+    def _from_file(cls, path: Path) -> Trained:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            found = content.pop("hash")
+            if found != digest(content):
+                raise UserError(f"{path} is damaged: its content has another hash than it says. Fetch it again.")
+            today = Config().to_json()  # knobs may have come and gone since
+            config = Config.from_json({**today, **{k: v for k, v in content["config"].items() if k in today}})
+            text = content["solver"]
+            chosen = {} if not text else _through_a_file(lambda path: path.write_text(text), bl.tuning.load)
+            return cls(config, content["meta"], content["log_strength"], content["origin"], chosen)
+        except UserError:
+            raise
+        except Exception as error:  # torch.load and a file of another make raise a dozen types
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise UserError(f"{path} is no trained network of this version, or damaged: {reason}.") from error
+
+
+def shipped() -> list[str]:
+    """Names of the networks that come with the project."""
+    return sorted(path.stem for path in SHIPPED.glob("*.pt"))
+
+
+def digest(content: dict[str, Any]) -> str:
+    """SHA-256 of everything in a file: the bytes of its tensors with their names, and the rest as JSON."""
+    found = hashlib.sha256()
+    for part, values in sorted(content.items()):
+        tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)} if isinstance(values, dict) else {}
+        for name, tensor in sorted(tensors.items()):
+            found.update(f"{part}.{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            found.update(tensor.cpu().contiguous().numpy().tobytes())
+        if not tensors:
+            found.update(f"{part} {json.dumps(values, sort_keys=True)}\n".encode())
+    return found.hexdigest()
+
+
+def command(config: Config) -> str:
+    """The command that trains with this configuration, with the options that are not at their defaults."""
+    default, options = Config().to_json(), []
+    for name, value in config.to_json().items():
+        if value != default[name] and name not in ("data_root", "threads", "device"):
+            option = f"--{name.replace('_', '-')}"
+            options.append(f"--no-{option[2:]}" if value is False else option if value is True else f"{option} {value}")
+    return " ".join(["python -m applications.few_shot train", *options])
+
+
+def bare_network(config: Config) -> torch.nn.Module:
+    """The network of a configuration, at an initialisation that does not touch the global generator."""
+    channels, size = config.image_shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build(
+            config.model, channels, size, config.ways, width=config.width, norm=config.norm, halve=config.halve
+        )
+
+
+def put(params: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    """Copy values into parameters of the same names and shapes.
+
+    Raises:
+        UserError: a name or a shape is another one.
+    """
+    for name, param in params.items():
+        if name not in values or values[name].shape != param.shape:
+            shape = list(values[name].shape) if name in values else "missing"
+            raise UserError(
+                f"The network has {name} {list(param.shape)}, and the file has it {shape}: not of one make."
+            )
+        with torch.no_grad():
+            param.copy_(values[name])
+
+
+def _through_a_file(write: Callable[[Path], Any], read: Callable[[Path], Any]) -> Any:
+    """What is read from a file that was written: solver settings have no other form as text."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "solver.json"
+        write(path)
+        return read(path)
+
+
+def _part(values: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{part}."): value for name, value in values.items() if name.startswith(f"{part}.")}

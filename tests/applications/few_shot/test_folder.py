@@ -1,0 +1,317 @@
+"""One's own images: from folders of drawings of any size to a network, and to the labels of new drawings."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from applications.few_shot import FewShot, data
+from applications.few_shot.__main__ import main
+from applications.few_shot.data import Reading
+from applications.few_shot.data.images import as_bytes
+from applications.few_shot.episodes import Sampler
+from applications.few_shot.train import Session, create_sampler
+from applications.few_shot.trained import Trained
+from applications.frame.errors import UserError
+
+PAGE = Path(__file__).parents[3] / "docs" / "few_shot_own_images.md"
+
+READING = Reading(size=16, grey=False, held_out=(0.2, 0.3), seed=0)
+COLOURS = ("red", "lime", "blue", "yellow", "magenta", "cyan", "white", "orange")
+
+
+def drawing(index: int, generator: np.random.Generator) -> Image.Image:
+    """A disc or a square, of one of eight colours, of any size and place, on a picture of any size."""
+    width, height = (int(side) for side in generator.integers(24, 60, 2))
+    image = Image.new("RGB", (width, height), tuple(int(level) for level in generator.integers(0, 60, 3)))
+    side = min(width, height)
+    radius, x, y = side * generator.uniform(0.2, 0.35), width / 2, height / 2
+    box = [x - radius, y - radius, x + radius, y + radius]
+    draw = ImageDraw.Draw(image)
+    (draw.ellipse if index % 2 else draw.rectangle)(box, fill=COLOURS[index // 2])
+    return image
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """16 classes of 8 to 10 images."""
+    root, generator = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for index in range(16):
+        (root / f"class{index:02d}").mkdir()
+        for number in range(8 + index % 3):
+            suffix = ("png", "jpg", "jpeg")[number % 3]
+            drawing(index, generator).save(root / f"class{index:02d}" / f"{number}.{suffix}")
+    return root
+
+
+def load(folder, cache, **changes):
+    return data.load(str(folder), cache, reading=Reading(**{**vars(READING), **changes}))
+
+
+class TestSplits:
+    def test_by_fractions_of_the_classes(self, photographs, tmp_path):
+        splits = load(photographs, tmp_path)
+        parts = [set(part.names) for part in (splits.train, splits.validation, splits.test)]
+        assert [len(part) for part in parts] == [8, 3, 5]
+        assert set.union(*parts) == {path.name for path in photographs.iterdir()}
+        assert load(photographs, tmp_path).train.names == splits.train.names
+        assert load(photographs, tmp_path, seed=1).train.names != splits.train.names
+
+    def test_by_folders(self, photographs, tmp_path):
+        for number, path in enumerate(sorted(photographs.iterdir())):
+            part = ("train", "val", "test")[number % 3]
+            (tmp_path / "own" / part).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "own" / part / path.name).symlink_to(path)
+        splits = load(tmp_path / "own", tmp_path)
+        assert splits.validation.names == ("class01", "class04", "class07", "class10", "class13")
+
+    def test_images(self, photographs, tmp_path):
+        train = load(photographs, tmp_path).train
+        assert train.images.shape[1:] == (10, 3, 16, 16)
+        assert train.num_instances == 8
+        row = train.counts.index(8)
+        assert not train.images[row, 8:].any()
+        with Image.open(photographs / train.names[row] / "0.png") as image:
+            assert torch.equal(train.images[row, 0], as_bytes([image], "some", 3, 16)[0])
+        assert load(photographs, tmp_path, grey=True).train.images.shape[2:] == (1, 16, 16)
+
+    def test_they_are_cached_until_a_file_changes(self, photographs, tmp_path, monkeypatch):
+        folder = tmp_path / "copy"
+        for path in photographs.iterdir():
+            (folder / path.name).mkdir(parents=True)
+            for image in path.iterdir():
+                (folder / path.name / image.name).write_bytes(image.read_bytes())
+        before = load(folder, tmp_path)
+        opened = []
+        monkeypatch.setattr("applications.few_shot.data.folder._image", lambda *args: opened.append(args))
+        assert torch.equal(load(folder, tmp_path).train.images, before.train.images)
+        assert not opened
+        monkeypatch.undo()
+        name = before.train.names[0]
+        Image.new("RGB", (20, 20), "white").save(folder / name / "0.png")
+        assert (load(folder, tmp_path).train.images[0, 0] == 255).all()
+
+    def test_a_camera_that_was_turned(self):
+        image = Image.new("RGB", (4, 4))
+        image.putpixel((0, 0), (255, 255, 255))
+        image.getexif()[0x0112] = 3  # upside down
+        found = as_bytes([image], "some", 1, 4)[0, 0]
+        assert found[3, 3] == 255
+        assert not found[0, 0]
+
+
+class TestTasks:
+    def test_blank_images_are_never_drawn(self, photographs, tmp_path):
+        train = load(photographs, tmp_path).train
+        sampler = Sampler(train, "train", ways=5, shots=3, queries=5, seed=0, device=torch.device("cpu"))
+        episodes = sampler.episodes(200, 0)
+        for images in (episodes.support_x, episodes.query_x):
+            assert (images.flatten(2).sum(-1) > 0).all()
+
+    def test_with_equal_classes_the_tasks_are_those_of_other_data(self, toy_splits):
+        counted = data.ImageClasses(toy_splits.train.images, toy_splits.train.names, (20,) * 20)
+        one, two = (
+            Sampler(c, "train", 5, 1, 5, 0, torch.device("cpu")).episodes(3, 1) for c in (toy_splits.train, counted)
+        )
+        assert torch.equal(one.query_x, two.query_x)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("make", "message"),
+        [
+            (lambda root: None, "has no folders of classes"),
+            (lambda root: [(root / f"c{i}").mkdir() for i in range(5)], "has no images \\(5 such folders of 5\\)"),
+            (lambda root: [classes(root, 2)], "has 2 classes"),
+            (lambda root: [classes(root / part, 5) for part in ("train", "test")], "and no validation"),
+        ],
+    )
+    def test_folders(self, make, message, tmp_path):
+        root = tmp_path / "own"
+        root.mkdir()
+        make(root)
+        with pytest.raises(UserError, match=message):
+            load(root, tmp_path)
+
+    def test_an_image_that_is_none(self, tmp_path):
+        classes(tmp_path / "own", 8)
+        (tmp_path / "own" / "c3" / "broken.png").write_bytes(b"no image")
+        with pytest.raises(UserError, match=r"c3/broken\.png cannot be read as an image"):
+            load(tmp_path / "own", tmp_path)
+
+    def test_a_class_with_too_few_images_is_named(self, tmp_path, capsys):
+        root = tmp_path / "own"
+        classes(root, 20, images=8)
+        for path in list((root / "c7").iterdir())[3:]:
+            path.unlink()
+        arguments = ["--data", str(root), "--ways", "2", "--queries", "3", "--eval-queries", "3", "--image-size", "16"]
+        assert main([*arguments, "--data-root", str(tmp_path), "--out", str(tmp_path / "run")]) == 2
+        assert "the class 'c7' of the" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("images", "message"),
+        [
+            ([], "There are no images"),
+            (np.zeros((8, 8)), "put a single one into a list"),
+            (np.full((2, 8, 8), -1.0), "floating point from|float64 from -1.0 to -1.0"),
+            (np.full((2, 8, 8), np.nan), "from nan"),
+            (np.zeros((2, 5, 8, 9)), "with 1 or 3 channels"),
+            ([object()], "An image is a object"),
+            (["nowhere.png"], "nowhere.png cannot be read"),
+        ],
+    )
+    def test_images(self, images, message):
+        with pytest.raises(UserError, match=message):
+            as_bytes(images, "omniglot", 1, 28)
+
+
+def classes(root, count, images=2):
+    for index in range(count):
+        (root / f"c{index}").mkdir(parents=True)
+        for number in range(images):
+            Image.new("RGB", (20, 20), (index, number, 0)).save(root / f"c{index}" / f"{number}.png")
+
+
+class TestFormats:
+    def test_one_image_in_every_form(self):
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=generator)
+        last = image.permute(1, 2, 0).numpy()
+        forms = [
+            *([image], [image.numpy()], [last], [Image.fromarray(last)], image[None], last[None]),
+            *([image / 255], (image / 255).numpy()[None], [last.astype(int)]),
+        ]
+        for form in forms:
+            assert torch.equal(as_bytes(form, "some", 3, 16), image[None])
+
+    def test_omniglot_drawings_are_read_as_in_training(self):
+        page = Image.new("1", (105, 105), 1)
+        ImageDraw.Draw(page).line([(10, 10), (90, 80)], fill=0, width=6)
+        expected = 255 * (~np.asarray(page.resize((28, 28)))).astype(np.uint8)
+        assert (as_bytes([page], "omniglot", 1, 28)[0, 0].numpy() == expected).all()
+        assert 0 < (expected > 0).mean() < 0.3  # ink is bright, paper is 0
+
+
+def test_drawings_and_arrays_of_omniglot_are_the_same_to_the_shipped_network(omniglot_root):
+    """Five characters of the test, two drawings to learn from: as files hold them, dark on light, and as arrays."""
+    images = data.load("omniglot", omniglot_root).test.images[:5, :, 0]
+    model, labels = FewShot.load("omniglot-20way-1shot", device="cpu"), [f"letter {i}" for i in range(5) for _ in "ab"]
+    expected = [f"letter {i}" for i in range(5) for _ in range(18)]
+    found = []
+    for form in (lambda image: Image.fromarray(255 - image.numpy()), lambda image: image):
+        classifier = model.adapt([form(image) for image in images[:, :2].flatten(0, 1)], labels)
+        found.append(classifier([form(image) for image in images[:, 2:].flatten(0, 1)]))
+    assert found[0] == found[1]
+    assert np.mean([a == b for a, b in zip(found[0], expected, strict=True)]) > 0.9
+
+
+@pytest.fixture(scope="session")
+def run(photographs, tmp_path_factory):
+    """What the page on one's own images does: thirty seconds of training, or less."""
+    place = tmp_path_factory.mktemp("own")
+    size = [
+        "--image-size",
+        "16",
+        "--width",
+        "8",
+        "--ways",
+        "3",
+        "--queries",
+        "3",
+        "--eval-queries",
+        "5",
+        "--tasks",
+        "8",
+    ]
+    rest = ["--lr", "1e-2", "--steps", "80", "--validate-every", "0", "--eval-tasks", "50"]
+    folder = place / "run"
+    assert main(["--data", str(photographs), *size, *rest, "--data-root", str(place), "--out", str(folder)]) == 0
+    return folder
+
+
+class TestFromPhotographsToPredictions:
+    def test_it_learns_classes_it_has_never_seen(self, run, photographs):
+        generator = np.random.default_rng(1)
+        classifier = FewShot.load(run, device="cpu")
+        trained = Trained.load(run)
+        session = Session.create(trained.config)
+        unseen = [int(name[5:]) for name in session.splits.test.names[:3]]
+        images = [drawing(index, generator) for index in unseen for _ in range(2)]
+        labels = [f"class{index:02d}" for index in unseen for _ in range(2)]
+        told = classifier.adapt(images, labels)
+        new = [drawing(index, generator) for index in unseen for _ in range(20)]
+        expected = [f"class{index:02d}" for index in unseen for _ in range(20)]
+        found = told(new)
+        assert isinstance(found, list)
+        assert np.mean([a == b for a, b in zip(found, expected, strict=True)]) > 0.7
+        assert told.classes == list(dict.fromkeys(labels))
+
+    def test_it_is_what_an_evaluation_does(self, run):
+        """Same images, same labels, transductive and not: the predictions of `evaluate`, and of it alone."""
+        from applications.few_shot import evaluate
+
+        trained = Trained.load(run)
+        session = Session.create(trained.config)
+        sampler = create_sampler(trained.config, session.splits.test, "test", 5, session.device)
+        episodes = sampler.episodes(1, 0)
+        settings = evaluate.settings(trained.learner())
+        for transductive, (_, classify) in zip((True, False), settings, strict=True):
+            expected = classify(episodes)[0]
+            classifier = FewShot(trained).adapt(episodes.support_x[0], episodes.support_y[0])
+            found = classifier(episodes.query_x[0], transductive=transductive)
+            assert isinstance(found, torch.Tensor)
+            assert torch.equal(found, expected)
+
+    def test_without_transduction_an_image_is_judged_by_itself(self, run):
+        generator = np.random.default_rng(2)
+        images = [drawing(index, generator) for index in (0, 3, 6)]
+        classifier = FewShot.load(run).adapt(images, np.array([7, 8, 9]))
+        together = classifier.probabilities([*images, images[0]])
+        alone = torch.cat([classifier.probabilities([image]) for image in [*images, images[0]]])
+        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+        assert classifier(images).dtype == np.array([7]).dtype
+
+    def test_labels_that_do_not_fit(self, run):
+        model, images = FewShot.load(run), np.zeros((4, 16, 16, 3), np.uint8)
+        with pytest.raises(UserError, match="4 images and 3 labels"):
+            model.adapt(images, [0, 1, 2])
+        with pytest.raises(UserError, match="two or more to tell apart"):
+            model.adapt(images, [0, 0, 0, 0])
+
+
+def test_the_page_from_photographs_to_predictions(tmp_path, monkeypatch):
+    """Every command and the code of the page, on 25 classes of small pictures of one colour each, in a few steps."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    colours = generator.integers(0, 256, (25, 3))
+
+    def photograph(index):
+        return Image.fromarray(np.clip(colours[index] + generator.normal(0, 9, (20, 24, 3)), 0, 255).astype(np.uint8))
+
+    for index in range(25):
+        (tmp_path / "photographs" / f"bird{index}").mkdir(parents=True)
+        for number in range(16):
+            photograph(index).save(tmp_path / "photographs" / f"bird{index}" / f"{number}.png")
+    lines = [line.strip() for line in PAGE.read_text().splitlines() if line.startswith("    python -m")]
+    quick = "--image-size 8 --width 8 --steps 12 --tasks 4 --eval-tasks 5 --validate-every 0 --data-root ."
+    for line in lines:
+        assert line.startswith("python -m applications.few_shot ")
+        words = shlex.split(line)[3:]
+        assert main([*words, *shlex.split(quick)] if words[0] == "train" else words) == 0
+    assert (tmp_path / "birds.pt").is_file()
+    new = [0, 1, 2, 3, 4]
+    names = {
+        "images": [photograph(index) for index in new],
+        "labels": [f"bird{index}" for index in new],
+        "new_images": [photograph(index) for index in new],
+    }
+    code = PAGE.read_text().split("## 3. Predict")[1].split("`images` are")[0]
+    exec(compile(textwrap.dedent(code), str(PAGE), "exec"), names)
+    assert names["probabilities"].shape == (5, 5)
+    assert sum(a == b for a, b in zip(names["names"], names["labels"], strict=True)) >= 4

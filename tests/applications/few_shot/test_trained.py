@@ -1,0 +1,184 @@
+"""Networks as files: what is in them, what is refused, and that the shipped ones do what the page says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+import bilevel as bl
+from applications.few_shot import evaluation, trained
+from applications.few_shot.__main__ import main
+from applications.few_shot.config import Config
+from applications.few_shot.train import TRAINING
+from applications.few_shot.trained import Trained
+from applications.frame.errors import UserError
+from applications.frame.run import checkpoint_of
+from applications.frame.run_folder import RunFolder
+
+QUICK = ["--width", "8", "--tasks", "2", "--inner-steps", "2", "--eval-tasks", "4", "--validate-every", "3"]
+
+
+@pytest.fixture(scope="session")
+def run(glyph_root, tmp_path_factory):
+    """The folder of a run of 20 meta-steps."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert main([*QUICK, "--steps", "20", "--data-root", str(glyph_root), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def file(run, tmp_path):
+    path = tmp_path / "network.pt"
+    assert main(["export", str(run), str(path)]) == 0
+    return path
+
+
+class TestFile:
+    def test_it_holds_the_average_and_its_origin(self, run, file):
+        found = Trained.load(file)
+        state = RunFolder(run).load_checkpoint(torch.device("cpu"), checkpoint_of(TRAINING))["training"]
+        assert found.meta
+        assert not any(name.startswith("head.") for name in found.meta)
+        for name, value in found.meta.items():
+            assert torch.equal(value, state["average"][f"meta.{name}"])
+        assert (found.config.width, found.config.data_root) == (8, None)
+        assert (found.origin["steps"], found.origin["seed"]) == (20, 0)
+        assert found.origin["hours"] == pytest.approx(state["seconds"] / 3600, abs=1e-3)
+        assert 0 < found.origin["validation"] <= 100
+        assert found.origin["command"].startswith("python -m applications.few_shot train --width 8 --inner-steps 2")
+
+    def test_its_command_makes_its_configuration(self, run, file, tmp_path, monkeypatch):
+        monkeypatch.setattr("applications.few_shot.__main__.story", lambda config, run: seen.append(config))
+        seen: list[Config] = []
+        words = Trained.load(file).origin["command"].split()[3:]
+        assert main([*words, "--out", str(tmp_path / "again")]) == 0
+        assert {**seen[0].to_json(), "data_root": None} == Trained.load(file).config.to_json()
+
+    def test_it_loads_without_code_and_its_hash_is_checked(self, file):
+        content = torch.load(file, weights_only=True)
+        next(iter(content["meta"].values())).view(-1)[0] += 1e-3
+        torch.save(content, file)
+        with pytest.raises(UserError, match="has another hash than it says"):
+            Trained.load(file)
+        content = torch.load(file, weights_only=True)
+        content["origin"]["hours"] = 0.5
+        torch.save(content, file)
+        with pytest.raises(UserError, match="has another hash than it says"):
+            Trained.load(file)
+
+    @pytest.mark.parametrize("content", [b"", b"nonsense", b"PK\x03\x04"])
+    def test_something_else(self, content, tmp_path):
+        (tmp_path / "other.pt").write_bytes(content)
+        with pytest.raises(UserError, match="is no trained network of this version, or damaged"):
+            Trained.load(tmp_path / "other.pt")
+
+    def test_a_name_that_is_not_there(self):
+        with pytest.raises(UserError, match="neither the folder of a run, nor a file"):
+            Trained.load("no-such-network")
+
+    def test_export_does_not_overwrite(self, run, file, capsys):
+        before = file.read_bytes()
+        assert main(["export", str(run), str(file)]) == 2
+        assert "is not overwritten" in capsys.readouterr().err
+        assert file.read_bytes() == before
+
+    def test_any_number_of_ways_with_a_zero_head_only(self, file):
+        found = Trained.load(file)
+        learner = found.learner(ways=7)
+        assert learner.meta["head.weight"].shape[0] == 7
+        assert not learner.meta["head.weight"].any()
+        learned = Trained(Config(width=8, head="learned"), found.meta, found.log_strength, found.origin)
+        with pytest.raises(UserError, match="trained for 5 classes with a last layer that is learned"):
+            learned.learner(ways=7)
+
+    def test_tuned_settings_go_with_it(self, run, tmp_path):
+        folder = tmp_path / "tuned"
+        shutil.copytree(run, folder)
+        settings = {"solver": bl.GradientDescent(0.05, 7), "hypergrad": bl.Implicit(bl.MINRES(max_steps=3))}
+        bl.tuning.save(folder / "solver.json", settings)
+        assert main(["export", str(folder), str(tmp_path / "tuned.pt")]) == 0
+        for source in (folder, tmp_path / "tuned.pt"):
+            found = Trained.load(source)
+            assert found.chosen == settings
+            assert found.learner().inner_solver() == settings["solver"]
+
+    def test_another_network(self, file):
+        found = Trained.load(file)
+        with pytest.raises(UserError, match="not of one make"):
+            Trained(Config(width=16), found.meta, found.log_strength, found.origin).learner()
+
+
+class TestEvaluate:
+    def test_of_a_run_is_written_beside_it_and_never_over_another(self, run, glyph_root, capsys):
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        for _ in range(2):
+            assert main(["evaluate", str(run), "--ways", "3", "--eval-tasks", "10"]) == 0
+        assert "Accuracy on 10 held-out tasks, implicit MAML, glyphs 3-way 1-shot" in capsys.readouterr().out
+        after = {path.name: path.read_bytes() for path in run.iterdir()}
+        assert {name: after[name] for name in before} == before
+        stem = "evaluation-step-20-3way-1shot-characters-test"
+        assert set(after) - set(before) == {f"{stem}.json", f"{stem}-2.json"}
+        one, two = (json.loads(after[f"{stem}{more}.json"]) for more in ("", "-2"))
+        assert {**one, "seconds": 0} == {**two, "seconds": 0}
+        assert one["accuracy"]["implicit MAML, transductive: batch statistics of all queries"]["num_tasks"] == 10
+        assert one["seen_in_training"] == 0
+
+    def test_of_a_file_is_that_of_its_run(self, run, file, glyph_root, capsys):
+        root = ["--data-root", str(glyph_root), "--eval-tasks", "10"]
+        assert main(["evaluate", str(run), *root]) == 0
+        of_run = capsys.readouterr().out
+        assert main(["evaluate", "--trained", str(file), *root]) == 0
+        of_file = capsys.readouterr().out
+        lines = [line for line in of_run.splitlines() if "+-" in line]
+        assert len(lines) == 3  # with the heading
+        assert [line for line in of_file.splitlines() if "+-" in line] == lines
+
+    def test_validation_classes_and_baselines(self, file, glyph_root, capsys):
+        more = ["--classes", "validation", "--baselines", "--eval-tasks", "4", "--data-root", str(glyph_root)]
+        assert main(["evaluate", "--trained", str(file), *more]) == 0
+        printed = capsys.readouterr().out
+        assert "validation classes" in printed
+        assert "nearest neighbour on pixels" in printed
+        assert "the same before training" in printed
+
+    def test_both_or_neither(self, run, capsys):
+        assert main(["evaluate", str(run), "--trained", "some"]) == 2
+        assert "one of them" in capsys.readouterr().err
+        assert main(["evaluate"]) == 2
+
+    def test_classes_that_were_trained_on_are_told(self, omniglot_root):
+        training = Config(data="omniglot", data_root=omniglot_root)
+        whole = evaluation.data.load("omniglot", omniglot_root, split="alphabets")
+        changed = Config(data="omniglot", data_root=omniglot_root, split="alphabets")
+        assert evaluation._seen(training, changed, whole.test) > 1000
+        assert evaluation._seen(training, training, whole.test) == 0
+
+
+FIGURES = {"omniglot-20way-1shot": {"ways": 5, "shots": 1, "transductive": 97.35, "not transductive": 96.47}}
+"""Of the page: name -> a setting, and accuracies in percent there."""
+
+
+@pytest.mark.parametrize("name", FIGURES)
+class TestShipped:
+    def test_is_small_and_says_how_it_was_made(self, name):
+        assert trained.shipped() == list(FIGURES)
+        assert (trained.SHIPPED / f"{name}.pt").stat().st_size < 500_000
+        found = Trained.load(name)
+        assert found.origin["hours"] > 0
+        assert found.origin["steps"] > 0
+        assert "--data omniglot" in found.origin["command"]
+
+    def test_has_the_figures_of_the_page(self, name, omniglot_root):
+        """On the first 100 of the 1,000 tasks, within the interval of these."""
+        setting, found = FIGURES[name], Trained.load(name)
+        ways, shots = setting["ways"], setting["shots"]
+        config = replace(found.config, ways=ways, shots=shots, eval_tasks=100, eval_queries=15, data_root=omniglot_root)
+        measured = evaluation.figures(found, config, evaluation.What())
+        for label, row in measured["accuracy"].items():
+            expected = setting[label.split(", ")[1].split(":")[0]]
+            assert abs(row["mean"] - expected) < row["interval"], label
+        assert measured["seen_in_training"] == 0
