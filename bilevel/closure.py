@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,7 +42,23 @@ def in_transform() -> bool:
     return maybe_current_level() is not None
 
 
-class Recorder(TorchFunctionMode):
+Mode = TypeVar("Mode", bound="_UncompiledMode")
+
+
+class _UncompiledMode(TorchFunctionMode):
+    """Sees every operation, since compiled code runs as it was written meanwhile."""
+
+    def __enter__(self: Mode) -> Mode:
+        UNCOMPILED.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        UNCOMPILED.__exit__()
+
+
+class Recorder(_UncompiledMode):
     """Finds the tensors that the operations under it read and none of them made, where a derivative may ask for them.
 
     Those are: tensors that require grad, tensors of a transform that is already open, and dual numbers. Operands of
@@ -67,15 +83,6 @@ class Recorder(TorchFunctionMode):
         self.found: dict[int, Tensor] = {}
         self.kept: list[Tensor] = []
         self.born = _sequence_number()
-
-    def __enter__(self) -> Recorder:
-        UNCOMPILED.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        UNCOMPILED.__exit__()
 
     def know(self, params: Sequence[Tensor]) -> None:
         """These are arguments, not captured."""
@@ -155,7 +162,7 @@ class Recorder(TorchFunctionMode):
         return (tensor.requires_grad and older) or is_dual(tensor)
 
 
-class Substitute(TorchFunctionMode):
+class Substitute(_UncompiledMode):
     """Lets operations that are given ``old[i]``, or a transform's wrapper of it, work on ``new[i]``.
 
     Args:
@@ -168,15 +175,6 @@ class Substitute(TorchFunctionMode):
         # A new one may wrap the old one: it stays as it is.
         self.new = {id(tensor): tensor for tensor in new} | self.copies.new
         self.new |= {id(before): after for before, after in zip(old, new, strict=True)}
-
-    def __enter__(self) -> Substitute:
-        UNCOMPILED.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        UNCOMPILED.__exit__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self.swap((args, kwargs or {}))

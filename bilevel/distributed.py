@@ -31,7 +31,7 @@ def world_size(group: Group = None) -> int:
 
 
 def rank(group: Group = None) -> int:
-    """Of this process; 0 without a process group."""
+    """Rank of this process; 0 without a process group."""
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 

@@ -59,7 +59,7 @@ class Reach:
     def of(
         cls, fn: Callable[..., Any], init: Any, args: tuple[Any, ...], captured: Sequence[Tensor], to_init: bool
     ) -> Reach:
-        """Of a solve from ``init``, which the gradient reaches by some methods."""
+        """The reach of a solve from ``init``, which the gradient reaches by some methods."""
         start = [leaf for leaf in pytree.tree_leaves(init) if leaf.requires_grad] if to_init else []
         return cls(fn, args, [*captured, *start], {"init": init})
 

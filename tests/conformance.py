@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -49,6 +53,24 @@ def check_root_solver(solver: RootSolver, tolerance: float = 1e-7) -> None:
 
 def _check(suite, made, tolerance):
     run(type("Suite", (suite,), {"make": lambda self: made, "tolerance": tolerance}))
+
+
+def live_tensors() -> int:
+    """How many tensors there are."""
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+@contextlib.contextmanager
+def no_tensors_left(most: int = 0) -> Iterator[None]:
+    """What runs inside leaves no more tensors than that, with the garbage collector off: no cycle through a graph."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = live_tensors()
+        yield
+        assert live_tensors() <= before + most
+    finally:
+        gc.enable()
 
 
 class Triple(torch.autograd.Function):

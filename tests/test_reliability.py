@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 import bilevel as bl
 from bilevel.diagnostics.compare import peak_mib
 from bilevel.problems import Quadratics, Ridge
-from tests.conformance import randn, relative_error
+from tests.conformance import live_tensors, no_tensors_left, randn, relative_error
 
 EXACT = bl.NewtonCG(gtol=1e-13)
 
@@ -132,16 +132,13 @@ def test_a_thousand_hypergradients_leave_nothing_behind():
             fit = bl.argmin(problem.inner, problem.init, x, solver=bl.GradientDescent(0.1, 3), hypergrad=method)
             problem.outer(fit.value, x).backward()
 
-    def alive():
-        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
     method = bl.Implicit(bl.CG(max_steps=3))
     hundred(method)
     gc.collect()
-    before, resident = alive(), process.memory_info().rss
+    before, resident = live_tensors(), process.memory_info().rss
     for _ in range(10):
         hundred(method)
-    assert alive() <= before + 5
+    assert live_tensors() <= before + 5
     assert process.memory_info().rss - resident < 10 * 2**20
 
 
@@ -162,19 +159,10 @@ def test_methods_leave_nothing_behind(method):
         if twice:
             torch.autograd.grad(grad, x)
 
-    def alive():
-        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-
     once()
-    gc.collect()
-    gc.disable()
-    try:
-        before = alive()
+    with no_tensors_left(most=5):
         for _ in range(20):
             once()
-        assert alive() <= before + 5
-    finally:
-        gc.enable()
 
 
 def test_warm_starts_and_carried_preconditioners_across_outer_steps():

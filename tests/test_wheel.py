@@ -112,7 +112,7 @@ def test_the_wheel_holds_the_library_and_asks_for_three_packages(wheel):
     assert {requirement.name for requirement in asked if requirement.marker is None} == CORE
     extras = {line.removeprefix("Provides-Extra: ") for line in text.splitlines() if "Provides-Extra" in line}
     assert extras == {"tuning", "sklearn", "applications", "test", "docs", "bench", "dev"} == set(doctor.USES)
-    assert {"Project-URL", "Classifier", "Keywords"} <= {line.split(":")[0] for line in text.splitlines()}
+    assert {"Classifier", "Keywords"} <= {line.split(":")[0] for line in text.splitlines()}
 
 
 def test_an_editable_install_is_a_path_that_type_checkers_follow(source):

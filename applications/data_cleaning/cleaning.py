@@ -17,7 +17,7 @@ from applications.data_cleaning.task import Task
 from applications.frame.run import Row
 
 SETTINGS: dict[str, Any] = {"solver": SOLVER, "hypergrad": bl.Implicit(bl.CG(rtol=1e-2, max_steps=40))}
-"""Of the inner problem and its hypergradient; the operator is always the Gauss-Newton matrix."""
+"""Solvers of the inner problem and its hypergradient; the operator is always the Gauss-Newton matrix."""
 
 
 class Cleaning:

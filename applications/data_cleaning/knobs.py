@@ -36,7 +36,7 @@ class Config(SolverKnobs):
     steps: int = 40
     """Outer steps."""
     lr: float = 0.3
-    """Of Adam on the weights' logits."""
+    """Step size of Adam on the weights' logits."""
     ridge: float = 1e-2
     """L2 penalty while the weights are learned."""
     fit_ridge: float = 1e-3

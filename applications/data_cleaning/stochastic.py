@@ -22,13 +22,13 @@ from applications.frame.mini_batches import BATCHES, STOCHASTIC, Batches
 from applications.frame.trace import Point, trace
 
 INNER_FACTORS = (1.0, 4.0)
-"""Of 1/L: the weights begin at 1/2, and a softmax seldom has its largest curvature."""
+"""Multiples of 1/L: the weights begin at 1/2, and a softmax seldom has its largest curvature."""
 OUTER_FACTORS = (0.25, 1.0, 4.0, 16.0, 64.0)
-"""Of the outer step that each method has in the benchmarks."""
+"""Multiples of the outer step that each method has in the benchmarks."""
 IMPLICIT = "implicit"
 """The name of full-batch implicit differentiation among the curves."""
 GROWTH = 1.35
-"""Of the steps between two points of a curve: each point costs an inner solve."""
+"""Growth of the steps between two points of a curve: each point costs an inner solve."""
 
 
 @dataclass(frozen=True)

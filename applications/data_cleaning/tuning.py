@@ -40,7 +40,7 @@ def tunable(knobs: Config) -> tune.Tunable:
         cleaning = Cleaning(model, task, tune.UNENDING, knobs.lr, settings)
 
         def loss() -> float:
-            """Of a fit by the application's own solver: a bad one must not win by stopping early."""
+            """Loss of a fit by the application's own solver: a bad one must not win by stopping early."""
             params = model.fit(task.train, cleaning.weights.detach())
             return float(cleaning.val_loss(params))
 

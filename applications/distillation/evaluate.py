@@ -15,11 +15,11 @@ from applications.distillation.inner import Inner
 from applications.distillation.networks import Params, accuracy, initial, outputs
 
 ADAM_STEPS, ADAM_RATE = 200, 3e-3
-"""Of the ordinary training of a network on a few images: the images are fitted by then."""
+"""Steps and rate of the ordinary training of a network on a few images: they are fitted by then."""
 
 
 def test_accuracy(inner: Inner, images: Tensor, labels: Tensor, seeds: Sequence[int], test: Images) -> list[float]:
-    """Of the networks drawn by the seeds, each trained on the images by ``inner``."""
+    """Test accuracies of the networks drawn by the seeds, each trained on the images by ``inner``."""
     found = []
     for seed in seeds:
         fit = inner.train(initial(inner.network, seed), images, labels, follow=False)

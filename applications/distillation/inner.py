@@ -21,7 +21,7 @@ CUT_OFF: dict[str, Any] = {
     "solver": bl.LBFGS(max_steps=30, gtol=1e-6),
     "hypergrad": bl.Implicit(bl.CG(rtol=1e-2, max_steps=20)),
 }
-"""Of a ConvNet: its training is cut off on purpose, and so is the solve for the hypergradient."""
+"""Settings of a ConvNet: its training is cut off on purpose, and so is the solve for the hypergradient."""
 
 
 @dataclass(frozen=True)

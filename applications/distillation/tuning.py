@@ -42,7 +42,7 @@ def tunable(config: Config) -> tune.Tunable:
 
         @torch.no_grad()
         def loss() -> float:
-            """Of a network that the settings in use today train: a bad training must not be judged by itself."""
+            """Loss of a network that the settings in use today train: a bad training must not be judged by itself."""
             start, images = initial(judge.network, seed), training.images.detach()
             fit = judge.train(start, images, training.labels, follow=False)
             x, y = parts.validation

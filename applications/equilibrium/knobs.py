@@ -39,13 +39,13 @@ class Config(SolverKnobs):
     batch_size: int = 100
     """Examples in a step."""
     lr: float = 0.01
-    """Of Adam at the start; it falls linearly to zero."""
+    """Step size of Adam at the start; it falls linearly to zero."""
     history: int = 5
     """Differences that Anderson's acceleration keeps."""
     tol: float = 1e-3
     """An example's equilibrium is found at this root mean square of z - map(z) over its hidden units."""
     max_iterations: int = 200
-    """Of the forward solve."""
+    """Most iterations of the forward solve."""
     adjoint_rtol: float = 1e-2
     """Relative residual of the adjoint solve."""
     unrolled: int = 30
@@ -93,7 +93,11 @@ def read(config: Config) -> Examples:
 
 
 def parts_of(config: Config, examples: Examples, seed: int) -> Parts:
-    """Of MNIST, nine in ten training images and the official test images; of other sets, 60, 15 and 25 % at random."""
+    """Split the examples.
+
+    Of MNIST nine in ten training images, the rest and the official test images; of other sets
+    60, 15 and 25 % at random.
+    """
     if config.data == "mnist":
         rest, test = examples.official()
         train, validation = split(rest, [len(rest) - len(rest) // 10, len(rest) // 10], seed)

@@ -87,7 +87,7 @@ def equilibrium(
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Of the implicit method, by the knobs: Anderson's acceleration, and the map's own iteration, transposed.
+    """Solvers of the implicit method, by the knobs: Anderson's acceleration, and the map's own iteration, transposed.
 
     That iteration converges wherever the map contracts. The solver's ``tol`` is a root mean square over the hidden
     units, so that it does not depend on their number.

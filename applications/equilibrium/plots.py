@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from applications.frame.figures import BLUE, GREY, ORANGE, RIGHT, WRONG, png, smooth
 
 COLOURS = (BLUE, RIGHT, ORANGE, GREY)
-"""Of the methods, in their order."""
+"""Colours of the methods, in their order."""
 
 
 def learning(records: dict[str, list[list[dict[str, Any]]]], title: str) -> bytes:

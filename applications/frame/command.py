@@ -38,9 +38,9 @@ class Knobs:
     resume: Path | None = None
     """Go on with this run folder, with its settings."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of everything random."""
     threads: int | None = 1
-    """Of PyTorch on a CPU; None: all cores. One is fastest for small data, and gives the same numbers everywhere."""
+    """Threads of PyTorch on a CPU; None: all cores. One is fastest for small data, with the same numbers everywhere."""
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is.

@@ -109,7 +109,7 @@ def label_ends(axes: Axes, ends: dict[str, tuple[float, float]], colours: dict[s
 
 
 def position(value: float, low: float, high: float) -> float:
-    """Of a value on a logarithmic axis, 0 at the bottom and 1 at the top."""
+    """Height of a value on a logarithmic axis, 0 at the bottom and 1 at the top."""
     return log(value / low) / log(high / low)
 
 

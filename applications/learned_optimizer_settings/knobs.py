@@ -19,7 +19,7 @@ class Config(SolverKnobs):
     data_root: Path | None = None
     """Folder of MNIST; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
     steps: int = 200
-    """Of SGD in a training run."""
+    """Steps of SGD in a training run."""
     hidden: int = 32
     """Units of the network's hidden layer."""
     batch: int = 32

@@ -28,7 +28,7 @@ EXACT: dict[str, Method] = {
 """The same derivative: the fastest; with memory of ``2 sqrt(steps)`` steps; with memory of one step."""
 
 SETTINGS: dict[str, Any] = {"hypergrad": EXACT["unroll"], "outer_lr": 0.2}
-"""Of the outer loop: ``--hypergrad`` and ``--outer-lr``."""
+"""Settings of the outer loop: ``--hypergrad`` and ``--outer-lr``."""
 
 
 def ways(hypergrad: str, outer_lr: float, settings: Mapping[str, Any]) -> tuple[Method, float]:

@@ -46,7 +46,7 @@ def tunable(knobs: Config) -> tune.Tunable:
         learning = Learning(networks, learned, knobs.steps, knobs.outer_steps, lr, seed, hypergrad)
 
         def loss() -> float:
-            """Of whole runs of fresh networks, whatever the hypergradient looked at: a short horizon must not win."""
+            """Loss of whole runs of fresh networks, however far the hypergradient saw: a short horizon must not win."""
             fresh = replace(networks, count=knobs.fresh)
             return baselines.loss_of(fresh, *learned.numbers(knobs.steps), seed)
 

@@ -168,9 +168,9 @@ class Augmented:
 DAMPING = 0.01
 """Added to the Hessian in the adjoint: without it, ten steps of CG leave a residual as large as the right-hand side."""
 ROUNDS = 12
-"""Of training with fixed strengths."""
+"""Rounds of training with fixed strengths."""
 STRENGTH_LR = 0.2
-"""Of Adam on their logarithms."""
+"""Step size of Adam on their logarithms."""
 SETTINGS: dict[str, Any] = {
     "solver": bl.LBFGS(max_steps=10),
     "hypergrad": bl.Implicit(bl.CG(max_steps=10), damping=DAMPING),

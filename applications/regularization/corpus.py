@@ -38,9 +38,9 @@ SUBJECTS = (
 )
 """The classes: packages that are about one thing each and have a hundred documented functions or so."""
 MOST_WORDS, FEWEST_WORDS = 15, 10
-"""Of a text: it is cut after the first, and left out below the second."""
+"""Most and fewest words of a text: it is cut after the first, and left out below the second."""
 MOST_TEXTS = 120
-"""Of a class: the first, in the order of its files."""
+"""Texts of a class: the first, in the order of its files."""
 
 
 def docstrings() -> Examples:

@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
     "solver": bl.LBFGS(gtol=1e-6, max_steps=1000),
     "hypergrad": bl.Implicit(bl.CG(rtol=1e-2, max_steps=300, preconditioner=bl.Jacobi(3))),
 }
-"""Of the minimum, and of its adjoint: two digits, enough for a direction, with penalties far apart."""
+"""Solvers of the minimum, and of its adjoint: two digits, enough for a direction, with penalties far apart."""
 
 
 @dataclass(frozen=True)

@@ -126,5 +126,5 @@ step on them."""
 
 
 def decay_shape(parameter: Tensor, sharing: Sharing) -> tuple[int, ...]:
-    """Of the decays of one parameter."""
+    """Shape of the decays of one parameter."""
     return tuple(parameter.shape) if sharing == "weight" else (1,) * parameter.dim()

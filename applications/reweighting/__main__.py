@@ -84,7 +84,7 @@ def describe(drawn: Drawn) -> str:
 
 
 def first_name(knobs: Config) -> str:
-    """Of the weight net that the pictures show."""
+    """The name of the weight net that the pictures show."""
     return "weight net" if len(knobs.methods) == 1 else f"weight net, {knobs.methods[0]}"
 
 

@@ -109,7 +109,7 @@ def draw(
 def _row(
     examples: Examples, profile: list[int], needed: tuple[int, ...], noise: float, held_out: int, seed: list[int]
 ) -> tuple[np.ndarray, ...]:
-    """Of one repeat: train, meta, validation, test, labels."""
+    """The parts of one repeat: train, meta, validation, test, labels."""
     random, last = np.random.default_rng(seed), len(examples) - held_out
     counts = random.permutation(profile) if len(set(profile)) > 1 else np.array(profile)
     parts: list[list[np.ndarray]] = [[], [], [], []]

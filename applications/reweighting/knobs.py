@@ -51,21 +51,21 @@ class Config(SolverKnobs):
     hidden: int = 100
     """Units of the one hidden layer of the mlp."""
     steps: int = 600
-    """Of each classifier."""
+    """Steps of each classifier."""
     batch: int = 100
     """Examples of a step, and of a step of the weight net."""
     lr: float = 0.05
-    """Of the classifier."""
+    """Step size of the classifier."""
     momentum: float = 0.9
-    """Of the classifier."""
+    """Momentum of the classifier."""
     weight_decay: float = 5e-4
-    """Of the classifier."""
+    """Weight decay of the classifier."""
     meta_lr: float = 3e-3
-    """Of the weight net."""
+    """Step size of the weight net."""
     warm_up: int = 100
     """Steps before the weight net learns."""
     focal_gamma: float = 1.0
-    """Of the focal loss."""
+    """Exponent of the focal loss."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 

@@ -41,7 +41,7 @@ CHUNK = 2_000
 
 @dataclass(frozen=True)
 class Settings:
-    """Of all trainings of a run.
+    """Settings of all trainings of a run.
 
     Args:
         lr, momentum, weight_decay: of the classifier's stochastic gradient descent; the rate falls to 0 by a cosine.
@@ -160,7 +160,7 @@ class ClassifierTraining:
 
     @torch.no_grad()
     def weights(self, losses: Tensor, frequencies: Tensor) -> Tensor:
-        """Of examples with these losses, ``[R, n]``."""
+        """Weights of examples with these losses, ``[R, n]``."""
         if self.net is not None:
             return self.net(losses, frequencies)
         return 1 / frequencies if self.rule == "class-frequency" else torch.ones_like(losses)
@@ -171,7 +171,7 @@ class ClassifierTraining:
 
     @torch.no_grad()
     def outputs(self, indices: Tensor, params: Params | None = None) -> Tensor:
-        """Of the trained classifiers, or those with ``params``, in chunks, ``[R, n, C]``."""
+        """Logits of the trained classifiers, or of those with ``params``, in chunks, ``[R, n, C]``."""
         params = self.params if params is None else params
         return torch.cat([self.predict(params, self.drawn.images[part]) for part in indices.split(CHUNK, 1)], 1)
 

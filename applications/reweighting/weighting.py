@@ -21,7 +21,7 @@ Predict = Callable[[Params], Tensor]
 FLOOR = 1e-2
 """Added to the mean weight that a weighted loss is divided by: where all weights vanish, so does the loss."""
 DAMPING = 1e-2
-"""Of the Gauss-Newton matrix of one batch, which has far fewer rows than there are parameters."""
+"""Damping of the Gauss-Newton matrix of one batch, which has far fewer rows than there are parameters."""
 METHODS: dict[Method, Hypergrad] = {
     "unroll": bl.Unroll(),
     "one-step": bl.OneStep(),

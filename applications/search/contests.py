@@ -18,7 +18,7 @@ from applications.search.knobs import Config
 from bilevel.sklearn import FeatureKernelRidge, FeatureLogistic, FeatureRidge
 
 PENALTIES = (1e-3, 1e3)
-"""Of every penalty, three decades around the default on both sides."""
+"""Range of every penalty, three decades around the default on both sides."""
 
 
 @dataclass(frozen=True)

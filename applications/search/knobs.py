@@ -27,7 +27,7 @@ class Config(SolverKnobs):
     repeats: int = 1
     """Splits into training and test examples, each with its own folds; the tables have the means."""
     candidates: int = 20
-    """Of random search and of Optuna; the grids have up to 64."""
+    """Trials of random search and of Optuna; the grids have up to 64."""
 
     solver_settings = ("tol", "max_iter", "n_starts")
 

@@ -29,7 +29,7 @@ from bilevel.sklearn import BilevelSearchCV
 Params = dict[str, Any]
 
 SETTINGS: dict[str, Any] = {"tol": 1e-4, "max_iter": 50, "n_starts": 1}
-"""Of `BilevelSearchCV` in the comparison: a looser ``tol`` than its default, which nobody sees in the tables."""
+"""Settings of `BilevelSearchCV` in the comparison: a looser ``tol`` than its default, unseen in the tables."""
 
 S = TypeVar("S", bound=BilevelSearchCV)
 

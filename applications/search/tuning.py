@@ -19,7 +19,7 @@ from applications.search.one_by_one import one_by_one
 from bilevel.sklearn import BilevelSearchCV, Evaluation
 
 BUILT_IN = "diabetes, penalty a feature"
-"""Of the contests a quick one with ten hyperparameters: a search of a second, in which each setting counts."""
+"""A quick contest with ten hyperparameters: a search of a second, in which each setting counts."""
 
 
 def tunable(knobs: Config) -> tune.Tunable:

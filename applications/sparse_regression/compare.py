@@ -76,7 +76,7 @@ class Comparison:
         self.descend(pulled, penalty, start, choice["pull"], before=more)
 
     def records(self, name: str) -> list[Row]:
-        """Of a descent."""
+        """The records of a descent."""
         return self.run.metrics(f"{self.label}, {name}")
 
 

@@ -14,7 +14,7 @@ from applications.sparse_regression.folds import Folds
 from applications.sparse_regression.penalties import Penalty, coordinate_descent
 
 SETTINGS: dict[str, Any] = {"hypergrad": bl.Implicit(bl.CG(rtol=1e-8))}
-"""Of the criterion: as exact as its fits, which nothing else may be."""
+"""Settings of the criterion: as exact as its fits, which nothing else may be."""
 
 
 @dataclass(frozen=True)

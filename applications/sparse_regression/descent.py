@@ -12,7 +12,7 @@ from torch import Tensor
 from applications.sparse_regression.criterion import Criterion, Evaluation
 
 FIRST_MOVE, LARGEST_MOVE, SMALLEST_MOVE = 0.5, 1.0, 1e-3
-"""Of a log-penalty in one step: at the first, at any, and where the descent ends."""
+"""Change of a log-penalty in one step: at the first, at any, and where the descent ends."""
 SMALLEST_GAIN = 1e-4
 """Part of the objective by which a step has to lower it, for the descent to go on."""
 FLOOR = 1e-4

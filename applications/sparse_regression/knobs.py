@@ -17,9 +17,9 @@ class Config(SolverKnobs):
     draws: int = 2
     """Splits of real data, or simulations, of which the tables have the means."""
     folds: int = 5
-    """Of the cross-validation; 1: a third of the training examples is held out."""
+    """Folds of the cross-validation; 1: a third of the training examples is held out."""
     evaluations: int = 30
-    """Of the criterion and its hypergradient in each descent, at most; each is a fit of every fold."""
+    """Evaluations of the criterion and its hypergradient in each descent, at most; each is a fit of every fold."""
     test_size: float = 0.3
     """Part of real data that is kept for the test."""
     noise_features: int = 100

@@ -19,7 +19,7 @@ from applications.sparse_regression.folds import Folds
 from applications.sparse_regression.penalties import Penalty, coordinate_descent
 
 RATIOS = (0.5, 0.7, 0.9)
-"""Of l1 in the grid of the elastic net."""
+"""Shares of l1 in the grid of the elastic net."""
 PULLS = (0.003, 0.03, 0.3)
 """Towards one common penalty; a held-out quarter of the training examples chooses."""
 

@@ -91,7 +91,7 @@ def penalties(comparison: Comparison) -> bytes:
 
 
 def test_errors(comparison: Comparison) -> dict[str, list[float]]:
-    """Of every evaluation of the two descents with a penalty for each feature; nothing is chosen by them."""
+    """Errors of every evaluation of the two descents with a penalty for each feature; nothing is chosen by them."""
     study = comparison.study
     return {
         name: [

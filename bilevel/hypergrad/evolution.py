@@ -61,7 +61,7 @@ class EvolutionStrategies:
 
 
 def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Of variance one for each real number; a complex number is two."""
+    """Noise of variance one for each real number; a complex number is two."""
     shape = (*like.shape, 2) if like.is_complex() else like.shape
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
     return (torch.view_as_complex(noise) if like.is_complex() else noise).to(like)

@@ -82,7 +82,7 @@ MOST_BROKEN = 0.05
 
 @dataclass(frozen=True)
 class _Part:
-    """Of one hyperparameter: its part of the hypergradient, and what the rounding of its gradients can make of it."""
+    """One hyperparameter's part of the hypergradient, and what the rounding of its gradients can make of it."""
 
     value: Tensor
     floor: Tensor

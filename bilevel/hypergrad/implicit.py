@@ -16,7 +16,7 @@ from ..closure import Closure, Recorder
 from ..inner.decay import Decayed
 from ..inner.nearness import Goal
 from ..linalg.cg import CG
-from ..linalg.curvature import FuncHessian, GraphHessian
+from ..linalg.curvature import FuncHessian
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
 from ..linalg.neumann import largest_eigenvalue
@@ -103,7 +103,7 @@ class Implicit:
         if isinstance(point.statement, ResidualStatement):
             return GraphJacobian(raveler, at, point.statement.symmetric)
         if self.operator == "graph":
-            return GraphHessian(raveler, at)
+            return GraphJacobian(raveler, at, symmetric=True)
         assert at.loss is not None
         hparams = [tensor.detach() for tensor in at.hparams]
         return FuncHessian(raveler, at, lambda params: point.statement.closure(params, hparams).sum())

@@ -24,7 +24,7 @@ INEXACT_ADVICE = (
     "or lower strength"
 )
 INEXACT = 0.02
-"""Of the nudge, the part that a nudged solve may leave unanswered."""
+"""Part of the nudge that a nudged solve may leave unanswered."""
 TRIES = 5
 """Runs of the solver towards one nudge, as long as they help: a fixed number of steps is seldom enough."""
 

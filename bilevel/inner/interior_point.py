@@ -13,7 +13,7 @@ from ..problem import RootProblem
 from ..solution import Result, Solution, make_codes
 
 REGULARIZATION = 1e-13
-"""Of the systems, in scaled data: A may have dependent rows, and Q a null space. Steps are refined against the rest."""
+"""Added to the systems, in scaled data: A may have dependent rows, Q a null space. Steps are refined."""
 FAR = 1e-8
 """A certificate says that there is no solution within one over this, in units of the data."""
 TINY = 1e-300

@@ -18,7 +18,7 @@ PATIENCE = 10
 """Steps in which the predicted step does not halve, after which the precision is held to be used up."""
 
 VANISHED = 1e-30
-"""Of the way that the params have come: what is shorter is zero."""
+"""Part of the way that the params have come: what is shorter is zero."""
 
 
 @dataclass(frozen=True)

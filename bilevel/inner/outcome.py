@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..linalg.curvature import GraphHessian
+from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
 from ..problem import Problem
 from ..recording import recording
@@ -35,7 +35,7 @@ def look_closer(problem: Problem, found: Solution) -> Solution:
     at = problem.linearize(found.value.detach())
     if not any(residual.requires_grad for residual in at.residual):
         return found  # linear: no curvature at all
-    hessian = GraphHessian(problem.raveler, at)
+    hessian = GraphJacobian(problem.raveler, at, symmetric=True)
     curvature = MINRES(max_steps=min(PROBES, hessian.size)).solve(hessian, _random(found.value)).curvature
     assert curvature is not None
     smallest, largest = curvature

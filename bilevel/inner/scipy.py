@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.cg import truncated_cg
-from ..linalg.curvature import GraphHessian
+from ..linalg.jacobian import GraphJacobian
 from ..linalg.operator import to_numpy
 from ..problem import Evaluation, Problem
 from ..solution import Result, Solution, make_codes
@@ -139,5 +139,5 @@ def _near(problem: Problem, at: Evaluation) -> Tensor:
     return nearness.look(norm(step), at.y, dot(at.g, step).abs(), at.f) | nearness.acceptable
 
 
-def _hessian_at(problem: Problem, y: Tensor) -> GraphHessian:
-    return GraphHessian(problem.raveler, problem.linearize(y))
+def _hessian_at(problem: Problem, y: Tensor) -> GraphJacobian:
+    return GraphJacobian(problem.raveler, problem.linearize(y), symmetric=True)

@@ -16,30 +16,12 @@ from torch.autograd.graph import Node
 
 from ..problem import Linearization, Problem, graph_nodes
 from ..tree import Raveler
+from .jacobian import GraphJacobian
 from .operator import Operator
 
 HessianMode = Literal["graph", "func"]
 
 FUSED_NORMS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
-
-
-class GraphHessian(Operator):
-    """``H v`` as one reverse pass over the retained graph of the gradient (Pearlmutter 1994)."""
-
-    def __init__(self, raveler: Raveler, linearization: Linearization):
-        super().__init__(raveler.batch_shape, raveler.size, raveler.dtype, raveler.device)
-        self.raveler, self.leaves = raveler, linearization.leaves
-        self.residual = linearization.residual
-
-    def matvec(self, v: Tensor) -> Tensor:
-        outputs, cotangents = [], []
-        for residual, cotangent in zip(self.residual, self.raveler.unravel(v), strict=True):
-            if residual.requires_grad:
-                outputs.append(residual)
-                cotangents.append(cotangent)
-        products = torch.autograd.grad(outputs, self.leaves, cotangents, retain_graph=True, allow_unused=True)
-        filled = [torch.zeros_like(leaf) if p is None else p for p, leaf in zip(products, self.leaves, strict=True)]
-        return self.raveler.ravel(filled)
 
 
 def _twice(loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +66,7 @@ class FuncHessian(Operator):
 def hessian(problem: Problem, linearization: Linearization, mode: HessianMode) -> Operator:
     """The Hessian of ``problem`` at the point of ``linearization``."""
     if mode == "graph":
-        return GraphHessian(problem.raveler, linearization)
+        return GraphJacobian(problem.raveler, linearization, symmetric=True)
     return FuncHessian(problem.raveler, linearization, lambda point: problem.sum_loss(*point))
 
 

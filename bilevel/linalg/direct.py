@@ -53,7 +53,7 @@ class LU:
 
 @dataclass(frozen=True)
 class LeastNorm:
-    """Of a singular consistent system the solution of least norm, by an SVD; of a regular one that of `LU`.
+    """Solves a singular consistent system for its solution of least norm, by an SVD, and a regular one as `LU` does.
 
     For KKT systems with constraints that depend on each other. An inconsistent system gives its least-squares solution,
     with `Result.STAGNATED`.

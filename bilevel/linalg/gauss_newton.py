@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..closure import Recorder
 from ..problem import Linearization, Objective, Problem, linearize_objective
 from ..tree import Tree
-from .curvature import GraphHessian
+from .jacobian import GraphJacobian, pull_back, transposed
 from .operator import Operator
 
 Middle = Callable[[Tensor], Tensor]
@@ -59,7 +58,7 @@ class GaussNewton:
             slope = torch.autograd.grad(loss.sum(), point, create_graph=True)[0]
 
         def middle(tangent: Tensor) -> Tensor:
-            return _reverse([slope], [point], [tangent])[0]
+            return pull_back([slope], [point], [tangent])[0]
 
         return Sandwich(problem, free, outputs, middle, self.rest)
 
@@ -79,15 +78,11 @@ class Sandwich(Operator):
         super().__init__(raveler.batch_shape, raveler.size, raveler.dtype, raveler.device)
         self.raveler, self.free, self.outputs, self.middle = raveler, free, outputs, middle
         self.rest = None if rest is None else _hessian(problem, free, rest)
-        with torch.enable_grad():
-            # J^T w is linear in w: differentiated with respect to w, along v, it gives J v.
-            self.weights = torch.zeros_like(outputs, requires_grad=True)
-            pulled = torch.autograd.grad(outputs, free, self.weights, create_graph=True, allow_unused=True)
-        self.pulled = [torch.zeros_like(leaf) if p is None else p for p, leaf in zip(pulled, free, strict=True)]
+        self.weights, self.pulled = transposed([outputs], free)
 
     def matvec(self, v: Tensor) -> Tensor:
-        tangent = _reverse(self.pulled, [self.weights], self.raveler.unravel(v))[0]
-        product = self.raveler.ravel(_reverse([self.outputs], self.free, [self.middle(tangent)]))
+        tangent = pull_back(self.pulled, self.weights, self.raveler.unravel(v))[0]
+        product = self.raveler.ravel(pull_back([self.outputs], self.free, [self.middle(tangent)]))
         return product if self.rest is None else product + self.rest.matvec(v)
 
 
@@ -115,14 +110,4 @@ def _hessian(problem: Problem, free: Sequence[Tensor], rest: Objective) -> Opera
 
     at = linearize_objective(loss_at, free)
     linear = not any(residual.requires_grad for residual in at.residual)
-    return None if linear else GraphHessian(problem.raveler, at)
-
-
-def _reverse(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
-    """Vector-Jacobian products over a graph that is kept; zero where an input has no influence."""
-    pairs: list[tuple[Any, Any]] = [(out, v) for out, v in zip(outputs, cotangents, strict=True) if out.requires_grad]
-    if not pairs:
-        return [torch.zeros_like(leaf) for leaf in inputs]
-    outs, vs = zip(*pairs, strict=True)
-    products = torch.autograd.grad(outs, list(inputs), vs, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(leaf) if p is None else p for p, leaf in zip(products, inputs, strict=True)]
+    return None if linear else GraphJacobian(problem.raveler, at, symmetric=True)

@@ -250,7 +250,7 @@ def _pooled(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _images(x: Tensor) -> Tensor:
-    """Of T networks, side by side in the channels."""
+    """Images of T networks, side by side in the channels."""
     return x if x.dim() == 4 else side_by_side(x)
 
 

@@ -104,6 +104,6 @@ class CrossValidation:
         return found.nit
 
     def norm(self, evaluation: Evaluation) -> float:
-        """Of the projected hypergradient there, with the loss measured in that of the best constant."""
+        """Norm of the projected hypergradient there, with the loss measured in that of the best constant."""
         x, step = evaluation.x, evaluation.gradient / self.folds.scale()
         return float(np.linalg.norm(np.clip(x - step, *self.space.bounds()) - x))

@@ -39,7 +39,7 @@ class ElasticNetTwin:
         self.models = [ElasticNet(warm_start=True, fit_intercept=False, tol=1e-14, max_iter=10_000) for _ in self.parts]
 
     def predictions(self, alpha: Tensor, l1_ratio: Tensor) -> Tensor:
-        """Of each fold's model for all examples, ``[K, n]``; both 0-d."""
+        """Predictions of each fold's model for all examples, ``[K, n]``; both 0-d."""
 
         def smooth(w: Tensor) -> Tensor:
             ridge = alpha * (1 - l1_ratio) * w.square()

@@ -177,7 +177,7 @@ class BilevelSearchCV(BaseSearchCV):
             print(f"[CV] loss={loss:.6g} largest slope={slope:.2g} time={evaluation.seconds:5.2f}s")
 
     def check_settings(self) -> None:
-        """Of the search itself; `fit` does it too.
+        """Check the settings of the search itself; `fit` does it too.
 
         Raises:
             ValueError: naming the setting.
@@ -239,7 +239,7 @@ class BilevelSearchCV(BaseSearchCV):
             self.hypergradient_norm_ = search.norm(search.history[self.best_index_])
 
     def _params(self, search: CrossValidation) -> list[dict[str, Any]]:
-        """Of each evaluation, by the names of the estimator's parameters."""
+        """Settings of each evaluation, by the names of the estimator's parameters."""
         prefix = take_apart(self.estimator)[2]
         return [
             {prefix + name: value for name, value in search.space.params(evaluation.x).items()}

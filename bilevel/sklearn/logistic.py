@@ -16,7 +16,7 @@ from .folds import Folds
 from .quadratic import Factored
 
 MOST_UNKNOWNS = 1500
-"""Of one fold, for its Hessian to be formed and factorised."""
+"""Most coefficients of one fold for its Hessian to be formed and factorised."""
 
 
 class LogisticTwin:
@@ -86,7 +86,7 @@ class LogisticTwin:
         return weights.detach(), factor
 
     def _hessian(self, weights: Tensor, penalties: Tensor) -> Tensor:
-        """Of the objective, ``[K, p, p]``."""
+        """The Hessians of the objective, ``[K, p, p]``."""
         logits, counts = self._logits(weights), self.folds.train.unsqueeze(-1)
         if logits.shape[-1] == 1:
             share = logits.sigmoid()

@@ -68,7 +68,7 @@ class RidgeTwin:
             self.gram, self.moment = self.rows.mT @ self.rows, (self.rows.mT @ self.y.unsqueeze(-1)).squeeze(-1)
 
     def predictions(self, penalties: Tensor) -> Tensor:
-        """Of each fold's model for all examples, ``[K, n]``; ``penalties`` 0-d or ``[d]``."""
+        """Predictions of each fold's model for all examples, ``[K, n]``; ``penalties`` 0-d or ``[d]``."""
         weights = self._dual_weights(penalties) if self.dual else self._weights(penalties)
         return times(self.x, weights) + self.offset
 
@@ -103,7 +103,7 @@ class KernelRidgeTwin:
         self.y = folds.targets * self.root
 
     def predictions(self, alpha: Tensor, gammas: Tensor | None) -> Tensor:
-        """Of each fold's model for all examples, ``[K, n]``; ``gammas`` 0-d or ``[d]``."""
+        """Predictions of each fold's model for all examples, ``[K, n]``; ``gammas`` 0-d or ``[d]``."""
         kernel = self.x @ self.x.mT if gammas is None else gaussian_kernel(self.x, gammas)
 
         def objective(a: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class SVRTwin:
         self.y = folds.targets * (folds.train > 0)
 
     def predictions(self, C: Tensor, epsilon: Tensor, gammas: Tensor) -> Tensor:
-        """Of each fold's model for all examples, ``[K, n]``; all 0-d."""
+        """Predictions of each fold's model for all examples, ``[K, n]``; all 0-d."""
         kernel = gaussian_kernel(self.x, gammas)
         b, intercept = self._solve(kernel.detach(), C.item(), epsilon.item())
         sign, bounded = b.sign(), ((b != 0) & (b.abs() >= C.item() * (1 - 1e-9) * self.weights)).double()

@@ -15,7 +15,7 @@ from .oracles import Oracles
 LENGTH = 10
 """Steps of which a divergence consists at least."""
 GROWTH = 1e6
-"""Of the norm of a direction over them."""
+"""How much the norm of a direction grows over them."""
 STRIDE = 0.5
 """The least length of such a step, as a part of the iterate that it leads to."""
 

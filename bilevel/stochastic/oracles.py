@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..context import EVALUATING, UNCOMPILED
+from ..linalg.jacobian import pull_back
 from ..problem import graph_nodes
 from ..tree import Raveler, Tree
 
@@ -78,12 +79,9 @@ class Linearized:
         hessian, cross = self._pull(u, [self._y, self._x])
         return hessian, cross
 
-    def _pull(self, u: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    def _pull(self, u: Tensor, inputs: list[Tensor]) -> Sequence[Tensor]:
         self._count()
-        if not self._residual.requires_grad:  # a loss linear in the inner variables
-            return [torch.zeros_like(leaf) for leaf in inputs]
-        pulled = torch.autograd.grad(self._residual, inputs, u, retain_graph=True, allow_unused=True)
-        return _filled(pulled, inputs)
+        return pull_back([self._residual], inputs, [u])
 
 
 @dataclass
@@ -138,7 +136,7 @@ class Oracles:
             y, x = y.detach().requires_grad_(), x.detach().requires_grad_()
             loss = self._evaluate(what, y, x, batch)
         self.gradients += 1
-        inner, outer = _filled(torch.autograd.grad(loss, [y, x], allow_unused=True), [y, x])
+        inner, outer = torch.autograd.grad(loss, [y, x], materialize_grads=True)
         return Gradients(loss.detach(), inner, outer)
 
     def _evaluate(self, what: str, y: Tensor, x: Tensor, batch: Any) -> Tensor:
@@ -190,7 +188,3 @@ def check_loss(what: str, loss: Tensor, y: Tensor, x: Tensor, own: dict[str, lis
             "inner_loss does not depend on the hparams that it is given, so its solution cannot follow them. Use its "
             "second argument."
         )
-
-
-def _filled(grads: tuple[Tensor | None, ...], inputs: list[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, inputs, strict=True)]

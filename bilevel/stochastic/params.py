@@ -11,7 +11,7 @@ from ..tree import Tree, leaves
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of their values now."""
+    """Copies of their values now."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 

@@ -26,7 +26,7 @@ FULL = (
     "storage size calculation overflowed",  # more than could be addressed
     "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED and those of its sisters
 )
-"""Of messages of a plain RuntimeError by which PyTorch says that memory ran out."""
+"""Parts of the messages of a plain RuntimeError by which PyTorch says that memory ran out."""
 
 
 def of_a_trial(error: Exception) -> bool:

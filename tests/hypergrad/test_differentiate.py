@@ -135,10 +135,18 @@ def tree_problem(x, decay, hypergrad):
     return fit.value["w"], fit.value["c"]
 
 
-@pytest.mark.parametrize("linear", [bl.CG(rtol=1e-13), bl.Cholesky(), bl.MINRES(rtol=1e-13)], ids=repr)
-@pytest.mark.parametrize("operator", ["graph", "func"])
+@pytest.mark.parametrize(
+    ("linear", "operator"),
+    [
+        (bl.CG(rtol=1e-13), "graph"),
+        (bl.Cholesky(), "graph"),
+        (bl.MINRES(rtol=1e-13), "graph"),
+        (bl.CG(rtol=1e-13), "func"),
+    ],
+    ids=repr,
+)
 def test_gradgradcheck(linear, operator):
-    inputs = (randn(6, 3, seed=1).requires_grad_(), randn(3, seed=2).requires_grad_())
+    inputs = (randn(2, 3, seed=1).requires_grad_(), randn(3, seed=2).requires_grad_())
 
     def solve(x, decay):
         return tree_problem(x, decay, bl.Implicit(linear, operator=operator))

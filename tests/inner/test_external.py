@@ -17,7 +17,7 @@ def by_scipy(loss, start):
         lambda y: float(loss(torch.from_numpy(y).view_as(start)).sum()),
         start.flatten().numpy(),
         method="COBYQA",
-        options={"final_tr_radius": 1e-9, "maxfev": 100000},
+        options={"final_tr_radius": 1e-7, "maxfev": 100000},
     )
     return torch.from_numpy(found.x).view_as(start)
 

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 
 from bilevel.linalg.cg import CG
-from bilevel.linalg.operator import Dense, Operator
+from bilevel.linalg.operator import Dense
 from bilevel.linalg.preconditioners import Jacobi
 from bilevel.solution import Result
 from tests.conformance import check_linear_solver, randn, relative_error, spd
+from tests.linalg.operators import Rowwise
 
 
 def test_conforms():
@@ -128,29 +129,6 @@ def test_conditions_from_1_to_1e4_each_meet_the_tolerance():
     assert len(set(solution.stats["num_steps"].tolist())) == 5
 
 
-class Rowwise(Operator):
-    """Dense matrices whose product rounds in the same way alone and in a batch."""
-
-    def __init__(self, matrix):
-        super().__init__(matrix.shape[:-2], matrix.shape[-1], matrix.dtype, matrix.device)
-        self.matrix = matrix
-
-    def matvec(self, v):
-        return (self.matrix * v.unsqueeze(-2)).sum(-1)
-
-
-def test_batch_equals_alone_and_frozen_problems_do_not_move():
-    """FACTS 19."""
-    matrices = torch.stack([spd(20, 10.0**k, seed=k) for k in range(4)])
-    b = randn(4, 20)
-    together = CG(rtol=1e-9).solve(Rowwise(matrices), b)
-    assert len(set(together.stats["num_steps"].tolist())) == 4
-    for task in range(4):
-        alone = CG(rtol=1e-9).solve(Rowwise(matrices[task]), b[task])
-        assert alone.stats["num_steps"] == together.stats["num_steps"][task]
-        assert relative_error(together.value[task], alone.value) <= 1e-12
-
-
 @pytest.mark.parametrize("chunk", [1, 3, 6])
 def test_problems_may_be_solved_in_chunks(chunk):
     """FACTS 21."""
@@ -178,44 +156,6 @@ def test_agrees_with_scipy(condition):
     assert found.result is Result.CONVERGED
     assert relative_error(found.value, torch.from_numpy(expected)) <= 1e-10
     assert abs(found.stats["num_steps"] - iterations) <= 1
-
-
-def test_one_poisoned_problem_leaves_the_others_bit_identical():
-    """FACTS 19."""
-    matrices, b = spd(20, 1e3, batch=(3,)), randn(3, 20)
-    clean = CG(rtol=1e-9).solve(Dense(matrices), b)
-    b[1, 3] = torch.nan
-    poisoned = CG(rtol=1e-9).solve(Dense(matrices), b)
-    assert poisoned.stats["result"].tolist() == [0, int(Result.NONFINITE), 0]
-    assert torch.equal(poisoned.value[[0, 2]], clean.value[[0, 2]])
-
-
-def test_nan_in_a_product_stops_at_once():
-    """FACTS 12."""
-
-    class Broken(Operator):
-        products = 0
-
-        def matvec(self, v):
-            self.products += 1
-            return v * torch.nan
-
-    broken = Broken((), 4, torch.float64, torch.device("cpu"))
-    solution = CG(max_steps=50).solve(broken, randn(4))
-    assert solution.result is Result.NONFINITE
-    assert broken.products == 1
-
-
-def test_preconditioner_halves_the_steps_and_not_the_answer():
-    """FACTS 17."""
-    scales = torch.logspace(0, 2, 40, dtype=torch.float64)
-    matrix = scales.sqrt().unsqueeze(-1) * spd(40, 4.0) * scales.sqrt()
-    b = randn(40)
-    plain = CG(rtol=1e-10).solve(Dense(matrix), b)
-    helped = CG(rtol=1e-10, preconditioner=Jacobi(num_probes=40)).solve(Dense(matrix), b)
-    assert helped.result is Result.CONVERGED
-    assert relative_error(helped.value, plain.value) <= 1e-8
-    assert helped.stats["num_steps"] <= 0.5 * plain.stats["num_steps"]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from bilevel.linalg.curvature import GraphHessian
 from bilevel.linalg.gauss_newton import GaussNewton
+from bilevel.linalg.jacobian import GraphJacobian
 from bilevel.problem import Problem
 from bilevel.tree import Raveler
 from tests.conformance import check_operator, randn, relative_error
@@ -79,7 +79,7 @@ def test_it_is_semi_definite_where_the_hessian_is_not():
     problem, at, _ = batched()
     operator = GaussNewton(torch.vmap(predict), torch.vmap(mean_loss))(problem, at)
     assert torch.linalg.eigvalsh(operator.to_dense()).min() >= -1e-12
-    assert torch.linalg.eigvalsh(GraphHessian(problem.raveler, at).to_dense()).min() < -1e-3
+    assert torch.linalg.eigvalsh(GraphJacobian(problem.raveler, at, symmetric=True).to_dense()).min() < -1e-3
 
 
 def test_it_is_the_hessian_of_a_model_that_is_linear_in_its_params():

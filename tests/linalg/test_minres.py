@@ -9,21 +9,11 @@ import scipy.sparse.linalg
 import torch
 
 from bilevel.linalg.minres import MINRES
-from bilevel.linalg.operator import Dense, Operator
+from bilevel.linalg.operator import Dense
 from bilevel.linalg.preconditioners import Jacobi
 from bilevel.solution import Result
-from tests.conformance import check_linear_solver, randn, relative_error, spd
-
-
-def symmetric(eigenvalues, seed=0):
-    basis = torch.linalg.qr(randn(len(eigenvalues), len(eigenvalues), seed=seed))[0]
-    return basis @ torch.diag(eigenvalues) @ basis.mT
-
-
-def indefinite(size=20, condition=100.0, seed=0):
-    """Eigenvalues of both signs, of sizes 1/condition ... 1."""
-    sizes = torch.logspace(-torch.tensor(condition).log10().item(), 0, size, dtype=torch.float64)
-    return symmetric(torch.where(torch.arange(size) % 2 == 0, sizes, -sizes), seed)
+from tests.conformance import check_linear_solver, randn, relative_error
+from tests.linalg.operators import indefinite, symmetric
 
 
 def test_conforms():
@@ -112,74 +102,12 @@ def test_a_lone_small_eigenvalue_is_no_null_vector(scale, small):
     assert relative_error(scale * found.value, torch.tensor([1.0, 1 / small], dtype=torch.float64)) <= 1e-8
 
 
-def test_preconditioner_halves_the_steps_and_not_the_answer():
-    """FACTS 17."""
-    scales = torch.logspace(0, 2, 40, dtype=torch.float64)
-    matrix = scales.sqrt().unsqueeze(-1) * spd(40, 4.0) * scales.sqrt()
-    b = randn(40)
-    plain = MINRES(rtol=1e-10).solve(Dense(matrix), b)
-    helped = MINRES(rtol=1e-10, preconditioner=Jacobi(num_probes=40)).solve(Dense(matrix), b)
-    assert helped.result is Result.CONVERGED
-    assert relative_error(helped.value, torch.linalg.solve(matrix, b)) <= 1e-8
-    assert helped.stats["num_steps"] <= 0.5 * plain.stats["num_steps"]
-
-
 def test_a_preconditioner_serves_indefinite_matrices_too():
     scales = torch.logspace(0, 3, 30, dtype=torch.float64).sqrt()
     matrix, b = scales.unsqueeze(-1) * indefinite(30, 5.0) * scales, randn(30)
     found = MINRES(rtol=1e-10, preconditioner=Jacobi(num_probes=60)).solve(Dense(matrix), b)
     assert found.result is Result.CONVERGED
     assert relative_error(found.value, torch.linalg.solve(matrix, b)) <= 1e-6
-
-
-class Rowwise(Operator):
-    """Dense matrices whose product rounds in the same way alone and in a batch."""
-
-    def __init__(self, matrix):
-        super().__init__(matrix.shape[:-2], matrix.shape[-1], matrix.dtype, matrix.device)
-        self.matrix = matrix
-
-    def matvec(self, v):
-        return (self.matrix * v.unsqueeze(-2)).sum(-1)
-
-
-def test_batch_equals_alone_and_frozen_problems_do_not_move():
-    """FACTS 19."""
-    matrices = torch.stack([indefinite(20, 10.0 ** (k + 1), seed=k) for k in range(3)])
-    b = randn(3, 20)
-    together = MINRES(rtol=1e-9).solve(Rowwise(matrices), b)
-    assert len(set(together.stats["num_steps"].tolist())) == 3
-    for task in range(3):
-        alone = MINRES(rtol=1e-9).solve(Rowwise(matrices[task]), b[task])
-        assert alone.stats["num_steps"] == together.stats["num_steps"][task]
-        assert relative_error(together.value[task], alone.value) <= 1e-12
-
-
-def test_one_poisoned_problem_leaves_the_others_bit_identical():
-    """FACTS 19."""
-    matrices, b = torch.stack([indefinite(20, seed=k) for k in range(3)]), randn(3, 20)
-    clean = MINRES(rtol=1e-9).solve(Dense(matrices), b)
-    b[1, 3] = torch.nan
-    poisoned = MINRES(rtol=1e-9).solve(Dense(matrices), b)
-    assert poisoned.stats["result"].tolist() == [0, int(Result.NONFINITE), 0]
-    assert torch.equal(poisoned.value[[0, 2]], clean.value[[0, 2]])
-
-
-def test_nan_in_a_product_stops_at_once():
-    """FACTS 12."""
-
-    class Broken(Operator):
-        products = 0
-
-        def matvec(self, v):
-            self.products += 1
-            return v * torch.nan
-
-    broken = Broken((), 4, torch.float64, torch.device("cpu"))
-    solution = MINRES(max_steps=50).solve(broken, randn(4))
-    assert solution.result is Result.NONFINITE
-    assert solution.stats["num_steps"] == 1
-    assert broken.products <= 2  # the step, and the true residual
 
 
 @pytest.mark.parametrize("rtol", [1e-10, None])

@@ -8,23 +8,14 @@ import torch
 from bilevel.linalg.cg import CG
 from bilevel.linalg.minres import MINRES
 from bilevel.linalg.nystrom import Nystrom, NystromPreconditioner, sketch
-from bilevel.linalg.operator import Dense, Operator
+from bilevel.linalg.operator import Dense
 from bilevel.linalg.solve import LinearState
 from bilevel.solution import Result
 from tests.conformance import randn, relative_error, spd
+from tests.linalg.operators import Counted
 
 SADDLE = torch.diag(torch.tensor([1.0, -1.0, 2.0], dtype=torch.float64))
 KINDS = ["gaussian", "columns"]
-
-
-class Counted(Operator):
-    def __init__(self, matrix):
-        super().__init__(matrix.shape[:-2], matrix.shape[-1], matrix.dtype, matrix.device)
-        self.matrix, self.products = matrix, 0
-
-    def matvec(self, v):
-        self.products += 1
-        return (self.matrix @ v.unsqueeze(-1)).squeeze(-1)
 
 
 def low_rank(size=40, rank=5):

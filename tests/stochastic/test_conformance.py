@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from functools import cache
 
 import pytest
@@ -12,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from bilevel.problems.finite_sums import Logistic, Quadratics, _quadratic
 from bilevel.tree import Raveler
+from tests.conformance import no_tensors_left
 from tests.stochastic.cases import CASES
 
 
@@ -183,21 +183,11 @@ def test_lower_precision_follows_float64(name, dtypes):
 
 @pytest.mark.parametrize("name", CASES)
 def test_steps_leave_no_tensors_behind(name):
-    """With the garbage collector off: a reference cycle through a graph would show at once."""
     problem = Quadratics(size=4, outer_size=3, num_samples=8)
     method = CASES[name].method(*problem.start(), problem.inner_loss, problem.outer_loss, **small_settings(name))
 
-    def live():
-        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
-
     for _ in range(4):
         method.step()
-    gc.collect()
-    gc.disable()
-    try:
-        before = live()
+    with no_tensors_left():
         for _ in range(12):
             method.step()
-        assert live() <= before
-    finally:
-        gc.enable()

@@ -12,24 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from bilevel import stochastic
 from bilevel.problems.finite_sums import Quadratics
-from bilevel.stochastic import (
-    BOME,
-    BSA,
-    F2SA,
-    FSLA,
-    MRBO,
-    SABA,
-    SOBA,
-    SRBA,
-    SUSTAIN,
-    TTSA,
-    VRBO,
-    AmIGO,
-    Decay,
-    Draws,
-    StocBiO,
-)
+from bilevel.stochastic import Decay, Draws
 from bilevel.stochastic.neumann import NeumannTerm
 
 PROBLEM = Quadratics(size=5, outer_size=4, num_samples=12, coupling=0.5)
@@ -235,18 +220,18 @@ def bome(t, s, g, f):
 BASIC = {"inner_lr": ALPHA, "outer_lr": GAMMA}
 SERIES = {**BASIC, "num_terms": Q, "neumann_lr": BETA}
 FORMULAS = {
-    "SOBA": (SOBA, {"inner_lr": ALPHA, "linear_lr": BETA, "outer_lr": Decay(GAMMA)}, soba),
-    "SRBA": (SRBA, {**BASIC, "linear_lr": BETA, "period": 3}, srba),
-    "FSLA": (FSLA, {**BASIC, "linear_lr": BETA, "mixing": ETA}, fsla),
-    "AmIGO": (AmIGO, {**BASIC, "linear_lr": BETA, "num_inner_steps": T, "num_linear_steps": Q}, amigo),
-    "stocBiO": (StocBiO, {**SERIES, "num_inner_steps": T}, stocbio),
-    "BSA": (BSA, {**SERIES, "num_inner_steps": T, "seed": SEED}, bsa),
-    "TTSA": (TTSA, {**SERIES, "seed": SEED}, ttsa),
-    "MRBO": (MRBO, {**SERIES, "mixing": ETA}, momentum(neumann, lambda t: Q)),
-    "SUSTAIN": (SUSTAIN, {**SERIES, "mixing": ETA, "seed": SEED}, momentum(random_term, truncation)),
-    "VRBO": (VRBO, {**SERIES, "num_inner_steps": T, "period": 3}, vrbo),
-    "F2SA": (F2SA, {**BASIC, "num_inner_steps": T, "penalty": 4.0, "penalty_growth": 0.5}, f2sa),
-    "BOME": (BOME, {**BASIC, "num_inner_steps": T, "control": ETA}, bome),
+    "SOBA": (stochastic.SOBA, {"inner_lr": ALPHA, "linear_lr": BETA, "outer_lr": Decay(GAMMA)}, soba),
+    "SRBA": (stochastic.SRBA, {**BASIC, "linear_lr": BETA, "period": 3}, srba),
+    "FSLA": (stochastic.FSLA, {**BASIC, "linear_lr": BETA, "mixing": ETA}, fsla),
+    "AmIGO": (stochastic.AmIGO, {**BASIC, "linear_lr": BETA, "num_inner_steps": T, "num_linear_steps": Q}, amigo),
+    "stocBiO": (stochastic.StocBiO, {**SERIES, "num_inner_steps": T}, stocbio),
+    "BSA": (stochastic.BSA, {**SERIES, "num_inner_steps": T, "seed": SEED}, bsa),
+    "TTSA": (stochastic.TTSA, {**SERIES, "seed": SEED}, ttsa),
+    "MRBO": (stochastic.MRBO, {**SERIES, "mixing": ETA}, momentum(neumann, lambda t: Q)),
+    "SUSTAIN": (stochastic.SUSTAIN, {**SERIES, "mixing": ETA, "seed": SEED}, momentum(random_term, truncation)),
+    "VRBO": (stochastic.VRBO, {**SERIES, "num_inner_steps": T, "period": 3}, vrbo),
+    "F2SA": (stochastic.F2SA, {**BASIC, "num_inner_steps": T, "penalty": 4.0, "penalty_growth": 0.5}, f2sa),
+    "BOME": (stochastic.BOME, {**BASIC, "num_inner_steps": T, "control": ETA}, bome),
 }
 
 
@@ -269,7 +254,7 @@ def test_saba_is_the_saga_estimate_of_each_quantity(batches):
     cuts = np.split(np.random.default_rng(1).permutation(12), [6, 10] if batches == SIZES else [4, 8])
     weights = np.array([len(cut) for cut in cuts]) / 12
     order = [(0, 2), (1, 1), (0, 0), (2, 1), (1, 2), (0, 0), (2, 1)]
-    method = make(SABA, **BASIC, linear_lr=BETA, inner_batches=batches, outer_batches=batches)
+    method = make(stochastic.SABA, **BASIC, linear_lr=BETA, inner_batches=batches, outer_batches=batches)
     y, u, x = np.full(5, 0.5), np.zeros(5), np.full(4, -0.5)
     memory = {"g": {}, "f": {}}
 
@@ -307,7 +292,7 @@ def test_f2sa_converges_to_the_minimiser_of_its_penalty_function():
     )
     linear = np.concatenate([f.c + penalty * g.c, f.d + penalty * g.C @ inverse @ g.c])
     truth = np.linalg.solve(hessian, -linear)[5:]
-    method = make(F2SA, inner_lr=0.8, outer_lr=0.3, penalty=penalty, num_inner_steps=10)
+    method = make(stochastic.F2SA, inner_lr=0.8, outer_lr=0.3, penalty=penalty, num_inner_steps=10)
     for _ in range(320):
         method.step()
     np.testing.assert_allclose(method._outer[0].detach().numpy(), truth, rtol=1e-6, atol=1e-7)

@@ -59,7 +59,7 @@ class Options:
     confirm: int = 5
     """Fresh seeds on which the winner and the defaults are measured again."""
     seed: int = 0
-    """Of the sampler, and of the first trial's training."""
+    """Seed of the sampler, and of the first trial's training."""
     out: Path | None = None
     """Folder of the study's files and pictures; by default runs/APPLICATION/tune."""
     worker: int | None = None

@@ -20,7 +20,7 @@ from applications.measurements.benchmarks.peers_hyperparameters import contestan
 from bilevel import files
 
 GTOL = 1e-4
-"""Of the inner problem, which is solved once for all of them."""
+"""Tolerance of the inner problem, which is solved once for all of them."""
 MEAN_LOG_PENALTY, SPREAD_LOG_PENALTY, STRENGTH = -2.0, 0.75, 3.0
 """How the problem is drawn; see `Hyperparameters`."""
 
@@ -133,7 +133,7 @@ def _adjoint(data: Data) -> np.ndarray:
 
 
 def _gradient(params: np.ndarray, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Of the mean cross-entropy."""
+    """Gradient of the mean cross-entropy."""
     x = features.astype(np.float64)
     p = np.exp(log_softmax(params @ x.T, 0))
     p[labels, np.arange(len(x))] -= 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 RTOL, MAX_STEPS = 1e-6, 50
-"""Of the conjugate gradients of every contestant."""
+"""Tolerance and most steps of the conjugate gradients of every contestant."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class FewShot(Workload):
 
     @cached_property
     def config(self) -> Config:
-        """Of the few-shot application."""
+        """Settings of the few-shot application."""
         return Config(
             data="glyphs" if self.root is None else "omniglot",
             data_root=None if self.root is None else Path(self.root),

@@ -14,7 +14,7 @@ from applications.frame.figures import BLUE, GREY, OURS, png
 
 
 def median(row: dict[str, Any]) -> float:
-    """Of its times, an unreached target last; infinite where there is none."""
+    """Median of its times, an unreached target last; infinite where there is none."""
     seconds = [math.inf if second is None else second for second in row["seconds"]]
     return statistics.median(seconds) if seconds else math.inf
 

@@ -106,7 +106,7 @@ def _measure_memory(kind: str, settings: dict[str, Any], row: Row, timeout: floa
 
 
 def relative_errors(answer: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Of each task, ``||a - b|| / ||b||``, to the nearest of several references; a flat answer is one task."""
+    """Error of each task, ``||a - b|| / ||b||``, to the nearest of several references; a flat answer is one task."""
     answer, reference = np.atleast_2d(answer), np.atleast_2d(reference)
     if answer.shape != reference.shape[-2:]:
         return np.full(reference.shape[-2], np.inf)

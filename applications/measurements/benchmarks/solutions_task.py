@@ -24,11 +24,11 @@ Begin = Callable[[], Step]
 """A new run from the start: it sets up what the first step needs, on the clock."""
 
 DESCENT_STEPS = 20
-"""Of the inner solvers that are unrolled; they start where the last outer step ended."""
+"""Steps of the inner solvers that are unrolled; they start where the last outer step ended."""
 
 
 RTOL, GTOL = 1e-2, 1e-3
-"""Of the linear and the inner solves of the two-loop methods, whose errors Adam's steps hide."""
+"""Tolerances of the linear and the inner solves of the two-loop methods, whose errors Adam's steps hide."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Task:
 
     @cached_property
     def _curvature(self) -> float:
-        """Of the mean loss at most: a softmax has 1/2 at most, an example in cleaning the weight 1."""
+        """Curvature of the mean loss at most: a softmax has 1/2 at most, an example in cleaning the weight 1."""
         features = self.train[0]
         return float(torch.linalg.matrix_norm(features, 2)) ** 2 / len(features) / 2
 

@@ -34,7 +34,7 @@ class Settings:
     out: Path = Path("runs/method_table")
     """Folder of the table."""
     precision: Literal["both", "float64", "float32"] = "both"
-    """Of the problems."""
+    """Precision of the problems."""
 
 
 @dataclass(frozen=True)

@@ -37,17 +37,17 @@ class Scaling(Knobs):
     widths: tuple[int, ...] = (16, 64, 256, 1_000, 3_000)
     """Hidden units of a network on digits: its parameters grow by their square."""
     inner_steps: tuple[int, ...] = (1, 10, 100, 1_000)
-    """Of gradient descent, with the network of 256 hidden units."""
+    """Steps of gradient descent, with the network of 256 hidden units."""
     penalties: tuple[int, ...] = (1, 100, 10_000, 1_000_000)
     """Hyperparameters, with the network of 1,000 hidden units; at most one for each of its parameters."""
     ranks: tuple[int, ...] = (1, 2)
     """Processes of one thread each, under torchrun; more than there are cores only get in each other's way."""
     floats: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000, 10_000_000)
-    """Of an all-reduce alone."""
+    """Numbers of an all-reduce alone."""
     examples: int = 20_000
-    """Of the softmax regression whose data are shared out among ranks."""
+    """Examples of the softmax regression whose data are shared out among ranks."""
     features: int = 1_000
-    """Of that; as many penalties."""
+    """Features of that; as many penalties."""
     repeats: int = 5
     """Runs of each, of which the median counts; memory is the largest."""
 

@@ -23,7 +23,7 @@ FIRST_PENALTY = 1e-2
 
 @dataclass(frozen=True)
 class Size:
-    """Of one measurement.
+    """The size of one measurement.
 
     Args:
         width: units of both hidden layers. penalties: groups of parameters with a penalty each; None: one for each.

@@ -34,7 +34,7 @@ class Options:
     batches: int = 4
     """Mini-batches that each data set of 256 samples is cut into."""
     seed: int = 0
-    """Of the order of the batches."""
+    """Seed of the order of the batches."""
 
 
 PROBLEMS: dict[str, type[Problem]] = {

@@ -19,7 +19,7 @@ class Tuning:
     outer: float
     """The outer step, as a multiple of the inner one."""
     terms: int
-    """Of the Neumann series, about 2/(lr mu)."""
+    """Terms of the Neumann series, about 2/(lr mu)."""
     barrier: float
     """The first joint step of BOME."""
 

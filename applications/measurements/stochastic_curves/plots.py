@@ -34,7 +34,7 @@ def curves(found: dict[str, list[dict[str, Any]]], title: str) -> bytes:
 
 
 BOTTOM = 1e-7
-"""Of the picture: most curves end far above; what goes lower is in curves.json."""
+"""Lower end of the picture: most curves end far above; what goes lower is in curves.json."""
 
 
 def leave(x: list[float], y: list[float]) -> tuple[float, float]:
