@@ -142,7 +142,7 @@ for name in bl.__all__:
     for own in getattr(part, "__all__", ()):
         name == "sklearn" or getattr(part, own)
 for module in pkgutil.walk_packages(bl.__path__, "bilevel."):
-    if not module.name.startswith(("bilevel.sklearn.", "bilevel.doctor")):
+    if not module.name.startswith(("bilevel.sklearn.", "bilevel.testing", "bilevel.doctor")):
         importlib.import_module(module.name)
 
 problem = bl.problems.Ridge(per_feature=True)
@@ -164,6 +164,7 @@ for use, extra, package in (
     (lambda: bl.tuning.create_study("study"), "tuning", "optuna"),
     (lambda: bl.tuning.open_storage("study.db"), "tuning", "optuna"),
     (comparison.to_png, "applications", "matplotlib"),
+    (lambda: importlib.import_module("bilevel.testing"), "test", "pytest"),
 ):
     said = sentence(use)
     assert said.startswith(package + " is not installed") and 'pip install "bilevel[' + extra + ']"' in said, said

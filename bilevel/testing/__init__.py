@@ -13,10 +13,11 @@ It is imported by its own name, since it needs pytest: ``import bilevel.testing`
 
 from __future__ import annotations
 
-try:
-    import pytest
-except ImportError as error:  # pragma: no cover
-    raise ImportError("bilevel.testing needs pytest, which is not installed: pip install pytest") from error
+from ..extras import require
+
+require("pytest", "test")
+
+import pytest  # noqa: E402
 
 pytest.register_assert_rewrite(*(f"{__name__}.{part}" for part in ("hypergrads", "inner", "linear", "parts")))
 

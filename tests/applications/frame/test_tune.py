@@ -206,7 +206,7 @@ def test_workers_share_a_journal_and_ctrl_c_keeps_the_study(tmp_path, glyph_root
         assert time.monotonic() < deadline
         time.sleep(0.5)
     first.send_signal(signal.SIGINT)
-    printed, _ = first.communicate(timeout=60)
+    printed, _ = first.communicate(timeout=180)
     assert first.returncode == 130
     assert "the study is kept" in printed
     kept = states()
