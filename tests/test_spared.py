@@ -47,11 +47,6 @@ def normed_problem(functional=functional_call):
     return net, inner, decay
 
 
-def evaluate_once(loss, start):
-    loss(start)
-    return start
-
-
 @pytest.mark.parametrize(
     ("hypergrad", "solver"),
     [
@@ -60,10 +55,10 @@ def evaluate_once(loss, start):
         (bl.Truncated(2), bl.GradientDescent(0.05, 5)),
         (bl.Penalty(), None),
         (bl.FiniteDifference(0.1), None),
-        (bl.Implicit(), bl.External(evaluate_once)),
+        (bl.Implicit(), bl.External(lambda loss, start: (loss(start), start)[1])),
         (None, bl.TorchOptim(torch.optim.Adam, max_steps=5)),
     ],
-    ids=lambda made: type(made).__name__,
+    ids=lambda value: type(value).__name__,
 )
 def test_running_statistics_are_left_as_they_were(hypergrad, solver):
     net, inner, decay = normed_problem()
