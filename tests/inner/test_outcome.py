@@ -79,6 +79,7 @@ class TestWithoutAMinimum:
 
 
 def test_a_random_objective_is_named():
+    torch.manual_seed(0)
     net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
     a, b = torch.randn(32, 4), torch.randn(32, 1)
 
