@@ -25,7 +25,7 @@ from .linalg.operator import Operator
 from .linalg.scipy import GMRES, BiCGSTAB
 from .linalg.solve import LinearSolver, LinearState, normalise, report
 from .problem import RootProblem, check_residual
-from .solution import Result, Solution, Throw, make_codes, settle
+from .solution import Result, Solution, Throw, make_codes, marked, settle
 from .tree import Raveler, Tree, leaves, norm, tree_map
 
 Solve = Callable[..., Any]
@@ -283,7 +283,7 @@ class _Given:
         size = norm(problem.r)
         codes = make_codes(Result.STEPS_DONE, size)
         if self.tol is not None:
-            codes = torch.where(size <= self.tol, make_codes(Result.CONVERGED, codes), int(Result.STAGNATED))
+            codes = marked(make_codes(Result.STAGNATED, size), size <= self.tol, Result.CONVERGED)
         return Solution(problem.y, {"num_steps": torch.zeros_like(codes, dtype=torch.int64), "result": codes})
 
 
@@ -302,8 +302,8 @@ class _MatvecSolver:
             )
         relative = norm(unit - operator.matvec(x))
         # JAXopt's own solvers stop at 1e-5 by default; what is above a percent is called what it is.
-        codes = torch.where(relative <= 1e-2, int(Result.STEPS_DONE), int(Result.STAGNATED)).to(torch.int8)
-        codes = torch.where(torch.isfinite(relative), codes, make_codes(Result.NONFINITE, codes))
+        codes = marked(make_codes(Result.STEPS_DONE, relative), ~(relative <= 1e-2), Result.STAGNATED)
+        codes = marked(codes, ~torch.isfinite(relative), Result.NONFINITE)
         steps = torch.zeros_like(codes, dtype=torch.int64)
         return report(length.to(x.dtype).unsqueeze(-1) * x, codes, steps, relative * length, length)
 

@@ -205,6 +205,11 @@ def make_codes(result: Result, like: Tensor) -> Tensor:
     return torch.full_like(like, int(result), dtype=torch.int8)
 
 
+def marked(codes: Tensor, where: Tensor, result: Result) -> Tensor:
+    """The codes, with that of ``result`` for the problems of a mask."""
+    return torch.where(where, make_codes(result, codes), codes)
+
+
 Advice = str | Mapping[Result | None, str]
 """What to try: one text, or one for each `Result`, and under None that for all others."""
 

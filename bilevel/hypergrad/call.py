@@ -15,7 +15,7 @@ from .._torch import pytree
 from ..linalg.curvature import fused_norm, has_layer_norm
 from ..problem import Linearization, graph_nodes, refuse_hidden
 from ..recording import recording
-from ..solution import AdjointCell, Result, Solution, SolveError, Throw, make_codes, settle
+from ..solution import AdjointCell, Result, Solution, SolveError, Throw, marked, settle
 from .base import Hypergrad, Point, Pulled
 from .seen import Seen
 from .statement import Statement
@@ -125,7 +125,7 @@ class Call:
         finite = torch.isfinite(largest).all()
         if pulled.adjoint is not None:
             stats = pulled.adjoint.stats
-            codes = torch.where(finite, stats["result"], make_codes(Result.NONFINITE, stats["result"]))
+            codes = marked(stats["result"], ~finite, Result.NONFINITE)
             adjoint = dataclasses.replace(pulled.adjoint, stats={**stats, "result": codes})
             return dataclasses.replace(pulled, adjoint=adjoint)
         if not bool(finite):
@@ -144,7 +144,7 @@ def measured(found: Solution, size: Tensor, finite: Tensor) -> Solution:
     """Put the residual norm into the stats; where it is not finite, neither is the result."""
     codes = found.stats["result"]
     bad = ~(torch.isfinite(size) & finite)
-    found.stats["result"] = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
+    found.stats["result"] = marked(codes, bad, Result.NONFINITE)
     found.stats["residual_norm"] = size
     return found
 

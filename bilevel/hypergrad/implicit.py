@@ -24,7 +24,7 @@ from ..linalg.operator import Damped, Operator
 from ..linalg.scipy import GMRES
 from ..linalg.solve import LinearSolver, LinearState, default_rtol, report
 from ..problem import Linearization, Problem
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, marked
 from ..tree import dot, norm
 from .base import Point, Pulled
 from .composite import CompositeStatement
@@ -148,7 +148,7 @@ class Implicit:
             doubtful = far & (found["result"] <= int(Result.STEPS_DONE))
         if self.linear_solver is None and "condition" in solved.stats:
             doubtful = doubtful | (torch.finfo(b.dtype).eps * solved.stats["condition"] > LOST_TO_ROUNDING)
-        codes = torch.where(doubtful & (codes < int(Result.INACCURATE)), make_codes(Result.INACCURATE, codes), codes)
+        codes = marked(codes, doubtful & (codes < int(Result.INACCURATE)), Result.INACCURATE)
         return replace(solved, stats={**solved.stats, "result": codes})
 
 
@@ -162,7 +162,7 @@ LOST_TO_ROUNDING = 1e-2
 def _judged(asked: Operator, b: Tensor, tried: Solution) -> Solution:
     """A damped answer, with the residual that it leaves in the system that was asked for, and a result of its own."""
     codes = tried.stats["result"]
-    codes = torch.where(codes <= int(Result.STEPS_DONE), make_codes(Result.DAMPED, codes), codes)
+    codes = marked(codes, codes <= int(Result.STEPS_DONE), Result.DAMPED)
     return report(tried.value, codes, tried.stats["num_steps"], norm(b - asked.matvec(tried.value)), norm(b))
 
 

@@ -9,7 +9,7 @@ from ..linalg.curvature import GraphHessian
 from ..linalg.minres import MINRES
 from ..problem import Problem
 from ..recording import recording
-from ..solution import Advice, Result, Solution, make_codes
+from ..solution import Advice, Result, Solution, marked
 
 PROBES = 5
 """Products that the look at the curvature of a stationary start costs."""
@@ -40,7 +40,7 @@ def look_closer(problem: Problem, found: Solution) -> Solution:
     assert curvature is not None
     smallest, largest = curvature
     saddle = idle & (smallest < -(torch.finfo(hessian.dtype).eps ** 0.5) * torch.maximum(largest.abs(), smallest.abs()))
-    codes = torch.where(saddle, make_codes(Result.NEGATIVE_CURVATURE, stats["result"]), stats["result"])
+    codes = marked(stats["result"], saddle, Result.NEGATIVE_CURVATURE)
     return Solution(found.value, {**stats, "result": codes}, found.recovered, found.state, found.adjoint_cell)
 
 

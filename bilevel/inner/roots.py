@@ -17,7 +17,7 @@ from ..linalg.operator import to_numpy
 from ..linalg.scipy import GMRES
 from ..linalg.solve import LinearSolver
 from ..problem import RootProblem
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import axpy, norm
 from .minimize import Ends, check_tolerance
 from .nearness import Nearness
@@ -183,8 +183,8 @@ class ScipyRoot:
             size = norm(problem.evaluate(y))
             done = size <= self.tol if self.tol is not None else self._arrived(problem, y, size)
         codes = make_codes(Result.MAX_STEPS if calls >= self.max_steps else Result.STAGNATED, size)
-        codes = torch.where(done, make_codes(Result.CONVERGED, codes), codes)
-        codes = torch.where(torch.isfinite(size), codes, make_codes(Result.NONFINITE, codes))
+        codes = marked(codes, done, Result.CONVERGED)
+        codes = marked(codes, ~torch.isfinite(size), Result.NONFINITE)
         return Solution(y, {"num_steps": torch.full_like(codes, calls, dtype=torch.int64), "result": codes})
 
     @staticmethod

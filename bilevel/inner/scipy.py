@@ -14,7 +14,7 @@ from ..linalg.cg import truncated_cg
 from ..linalg.curvature import GraphHessian
 from ..linalg.operator import to_numpy
 from ..problem import Evaluation, Problem
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import dot, norm
 from .lbfgs import Memory
 from .minimize import check_settings
@@ -113,8 +113,8 @@ class ScipyMinimize:
         size = norm(at.g)
         near = size <= self.gtol if self.gtol is not None else _near(problem, at)
         codes = make_codes(Result.MAX_STEPS if steps >= self.max_steps else Result.STAGNATED, at.f)
-        codes = torch.where(near, make_codes(Result.CONVERGED, codes), codes)
-        codes = torch.where(torch.isfinite(size), codes, make_codes(Result.NONFINITE, codes))
+        codes = marked(codes, near, Result.CONVERGED)
+        codes = marked(codes, ~torch.isfinite(size), Result.NONFINITE)
         return Solution(at.y, {"num_steps": torch.full_like(codes, steps, dtype=torch.int64), "result": codes})
 
 

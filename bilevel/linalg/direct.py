@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..recording import recording
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
 from .operator import Operator, widened
 from .solve import LinearState, normalise, report, require_symmetric
@@ -118,11 +118,10 @@ def _report(
 ) -> Solution:
     x = torch.where(regular.unsqueeze(-1), x, torch.zeros_like(x))
     relative = torch.where(length > 0, norm(unit - (matrix @ x.unsqueeze(-1)).squeeze(-1)), torch.zeros_like(length))
-    codes = make_codes(Result.CONVERGED, length)
-    codes = torch.where(relative > 1e-2, make_codes(Result.STAGNATED, codes), codes)
-    codes = torch.where(regular, codes, make_codes(failure, codes))
+    codes = marked(make_codes(Result.CONVERGED, length), relative > 1e-2, Result.STAGNATED)
+    codes = marked(codes, ~regular, failure)
     bad = ~torch.isfinite(length) | ~torch.isfinite(relative) | ~torch.isfinite(matrix).all(-1).all(-1)
-    codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
+    codes = marked(codes, bad, Result.NONFINITE)
     steps = torch.full_like(length, matrix.shape[-1], dtype=torch.int64)
     value = (torch.nan_to_num(length, 0, 0, 0).to(x.dtype).unsqueeze(-1) * x).to(dtype)
     solution = report(value, codes, steps, relative * length, length)

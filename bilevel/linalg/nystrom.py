@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..recording import recording
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
 from .operator import Operator, widened
 from .solve import LinearState, Precondition, normalise, report, require_symmetric
@@ -61,12 +61,10 @@ class Nystrom:
             reuse, inverse = False, self._invert(operator)
             x, relative = inverse.applied(operator, unit)
         inverse = inverse if reuse else replace(inverse, relative=relative)
-        codes = torch.where(
-            inverse.usable, make_codes(Result.STEPS_DONE, length), make_codes(Result.NEGATIVE_CURVATURE, length)
-        )
-        codes = torch.where(length == 0, make_codes(Result.CONVERGED, codes), codes)
+        codes = marked(make_codes(Result.STEPS_DONE, length), ~inverse.usable, Result.NEGATIVE_CURVATURE)
+        codes = marked(codes, length == 0, Result.CONVERGED)
         bad = ~torch.isfinite(length) | ~torch.isfinite(relative)
-        codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
+        codes = marked(codes, bad, Result.NONFINITE)
         steps = torch.full_like(length, 0 if reuse else inverse.basis.shape[-1], dtype=torch.int64)
         value = torch.nan_to_num(length, 0, 0, 0).to(b.dtype).unsqueeze(-1) * x
         solution = report(value, codes, steps, relative * length, length)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_preconditioner
 from ..recording import recording
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm, scale
 from .adjoint import by_adjoint, is_differentiated
 from .lanczos import Lanczos
@@ -135,9 +135,9 @@ class IterativeSolver(ABC):
         if is_differentiated(found.x, found.relative):  # through what the operator captured
             return by_adjoint(self, operator, b, state)
         value = scale(torch.where(torch.isfinite(length), length, torch.zeros_like(length)), found.x)
-        codes = torch.where(length == 0, make_codes(Result.CONVERGED, found.codes), found.codes)
+        codes = marked(found.codes, length == 0, Result.CONVERGED)
         bad = ~torch.isfinite(length) | ~torch.isfinite(found.relative)
-        codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
+        codes = marked(codes, bad, Result.NONFINITE)
         value = value if x0 is None else x0 + value
         solution = report(value, codes, found.steps, found.relative * length, size)
         if found.condition is not None:
@@ -229,7 +229,7 @@ def report(value: Tensor, codes: Tensor, steps: Tensor, residual: Tensor, scale:
     """
     relative = torch.where(scale > 0, residual / scale, torch.zeros_like(residual))
     worse = (relative > WORSE) & (codes < int(Result.NEGATIVE_CURVATURE))
-    codes = torch.where(worse, make_codes(Result.DIVERGED, codes), codes)
+    codes = marked(codes, worse, Result.DIVERGED)
     stats = {"num_steps": steps, "residual_norm": residual, "relative_residual": relative, "result": codes}
     return Solution(value, stats)
 
