@@ -160,7 +160,7 @@ class RootProblem:
     """A square residual ``r(y) = 0``, its start and its batch shape, checked once.
 
     Args:
-        batched: the first dimension of every leaf counts independent problems.
+        batch_dims: how many leading dimensions of every leaf count independent problems.
 
     Raises:
         TypeError, ValueError: as `Problem`; also where ``residual(init)`` is not a tree like ``init``.

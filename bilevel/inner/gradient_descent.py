@@ -17,7 +17,7 @@ from .minimize import Progress, check_settings, choose, descend
 class GradientDescent:
     """``y <- y - lr m``, ``m <- momentum m + grad`` (heavy ball, as `torch.optim.SGD`).
 
-    The inner solver of implicit MAML with ``max_steps`` alone; the only one that `Unroll` can differentiate.
+    The inner solver of implicit MAML with ``max_steps`` alone. `Unroll` differentiates it, as it does `Steps`.
 
     Args:
         lr: step size, or one for each problem as a tuple of T numbers.

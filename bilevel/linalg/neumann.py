@@ -61,8 +61,8 @@ class Neumann(IterativeSolver):
             active = active & (relative > stopping.target) & ~grew
         return Outcome(x, codes, steps, relative)
 
-    def step_limit(self, b: Tensor) -> int:
-        return self.max_steps or 1000
+    def default_steps(self, size: int) -> int:
+        return 1000
 
     def _step_size(self, operator: Operator, like: Tensor) -> Tensor:
         if self.alpha is not None:

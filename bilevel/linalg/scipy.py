@@ -66,7 +66,7 @@ class ScipySolver(IterativeSolver):
         return {"rtol": tolerance, "atol": 0.0, "maxiter": limit}
 
     def _limit(self, size: int) -> int:
-        return self.max_steps or min(10 * size, 1000)
+        return self.max_steps or self.default_steps(size)
 
 
 @dataclass(frozen=True)

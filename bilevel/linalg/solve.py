@@ -163,7 +163,11 @@ class IterativeSolver(ABC):
     def step_limit(self, b: Tensor) -> int:
         if self.max_steps is None and recording():
             raise NotImplementedError(f"{type(self).__name__} stops by its tolerance: give it max_steps.")
-        return self.max_steps or min(10 * b.shape[-1], 1000)
+        return self.max_steps or self.default_steps(b.shape[-1])
+
+    def default_steps(self, size: int) -> int:
+        """The limit on the steps of a system of ``size`` unknowns where ``max_steps`` is None."""
+        return min(10 * size, 1000)
 
 
 def require_symmetric(operator: Operator, name: str) -> None:
