@@ -245,7 +245,7 @@ class _Linear:
     solver: LinearSolver
     symmetric: bool
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         zero = torch.zeros_like(problem.y)
         operator = GraphJacobian(problem.raveler, problem.linearize(zero), self.symmetric)
         return self.solver.solve(operator, -problem.evaluate(zero), LinearState(x0=problem.y))
@@ -279,7 +279,7 @@ class _Given:
 
     tol: float | None
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         size = norm(problem.r)
         codes = make_codes(Result.STEPS_DONE, size)
         if self.tol is not None:
@@ -293,7 +293,7 @@ class _MatvecSolver:
 
     fn: Solve
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         unit, length = normalise(b)
         x = self.fn(_Product(operator), unit)
         if not isinstance(x, Tensor) or x.shape != b.shape:

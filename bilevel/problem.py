@@ -127,6 +127,11 @@ class Problem:
         found = Evaluation(y, loss.double(), g)
         return found if self.differentiable else found.detach()
 
+    def residual_at(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradient at ``y``, whose norm says how far the solve came, and the losses; both without a graph."""
+        at = self.evaluate(y).detach()
+        return at.g, at.f
+
     def linearize(self, y: Tensor, create_graph: bool = True) -> Linearization:
         """The gradient at ``y`` with its graph towards ``y`` and everything that the objective captured."""
         with UNCOMPILED:
@@ -201,6 +206,10 @@ class RootProblem:
         """The residual at ``y``, both ``[*batch, n]``."""
         with torch.no_grad():
             return self.raveler.ravel(self._residual(self.raveler.unravel(y)))
+
+    def residual_at(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The residual at ``y``, and no losses; as `Problem.residual_at`."""
+        return self.evaluate(y), None
 
     def linearize(self, y: Tensor) -> Linearization:
         """The residual at ``y`` with its graph towards ``y``."""

@@ -36,7 +36,7 @@ class External:
             raise TypeError(f"solve is {self.solve!r}: a function (loss, start) -> params is needed.")
         check_settings(max_steps=1, gtol=self.gtol)
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Ask once; see `InnerSolver`."""
         raveler = problem.raveler
 

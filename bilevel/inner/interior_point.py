@@ -48,7 +48,7 @@ class InteriorPoint:
             raise ValueError(f"max_steps is {self.max_steps}: at least one step is needed.")
 
     @torch.no_grad()
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         """The solution of the KKT conditions, flat."""
         program = Program(*(d.detach().double() for d in problem.data))
         point = program.start()

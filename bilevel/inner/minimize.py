@@ -42,7 +42,7 @@ INNER_ADVICE: dict[Result | None, str] = {
 class InnerSolver(Protocol):
     """Minimises a `Problem`. Frozen settings only: the same object twice gives the same answer."""
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """The solution's ``value`` is flat, ``[*batch, n]``; its stats lack what `argmin` measures at the end."""
         ...
 
@@ -87,7 +87,7 @@ class Ends:
     def count(self) -> None:
         self.steps = self.steps + self.active
 
-    def solution(self, y: Tensor, **stats: Tensor) -> Solution:
+    def solution(self, y: Tensor, **stats: Tensor) -> Solution[Tensor]:
         return Solution(y, {"num_steps": self.steps, "result": self.codes, **stats})
 
 
@@ -189,7 +189,7 @@ def descend(
     max_steps: int,
     direction: Direction,
     nearness: Nearness | None = None,
-) -> Solution:
+) -> Solution[Tensor]:
     """Line-search descent.
 
     Args:

@@ -21,7 +21,7 @@ RANDOM_ADVICE = (
 )
 
 
-def look_closer(problem: Problem, found: Solution) -> Solution:
+def look_closer(problem: Problem, found: Solution) -> Solution[Tensor]:
     """Give a start that is stationary, but no minimum, its result: nothing moves a solver from there.
 
     A few products with random vectors tell, and only where a solver found a gradient of zero or made no step.
@@ -41,7 +41,7 @@ def look_closer(problem: Problem, found: Solution) -> Solution:
     smallest, largest = curvature
     saddle = idle & (smallest < -(torch.finfo(hessian.dtype).eps ** 0.5) * torch.maximum(largest.abs(), smallest.abs()))
     codes = marked(stats["result"], saddle, Result.NEGATIVE_CURVATURE)
-    return Solution(found.value, {**stats, "result": codes}, found.recovered, found.state, found.adjoint_cell)
+    return found.with_stats(result=codes)
 
 
 def advice_for(problem: Problem, found: Solution, advice: Advice) -> Advice:

@@ -49,7 +49,7 @@ class ProximalGradient:
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size is {self.step_size}: it must be positive.")
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
         shrink = problem.shrink or self.prox.prox
         ahead = at = problem.start

@@ -26,7 +26,7 @@ from .nearness import Nearness
 class RootSolver(Protocol):
     """Finds a root of a `RootProblem`. Frozen settings only: the same object twice gives the same answer."""
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         """The solution's ``value`` is flat, ``[*batch, n]``; its stats lack what `root` measures at the end."""
         ...
 
@@ -73,7 +73,7 @@ class Newton:
         check_linear_solver(self.linear_solver)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         """Find a root; see `RootSolver`."""
         y, r = problem.y, problem.r
         progress = RootProgress.begin(r, self.tol)
@@ -137,7 +137,7 @@ class ScipyRoot:
     def __post_init__(self) -> None:
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         """Find a root; see `RootSolver`."""
         like, method = problem.y, self.method.lower()
         calls = 0

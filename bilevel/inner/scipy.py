@@ -56,7 +56,7 @@ class ScipyMinimize:
     def __post_init__(self) -> None:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
         shape, start = problem.start.y, problem.start
         method = self.method.lower()
@@ -109,7 +109,7 @@ class ScipyMinimize:
         limit = "maxfun" if method == "tnc" else "maxiter"  # TNC counts evaluations only
         return {**tolerance(entry), limit: self.max_steps}
 
-    def _solution(self, problem: Problem, at: Evaluation, steps: int) -> Solution:
+    def _solution(self, problem: Problem, at: Evaluation, steps: int) -> Solution[Tensor]:
         size = norm(at.g)
         near = size <= self.gtol if self.gtol is not None else _near(problem, at)
         codes = make_codes(Result.MAX_STEPS if steps >= self.max_steps else Result.STAGNATED, at.f)

@@ -48,7 +48,7 @@ class Nystrom:
         if not self.damping > 0:
             raise ValueError(f"damping is {self.damping}: it must be positive, it divides what the sketch misses.")
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """Solve ``A x = b``; see `LinearSolver`."""
         require_symmetric(operator, "Nystrom")
         unit, length = normalise(b)
@@ -67,9 +67,7 @@ class Nystrom:
         codes = marked(codes, bad, Result.NONFINITE)
         steps = torch.full_like(length, 0 if reuse else inverse.basis.shape[-1], dtype=torch.int64)
         value = torch.nan_to_num(length, 0, 0, 0).to(b.dtype).unsqueeze(-1) * x
-        solution = report(value, codes, steps, relative * length, length)
-        solution.state = LinearState(value, inverse)
-        return solution
+        return report(value, codes, steps, relative * length, length, LinearState(value, inverse))
 
     def _invert(self, operator: Operator) -> Inverse:
         basis, eigenvalues, usable = sketch(operator, self.rank, self.seed, self.sketch)

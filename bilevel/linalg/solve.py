@@ -47,7 +47,7 @@ class LinearState:
 class LinearSolver(Protocol):
     """Solves ``A x = b``. Frozen settings only: the same object twice gives the same answer."""
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """``b`` of shape ``[*batch, n]``; the solution's ``value`` has the same shape."""
         ...
 
@@ -103,7 +103,7 @@ class IterativeSolver(ABC):
         check_settings(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
         check_preconditioner(getattr(self, "preconditioner", None))
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """Solve ``A x = b``; see `LinearSolver`. Differentiable once in reverse mode, by the adjoint system.
 
         Gradients flow to b and to what the operator captured.
@@ -119,7 +119,7 @@ class IterativeSolver(ABC):
             return self._solve(operator, b, LinearState(solution.value))
         return solution
 
-    def _solve(self, operator: Operator, b: Tensor, state: LinearState | None) -> Solution:
+    def _solve(self, operator: Operator, b: Tensor, state: LinearState | None) -> Solution[Tensor]:
         x0, r0 = first_guess(operator, b, state)
         unit, length = normalise(r0)
         size = norm(b) if x0 is not None else length
@@ -139,11 +139,9 @@ class IterativeSolver(ABC):
         bad = ~torch.isfinite(length) | ~torch.isfinite(found.relative)
         codes = marked(codes, bad, Result.NONFINITE)
         value = value if x0 is None else x0 + value
-        solution = report(value, codes, found.steps, found.relative * length, size)
-        if found.condition is not None:
-            solution.stats["condition"] = found.condition
-        solution.state = LinearState(value, precondition, found.lanczos)
-        return solution
+        kept = LinearState(value, precondition, found.lanczos)
+        solution = report(value, codes, found.steps, found.relative * length, size, kept)
+        return solution if found.condition is None else solution.with_stats(condition=found.condition)
 
     @abstractmethod
     def iterate(
@@ -225,17 +223,25 @@ def failed(solution: Solution) -> bool:
     return not recording() and not solution.result.ok
 
 
-def report(value: Tensor, codes: Tensor, steps: Tensor, residual: Tensor, scale: Tensor) -> Solution:
+def report(
+    value: Tensor,
+    codes: Tensor,
+    steps: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    state: LinearState | None = None,
+) -> Solution[Tensor]:
     """A `Solution` whose stats have the batch shape; an answer that is worse than zero has diverged.
 
     Args:
         residual: ``||b - A x||``. scale: ``||b||``. Both float64.
+        state: what a later solve can start from.
     """
     relative = torch.where(scale > 0, residual / scale, torch.zeros_like(residual))
     worse = (relative > WORSE) & (codes < int(Result.NEGATIVE_CURVATURE))
     codes = marked(codes, worse, Result.DIVERGED)
     stats = {"num_steps": steps, "residual_norm": residual, "relative_residual": relative, "result": codes}
-    return Solution(value, stats)
+    return Solution(value, stats, state=state)
 
 
 def relative_tolerance(rtol: float | Tensor, atol: float, scale: Tensor) -> Tensor:
