@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from .problem import Objective, Problem, RootProblem, check_batch, check_init, c
 from .solution import Solution, Throw, check_throw, settle
 from .tree import Raveler, Tree, leaves, tree_map
 
+Params = TypeVar("Params")
+"""The tree of what is solved for: the value of a solution is one like ``init``."""
+
 ROOT_ADVICE = (
     "The hypergradient holds at a solution only: raise max_steps, loosen tol, start closer to the solution, or take "
     "another solver (Newton, Anderson, ScipyRoot)"
@@ -43,13 +46,13 @@ COMPOSITE_ADVICE = (
 @solves
 def argmin(
     objective: Objective,
-    init: Tree,
+    init: Params,
     *args: Any,
     solver: InnerSolver | None = None,
     hypergrad: Hypergrad | PathMethod | None = Implicit(),  # noqa: B008 (frozen)
     throw: Throw = "warn",
     warm_start: Solution | None = None,
-) -> Solution:
+) -> Solution[Params]:
     """Minimise ``objective(params, *args)`` over ``params``; the solution is differentiable.
 
     Gradients flow from ``solution.value`` to every tensor that the objective used: captured ones, module
@@ -98,8 +101,7 @@ def argmin(
     def solve(problem: Problem, measure: Callable[[Solution], Solution]) -> Solution:
         found = measure(solver.minimize(problem))
         if throw == "fallback" and not found.result.ok:
-            found = measure(NewtonCG().minimize(problem))
-            found.recovered = ("NewtonCG",)
+            found = replace(measure(NewtonCG().minimize(problem)), recovered=("NewtonCG",))
         if throw != "ignore":
             found = look_closer(problem, found)
             settle(found, throw, "The inner solve", advice_for(problem, found, INNER_ADVICE))
@@ -156,8 +158,7 @@ def _composite(
     def solve(problem: Problem, measure: Callable[[Solution], Solution]) -> Solution:
         found = solver.minimize(problem)
         size = found.stats["residual_norm"]
-        found = measure(found)
-        found.stats["residual_norm"] = size  # at the solver's own step, as it was judged
+        found = measure(found).with_stats(residual_norm=size)  # at the solver's own step, as it was judged
         settle(found, throw, "The inner solve", advice_for(problem, found, COMPOSITE_ADVICE))
         return found
 
@@ -178,7 +179,7 @@ def _composite(
 @solves
 def root(
     residual: Callable[..., Tree],
-    init: Tree,
+    init: Params,
     *args: Any,
     solver: RootSolver | None = None,
     hypergrad: Hypergrad | None = Implicit(),  # noqa: B008 (frozen)
@@ -186,7 +187,7 @@ def root(
     symmetric: bool = False,
     throw: Throw = "warn",
     warm_start: Solution | None = None,
-) -> Solution:
+) -> Solution[Params]:
     """Solve ``residual(y, *args) = 0`` for ``y``; the solution is differentiable, as that of `argmin`.
 
     For square systems of any kind, symmetric or not: optimality conditions, equilibria, implicit layers. The
@@ -211,14 +212,14 @@ def root(
 @solves
 def fixed_point(
     map: Callable[..., Tree],
-    init: Tree,
+    init: Params,
     *args: Any,
     solver: RootSolver | None = None,
     hypergrad: Hypergrad | None = Implicit(),  # noqa: B008 (frozen)
     batched: bool = False,
     throw: Throw = "warn",
     warm_start: Solution | None = None,
-) -> Solution:
+) -> Solution[Params]:
     """Solve ``y = map(y, *args)``; the solution is differentiable, and memory does not grow with the iterations.
 
     For equilibrium models, contractions and solvers that are iterations themselves. The backward pass solves

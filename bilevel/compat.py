@@ -25,7 +25,7 @@ from .linalg.operator import Operator
 from .linalg.scipy import GMRES, BiCGSTAB
 from .linalg.solve import LinearSolver, LinearState, normalise, report
 from .problem import RootProblem, check_residual
-from .solution import Result, Solution, Throw, make_codes, settle
+from .solution import Result, Solution, Throw, make_codes, marked, settle
 from .tree import Raveler, Tree, leaves, norm, tree_map
 
 Solve = Callable[..., Any]
@@ -245,7 +245,7 @@ class _Linear:
     solver: LinearSolver
     symmetric: bool
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         zero = torch.zeros_like(problem.y)
         operator = GraphJacobian(problem.raveler, problem.linearize(zero), self.symmetric)
         return self.solver.solve(operator, -problem.evaluate(zero), LinearState(x0=problem.y))
@@ -279,11 +279,11 @@ class _Given:
 
     tol: float | None
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         size = norm(problem.r)
         codes = make_codes(Result.STEPS_DONE, size)
         if self.tol is not None:
-            codes = torch.where(size <= self.tol, make_codes(Result.CONVERGED, codes), int(Result.STAGNATED))
+            codes = marked(make_codes(Result.STAGNATED, size), size <= self.tol, Result.CONVERGED)
         return Solution(problem.y, {"num_steps": torch.zeros_like(codes, dtype=torch.int64), "result": codes})
 
 
@@ -293,7 +293,7 @@ class _MatvecSolver:
 
     fn: Solve
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         unit, length = normalise(b)
         x = self.fn(_Product(operator), unit)
         if not isinstance(x, Tensor) or x.shape != b.shape:
@@ -302,8 +302,8 @@ class _MatvecSolver:
             )
         relative = norm(unit - operator.matvec(x))
         # JAXopt's own solvers stop at 1e-5 by default; what is above a percent is called what it is.
-        codes = torch.where(relative <= 1e-2, int(Result.STEPS_DONE), int(Result.STAGNATED)).to(torch.int8)
-        codes = torch.where(torch.isfinite(relative), codes, make_codes(Result.NONFINITE, codes))
+        codes = marked(make_codes(Result.STEPS_DONE, relative), ~(relative <= 1e-2), Result.STAGNATED)
+        codes = marked(codes, ~torch.isfinite(relative), Result.NONFINITE)
         steps = torch.zeros_like(codes, dtype=torch.int64)
         return report(length.to(x.dtype).unsqueeze(-1) * x, codes, steps, relative * length, length)
 

@@ -127,6 +127,11 @@ class Problem:
         found = Evaluation(y, loss.double(), g)
         return found if self.differentiable else found.detach()
 
+    def residual_at(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradient at ``y``, whose norm says how far the solve came, and the losses; both without a graph."""
+        at = self.evaluate(y).detach()
+        return at.g, at.f
+
     def linearize(self, y: Tensor, create_graph: bool = True) -> Linearization:
         """The gradient at ``y`` with its graph towards ``y`` and everything that the objective captured."""
         with UNCOMPILED:
@@ -160,7 +165,7 @@ class RootProblem:
     """A square residual ``r(y) = 0``, its start and its batch shape, checked once.
 
     Args:
-        batched: the first dimension of every leaf counts independent problems.
+        batch_dims: how many leading dimensions of every leaf count independent problems.
 
     Raises:
         TypeError, ValueError: as `Problem`; also where ``residual(init)`` is not a tree like ``init``.
@@ -201,6 +206,10 @@ class RootProblem:
         """The residual at ``y``, both ``[*batch, n]``."""
         with torch.no_grad():
             return self.raveler.ravel(self._residual(self.raveler.unravel(y)))
+
+    def residual_at(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The residual at ``y``, and no losses; as `Problem.residual_at`."""
+        return self.evaluate(y), None
 
     def linearize(self, y: Tensor) -> Linearization:
         """The residual at ``y`` with its graph towards ``y``."""

@@ -57,7 +57,7 @@ def quadratic_program(
     tol: float | None = None,
     max_steps: int = 50,
     throw: Throw = "warn",
-) -> Solution:
+) -> Solution[QPSolution]:
     """Minimise ``z'Qz / 2 + c'z`` subject to ``A z = b`` and ``G z <= h``.
 
     For layers and inner problems with linear constraints, up to a few hundred variables: dense, batched. Solved by a
@@ -111,7 +111,7 @@ def quadratic_program(
         solved = found.stats["result"] == int(Result.CONVERGED)
         dependent, ambiguous = _dependent(found.value, problem.data)
         unsure = found.stats["degenerate"] | (solved & ambiguous)
-        found.stats["degenerate"] = unsure | (solved & dependent)
+        found = found.with_stats(degenerate=unsure | (solved & dependent))
         settle(found, throw, "The quadratic program", _advice(found))
         if throw != "ignore" and hypergrad is not None and bool(unsure.any()):
             warnings.warn(DEGENERATE, SolveWarning, stacklevel=2)
@@ -128,8 +128,7 @@ def quadratic_program(
         hypergrad=hypergrad,
         throw=throw,
     )
-    found.value = QPSolution(*(part * unit for part, unit in zip(found.value, units, strict=True)))
-    return found
+    return found.with_value(QPSolution(*(part * unit for part, unit in zip(found.value, units, strict=True))))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import types
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,14 @@ from torch import Tensor
 from ._torch import pytree
 from .reach import Reach, Reached
 from .recording import recording
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as DefaultTypeVar
+
+    Value = DefaultTypeVar("Value", covariant=True, default=Any)
+else:
+    Value = TypeVar("Value", covariant=True)
+NewValue = TypeVar("NewValue")
 
 Throw = Literal["raise", "warn", "fallback", "ignore"]
 
@@ -83,12 +91,13 @@ class AdjointCell:
     solution: Solution | None = None
 
 
-@dataclass
-class Solution:
+@dataclass(frozen=True, eq=False)
+class Solution(Generic[Value]):
     """The outcome of one solve, or of a batch of T; a tree of its value, stats and adjoint for `torch.utils._pytree`.
 
     Attributes:
-        value: the solution; of `argmin` a tree like ``init``, of a linear solver a tensor ``[*batch, n]``.
+        value: the solution; of `argmin` a tree like ``init``, and a type checker knows it by that type; of a linear
+            solver a tensor ``[*batch, n]``.
         stats: tensors of the batch shape. Always ``num_steps`` (int64), ``residual_norm`` (float64: of an
             inner solve the gradient norm, of a linear solve ``||b - A x||``) and ``result`` (int8 codes). Of a solve
             without a tolerance also ``step_norm``, the distance to the solution as the solver predicts it.
@@ -96,7 +105,7 @@ class Solution:
         state: what a later solve can start from; None where the solver keeps nothing.
     """
 
-    value: Any
+    value: Value
     stats: dict[str, Tensor]
     recovered: tuple[str, ...] = ()
     state: Any = field(default=None, repr=False)
@@ -133,7 +142,15 @@ class Solution:
             adjoint_cell=AdjointCell(cls.joined(known) if len(known) == len(parts) else None),
         )
 
-    def without_values(self) -> Solution:
+    def with_stats(self, **stats: Tensor) -> Solution[Value]:
+        """The same with other stats under these names."""
+        return replace(self, stats={**self.stats, **stats})
+
+    def with_value(self, value: NewValue) -> Solution[NewValue]:
+        """The same with another value."""
+        return Solution(value, self.stats, self.recovered, self.state, self.adjoint_cell, self.reach)
+
+    def without_values(self) -> Solution[None]:
         """The stats, and those of the adjoint: what to keep of many solves, whose values are large; they are None."""
         adjoint = None if self.adjoint is None else self.adjoint.without_values()
         return Solution(None, self.stats, self.recovered, adjoint_cell=AdjointCell(adjoint))
@@ -146,10 +163,10 @@ class Solution:
         """
         return () if self.reach is None else self.reach.listed()
 
-    def __copy__(self) -> Solution:
+    def __copy__(self) -> Solution[Value]:
         return replace(self)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Solution:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Solution[Value]:
         """A copy has no graph."""
         return Solution(**{name: copy.deepcopy(_without_graph(part), memo) for name, part in vars(self).items()})
 
@@ -203,6 +220,11 @@ def check_throw(throw: str) -> None:
 def make_codes(result: Result, like: Tensor) -> Tensor:
     """A tensor of one result code for each problem."""
     return torch.full_like(like, int(result), dtype=torch.int8)
+
+
+def marked(codes: Tensor, where: Tensor, result: Result) -> Tensor:
+    """The codes, with that of ``result`` for the problems of a mask."""
+    return torch.where(where, make_codes(result, codes), codes)
 
 
 Advice = str | Mapping[Result | None, str]

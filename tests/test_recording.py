@@ -144,6 +144,7 @@ def test_map_and_losses_of_tasks(recorded):
     [
         (losses_of(solver=bl.LBFGS()), "value"),
         (losses_of(linear=bl.CG(rtol=1e-8)), "max_steps"),
+        (losses_of(linear=bl.Neumann(rtol=1e-8, alpha=0.1)), "max_steps"),
         (losses_of(solver=bl.GradientDescent((0.1,) * T, max_steps=2)), "host"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from bilevel.diagnostics.compare import peak_mib
+from bilevel.diagnostics.cost import peak_mib
 from bilevel.problems import Quadratics, Ridge
 from tests.conformance import live_tensors, no_tensors_left, randn, relative_error
 

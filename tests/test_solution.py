@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import gc
 import io
@@ -136,6 +137,18 @@ def test_a_solution_without_its_value_keeps_nothing_alive():
 
     gc.collect()
     fit, seen = solve()
-    fit.value = None
+    fit = dataclasses.replace(fit, value=None)
     assert seen() is None
     assert fit.captured == ((None, torch.Size([1000]), torch.float32),)
+
+
+def test_a_solution_stays_as_it_was_made():
+    fit = SOLVES["default"]()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        fit.value = torch.zeros(2)
+    before = dict(fit.stats)
+    other = fit.with_stats(num_steps=torch.tensor(7))
+    assert int(other.stats["num_steps"]) == 7
+    assert fit.stats == before
+    assert other.value is fit.value
+    assert {fit: "kept"}[fit] == "kept"  # by what it is: tensors do not compare

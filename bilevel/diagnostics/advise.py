@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +20,7 @@ from ..solution import Result, Solution
 from ..tree import Tree, leaves
 from .checked import corrected_hypergradient, distance, outer_gradients
 from .compare import LARGEST_DENSE
+from .cost import median_seconds
 from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of, with_decay_outside
 from .spectrum import Spectrum, look
 
@@ -149,8 +146,8 @@ def advise(
     point = Point(statement, params, [t.detach() for t in flat], fit.stats["num_steps"].dim(), "ignore")
     operator = Implicit().operator_at(point)
     b = _random_vector(operator)
-    product_seconds = _median_seconds(lambda: operator.T.matvec(b))
-    gradient_seconds = _median_seconds(lambda: statement.linearize(point.params, point.hparams))
+    product_seconds = median_seconds(lambda: operator.T.matvec(b), warm_up=True)
+    gradient_seconds = median_seconds(lambda: statement.linearize(point.params, point.hparams), warm_up=True)
     spectrum, condition = look(operator, b, num_steps)
     candidates = sorted(_candidates(operator, spectrum, accuracy, product_seconds), key=lambda c: c.seconds)
     best = candidates[0]
@@ -216,15 +213,3 @@ def _candidates(
         why = "it needs about the root of the condition number of steps"
         found.append(Candidate(CG(rtol=rtol), steps + 1, (steps + 1) * product_seconds, why))
     return found
-
-
-def _median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)

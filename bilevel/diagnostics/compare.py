@@ -6,8 +6,6 @@ import io
 import json
 import math
 import platform
-import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,7 +15,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .._torch import profiled_events
 from ..extras import require
 from ..files import write_atomically
 from ..hypergrad.implicit import Implicit
@@ -30,10 +27,10 @@ from ..linalg.solve import LinearSolver, LinearState
 from ..solution import Solution
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
+from .cost import median_seconds, peak_mib
 from .methods import accurate_solver, methods_for
 from .problem import AnyHypergrad, Bilevel, Solver, leaf_copies, solve
 
-MEBIBYTE = 2**20
 LARGEST_DENSE = 2048
 
 
@@ -188,14 +185,9 @@ def _measure(problem: Bilevel, name: str, method: Any, solver: Any, truth: list[
     evaluations, products = counted.calls, counter.products if counter else None
     size = float(torch.cat([t.reshape(-1) for t in truth]).double().norm())
     error = float(distance(grads, truth)) / size if size else float(distance(grads, truth))
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        _gradient(problem, solver, hypergrad)
-        seconds.append(time.perf_counter() - begin)
     worst = fit.result if fit.adjoint is None else max(fit.result, fit.adjoint.result)
-    peak = peak_mib(lambda: _gradient(problem, solver, hypergrad))
-    return Row(name, error, products, evaluations, statistics.median(seconds), peak, worst.name)
+    run = partial(_gradient, problem, solver, hypergrad)
+    return Row(name, error, products, evaluations, median_seconds(run, repeats), peak_mib(run), worst.name)
 
 
 class _Counted:
@@ -237,22 +229,3 @@ class _CountingOperator(Operator):
     def rmatvec(self, v: Tensor) -> Tensor:
         self.products += 1
         return self.operator.rmatvec(v)
-
-
-def peak_mib(run: Any) -> float:
-    """Peak of the tensor memory that was live during a run, above that at its start, MiB."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = profiled_events(profile)
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    live = peak = 0
-    for _, change in changes:
-        live += change
-        peak = max(peak, live)
-    return peak / MEBIBYTE

@@ -34,8 +34,8 @@ class Point:
     hparams: list[Tensor]
     batch_dims: int
     throw: Throw
-    minimize: Callable[[Problem], Solution] | None = None
-    found: Solution | None = None
+    minimize: Callable[[Problem], Solution[Tensor]] | None = None
+    found: Solution[Tensor] | None = None
     state: Any = None
     seen: Seen | None = None
     _at: Linearization | None = field(default=None, repr=False)
@@ -77,7 +77,8 @@ class Point:
         start = pytree.tree_unflatten([leaf.detach() for leaf in self.params], self.statement.closure.spec)
         problem = Problem(lambda tree: objective(leaves(tree)), start, max_batch_dims=self.batch_dims)
         found = self.minimize(problem)
-        found.stats.setdefault("residual_norm", torch.full(self.raveler.batch_shape, torch.nan))
+        if "residual_norm" not in found.stats:
+            found = found.with_stats(residual_norm=torch.full(self.raveler.batch_shape, torch.nan))
         settle(found, self.throw, what, INNER_ADVICE)
         return found.value.detach()
 
@@ -104,7 +105,7 @@ class Pulled:
 
     hparams: list[Tensor | None]
     start: list[Tensor] | None = None
-    adjoint: Solution | None = None
+    adjoint: Solution[Tensor] | None = None
 
 
 class Hypergrad(Protocol):

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .._torch import pytree
 from ..linalg.curvature import fused_norm, has_layer_norm
-from ..problem import Linearization, graph_nodes, refuse_hidden
+from ..problem import Linearization, Problem, RootProblem, graph_nodes, refuse_hidden
 from ..recording import recording
-from ..solution import AdjointCell, Result, Solution, SolveError, Throw, make_codes, settle
+from ..solution import AdjointCell, Result, Solution, SolveError, Throw, marked, settle
+from ..tree import norm
 from .base import Hypergrad, Point, Pulled
 from .seen import Seen
 from .statement import Statement
@@ -125,8 +126,8 @@ class Call:
         finite = torch.isfinite(largest).all()
         if pulled.adjoint is not None:
             stats = pulled.adjoint.stats
-            codes = torch.where(finite, stats["result"], make_codes(Result.NONFINITE, stats["result"]))
-            adjoint = dataclasses.replace(pulled.adjoint, stats={**stats, "result": codes})
+            codes = marked(stats["result"], ~finite, Result.NONFINITE)
+            adjoint = pulled.adjoint.with_stats(result=codes)
             return dataclasses.replace(pulled, adjoint=adjoint)
         if not bool(finite):
             assert self.record.found is not None
@@ -140,13 +141,16 @@ class Call:
         )
 
 
-def measured(found: Solution, size: Tensor, finite: Tensor) -> Solution:
-    """Put the residual norm into the stats; where it is not finite, neither is the result."""
-    codes = found.stats["result"]
-    bad = ~(torch.isfinite(size) & finite)
-    found.stats["result"] = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
-    found.stats["residual_norm"] = size
-    return found
+def measured(found: Solution, residual: Tensor, loss: Tensor | None) -> Solution:
+    """What was found, with the norm of its residual ``[*batch, n]``; where that or a loss is not finite, it says so."""
+    size = norm(residual)
+    finite = torch.isfinite(size) if loss is None else torch.isfinite(size) & torch.isfinite(loss)
+    return found.with_stats(result=marked(found.stats["result"], ~finite, Result.NONFINITE), residual_norm=size)
+
+
+def measured_at_solution(problem: Problem | RootProblem, found: Solution) -> Solution:
+    """The same for a solution without a graph: one more evaluation."""
+    return measured(found, *problem.residual_at(found.value.detach()))
 
 
 def inspect(record: Record, at: Linearization) -> None:

@@ -34,7 +34,7 @@ from ..tree import Raveler, scale
 from .base import Point
 from .statement import ObjectiveStatement, ResidualStatement, free_leaves
 
-Solve = Callable[[Operator, Tensor], Solution]
+Solve = Callable[[Operator, Tensor], Solution[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class CompositeStatement(ResidualStatement):
         statement = ObjectiveStatement(self.closure)
         return dataclasses.replace(point, statement=statement, state=None, _at=at.smooth)
 
-    def solve(self, point: Point, hessian: Operator, b: Tensor, transpose: bool, solve: Solve) -> Solution:
+    def solve(self, point: Point, hessian: Operator, b: Tensor, transpose: bool, solve: Solve) -> Solution[Tensor]:
         """``J^T u = b`` or ``J w = b``, by one symmetric solve on the active set where D is diagonal."""
         at = self._at(point)
         if not self.separable:
@@ -126,7 +126,7 @@ class CompositeStatement(ResidualStatement):
             off = scale(at.step, b - reduced.restrict(b))
             found = solve(reduced, reduced.restrict(b / reduced.diagonal - hessian.matvec(off)))
             value = reduced.restrict(found.value) + off
-        return dataclasses.replace(found, value=value)
+        return found.with_value(value)
 
     def _at(self, point: Point) -> CompositeLinearization:
         at = point.linearization()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from .._torch import pytree
 from ..closure import Autocast, Closure, Recorder, in_transform
-from ..problem import Problem
 from ..reach import Reach
 from ..solution import Solution, Throw
-from ..tree import Tree, norm
+from ..tree import Tree
 from .base import Hypergrad
-from .call import Call, Solve, measured
+from .call import Call, Solve, measured_at_solution
 from .functions import solution
 from .implicit import Implicit
 from .statement import Statement
@@ -48,9 +48,8 @@ def differentiable_solve(
         problem = build(recorder)
         batch_dims = len(problem.raveler.batch_shape)
         if hypergrad is None or not differentiable or not (recorder.captured or hypergrad.reaches_init):
-            found = solve(problem, lambda found: _measure(problem, found))
-            found.value = pytree.tree_unflatten(problem.raveler.unravel(found.value), spec)
-            return found
+            found = solve(problem, partial(measured_at_solution, problem))
+            return found.with_value(pytree.tree_unflatten(problem.raveler.unravel(found.value), spec))
     else:
         start = [leaf.detach() for leaf in flat]
         recorder.know(start)
@@ -80,12 +79,3 @@ def differentiable_solve(
 
 def _state(warm_start: Solution) -> Any:
     return warm_start.adjoint.state if warm_start.adjoint is not None else None
-
-
-def _measure(problem: Any, found: Solution) -> Solution:
-    """The norm of the residual at what a solver found joins its stats."""
-    if isinstance(problem, Problem):
-        at = problem.evaluate(found.value)
-        return measured(found, norm(at.g), torch.isfinite(at.f))
-    size = norm(problem.evaluate(found.value))
-    return measured(found, size, torch.isfinite(size))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..recording import recording
-from ..solution import Result, Solution, make_codes, settle
+from ..solution import Result, Solution, make_codes, marked, settle
 from ..tree import dot, norm, scale, wide
 from .base import Point, Pulled
 
@@ -59,9 +59,7 @@ def mixed_difference(point: Point, u: Tensor, epsilon: float | None, method: str
         # Rounding or no influence? Where a longer move says the same, the difference is what it is.
         further, _ = _difference(point, u, torch.maximum(4 * move, ideal))
         broken = torch.full_like(broken, 1.0) if _disagree(found, further) else broken
-    codes = torch.where(
-        broken > MOST_BROKEN, make_codes(Result.STAGNATED, broken), make_codes(Result.CONVERGED, broken)
-    )
+    codes = marked(make_codes(Result.CONVERGED, broken), broken > MOST_BROKEN, Result.STAGNATED)
     stats = {"result": codes, "residual_norm": broken, "num_steps": torch.full_like(codes, 2, dtype=torch.int64)}
     settle(Solution(u, stats), point.throw, f"The difference of {method} is lost in rounding", ADVICE)
     return [None if part is None else part.value for part in found]

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._torch import TransformType, get_interpreter_stack, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from ..closure import in_transform
 from ..solution import Solution
-from ..tree import is_continuous, norm
+from ..tree import is_continuous
 from .base import Pulled
 from .call import Call, inspect, measured
 from .implicit import Implicit
@@ -42,9 +42,8 @@ class _Solution(torch.autograd.Function):
             record.point = point = call.point(params, [tensor.detach() for tensor in hparams])
             at = point.linearization()
             residual = point.raveler.ravel([r.detach() for r in at.residual])
-            size = norm(residual)
             record.seen = point.seen = Seen.of(problem, at.loss, residual)
-            return measured(found, size, torch.isfinite(size if at.loss is None else at.loss.detach()))
+            return measured(found, residual, None if at.loss is None else at.loss.detach())
 
         found = call.solve(problem, measure)
         assert record.point is not None

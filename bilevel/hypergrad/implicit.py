@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from ..linalg.operator import Damped, Operator
 from ..linalg.scipy import GMRES
 from ..linalg.solve import LinearSolver, LinearState, default_rtol, report
 from ..problem import Linearization, Problem
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, marked
 from ..tree import dot, norm
 from .base import Point, Pulled
 from .composite import CompositeStatement
@@ -72,7 +72,7 @@ class Implicit:
         u = point.raveler.unravel(solved.value)
         return Pulled(point.linearization().pull(u), adjoint=solved)
 
-    def solve_at(self, point: Point, b: Tensor, *, transpose: bool) -> Solution:
+    def solve_at(self, point: Point, b: Tensor, *, transpose: bool) -> Solution[Tensor]:
         """Solve ``J^T u = b`` or ``J u = b`` at the solution, with the fallbacks that were allowed."""
         if isinstance(point.statement, CompositeStatement):
             hessian = self.operator_at(point.statement.smooth(point))
@@ -85,7 +85,7 @@ class Implicit:
             point.seen.check_apart(operator.apart)
         return self._doubted(point, b, solved)
 
-    def _solve(self, point: Point, operator: Operator, b: Tensor) -> Solution:
+    def _solve(self, point: Point, operator: Operator, b: Tensor) -> Solution[Tensor]:
         definite = not isinstance(point.statement, SymmetricResidualStatement)
         solver = self.linear_solver or (GMRES() if not operator.symmetric else CG() if definite else MINRES())
         state = point.state if isinstance(point.state, LinearState) else None
@@ -112,7 +112,7 @@ class Implicit:
         damping = self.damping + more
         return Damped(operator, damping) if damping else operator
 
-    def _recover(self, operator: Operator, b: Tensor, failed: Solution) -> Solution:
+    def _recover(self, operator: Operator, b: Tensor, failed: Solution[Tensor]) -> Solution[Tensor]:
         """Try, in the problems that failed, a solver for indefinite matrices, then ever more damping.
 
         Each attempt is judged by the system that was asked for.
@@ -134,7 +134,7 @@ class Implicit:
             best = _merge(best, tried, (*best.recovered, name))
         return best
 
-    def _doubted(self, point: Point, b: Tensor, solved: Solution) -> Solution:
+    def _doubted(self, point: Point, b: Tensor, solved: Solution[Tensor]) -> Solution[Tensor]:
         """`Result.INACCURATE` in the problems where solves without a tolerance are not as near as they promise.
 
         ``u . r`` is to first order what the distance to the solution costs the outer loss (the dual-weighted residual):
@@ -150,8 +150,8 @@ class Implicit:
             doubtful = far & (found["result"] <= int(Result.STEPS_DONE))
         if self.linear_solver is None and "condition" in solved.stats:
             doubtful = doubtful | (torch.finfo(b.dtype).eps * solved.stats["condition"] > LOST_TO_ROUNDING)
-        codes = torch.where(doubtful & (codes < int(Result.INACCURATE)), make_codes(Result.INACCURATE, codes), codes)
-        return replace(solved, stats={**solved.stats, "result": codes})
+        codes = marked(codes, doubtful & (codes < int(Result.INACCURATE)), Result.INACCURATE)
+        return solved.with_stats(result=codes)
 
 
 FALLBACK_DAMPING = (1e-6, 1e-3, 1.0)
@@ -161,10 +161,10 @@ LOST_TO_ROUNDING = 1e-2
 """The condition number in units of rounding errors above which a default solve doubts its own answer."""
 
 
-def _judged(asked: Operator, b: Tensor, tried: Solution) -> Solution:
+def _judged(asked: Operator, b: Tensor, tried: Solution[Tensor]) -> Solution[Tensor]:
     """A damped answer, with the residual that it leaves in the system that was asked for, and a result of its own."""
     codes = tried.stats["result"]
-    codes = torch.where(codes <= int(Result.STEPS_DONE), make_codes(Result.DAMPED, codes), codes)
+    codes = marked(codes, codes <= int(Result.STEPS_DONE), Result.DAMPED)
     return report(tried.value, codes, tried.stats["num_steps"], norm(b - asked.matvec(tried.value)), norm(b))
 
 
@@ -198,7 +198,7 @@ def _with_decay(point: Point, operator: Operator) -> Operator:
     return Damped(operator, decay.detach() if isinstance(decay, Tensor) else decay)
 
 
-def _merge(old: Solution, new: Solution, recovered: tuple[str, ...]) -> Solution:
+def _merge(old: Solution[Tensor], new: Solution[Tensor], recovered: tuple[str, ...]) -> Solution[Tensor]:
     """Keep the problems that were solved; in the others take ``new`` where it leaves less, or as much with less."""
     before, after = (part.stats["relative_residual"] for part in (old, new))
     smaller = (after <= 1.1 * before) & (norm(new.value) < 0.5 * norm(old.value))

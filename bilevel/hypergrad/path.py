@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from ..problem import Objective, Problem, graph_nodes, refuse_hidden
 from ..reach import Reach
 from ..recording import recording
 from ..solution import Result, Solution, SolveError, Throw, settle
-from ..tree import Tree, norm
-from .call import ADJOINT_ADVICE, measured
+from ..tree import Tree
+from .call import ADJOINT_ADVICE, measured_at_solution
 from .statement import free_leaves
 
 
@@ -68,9 +68,7 @@ class Path:
         """What ended at ``y`` after all steps."""
         progress = Progress.begin(self.problem.start, None)
         progress.steps = progress.steps + self.steps.max_steps
-        found = progress.solution(y)
-        found.state = LastStep(state)
-        return found
+        return replace(progress.solution(y), state=LastStep(state))
 
 
 def eager_problem(
@@ -122,15 +120,13 @@ def finish(problem: Problem, found: Solution, throw: Throw, layer_norm: bool = F
     Args:
         layer_norm: the objective uses one, so that second derivatives are refused.
     """
-    at = problem.evaluate(found.value.detach())
-    measured(found, norm(at.g.detach()), torch.isfinite(at.f.detach()))
+    found = measured_at_solution(problem, found)
     settle(found, throw, "The inner solve", INNER_ADVICE)
     value = _FirstOrderOnly.apply(found.value) if layer_norm and found.value.requires_grad else found.value
     if throw != "ignore" and value.requires_grad and not recording():
         value = _Guarded.apply(value, problem.hparams, found.without_values())
-    found.value = problem.raveler.unflatten(problem.raveler.unravel(value))
-    found.reach = problem.reach
-    return found
+    tree = problem.raveler.unflatten(problem.raveler.unravel(value))
+    return replace(found.with_value(tree), reach=problem.reach)
 
 
 @dataclass(frozen=True)

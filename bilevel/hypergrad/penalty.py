@@ -11,7 +11,7 @@ from torch import Tensor
 from ..linalg.solve import normalise
 from ..problem import linearize_objective
 from ..recording import recording
-from ..solution import Result, Solution, make_codes, settle
+from ..solution import Result, Solution, make_codes, marked, settle
 from ..tree import norm
 from .base import Point, Pulled
 
@@ -110,6 +110,6 @@ def _residual(point: Point) -> Tensor:
 
 
 def _tell(point: Point, failed: Tensor, size: Tensor, what: str, advice: str) -> None:
-    codes = torch.where(failed, make_codes(Result.STAGNATED, size), make_codes(Result.CONVERGED, size))
+    codes = marked(make_codes(Result.CONVERGED, size), failed, Result.STAGNATED)
     stats = {"result": codes, "residual_norm": size, "num_steps": torch.ones_like(codes, dtype=torch.int64)}
     settle(Solution(None, stats), point.throw, what, advice)

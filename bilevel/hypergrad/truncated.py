@@ -50,5 +50,5 @@ class Truncated:
         detached = tree_map(torch.Tensor.detach, init)
         problem, layer_norm = eager_problem(objective, detached, args, steps.rule.tensors)
         found = steps.resume(problem, problem.evaluate(start.value), start.state.rule, first)
-        found.stats["num_steps"] = torch.full_like(found.stats["num_steps"], steps.max_steps)
+        found = found.with_stats(num_steps=torch.full_like(found.stats["num_steps"], steps.max_steps))
         return finish(problem, found, throw, layer_norm)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._torch import pytree
 from ..problem import Problem
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import Tree, leaves, norm
 from .minimize import check_settings
 
@@ -36,7 +36,7 @@ class External:
             raise TypeError(f"solve is {self.solve!r}: a function (loss, start) -> params is needed.")
         check_settings(max_steps=1, gtol=self.gtol)
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Ask once; see `InnerSolver`."""
         raveler = problem.raveler
 
@@ -55,5 +55,5 @@ class External:
         codes = make_codes(Result.STEPS_DONE, problem.start.f)
         if self.gtol is not None:
             short = norm(problem.evaluate(y).g) > self.gtol
-            codes = torch.where(short, int(Result.STAGNATED), int(Result.CONVERGED)).to(torch.int8)
+            codes = marked(make_codes(Result.CONVERGED, short), short, Result.STAGNATED)
         return Solution(y, {"num_steps": torch.ones_like(codes, dtype=torch.int64), "result": codes})

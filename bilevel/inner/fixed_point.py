@@ -35,7 +35,7 @@ class Picard:
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
         check_damping(self.damping)
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         """Iterate; see `RootSolver`."""
         return Anderson(history=0, damping=self.damping, max_steps=self.max_steps, tol=self.tol).find(problem)
 
@@ -69,7 +69,7 @@ class Anderson:
         if not self.ridge >= 0:
             raise ValueError(f"ridge is {self.ridge}: it cannot be negative.")
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         """Iterate; see `RootSolver`."""
         y, r = problem.y, problem.r
         progress = RootProgress.begin(r, self.tol)

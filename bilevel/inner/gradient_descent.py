@@ -17,7 +17,7 @@ from .minimize import Progress, check_settings, choose, descend
 class GradientDescent:
     """``y <- y - lr m``, ``m <- momentum m + grad`` (heavy ball, as `torch.optim.SGD`).
 
-    The inner solver of implicit MAML with ``max_steps`` alone; the only one that `Unroll` can differentiate.
+    The inner solver of implicit MAML with ``max_steps`` alone. `Unroll` differentiates it, as it does `Steps`.
 
     Args:
         lr: step size, or one for each problem as a tuple of T numbers.
@@ -46,12 +46,12 @@ class GradientDescent:
         if self.line_search and (self.momentum or self.safeguard):
             raise ValueError("line_search excludes momentum and safeguard: it finds its own steps.")
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
         lr = self._step_sizes(problem.start)
         return self._search(problem, lr) if self.line_search else self._descend(problem, lr)
 
-    def _descend(self, problem: Problem, lr: Tensor) -> Solution:
+    def _descend(self, problem: Problem, lr: Tensor) -> Solution[Tensor]:
         at, velocity = problem.start, torch.zeros_like(problem.start.g)
         progress = Progress.begin(at, self.gtol)
         for step in range(self.max_steps):
@@ -74,7 +74,7 @@ class GradientDescent:
                 progress.look(at)
         return progress.solution(at.y, step_size=lr)
 
-    def _search(self, problem: Problem, lr: Tensor) -> Solution:
+    def _search(self, problem: Problem, lr: Tensor) -> Solution[Tensor]:
         def direction(at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return -at.g, torch.where(last > 0, 2 * last, lr), last > 0
 

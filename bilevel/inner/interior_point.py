@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..linalg.direct import least_norm
 from ..problem import RootProblem
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 
 REGULARIZATION = 1e-13
 """Added to the systems, in scaled data: A may have dependent rows, Q a null space. Steps are refined."""
@@ -48,7 +48,7 @@ class InteriorPoint:
             raise ValueError(f"max_steps is {self.max_steps}: at least one step is needed.")
 
     @torch.no_grad()
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         """The solution of the KKT conditions, flat."""
         program = Program(*(d.detach().double() for d in problem.data))
         point = program.start()
@@ -73,13 +73,12 @@ class InteriorPoint:
             unbounded = unbounded | (unsolved & program.proves_unbounded(point.z - last.z))
         best, solved = program.polished(best, self.tol)
         solved = solved | (least <= self.tol)
-        codes = make_codes(Result.MAX_STEPS, steps)
-        codes = torch.where(solved, make_codes(Result.CONVERGED, codes), codes)
-        codes = torch.where(~solved & (steps < self.max_steps), make_codes(Result.STAGNATED, codes), codes)
-        codes = torch.where(~solved & (infeasible | unbounded), make_codes(Result.DIVERGED, codes), codes)
+        codes = marked(make_codes(Result.MAX_STEPS, steps), solved, Result.CONVERGED)
+        codes = marked(codes, ~solved & (steps < self.max_steps), Result.STAGNATED)
+        codes = marked(codes, ~solved & (infeasible | unbounded), Result.DIVERGED)
         degenerate = solved & program.degenerate(best)
         flat = torch.cat([best.z, best.nu, best.lam], -1).to(problem.y.dtype)
-        codes = torch.where(torch.isfinite(flat).all(-1), codes, make_codes(Result.NONFINITE, codes))
+        codes = marked(codes, ~torch.isfinite(flat).all(-1), Result.NONFINITE)
         flags = {"degenerate": degenerate, "infeasible": infeasible & ~solved, "unbounded": unbounded & ~solved}
         return Solution(flat, {"num_steps": steps, "result": codes, **flags})
 

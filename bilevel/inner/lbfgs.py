@@ -36,7 +36,7 @@ class LBFGS:
         if self.history < 1:
             raise ValueError(f"history is {self.history}: at least one curvature pair must be kept.")
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
         memory = Memory(self.history, problem, probe=self.gtol is None)
         nearness = Nearness(problem.start.y) if self.gtol is None else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..linalg.solve import stop_now
 from ..problem import Evaluation, Problem
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import axpy, dot, norm
 from .nearness import Nearness
 
@@ -42,7 +42,7 @@ INNER_ADVICE: dict[Result | None, str] = {
 class InnerSolver(Protocol):
     """Minimises a `Problem`. Frozen settings only: the same object twice gives the same answer."""
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """The solution's ``value`` is flat, ``[*batch, n]``; its stats lack what `argmin` measures at the end."""
         ...
 
@@ -77,17 +77,17 @@ class Ends:
 
     def end(self, where: Tensor, result: Result) -> None:
         """End the active problems of a mask with this result."""
-        self.codes = torch.where(self.active & where, make_codes(result, self.codes), self.codes)
+        self.codes = marked(self.codes, self.active & where, result)
         self.active = self.active & ~where
 
     def mark(self, where: Tensor, result: Result) -> None:
         """Give the problems of a mask this result, whether they have ended or not."""
-        self.codes = torch.where(where, make_codes(result, self.codes), self.codes)
+        self.codes = marked(self.codes, where, result)
 
     def count(self) -> None:
         self.steps = self.steps + self.active
 
-    def solution(self, y: Tensor, **stats: Tensor) -> Solution:
+    def solution(self, y: Tensor, **stats: Tensor) -> Solution[Tensor]:
         return Solution(y, {"num_steps": self.steps, "result": self.codes, **stats})
 
 
@@ -189,7 +189,7 @@ def descend(
     max_steps: int,
     direction: Direction,
     nearness: Nearness | None = None,
-) -> Solution:
+) -> Solution[Tensor]:
     """Line-search descent.
 
     Args:
@@ -200,7 +200,7 @@ def descend(
     at = halfway = before = problem.start
     progress = Progress.begin(at, gtol)
     if nearness is not None:
-        progress.codes = torch.where(progress.active, make_codes(Result.MAX_STEPS, at.f), progress.codes)
+        progress.mark(progress.active, Result.MAX_STEPS)
     size = torch.zeros_like(at.f)
     for step in range(max_steps + 1):
         if not bool(progress.active.any()):

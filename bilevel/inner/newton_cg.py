@@ -40,7 +40,7 @@ class NewtonCG:
         if self.cg_steps < 1:
             raise ValueError(f"cg_steps is {self.cg_steps}: at least one product is needed for a direction.")
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
 
         start = norm(problem.start.g)

@@ -9,7 +9,7 @@ from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
 from ..problem import Problem
 from ..recording import recording
-from ..solution import Advice, Result, Solution, make_codes
+from ..solution import Advice, Result, Solution, marked
 
 PROBES = 5
 """Products that the look at the curvature of a stationary start costs."""
@@ -21,7 +21,7 @@ RANDOM_ADVICE = (
 )
 
 
-def look_closer(problem: Problem, found: Solution) -> Solution:
+def look_closer(problem: Problem, found: Solution) -> Solution[Tensor]:
     """Give a start that is stationary, but no minimum, its result: nothing moves a solver from there.
 
     A few products with random vectors tell, and only where a solver found a gradient of zero or made no step.
@@ -40,8 +40,8 @@ def look_closer(problem: Problem, found: Solution) -> Solution:
     assert curvature is not None
     smallest, largest = curvature
     saddle = idle & (smallest < -(torch.finfo(hessian.dtype).eps ** 0.5) * torch.maximum(largest.abs(), smallest.abs()))
-    codes = torch.where(saddle, make_codes(Result.NEGATIVE_CURVATURE, stats["result"]), stats["result"])
-    return Solution(found.value, {**stats, "result": codes}, found.recovered, found.state, found.adjoint_cell)
+    codes = marked(stats["result"], saddle, Result.NEGATIVE_CURVATURE)
+    return found.with_stats(result=codes)
 
 
 def advice_for(problem: Problem, found: Solution, advice: Advice) -> Advice:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..problem import Evaluation, Problem, Shrink
 from ..prox import Prox
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution
 from ..tree import axpy, dot, norm, scale
 from .minimize import Progress, check_tolerance, choose
 from .nearness import Goal
@@ -49,7 +49,7 @@ class ProximalGradient:
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size is {self.step_size}: it must be positive.")
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
         shrink = problem.shrink or self.prox.prox
         ahead = at = problem.start
@@ -57,7 +57,7 @@ class ProximalGradient:
         t, r = torch.ones_like(step), residual(shrink, at, step)
         size, stretch = norm(r) / step, torch.ones_like(step)
         progress = Progress.begin(at, None)
-        progress.codes = torch.where(progress.active, make_codes(Result.MAX_STEPS, at.f), progress.codes)
+        progress.mark(progress.active, Result.MAX_STEPS)
         progress.end(size <= self._tolerance(at, step, stretch), Result.CONVERGED)
         for _ in range(self.max_steps):
             if not bool(progress.active.any()):

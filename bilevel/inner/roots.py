@@ -17,7 +17,7 @@ from ..linalg.operator import to_numpy
 from ..linalg.scipy import GMRES
 from ..linalg.solve import LinearSolver
 from ..problem import RootProblem
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import axpy, norm
 from .minimize import Ends, check_tolerance
 from .nearness import Nearness
@@ -26,7 +26,7 @@ from .nearness import Nearness
 class RootSolver(Protocol):
     """Finds a root of a `RootProblem`. Frozen settings only: the same object twice gives the same answer."""
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         """The solution's ``value`` is flat, ``[*batch, n]``; its stats lack what `root` measures at the end."""
         ...
 
@@ -73,7 +73,7 @@ class Newton:
         check_linear_solver(self.linear_solver)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         """Find a root; see `RootSolver`."""
         y, r = problem.y, problem.r
         progress = RootProgress.begin(r, self.tol)
@@ -137,7 +137,7 @@ class ScipyRoot:
     def __post_init__(self) -> None:
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
 
-    def find(self, problem: RootProblem) -> Solution:
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
         """Find a root; see `RootSolver`."""
         like, method = problem.y, self.method.lower()
         calls = 0
@@ -183,8 +183,8 @@ class ScipyRoot:
             size = norm(problem.evaluate(y))
             done = size <= self.tol if self.tol is not None else self._arrived(problem, y, size)
         codes = make_codes(Result.MAX_STEPS if calls >= self.max_steps else Result.STAGNATED, size)
-        codes = torch.where(done, make_codes(Result.CONVERGED, codes), codes)
-        codes = torch.where(torch.isfinite(size), codes, make_codes(Result.NONFINITE, codes))
+        codes = marked(codes, done, Result.CONVERGED)
+        codes = marked(codes, ~torch.isfinite(size), Result.NONFINITE)
         return Solution(y, {"num_steps": torch.full_like(codes, calls, dtype=torch.int64), "result": codes})
 
     @staticmethod

@@ -14,7 +14,7 @@ from ..linalg.cg import truncated_cg
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.operator import to_numpy
 from ..problem import Evaluation, Problem
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import dot, norm
 from .lbfgs import Memory
 from .minimize import check_settings
@@ -56,7 +56,7 @@ class ScipyMinimize:
     def __post_init__(self) -> None:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
         shape, start = problem.start.y, problem.start
         method = self.method.lower()
@@ -109,12 +109,12 @@ class ScipyMinimize:
         limit = "maxfun" if method == "tnc" else "maxiter"  # TNC counts evaluations only
         return {**tolerance(entry), limit: self.max_steps}
 
-    def _solution(self, problem: Problem, at: Evaluation, steps: int) -> Solution:
+    def _solution(self, problem: Problem, at: Evaluation, steps: int) -> Solution[Tensor]:
         size = norm(at.g)
         near = size <= self.gtol if self.gtol is not None else _near(problem, at)
         codes = make_codes(Result.MAX_STEPS if steps >= self.max_steps else Result.STAGNATED, at.f)
-        codes = torch.where(near, make_codes(Result.CONVERGED, codes), codes)
-        codes = torch.where(torch.isfinite(size), codes, make_codes(Result.NONFINITE, codes))
+        codes = marked(codes, near, Result.CONVERGED)
+        codes = marked(codes, ~torch.isfinite(size), Result.NONFINITE)
         return Solution(at.y, {"num_steps": torch.full_like(codes, steps, dtype=torch.int64), "result": codes})
 
 

@@ -197,11 +197,11 @@ class Steps:
             return self, None
         return replace(self, rule=replace(self.rule, weight_decay=0.0)), decay  # type: ignore[type-var]
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
         return self.resume(problem, problem.start, self.rule.init(problem.start.y), 0)
 
-    def resume(self, problem: Problem, at: Evaluation, state: State, first: int) -> Solution:
+    def resume(self, problem: Problem, at: Evaluation, state: State, first: int) -> Solution[Tensor]:
         """The steps from number ``first`` on, from a point of ``problem`` and a state."""
         last = LastStep(state, by=self.rule)
         progress = Progress.begin(at, self.gtol)
@@ -222,9 +222,7 @@ class Steps:
             at = choose(progress.active, new, at) if self.gtol is not None else new
             if self.gtol is not None:
                 progress.look(at)
-        found = progress.solution(at.y)
-        found.state = last
-        return found
+        return replace(progress.solution(at.y), state=last)
 
 
 def at_step(lr: Setting, index: int, like: Tensor) -> Setting:

@@ -77,7 +77,7 @@ class TorchOptim:
         by_param = {id(p): group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
         return plain, tuple(float(by_param.get(id(p), 0.0)) for p in params)
 
-    def minimize(self, problem: Problem) -> Solution:
+    def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
         raveler = problem.raveler
         params = [leaf.detach().clone().requires_grad_() for leaf in raveler.unravel(problem.start.y)]

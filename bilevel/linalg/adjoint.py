@@ -22,7 +22,7 @@ def is_differentiated(*tensors: Tensor) -> bool:
     return any((tensor.requires_grad and torch.is_grad_enabled()) or is_dual(tensor) for tensor in tensors)
 
 
-def by_adjoint(solver: LinearSolver, operator: Operator, b: Tensor, state: LinearState | None) -> Solution:
+def by_adjoint(solver: LinearSolver, operator: Operator, b: Tensor, state: LinearState | None) -> Solution[Tensor]:
     """Solve ``A x = b`` without a graph; ``A^T u = g`` gives the gradients of b and of what ``A`` captured.
 
     The derivative of the steps themselves is another one: it does not converge as they do, and it is lost where SciPy
@@ -42,8 +42,7 @@ def by_adjoint(solver: LinearSolver, operator: Operator, b: Tensor, state: Linea
     residual = b - operator.matvec(found.value)  # about zero; it carries the gradients
     if is_dual(residual):
         raise NotImplementedError("A linear solver was given an operator of dual numbers: see bilevel.root.")
-    found.value = _Solved.apply(residual, found.value, solver, operator)
-    return found
+    return found.with_value(_Solved.apply(residual, found.value, solver, operator))
 
 
 class _Solved(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..recording import recording
-from ..solution import Result, make_codes
+from ..solution import Result, marked
 from ..tree import axpy, dot, norm, scale
 from .lanczos import Lanczos
 from .operator import Operator
@@ -96,7 +96,7 @@ class _State:
         return state
 
     def mark(self, where: Tensor, result: Result) -> None:
-        self.codes = torch.where(where, make_codes(result, self.codes), self.codes)
+        self.codes = marked(self.codes, where, result)
 
     def remember(self) -> None:
         """Keep the iterate of least residual: on an inconsistent system the later ones grow along its null space."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..recording import recording
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
 from .operator import Operator, widened
 from .solve import LinearState, normalise, report, require_symmetric
@@ -24,7 +24,7 @@ class Cholesky:
 
     max_size: int = 4096
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """Solve ``A x = b``; see `LinearSolver`."""
         require_symmetric(operator, "Cholesky")
         matrix = _dense(operator, self.max_size, "Cholesky")
@@ -43,7 +43,7 @@ class LU:
 
     max_size: int = 4096
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """Solve ``A x = b``; see `LinearSolver`."""
         matrix = _dense(operator, self.max_size, "LU")
         unit, length = normalise(widened(b))
@@ -67,7 +67,7 @@ class LeastNorm:
     max_size: int = 4096
     max_condition: float | None = None
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """Solve ``A x = b``; see `LinearSolver`."""
         matrix = _dense(operator, self.max_size, "LeastNorm")
         unit, length = normalise(b)
@@ -115,16 +115,13 @@ def _report(
     regular: Tensor,
     dtype: torch.dtype,
     failure: Result = Result.NEGATIVE_CURVATURE,
-) -> Solution:
+) -> Solution[Tensor]:
     x = torch.where(regular.unsqueeze(-1), x, torch.zeros_like(x))
     relative = torch.where(length > 0, norm(unit - (matrix @ x.unsqueeze(-1)).squeeze(-1)), torch.zeros_like(length))
-    codes = make_codes(Result.CONVERGED, length)
-    codes = torch.where(relative > 1e-2, make_codes(Result.STAGNATED, codes), codes)
-    codes = torch.where(regular, codes, make_codes(failure, codes))
+    codes = marked(make_codes(Result.CONVERGED, length), relative > 1e-2, Result.STAGNATED)
+    codes = marked(codes, ~regular, failure)
     bad = ~torch.isfinite(length) | ~torch.isfinite(relative) | ~torch.isfinite(matrix).all(-1).all(-1)
-    codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
+    codes = marked(codes, bad, Result.NONFINITE)
     steps = torch.full_like(length, matrix.shape[-1], dtype=torch.int64)
     value = (torch.nan_to_num(length, 0, 0, 0).to(x.dtype).unsqueeze(-1) * x).to(dtype)
-    solution = report(value, codes, steps, relative * length, length)
-    solution.state = LinearState(value)
-    return solution
+    return report(value, codes, steps, relative * length, length, LinearState(value))

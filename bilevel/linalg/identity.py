@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
 from .operator import Operator
 from .solve import LinearState, report
@@ -28,12 +28,9 @@ class Identity:
     factor: float = 1.0
     measure: bool = False
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """``x = b * factor``; see `LinearSolver`."""
         x, length = b * self.factor, norm(b)
         residual = norm(b - operator.matvec(x)) if self.measure else torch.full_like(length, torch.nan)
-        codes = make_codes(Result.STEPS_DONE, length)
-        codes = torch.where(torch.isfinite(length), codes, make_codes(Result.NONFINITE, codes))
-        solution = report(x, codes, torch.zeros_like(length, dtype=torch.int64), residual, length)
-        solution.state = LinearState(x)
-        return solution
+        codes = marked(make_codes(Result.STEPS_DONE, length), ~torch.isfinite(length), Result.NONFINITE)
+        return report(x, codes, torch.zeros_like(length, dtype=torch.int64), residual, length, LinearState(x))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..solution import Result, make_codes
+from ..solution import Result, marked
 from ..tree import dot, norm, scale
 from .lanczos import Lanczos
 from .operator import Operator
@@ -102,7 +102,7 @@ class _State:
         return ended & finite & ~met & ~worse
 
     def mark(self, where: Tensor, result: Result) -> None:
-        self.codes = torch.where(where, make_codes(result, self.codes), self.codes)
+        self.codes = marked(self.codes, where, result)
 
     def end(self, where: Tensor, result: Result) -> None:
         """Mark those that are active, and let them go."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solution import Result, make_codes
+from ..solution import Result, marked
 from ..tree import axpy, norm, scale
 from .operator import Operator
 from .solve import IterativeSolver, Outcome, Precondition, Stopping, stop_now
@@ -42,8 +42,7 @@ class Neumann(IterativeSolver):
         x, r, steps = torch.zeros_like(unit), unit, torch.zeros_like(length, dtype=torch.int64)
         active = (length > 0) & torch.isfinite(length) & (stopping.target < 1)
         alpha = torch.ones_like(length) if stop_now(active, 0) else self._step_size(operator, length)
-        codes = stopping.initial_codes()
-        codes = torch.where(stopping.target >= 1, make_codes(Result.CONVERGED, codes), codes)
+        codes = marked(stopping.initial_codes(), stopping.target >= 1, Result.CONVERGED)
         relative = ((length > 0) & torch.isfinite(length)).double()
         # On symmetric matrices the residual of a contraction never grows; on others it may, for a while.
         allowed = 1 + 10 * torch.finfo(unit.dtype).eps if operator.symmetric else 10.0
@@ -57,13 +56,13 @@ class Neumann(IterativeSolver):
             relative = torch.where(active, norm(r), relative)
             grew = active & ~(relative <= allowed * best + 10 * torch.finfo(unit.dtype).eps)
             best = torch.minimum(best, relative)
-            codes = torch.where(active & (relative <= stopping.target), make_codes(Result.CONVERGED, codes), codes)
-            codes = torch.where(grew, make_codes(Result.DIVERGED, codes), codes)
+            codes = marked(codes, active & (relative <= stopping.target), Result.CONVERGED)
+            codes = marked(codes, grew, Result.DIVERGED)
             active = active & (relative > stopping.target) & ~grew
         return Outcome(x, codes, steps, relative)
 
-    def step_limit(self, b: Tensor) -> int:
-        return self.max_steps or 1000
+    def default_steps(self, size: int) -> int:
+        return 1000
 
     def _step_size(self, operator: Operator, like: Tensor) -> Tensor:
         if self.alpha is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solution import Result, make_codes
+from ..solution import Result, marked
 from ..tree import axpy, dot, norm
 from .operator import Operator
 from .solve import IterativeSolver, Outcome, Precondition, Stopping, stop_now
@@ -33,7 +33,7 @@ class NormalCG(IterativeSolver):
         usable, done = (length > 0) & torch.isfinite(length), stopping.target >= 1
         relative, active = usable.double(), usable & ~done
         steps = torch.zeros_like(length, dtype=torch.int64)
-        codes = torch.where(done, make_codes(Result.CONVERGED, length), stopping.initial_codes())
+        codes = marked(stopping.initial_codes(), done, Result.CONVERGED)
 
         x, r = torch.zeros_like(unit), unit
         if stop_now(active, 0):
@@ -47,19 +47,19 @@ class NormalCG(IterativeSolver):
             product = operator.matvec(p)
             curvature = dot(product, product)
             finite = torch.isfinite(curvature) & torch.isfinite(gamma)
-            codes = torch.where(active & ~finite, make_codes(Result.NONFINITE, codes), codes)
+            codes = marked(codes, active & ~finite, Result.NONFINITE)
             relative = torch.where(active & ~finite, torch.full_like(relative, torch.nan), relative)
             steps = steps + active
             # At a least-squares solution the gradient vanishes though the residual does not.
             flat = active & finite & ((curvature == 0) | (gamma.sqrt() <= 10 * roundoff * steepest))
-            codes = torch.where(flat, make_codes(Result.STAGNATED, codes), codes)
+            codes = marked(codes, flat, Result.STAGNATED)
             active = active & finite & ~flat
             alpha = torch.where(active, gamma / curvature, torch.zeros_like(gamma))
             keep = active.unsqueeze(-1)
             x = torch.where(keep, axpy(alpha, p, x), x)
             r = torch.where(keep, axpy(-alpha, product, r), r)
             relative = torch.where(active, norm(r), relative)
-            codes = torch.where(active & (relative <= target), make_codes(Result.CONVERGED, codes), codes)
+            codes = marked(codes, active & (relative <= target), Result.CONVERGED)
             active = active & (relative > target)
             s = operator.rmatvec(r)
             gamma_next = dot(s, s)
@@ -69,4 +69,4 @@ class NormalCG(IterativeSolver):
         true = norm(unit - operator.matvec(x))
         relative = torch.where(torch.isfinite(relative), true, relative)
         drifted = (codes == int(Result.CONVERGED)) & (relative > 1.01 * target)
-        return Outcome(x, torch.where(drifted, make_codes(Result.STAGNATED, codes), codes), steps, relative)
+        return Outcome(x, marked(codes, drifted, Result.STAGNATED), steps, relative)

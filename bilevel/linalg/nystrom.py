@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..recording import recording
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
 from .operator import Operator, widened
 from .solve import LinearState, Precondition, normalise, report, require_symmetric
@@ -48,7 +48,7 @@ class Nystrom:
         if not self.damping > 0:
             raise ValueError(f"damping is {self.damping}: it must be positive, it divides what the sketch misses.")
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """Solve ``A x = b``; see `LinearSolver`."""
         require_symmetric(operator, "Nystrom")
         unit, length = normalise(b)
@@ -61,17 +61,13 @@ class Nystrom:
             reuse, inverse = False, self._invert(operator)
             x, relative = inverse.applied(operator, unit)
         inverse = inverse if reuse else replace(inverse, relative=relative)
-        codes = torch.where(
-            inverse.usable, make_codes(Result.STEPS_DONE, length), make_codes(Result.NEGATIVE_CURVATURE, length)
-        )
-        codes = torch.where(length == 0, make_codes(Result.CONVERGED, codes), codes)
+        codes = marked(make_codes(Result.STEPS_DONE, length), ~inverse.usable, Result.NEGATIVE_CURVATURE)
+        codes = marked(codes, length == 0, Result.CONVERGED)
         bad = ~torch.isfinite(length) | ~torch.isfinite(relative)
-        codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
+        codes = marked(codes, bad, Result.NONFINITE)
         steps = torch.full_like(length, 0 if reuse else inverse.basis.shape[-1], dtype=torch.int64)
         value = torch.nan_to_num(length, 0, 0, 0).to(b.dtype).unsqueeze(-1) * x
-        solution = report(value, codes, steps, relative * length, length)
-        solution.state = LinearState(value, inverse)
-        return solution
+        return report(value, codes, steps, relative * length, length, LinearState(value, inverse))
 
     def _invert(self, operator: Operator) -> Inverse:
         basis, eigenvalues, usable = sketch(operator, self.rank, self.seed, self.sketch)

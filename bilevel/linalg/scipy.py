@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..solution import Result, make_codes
+from ..solution import Result, make_codes, marked
 from ..tree import norm
 from .operator import Operator, to_numpy
 from .solve import IterativeSolver, Outcome, Precondition, Stopping, default_rtol
@@ -41,9 +41,10 @@ class ScipySolver(IterativeSolver):
             relative = torch.where(usable, norm(unit - operator.matvec(x)), relative)
         # Half a percent of slack: the tolerance was met by SciPy's residual, which is not this one to the last bit.
         target = torch.full_like(length, default_rtol(unit.dtype)) if stopping.ordered else stopping.target
-        failure = stopping.initial_codes() if steps >= self._limit(unit.numel()) else Result.STAGNATED
-        codes = torch.where(relative <= 1.005 * target, int(Result.CONVERGED), failure).to(torch.int8)
-        codes = torch.where(torch.isfinite(x).all(-1), codes, make_codes(Result.NONFINITE, codes))
+        ended = steps < self._limit(unit.numel())
+        codes = make_codes(Result.STAGNATED, length) if ended else stopping.initial_codes()
+        codes = marked(codes, relative <= 1.005 * target, Result.CONVERGED)
+        codes = marked(codes, ~torch.isfinite(x).all(-1), Result.NONFINITE)
         return Outcome(x, codes, torch.full_like(length, steps, dtype=torch.int64), relative)
 
     def _run(self, operator: Operator, b: np.ndarray, tolerance: float) -> tuple[np.ndarray, int]:
@@ -65,7 +66,7 @@ class ScipySolver(IterativeSolver):
         return {"rtol": tolerance, "atol": 0.0, "maxiter": limit}
 
     def _limit(self, size: int) -> int:
-        return self.max_steps or min(10 * size, 1000)
+        return self.max_steps or self.default_steps(size)
 
 
 @dataclass(frozen=True)

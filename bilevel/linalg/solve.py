@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checks import check_preconditioner
 from ..recording import recording
-from ..solution import Result, Solution, make_codes
+from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm, scale
 from .adjoint import by_adjoint, is_differentiated
 from .lanczos import Lanczos
@@ -47,7 +47,7 @@ class LinearState:
 class LinearSolver(Protocol):
     """Solves ``A x = b``. Frozen settings only: the same object twice gives the same answer."""
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """``b`` of shape ``[*batch, n]``; the solution's ``value`` has the same shape."""
         ...
 
@@ -103,7 +103,7 @@ class IterativeSolver(ABC):
         check_settings(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
         check_preconditioner(getattr(self, "preconditioner", None))
 
-    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution:
+    def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """Solve ``A x = b``; see `LinearSolver`. Differentiable once in reverse mode, by the adjoint system.
 
         Gradients flow to b and to what the operator captured.
@@ -119,7 +119,7 @@ class IterativeSolver(ABC):
             return self._solve(operator, b, LinearState(solution.value))
         return solution
 
-    def _solve(self, operator: Operator, b: Tensor, state: LinearState | None) -> Solution:
+    def _solve(self, operator: Operator, b: Tensor, state: LinearState | None) -> Solution[Tensor]:
         x0, r0 = first_guess(operator, b, state)
         unit, length = normalise(r0)
         size = norm(b) if x0 is not None else length
@@ -135,15 +135,13 @@ class IterativeSolver(ABC):
         if is_differentiated(found.x, found.relative):  # through what the operator captured
             return by_adjoint(self, operator, b, state)
         value = scale(torch.where(torch.isfinite(length), length, torch.zeros_like(length)), found.x)
-        codes = torch.where(length == 0, make_codes(Result.CONVERGED, found.codes), found.codes)
+        codes = marked(found.codes, length == 0, Result.CONVERGED)
         bad = ~torch.isfinite(length) | ~torch.isfinite(found.relative)
-        codes = torch.where(bad, make_codes(Result.NONFINITE, codes), codes)
+        codes = marked(codes, bad, Result.NONFINITE)
         value = value if x0 is None else x0 + value
-        solution = report(value, codes, found.steps, found.relative * length, size)
-        if found.condition is not None:
-            solution.stats["condition"] = found.condition
-        solution.state = LinearState(value, precondition, found.lanczos)
-        return solution
+        kept = LinearState(value, precondition, found.lanczos)
+        solution = report(value, codes, found.steps, found.relative * length, size, kept)
+        return solution if found.condition is None else solution.with_stats(condition=found.condition)
 
     @abstractmethod
     def iterate(
@@ -163,7 +161,11 @@ class IterativeSolver(ABC):
     def step_limit(self, b: Tensor) -> int:
         if self.max_steps is None and recording():
             raise NotImplementedError(f"{type(self).__name__} stops by its tolerance: give it max_steps.")
-        return self.max_steps or min(10 * b.shape[-1], 1000)
+        return self.max_steps or self.default_steps(b.shape[-1])
+
+    def default_steps(self, size: int) -> int:
+        """The limit on the steps of a system of ``size`` unknowns where ``max_steps`` is None."""
+        return min(10 * size, 1000)
 
 
 def require_symmetric(operator: Operator, name: str) -> None:
@@ -221,17 +223,25 @@ def failed(solution: Solution) -> bool:
     return not recording() and not solution.result.ok
 
 
-def report(value: Tensor, codes: Tensor, steps: Tensor, residual: Tensor, scale: Tensor) -> Solution:
+def report(
+    value: Tensor,
+    codes: Tensor,
+    steps: Tensor,
+    residual: Tensor,
+    scale: Tensor,
+    state: LinearState | None = None,
+) -> Solution[Tensor]:
     """A `Solution` whose stats have the batch shape; an answer that is worse than zero has diverged.
 
     Args:
         residual: ``||b - A x||``. scale: ``||b||``. Both float64.
+        state: what a later solve can start from.
     """
     relative = torch.where(scale > 0, residual / scale, torch.zeros_like(residual))
     worse = (relative > WORSE) & (codes < int(Result.MAX_STEPS))
-    codes = torch.where(worse, make_codes(Result.DIVERGED, codes), codes)
+    codes = marked(codes, worse, Result.DIVERGED)
     stats = {"num_steps": steps, "residual_norm": residual, "relative_residual": relative, "result": codes}
-    return Solution(value, stats)
+    return Solution(value, stats, state=state)
 
 
 def relative_tolerance(rtol: float | Tensor, atol: float, scale: Tensor) -> Tensor:

@@ -117,8 +117,7 @@ class Portfolio(BilevelTestProblem):
         cost, total, low = self._data(hparams)
         ones = torch.ones_like(self.init)
         found = quadratic_program(self.risk, -cost, ones[None], total[None], -torch.diag(ones), -low, **settings)
-        found.value = found.value.primal
-        return found
+        return found.with_value(found.value.primal)
 
     def _data(self, hparams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gains, the total and the lower bounds."""

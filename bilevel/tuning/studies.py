@@ -82,7 +82,7 @@ def create_study(
             f"The study {name!r} exists with the directions {found}, and {directions} are asked for: take another name."
         )
     sweep(study, grace_seconds)
-    study.sampler = _sampler(sampler, seed + 7919 * worker + len(study.trials), len(directions))
+    study.sampler = _sampler(sampler, seed + 7919 * worker + len(study.trials))
     if defaults is not None and worker == 0:
         study.enqueue_trial(dict(defaults), user_attrs={"default": True}, skip_if_exists=True)
     return study
@@ -214,7 +214,7 @@ def guard(objective: Objective) -> Objective:
     return guarded
 
 
-def _sampler(name: Sampler, seed: int, num_objectives: int) -> optuna.samplers.BaseSampler:
+def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:
     require("optuna", "tuning")
     import optuna
 

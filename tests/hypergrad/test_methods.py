@@ -9,7 +9,7 @@ import torch
 
 import bilevel as bl
 from bilevel.diagnostics import all_methods, solve
-from bilevel.diagnostics.compare import peak_mib
+from bilevel.diagnostics.cost import peak_mib
 from bilevel.diagnostics.methods import DEFINITE, accurate_solver
 from bilevel.problems import Quadratics, Ridge, collection
 from tests.conformance import randn, relative_error
