@@ -99,8 +99,9 @@ class Solution(Generic[Value]):
         value: the solution; of `argmin` a tree like ``init``, and a type checker knows it by that type; of a linear
             solver a tensor ``[*batch, n]``.
         stats: tensors of the batch shape. Always ``num_steps`` (int64), ``residual_norm`` (float64: of an
-            inner solve the gradient norm, of a linear solve ``||b - A x||``) and ``result`` (int8 codes). Of a solve
-            without a tolerance also ``step_norm``, the distance to the solution as the solver predicts it.
+            inner solve the gradient norm, of a linear solve ``||b - A x||``) and ``result`` (int8 codes). Of `argmin`
+            also ``loss``, and of a solve without a tolerance ``step_norm``, the distance to the solution as the solver
+            predicts it.
         recovered: names of the fallbacks that were used, in order.
         state: what a later solve can start from; None where the solver keeps nothing.
     """

@@ -142,10 +142,20 @@ class Call:
 
 
 def measured(found: Solution, residual: Tensor, loss: Tensor | None) -> Solution:
-    """What was found, with the norm of its residual ``[*batch, n]``; where that or a loss is not finite, it says so."""
-    size = norm(residual)
-    finite = torch.isfinite(size) if loss is None else torch.isfinite(size) & torch.isfinite(loss)
-    return found.with_stats(result=marked(found.stats["result"], ~finite, Result.NONFINITE), residual_norm=size)
+    """What was found, with the norm of its residual ``[*batch, n]``; where that or a loss is not finite, it says so.
+
+    A loss that is not the one that the solver ended with is no minimum of anything: the objective is random.
+    """
+    size, codes = norm(residual), found.stats["result"]
+    finite, stats = torch.isfinite(size), {}
+    if loss is not None:
+        finite, stats = finite & torch.isfinite(loss), {"loss": loss.double()}
+    if loss is not None and "loss" in found.stats and found.stats["loss"].shape == loss.shape:
+        ended = found.stats["loss"]
+        rounding = torch.finfo(residual.dtype).eps ** 0.5 * torch.maximum(ended.abs(), loss.double().abs())
+        other = (loss.double() - ended).abs() > rounding
+        codes = marked(codes, other & (codes < int(Result.STAGNATED)), Result.STAGNATED)
+    return found.with_stats(result=marked(codes, ~finite, Result.NONFINITE), residual_norm=size, **stats)
 
 
 def measured_at_solution(problem: Problem | RootProblem, found: Solution) -> Solution:

@@ -223,7 +223,9 @@ def descend(
             progress.end(~moved & nearness.acceptable, Result.CONVERGED)
         progress.end(~moved, Result.STAGNATED)
     progress.mark(_grows(progress, at, before, problem.start, nearness) & (at.f < halfway.f), Result.UNBOUNDED)
-    return progress.solution(at.y, step_size=size, **({} if nearness is None else {"step_norm": nearness.predicted}))
+    return progress.solution(
+        at.y, step_size=size, loss=at.f, **({} if nearness is None else {"step_norm": nearness.predicted})
+    )
 
 
 def _grows(
