@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from .hypergrad.composite import CompositeStatement
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
 from .hypergrad.penalty import Penalty
+from .hypergrad.search import Search
 from .hypergrad.statement import ObjectiveStatement, ResidualStatement, SymmetricResidualStatement
 from .inner.decay import with_decay
 from .inner.fixed_point import Anderson
@@ -28,7 +30,7 @@ from .inner.outcome import advice_for, look_closer
 from .inner.proximal import ProximalGradient
 from .inner.roots import Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
-from .solution import Solution, Throw, check_throw, settle
+from .solution import Solution, Throw, check_throw
 from .tree import Raveler, Tree, leaves, tree_map
 
 Params = TypeVar("Params")
@@ -98,15 +100,14 @@ def argmin(
     if isinstance(solver, ProximalGradient):
         return _composite(objective, init, args, solver, hypergrad, throw, warm_start)
 
-    def solve(problem: Problem, measure: Callable[[Solution], Solution]) -> Solution:
-        found = measure(solver.minimize(problem))
-        if throw == "fallback" and not found.result.ok:
-            found = replace(measure(NewtonCG().minimize(problem)), recovered=("NewtonCG",))
-        if throw != "ignore":
-            found = look_closer(problem, found)
-            settle(found, throw, "The inner solve", advice_for(problem, found, INNER_ADVICE))
-        return found
-
+    search = Search(
+        solver.minimize,
+        throw,
+        "The inner solve",
+        partial(advice_for, advice=INNER_ADVICE),
+        fallback=NewtonCG(),
+        look=None if throw == "ignore" else look_closer,
+    )
     return differentiable_solve(
         ObjectiveStatement,
         objective,
@@ -114,9 +115,8 @@ def argmin(
         args,
         build=lambda recorder: Problem(objective, init, args, recorder=recorder),
         batch_dims_of=_check_loss,
-        solve=solve,
+        search=search,
         hypergrad=hypergrad,
-        throw=throw,
         minimize=solver.minimize,
         warm_start=warm_start,
     )
@@ -155,13 +155,8 @@ def _composite(
         shrink = replace(closure, fn=lambda pair, *_: prox.prox(*pair), spec=pair)
         return CompositeStatement(replace(closure, fn=objective), shrink, prox.separable)
 
-    def solve(problem: Problem, measure: Callable[[Solution], Solution]) -> Solution:
-        found = solver.minimize(problem)
-        size = found.stats["residual_norm"]
-        found = measure(found).with_stats(residual_norm=size)  # at the solver's own step, as it was judged
-        settle(found, throw, "The inner solve", advice_for(problem, found, COMPOSITE_ADVICE))
-        return found
-
+    advice = partial(advice_for, advice=COMPOSITE_ADVICE)
+    own = ("residual_norm",)  # at the solver's own step, as it was judged
     return differentiable_solve(
         statement,
         reached,
@@ -169,9 +164,8 @@ def _composite(
         args,
         build=build,
         batch_dims_of=_check_loss,
-        solve=solve,
+        search=Search(solver.minimize, throw, "The inner solve", advice, own_stats=own),
         hypergrad=hypergrad,
-        throw=throw,
         warm_start=warm_start,
     )
 
@@ -264,11 +258,6 @@ def _root(
             "have none that it could follow. Take Implicit, or iterate the map in your own loop: autograd follows it."
         )
 
-    def solve(problem: RootProblem, measure: Callable[[Solution], Solution]) -> Solution:
-        found = measure(solver.find(problem))
-        settle(found, throw, "The solve of the system", ROOT_ADVICE)
-        return found
-
     return differentiable_solve(
         kind,
         residual,
@@ -276,9 +265,8 @@ def _root(
         args,
         build=lambda recorder: RootProblem(residual, init, args, batch_dims=int(batched), recorder=recorder),
         batch_dims_of=lambda _, init: len(check_batch(init, int(batched))),
-        solve=solve,
+        search=Search(solver.find, throw, "The solve of the system", ROOT_ADVICE),
         hypergrad=hypergrad,
-        throw=throw,
         warm_start=warm_start,
     )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,12 @@ from .context import solves
 from .hypergrad.base import PathMethod
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
+from .hypergrad.search import Search
 from .hypergrad.statement import ResidualStatement
 from .inner.interior_point import SINGULAR, InteriorPoint, mul, scaled
 from .linalg.direct import LeastNorm, is_singular
 from .problem import RootProblem
-from .solution import Result, Solution, SolveWarning, Throw, check_throw, settle
+from .solution import Result, Solution, SolveWarning, Throw, check_throw
 
 INFEASIBLE = "It is infeasible: no point meets all its constraints (a feasible point is needed). Relax A, b, G or h"
 UNBOUNDED = (
@@ -106,17 +108,7 @@ def quadratic_program(
         problem.data = data
         return problem
 
-    def solve(problem: RootProblem, measure: Callable[[Solution], Solution]) -> Solution:
-        found = measure(method.find(problem))
-        solved = found.stats["result"] == int(Result.CONVERGED)
-        dependent, ambiguous = _dependent(found.value, problem.data)
-        unsure = found.stats["degenerate"] | (solved & ambiguous)
-        found = found.with_stats(degenerate=unsure | (solved & dependent))
-        settle(found, throw, "The quadratic program", _advice(found))
-        if throw != "ignore" and hypergrad is not None and bool(unsure.any()):
-            warnings.warn(DEGENERATE, SolveWarning, stacklevel=2)
-        return found
-
+    tells = throw != "ignore" and hypergrad is not None
     found = differentiable_solve(
         lambda closure: QPStatement(closure, replace(closure, fn=lambda _, *data: data)),
         _kkt,
@@ -124,9 +116,8 @@ def quadratic_program(
         tuple(data),
         build=build,
         batch_dims_of=lambda _, init: len(batch),
-        solve=solve,
+        search=Search(method.find, throw, "The quadratic program", _advice, look=partial(_with_degenerate, warn=tells)),
         hypergrad=hypergrad,
-        throw=throw,
     )
     return found.with_value(QPSolution(*(part * unit for part, unit in zip(found.value, units, strict=True))))
 
@@ -146,7 +137,17 @@ class QPStatement(ResidualStatement):
         return replace(self, closure=VmappedClosure(self.closure, in_dims), data=VmappedClosure(self.data, in_dims))
 
 
-def _advice(found: Solution) -> str:
+def _with_degenerate(problem: RootProblem, found: Solution[Tensor], *, warn: bool) -> Solution[Tensor]:
+    """The solution with its flag of degenerate programs; where a derivative is in doubt, it can be heard."""
+    solved = found.stats["result"] == int(Result.CONVERGED)
+    dependent, ambiguous = _dependent(found.value, problem.data)
+    unsure = found.stats["degenerate"] | (solved & ambiguous)
+    if warn and bool(unsure.any()):
+        warnings.warn(DEGENERATE, SolveWarning, stacklevel=3)
+    return found.with_stats(degenerate=unsure | (solved & dependent))
+
+
+def _advice(_: RootProblem, found: Solution[Tensor]) -> str:
     for flag, advice in (("infeasible", INFEASIBLE), ("unbounded", UNBOUNDED)):
         if bool(found.stats[flag].any()):
             return advice

@@ -15,7 +15,7 @@ from ..problem import Linearization, Objective, Problem
 from ..solution import Solution, Throw, settle
 from ..tree import Raveler, Tree, leaves
 from .seen import Seen
-from .statement import ResidualStatement, Statement, free_leaves, raveler_of
+from .statement import Statement, free_leaves, raveler_of
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Point:
 
     def require_objective(self, method: str) -> None:
         """Raise where the problem is not one of `argmin`."""
-        if isinstance(self.statement, ResidualStatement) or self.minimize is None:
+        if not self.statement.has_objective or self.minimize is None:
             raise TypeError(
                 f"{method} needs the objective of an argmin; a root or fixed point has none: use hypergrad=Implicit()."
             )

@@ -18,6 +18,7 @@ from ..recording import recording
 from ..solution import AdjointCell, Result, Solution, SolveError, Throw, marked, settle
 from ..tree import norm
 from .base import Hypergrad, Point, Pulled
+from .search import Search
 from .seen import Seen
 from .statement import Statement
 
@@ -45,9 +46,6 @@ ADJOINT_ADVICE: dict[Result | None, str] = {
 }
 
 
-Solve = Callable[[Any, Callable[[Solution], Solution]], Solution]
-
-
 @dataclass
 class Record:
     """What the plain solves below all transforms leave for the caller."""
@@ -66,7 +64,7 @@ class Call:
     """One differentiable solve.
 
     Attributes:
-        solve: from the problem, and a function that measures what was found, to the found solution.
+        search: how the problem is solved.
         problem: the problem, where it was built already (outside of transforms).
         linear_state: what the linear solve starts from.
     """
@@ -75,12 +73,15 @@ class Call:
     spec: pytree.TreeSpec
     batch_dims: int
     hypergrad: Hypergrad
-    solve: Solve
-    throw: Throw
+    search: Search
     problem: Any = None
-    minimize: Callable[[Any], Solution] | None = None
+    minimize: Callable[[Any], Solution[Tensor]] | None = None
     linear_state: Any = None
     record: Record = field(default_factory=Record)
+
+    @property
+    def throw(self) -> Throw:
+        return self.search.throw
 
     @property
     def num_leaves(self) -> int:

@@ -19,7 +19,7 @@ one-sided derivatives. A penalty or constraint that is not separable has no such
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,9 +32,7 @@ from ..problem import Linearization, Problem, linearize_objective
 from ..solution import Solution
 from ..tree import Raveler, scale
 from .base import Point
-from .statement import ObjectiveStatement, ResidualStatement, free_leaves
-
-Solve = Callable[[Operator, Tensor], Solution[Tensor]]
+from .statement import ObjectiveStatement, ResidualStatement, Solve, free_leaves
 
 
 @dataclass(frozen=True)
@@ -106,14 +104,14 @@ class CompositeStatement(ResidualStatement):
         )
 
     def smooth(self, point: Point) -> Point:
-        """The same point as one of the smooth part alone, whose operator is the Hessian of g."""
+        """The same point, of the smooth part alone, whose operator is the Hessian of g."""
         at = self._at(point)
         statement = ObjectiveStatement(self.closure)
         return dataclasses.replace(point, statement=statement, state=None, _at=at.smooth)
 
-    def solve(self, point: Point, hessian: Operator, b: Tensor, transpose: bool, solve: Solve) -> Solution[Tensor]:
+    def solve(self, point: Point, operator: Operator, b: Tensor, transpose: bool, solve: Solve) -> Solution[Tensor]:
         """``J^T u = b`` or ``J w = b``, by one symmetric solve on the active set where D is diagonal."""
-        at = self._at(point)
+        at, hessian = self._at(point), operator
         if not self.separable:
             jacobian = ProxJacobian(hessian, at)
             return solve(jacobian.T if transpose else jacobian, b)

@@ -7,16 +7,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._torch import pytree
 from ..closure import Autocast, Closure, Recorder, in_transform
 from ..reach import Reach
-from ..solution import Solution, Throw
+from ..solution import Solution
 from ..tree import Tree
 from .base import Hypergrad
-from .call import Call, Solve, measured_at_solution
+from .call import Call, measured_at_solution
 from .functions import solution
 from .implicit import Implicit
+from .search import Search
 from .statement import Statement
 
 
@@ -28,10 +30,9 @@ def differentiable_solve(
     *,
     build: Callable[[Recorder], Any],
     batch_dims_of: Callable[[Any, Tree], int],
-    solve: Solve,
+    search: Search,
     hypergrad: Hypergrad | None,
-    throw: Throw,
-    minimize: Callable[[Any], Solution] | None = None,
+    minimize: Callable[[Any], Solution[Tensor]] | None = None,
     warm_start: Solution | None = None,
 ) -> Solution:
     """Solve a problem, and make its solution a function of every tensor that ``fn`` reached.
@@ -39,7 +40,7 @@ def differentiable_solve(
     Args:
         kind: makes the statement of a closure. build: the problem at ``init``, recorded.
         batch_dims_of: from what ``fn`` returned and ``init`` to the number of leading dimensions that count problems.
-        solve, minimize: as in `Call` and `Point`.
+        search: how it is solved. minimize: as in `Point`.
     """
     flat, spec = pytree.tree_flatten(init)
     differentiable = hypergrad is not None and torch.is_grad_enabled()
@@ -48,7 +49,7 @@ def differentiable_solve(
         problem = build(recorder)
         batch_dims = len(problem.raveler.batch_shape)
         if hypergrad is None or not differentiable or not (recorder.captured or hypergrad.reaches_init):
-            found = solve(problem, partial(measured_at_solution, problem))
+            found = search(problem, partial(measured_at_solution, problem))
             return found.with_value(pytree.tree_unflatten(problem.raveler.unravel(found.value), spec))
     else:
         start = [leaf.detach() for leaf in flat]
@@ -58,9 +59,7 @@ def differentiable_solve(
             batch_dims = batch_dims_of(fn(pytree.tree_unflatten(start, spec), *args), init)
     closure = Closure(fn, spec, args, recorder.captured, Autocast.current(flat[0].device), recorder.spared)
     method = hypergrad or Implicit()
-    call = Call(
-        kind(closure), spec, batch_dims, method, solve, throw, problem, minimize, warm_start and _state(warm_start)
-    )
+    call = Call(kind(closure), spec, batch_dims, method, search, problem, minimize, warm_start and _state(warm_start))
     start = flat if method.reaches_init else [leaf.detach() for leaf in flat]
     value, stats = solution(call, start, recorder.resolved)
     plain = call.record.found

@@ -45,7 +45,7 @@ class _Solution(torch.autograd.Function):
             record.seen = point.seen = Seen.of(problem, at.loss, residual)
             return measured(found, residual, None if at.loss is None else at.loss.detach())
 
-        found = call.solve(problem, measure)
+        found = call.search(problem, measure)
         assert record.point is not None
         record.found, record.names = found, sorted(found.stats)
         inspect(record, record.point.linearization())

@@ -17,7 +17,6 @@ from ..inner.decay import Decayed
 from ..inner.nearness import Goal
 from ..linalg.cg import CG
 from ..linalg.curvature import FuncHessian
-from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
 from ..linalg.neumann import largest_eigenvalue
 from ..linalg.operator import Damped, Operator
@@ -27,8 +26,6 @@ from ..problem import Linearization, Problem
 from ..solution import Result, Solution, marked
 from ..tree import dot, norm
 from .base import Point, Pulled
-from .composite import CompositeStatement
-from .statement import ResidualStatement, SymmetricResidualStatement
 
 OperatorFactory = Callable[[Problem, Linearization], Operator]
 
@@ -74,20 +71,15 @@ class Implicit:
 
     def solve_at(self, point: Point, b: Tensor, *, transpose: bool) -> Solution[Tensor]:
         """Solve ``J^T u = b`` or ``J u = b`` at the solution, with the fallbacks that were allowed."""
-        if isinstance(point.statement, CompositeStatement):
-            hessian = self.operator_at(point.statement.smooth(point))
-            solved = point.statement.solve(point, hessian, b, transpose, partial(self._solve, point))
-            return self._doubted(point, b, solved)
-        b = _without_unused(point, b)
-        operator = self.operator_at(point)
-        solved = self._solve(point, operator.T if transpose else operator, b)
+        operator = self.operator_at(point.statement.smooth(point))
+        solved = point.statement.solve(point, operator, b, transpose, partial(self._solve, point))
         if isinstance(operator, FuncHessian) and point.seen is not None:
             point.seen.check_apart(operator.apart)
         return self._doubted(point, b, solved)
 
     def _solve(self, point: Point, operator: Operator, b: Tensor) -> Solution[Tensor]:
-        definite = not isinstance(point.statement, SymmetricResidualStatement)
-        solver = self.linear_solver or (GMRES() if not operator.symmetric else CG() if definite else MINRES())
+        symmetric = CG() if point.statement.definite else MINRES()
+        solver = self.linear_solver or (symmetric if operator.symmetric else GMRES())
         state = point.state if isinstance(point.state, LinearState) else None
         solved = solver.solve(self._damped(operator, 0.0), b, state)
         return self._recover(operator, b, solved) if point.throw == "fallback" else solved
@@ -100,10 +92,8 @@ class Implicit:
             if point.seen is not None:
                 point.seen.check_loss(problem.start.f)
             return _with_decay(point, self.operator(problem, at))
-        if isinstance(point.statement, ResidualStatement):
-            return GraphJacobian(raveler, at, point.statement.symmetric)
-        if self.operator == "graph":
-            return GraphJacobian(raveler, at, symmetric=True)
+        if self.operator == "graph" or not point.statement.has_objective:
+            return point.statement.operator(raveler, at)
         assert at.loss is not None
         hparams = [tensor.detach() for tensor in at.hparams]
         return FuncHessian(raveler, at, lambda params: point.statement.closure(params, hparams).sum())
@@ -168,19 +158,10 @@ def _judged(asked: Operator, b: Tensor, tried: Solution[Tensor]) -> Solution[Ten
     return report(tried.value, codes, tried.stats["num_steps"], norm(b - asked.matvec(tried.value)), norm(b))
 
 
-def _without_unused(point: Point, b: Tensor) -> Tensor:
-    """Zero where a leaf has no residual: it stays at its start whatever the hyperparameters are."""
-    used = [r.requires_grad for r in point.linearization().residual]
-    if all(used):
-        return b
-    parts = point.raveler.unravel(b)
-    return point.raveler.ravel([p if use else torch.zeros_like(p) for p, use in zip(parts, used, strict=True)])
-
-
 def _problem(point: Point) -> Problem:
     """The problem as operator factories see it: the user's own objective and args."""
     closure = point.statement.closure
-    if not isinstance(closure, Closure) or isinstance(point.statement, ResidualStatement):
+    if not isinstance(closure, Closure) or not point.statement.has_objective:
         raise NotImplementedError(
             "A Gauss-Newton or Fisher operator serves argmin, outside of torch.func.vmap: give it a vector objective."
         )
