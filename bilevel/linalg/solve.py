@@ -71,7 +71,8 @@ class Stopping:
 class Outcome:
     """What an algorithm made of a normalised right-hand side; ``relative`` is its residual norm.
 
-    ``condition``: a lower bound of the matrix's condition number, where the algorithm sees one.
+    ``condition``: a lower bound of the matrix's condition number, ``least``: an upper one of its smallest eigenvalue,
+    where the algorithm sees them.
     """
 
     x: Tensor
@@ -80,6 +81,7 @@ class Outcome:
     relative: Tensor
     lanczos: Lanczos | None = None
     condition: Tensor | None = None
+    least: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,8 @@ class IterativeSolver(ABC):
         solution = report(value, codes, found.steps, found.relative * length, size)
         if found.condition is not None:
             solution.stats["condition"] = found.condition
+        if found.least is not None:
+            solution.stats["least_curvature"] = found.least
         solution.state = LinearState(value, precondition, found.lanczos)
         return solution
 

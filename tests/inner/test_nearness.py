@@ -106,8 +106,10 @@ class TestMinimisers:
 
         accurate = {"solver": bl.NewtonCG(gtol=1e-10, max_steps=500), "hypergrad": bl.Implicit(bl.Cholesky())}
         exact = hypergradient(torch.float64, **accurate)
-        if dtype is torch.float64:
-            assert relative(hypergradient(dtype), exact) < 1e-5
+        if dtype is torch.float64:  # the gradient that is left, over the smallest curvature, is just above the promise
+            with pytest.warns(bl.SolveWarning, match="less accurate"):
+                found = hypergradient(dtype)
+            assert relative(found, exact) < 1e-5
         else:
             with pytest.warns(bl.SolveWarning, match="less accurate.*condition"):
                 found = hypergradient(dtype)
