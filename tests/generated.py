@@ -13,8 +13,8 @@ import random
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ D = torch.float64
 PROMISED = {torch.float32: 1e-3, torch.float64: 1e-6}
 NEAR = {torch.float32: 3e-4, torch.float64: 1e-7}
 """How near the params are where rounding allows no more: what a hypergradient that amplifies it may lose."""
+DEFAULT_RTOL = {torch.float32: 1e-5, torch.float64: 1e-10}
 FEATURES, EXAMPLES = 6, 14
 
 POINTWISE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -58,7 +59,6 @@ SYMMETRIC = (
     bl.Implicit(bl.LU(), operator="func"),
     bl.Implicit(bl.Nystrom(rank=FEATURES, damping=1e-12)),
     bl.Implicit(bl.Neumann()),
-    bl.Penalty(),
 )
 GENERAL = (
     bl.Implicit(),
@@ -68,8 +68,6 @@ GENERAL = (
     bl.Implicit(bl.NormalCG()),
     bl.Implicit(bl.LU()),
 )
-PENALTY = 0.1
-"""Penalties approximate: what they may lose where nothing is said."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "kind": KINDS,
@@ -194,16 +192,23 @@ class Truth:
         changes = []
         for e in torch.eye(FEATURES, dtype=D):
             there = z + 1e-6 * e * size / self.unit * (1 if self.free is None else self.free)
-            moved = self._pull(there, self._adjoint(there)[1])
-            changes.append(max(float((a - b).norm() / b.norm()) for a, b in zip(moved, self.hypergradient, strict=True) if b.norm() > 0))
+            changes.append(relative_error(self._pull(there, self._adjoint(there)[1]), self.hypergradient))
         return 1e6 * math.hypot(*changes)
+
+
+def relative_error(found: Sequence[Tensor], true: list[Tensor]) -> float:
+    """Of the worst hyperparameter; NaN where one is NaN."""
+    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, true, strict=True) if b.norm() > 0]
+    return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
 
 def times(matrix: Tensor, z: Tensor) -> Tensor:
     return (matrix.to(z) @ z.unsqueeze(-1)).squeeze(-1)
 
 
-def newton(residual: Callable[[Tensor], Tensor], jacobian: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, bool]:
+def newton(
+    residual: Callable[[Tensor], Tensor], jacobian: Callable[[Tensor], Tensor], z: Tensor
+) -> tuple[Tensor, bool]:
     """A root to machine precision, by damped Newton, each problem with its own step; and whether it was found."""
     r = residual(z)
     for _ in range(100):
@@ -400,7 +405,7 @@ def solve(truth: Truth, x: list[Tensor]) -> tuple[bl.Solution, Tensor]:
 
 
 def minimiser(truth: Truth) -> Any:
-    case, setting = truth.case, truth.case.solver_setting
+    setting = truth.case.solver_setting
     if setting == "gtol":
         return bl.LBFGS(gtol=natural_gtol(truth))
     if setting == "descent":
@@ -420,7 +425,12 @@ def natural_gtol(truth: Truth) -> float:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Attributes: error: relative, of the worst hyperparameter. flag: what was said, or None. allowed: the error."""
+    """What became of a case.
+
+    Attributes:
+        error: relative, of the worst hyperparameter. allowed: what it may be. flag: what was said, or None.
+        benign: whether a flag would be a false alarm. strict: whether the error is within the bare promise.
+    """
 
     error: float
     allowed: float
@@ -439,22 +449,22 @@ class Verdict:
 
 
 def allowed_error(truth: Truth, fit: bl.Solution) -> float:
-    """What a case promises: that of default solves, or its tolerances, and residuals that it told, times the condition."""
+    """What a case promises: that of default solves, or the tolerances and residuals that it tells, by the condition."""
     case, promise = truth.case, PROMISED[truth.case.dtype]
-    if isinstance(case.hypergrad, bl.Penalty):
-        return PENALTY
     assert isinstance(case.hypergrad, bl.Implicit)
     linear = case.hypergrad.linear_solver
     stated = getattr(linear, "rtol", None) or 0.0
     if fit.adjoint is not None and fit.adjoint.result is bl.Result.STEPS_DONE:
         stated = float(fit.adjoint.stats["relative_residual"].max())
     near = truth.condition * TAU[case.dtype] if case.solver_setting in ("gtol", "descent") else NEAR[case.dtype]
-    return max(promise, truth.amplification * near) + 10 * truth.condition * stated
+    return max(promise, truth.amplification * near) + truth.condition * (10 * stated or DEFAULT_RTOL[case.dtype])
 
 
 def judge(case: Case) -> Verdict | None:
     """Run a case; None where there is no truth to hold it against."""
     truth = truth_of(case)
+    if case.kind == "probit" and case.start not in ("solution", 0.0, 1e-6):
+        return None  # the second derivative of log_ndtr is wrong in PyTorch below -1e6
     finite = all(bool(torch.isfinite(g).all()) for g in truth.hypergradient)
     if not truth.regular or not finite or truth.own_condition > 1e11:
         return None
@@ -464,7 +474,7 @@ def judge(case: Case) -> Verdict | None:
         warnings.simplefilter("always")
         try:
             fit, loss = solve(truth, x)
-            grads = torch.autograd.grad(loss, x, allow_unused=True)
+            grads = torch.autograd.grad(loss, x, materialize_grads=True)
         except (bl.SolveError, ValueError, bl.ObjectiveChangedError) as caught:
             flag = f"{type(caught).__name__}: {caught}"
         else:
@@ -476,18 +486,13 @@ def judge(case: Case) -> Verdict | None:
                 flag = f"result {fit.result}"
             elif case.throw == "ignore" and adjoint is not None and not adjoint.result.ok:
                 flag = f"adjoint {adjoint.result}"
-            error = max(
-                float((g.double() - t).norm() / t.norm()) if t.norm() > 0 else float(g.norm() > 0)
-                for g, t in zip(grads, truth.hypergradient, strict=True)
-                if g is not None
-            )
+            error = relative_error(grads, truth.hypergradient)
             if flag is None and case.throw == "ignore" and error != error:
                 flag = "NaN"
     plain = "Neumann" not in repr(case.hypergrad) and case.solver_setting not in ("descent", "plain")
     plain = plain and not isinstance(case.solver_setting, bl.Picard | bl.ScipyMinimize | bl.ScipyRoot)
-    if isinstance(case.hypergrad, bl.Penalty) and case.throw == "ignore":
-        return None  # it has no result of its own
-    benign = case.modest and truth.condition <= 100 and plain and "Penalty" not in repr(case.hypergrad)
+    far = case.start != "solution" and float(case.start) > 1
+    benign = case.modest and not (far and case.kind == "poisson") and truth.condition <= 100 and plain
     return Verdict(error, allowed, flag, benign, error <= PROMISED[case.dtype])
 
 
@@ -495,7 +500,6 @@ def main(count: int, seed: int = 0) -> None:
     torch.set_num_threads(1)
     source, began = random.Random(seed), time.time()
     tally: dict[Any, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    default = Case()
     for _ in range(count):
         case = Case.drawn(source)
         verdict = judge(case)
@@ -508,9 +512,10 @@ def main(count: int, seed: int = 0) -> None:
         if verdict.benign:
             tally["benign"][what] += 1
         if verdict.wrong or verdict.false_alarm:
-            parts = [f"{f.name}={getattr(case, f.name)!r}" for f in fields(case) if getattr(case, f.name) != getattr(default, f.name)]
-            print(f"{'WRONG' if verdict.wrong else 'FALSE ALARM'} {verdict.error:.2g} > {verdict.allowed:.2g} Case({', '.join(parts)})"
-                  f"  # {case.solver_setting} {case.hypergrad} {(verdict.flag or '')[:110]}", flush=True)
+            name = "WRONG" if verdict.wrong else "FALSE ALARM"
+            print(
+                f"{name}: {verdict.error:.2g}, allowed {verdict.allowed:.2g}: {case}  {verdict.flag or ''}", flush=True
+            )
     for name, counts in tally.items():
         print(name, dict(counts))
     print(f"{time.time() - began:.0f} s")

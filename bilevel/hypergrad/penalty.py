@@ -23,13 +23,6 @@ INEXACT_ADVICE = (
     "The hypergradient is as inexact as that: give the inner solver a gtol of 0.01 / strength or less, or more steps, "
     "or lower strength"
 )
-STRONG_ADVICE = (
-    "The inner loss is not quadratic over the way that the params are moved, so that the difference is no derivative: "
-    "raise strength, or scale the inner loss up"
-)
-EARLY, BENT = 1 / 16, 0.5
-"""How far along the way the gradient is looked at, and by how much of the nudge its slope there may differ from the
-mean one."""
 INEXACT = 0.02
 """Of the nudge, the part that a nudged solve may leave unanswered."""
 TRIES = 5
@@ -78,19 +71,13 @@ class Penalty:
     def _gradient(self, point: Point, unit: Tensor, length: Tensor, sign: float) -> list[Tensor | None]:
         raveler = point.raveler
         base = raveler.ravel(point.params)
-        at_base = _residual(point)
-        slope = sign / self.strength * unit - at_base
-        found, left = self._nudged(point, base, slope)
+        found, left = self._nudged(point, base, sign / self.strength * unit - _residual(point))
         rounding = 10 * torch.finfo(base.dtype).eps * norm(base)
         moved = norm(found - base)
         lost = (length > 0) & (moved <= rounding)
         _tell(point, lost, moved, "The nudge of Penalty is lost in rounding", NUDGE_ADVICE)
         inexact = (length > 0) & ~lost & ~(left * self.strength <= INEXACT)
         _tell(point, inexact, left, "The nudged inner solve of Penalty is inexact", INEXACT_ADVICE)
-        early = _residual(replace(point, params=raveler.unravel(base + EARLY * (found - base)), _at=None))
-        bent = norm((early - at_base) / EARLY + at_base + slope)
-        strong = (length > 0) & ~lost & ~(bent * self.strength <= BENT)
-        _tell(point, strong, moved, "The nudge of Penalty is too strong", STRONG_ADVICE)
         return point.loss_gradient(raveler.unravel(found), weights=length * self.strength)
 
     def _nudged(self, point: Point, base: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
