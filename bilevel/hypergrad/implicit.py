@@ -124,6 +124,11 @@ class Implicit:
             best = _merge(best, tried, (*best.recovered, name))
         return best
 
+    @property
+    def _untold(self) -> bool:
+        """Whether the user said how accurate the solve shall be neither by a tolerance nor by a number of steps."""
+        return all(getattr(self.linear_solver, name, None) is None for name in ("rtol", "max_steps"))
+
     def _doubted(self, point: Point, b: Tensor, solved: Solution[Tensor]) -> Solution[Tensor]:
         """`Result.INACCURATE` in the problems where solves without a tolerance are not as near as they promise.
 
@@ -137,8 +142,12 @@ class Implicit:
             residual = point.raveler.ravel([r.detach() for r in point.linearization().residual])
             allowed = torch.maximum(goal.promised * norm(point.raveler.ravel(point.params)), 100 * found["step_norm"])
             far = dot(solved.value, residual).abs() > allowed * norm(b)
+            # The gradient that is left, over the smallest curvature, bounds the distance, whatever the solver saw.
+            least = solved.stats.get("least_curvature", torch.full_like(allowed, torch.inf))
+            size = torch.maximum(goal.promised * norm(point.raveler.ravel(point.params)), 10 * found["step_norm"])
+            far = far | (norm(residual) > size * least)
             doubtful = far & (found["result"] <= int(Result.STEPS_DONE))
-        if self.linear_solver is None and "condition" in solved.stats:
+        if self._untold and "condition" in solved.stats:
             doubtful = doubtful | (torch.finfo(b.dtype).eps * solved.stats["condition"] > LOST_TO_ROUNDING)
         codes = marked(codes, doubtful & (codes < int(Result.INACCURATE)), Result.INACCURATE)
         return solved.with_stats(result=codes)

@@ -17,6 +17,9 @@ from ..tree import norm
 PATIENCE = 10
 """Steps in which the predicted step does not halve, after which the precision is held to be used up."""
 
+PROGRESS = 0.995
+"""What a step that rounding does not hide leaves of the distance, at most."""
+
 VANISHED = 1e-30
 """Part of the way that the params have come: what is shorter is zero."""
 
@@ -73,15 +76,18 @@ class Nearness:
         chance = torch.where(torch.isinf(self.predicted), predicted, (predicted * self.predicted).sqrt())
         both = torch.maximum(predicted, chance)
         self.predicted = torch.where(self.done, self.predicted, predicted)
-        self.near = both <= self.goal.accepted * norm(y)
-        if f is None:
+        near = both <= self.goal.accepted * norm(y)
+        self.near = near
+        if f is None:  # of unknowns that end at zero only the way that they have come has a scale
             travelled = norm(y - self.start)
-            self.near = self.near | (predicted <= 10 * torch.finfo(y.dtype).eps * travelled)
+            self.near = near | (predicted <= 10 * torch.finfo(y.dtype).eps * travelled)
         # Of params that end at zero only the loss has a scale: the step does not change it any more.
         if decrement is not None and f is not None:
             self.first = torch.where(torch.isinf(self.first), decrement, self.first)
             self.flat = (decrement <= 2 * self.goal.wanted**2 * f.abs()) & (decrement <= self.goal.wanted * self.first)
-        waiting = self.acceptable & ~(predicted <= self.least / 2)
+        # Where the way alone says near, a slow contraction must not pass for rounding: any progress counts.
+        progress = torch.where(near | self.flat, 0.5, PROGRESS)
+        waiting = self.acceptable & ~(predicted <= progress * self.least)
         self.idle = torch.where(waiting, self.idle + 1, torch.zeros_like(self.idle))
         self.least = torch.where(waiting, self.least, predicted)
         used_up = self.idle >= torch.where(self.flat, 2, PATIENCE)

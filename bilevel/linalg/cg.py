@@ -45,7 +45,7 @@ class CG(IterativeSolver):
         if not stopping.ordered:
             _verify(operator, unit, state, stopping.target, stopping.max_steps, precondition)
         condition = torch.where(torch.isfinite(state.least), state.size / state.least, torch.ones_like(state.size))
-        return Outcome(state.x, state.codes, state.steps, state.relative, lanczos, condition)
+        return Outcome(state.x, state.codes, state.steps, state.relative, lanczos, condition, state.least)
 
 
 def truncated_cg(operator: Operator, b: Tensor, rtol: Tensor, max_steps: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,8 @@ class Cholesky:
         factor, info = torch.linalg.cholesky_ex(matrix)
         unit, length = normalise(widened(b))
         x = torch.cholesky_solve(unit.unsqueeze(-1), factor).squeeze(-1)
-        return _report(matrix, x, unit, length, info == 0, b.dtype)
+        found = _report(matrix, x, unit, length, info == 0, b.dtype)
+        return _with_spectrum(found, matrix, lambda v: torch.cholesky_solve(v, factor))
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,12 @@ class LU:
         """Solve ``A x = b``; see `LinearSolver`."""
         matrix = _dense(operator, self.max_size, "LU")
         unit, length = normalise(widened(b))
-        x, info = torch.linalg.solve_ex(matrix, unit.unsqueeze(-1))
-        return _report(matrix, x.squeeze(-1), unit, length, info == 0, b.dtype, Result.STAGNATED)
+        factor, pivots, info = torch.linalg.lu_factor_ex(matrix)
+        x = torch.linalg.lu_solve(factor, pivots, unit.unsqueeze(-1)).squeeze(-1)
+        found = _report(matrix, x, unit, length, info == 0, b.dtype, Result.STAGNATED)
+        if not operator.symmetric:
+            return found
+        return _with_spectrum(found, matrix, lambda v: torch.linalg.lu_solve(factor, pivots, v))
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,15 @@ class LeastNorm:
         matrix = _dense(operator, self.max_size, "LeastNorm")
         unit, length = normalise(b)
         x = least_norm(matrix, unit, self.max_condition)
-        return _report(matrix, x, unit, length, torch.ones_like(length, dtype=torch.bool), b.dtype)
+        consistent = norm(unit - (matrix @ x.unsqueeze(-1)).squeeze(-1)) <= CONSISTENT * torch.finfo(b.dtype).eps ** 0.5
+        found = _report(matrix, x, unit, length, torch.ones_like(consistent), b.dtype)
+        codes = found.stats["result"]
+        doubtful = ~consistent & (codes <= int(Result.STEPS_DONE)) & (length > 0)
+        return found.with_stats(result=marked(codes, doubtful, Result.STAGNATED))
+
+
+CONSISTENT = 3.0
+"""In square roots of the rounding error: the relative residual of a singular system that still counts as solved."""
 
 
 def least_norm(matrix: Tensor, b: Tensor, max_condition: float | None = None) -> Tensor:
@@ -94,6 +108,22 @@ def is_singular(matrix: Tensor, max_condition: float) -> Tensor:
     inverse, info = torch.linalg.inv_ex(matrix)
     condition = torch.linalg.matrix_norm(matrix, 1) * torch.linalg.matrix_norm(inverse, 1)
     return (info != 0) | ~(condition < max_condition)
+
+
+def _with_spectrum(found: Solution, matrix: Tensor, solve: Callable[[Tensor], Tensor]) -> Solution:
+    """Add the condition number and the smallest eigenvalue, about, by a few inverse iterations on the factors."""
+    turns = torch.arange(matrix.shape[-1], device=matrix.device, dtype=torch.float64) * 0.6180339887498949
+    v = torch.where(turns % 1 < 0.5, 1.0, -1.0).to(matrix.dtype).expand(matrix.shape[:-1]).unsqueeze(-1)
+    for _ in range(INVERSE_ITERATIONS):
+        w = solve(v)
+        least = norm(v.squeeze(-1)) / norm(w.squeeze(-1))
+        v = w / w.abs().amax(-2, keepdim=True)
+    largest = torch.linalg.matrix_norm(matrix).double() / matrix.shape[-1] ** 0.5
+    condition = (largest / least).nan_to_num(1.0).clamp_min(1.0)
+    return found.with_stats(condition=condition, least_curvature=least.nan_to_num(torch.inf))
+
+
+INVERSE_ITERATIONS = 3
 
 
 def _dense(operator: Operator, max_size: int, name: str) -> Tensor:

@@ -177,6 +177,9 @@ def sketch(operator: Operator, rank: int, seed: int, kind: SketchKind) -> tuple[
     definite = (info == 0)[..., None, None]
     factor = torch.where(definite, factor, torch.eye(rank, dtype=factor.dtype, device=factor.device))
     half = torch.linalg.solve_triangular(factor, shifted.mT, upper=False).mT
+    # Curvature at the edge of what the precision can hold: its square root may overflow.
+    finite = finite & torch.isfinite(half).all(-1).all(-1)
+    half = torch.where(finite[..., None, None], half, torch.zeros_like(half))
     basis, singular, _ = torch.linalg.svd(half, full_matrices=False)
     eigenvalues = (singular.square() - shift.unsqueeze(-1)).clamp_min(0)
     usable = (info == 0) & finite

@@ -71,7 +71,8 @@ class Stopping:
 class Outcome:
     """What an algorithm made of a normalised right-hand side; ``relative`` is its residual norm.
 
-    ``condition``: a lower bound of the matrix's condition number, where the algorithm sees one.
+    ``condition``: a lower bound of the matrix's condition number, ``least``: an upper one of its smallest eigenvalue,
+    where the algorithm sees them.
     """
 
     x: Tensor
@@ -80,6 +81,7 @@ class Outcome:
     relative: Tensor
     lanczos: Lanczos | None = None
     condition: Tensor | None = None
+    least: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ class IterativeSolver(ABC):
         value = value if x0 is None else x0 + value
         kept = LinearState(value, precondition, found.lanczos)
         solution = report(value, codes, found.steps, found.relative * length, size, kept)
-        return solution if found.condition is None else solution.with_stats(condition=found.condition)
+        seen = {"condition": found.condition, "least_curvature": found.least}
+        return solution.with_stats(**{name: value for name, value in seen.items() if value is not None})
 
     @abstractmethod
     def iterate(

@@ -160,3 +160,9 @@ def test_bad_settings_name_the_argument(settings):
 def test_bad_settings_of_the_preconditioner_name_the_argument(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
         NystromPreconditioner(**settings)
+
+
+@pytest.mark.parametrize("size", [1e200, 1e300])
+def test_curvature_whose_square_overflows_is_a_result_and_no_crash(size):
+    matrix = size * torch.diag(torch.arange(1.0, 4.0, dtype=torch.float64))
+    assert not Nystrom(3, 1e-12).solve(Dense(matrix, symmetric=True), torch.ones(3).double()).result.ok

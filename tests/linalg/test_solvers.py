@@ -168,3 +168,19 @@ def test_identity_is_first_order():
 def test_bad_settings_name_the_argument(solver, settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
         solver(**settings)
+
+
+@pytest.mark.parametrize("solver", [Cholesky(), LU(), CG()], ids=repr)
+@pytest.mark.parametrize("condition", [1.0, 1e4, 1e8])
+def test_the_condition_and_the_least_curvature_are_told(solver, condition):
+    matrix = spd(6, condition)
+    stats = solver.solve(Dense(matrix, symmetric=True), randn(6)).stats
+    exact = torch.linalg.eigvalsh(matrix)
+    assert 0.9 <= float(stats["least_curvature"]) / float(exact[0]) < 30
+    assert float(exact[-1] / exact[0]) / 100 < float(stats["condition"]) < 1.1 * float(exact[-1] / exact[0])
+
+
+def test_a_nearly_singular_system_that_is_not_solved_is_told():
+    matrix = torch.diag(torch.tensor([1.0, 1e-8]))
+    assert LeastNorm().solve(Dense(matrix, symmetric=True), torch.tensor([1.0, 0.007])).result is Result.STAGNATED
+    assert LeastNorm().solve(Dense(matrix, symmetric=True), torch.tensor([1.0, 0.0])).result is Result.CONVERGED
