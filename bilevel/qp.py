@@ -21,6 +21,7 @@ from .hypergrad.implicit import Implicit
 from .hypergrad.search import Search
 from .hypergrad.statement import ResidualStatement
 from .inner.interior_point import SINGULAR, InteriorPoint, mul, scaled
+from .inner.nearness import Goal
 from .linalg.direct import LeastNorm, is_singular
 from .problem import RootProblem
 from .solution import Result, Solution, SolveWarning, Throw, check_throw
@@ -29,6 +30,10 @@ INFEASIBLE = "It is infeasible: no point meets all its constraints (a feasible p
 UNBOUNDED = (
     "It is unbounded: its objective falls for ever along a direction that the constraints allow. Bound z, or add a "
     "multiple of the identity to Q"
+)
+INACCURATE = (
+    "Its KKT residual is small and its solution is not: some params are in much larger units than others, or nearly "
+    "free. Scale them, take float64 data, add a multiple of the identity to Q, or give a tol if this accuracy is enough"
 )
 ADVICE = "Raise max_steps, loosen tol, or look for constraints that can hardly be met"
 DEGENERATE = (
@@ -101,7 +106,8 @@ def quadratic_program(
     batch = data[1].shape[:-1]
     init = QPSolution(*(torch.zeros_like(d) for d in (data[1], data[3], data[5])))
     base = 1e-9 if data[1].dtype == torch.float64 else 1e-5
-    method = InteriorPoint(base if tol is None else tol, max_steps)
+    near = Goal.of(data[1].dtype).promised if tol is None else None
+    method = InteriorPoint(base if tol is None else tol, max_steps, near)
 
     def build(recorder: Recorder) -> RootProblem:
         problem = RootProblem(_kkt, init, tuple(data), batch_dims=len(batch), recorder=recorder)
@@ -151,7 +157,7 @@ def _advice(_: RootProblem, found: Solution[Tensor]) -> str:
     for flag, advice in (("infeasible", INFEASIBLE), ("unbounded", UNBOUNDED)):
         if bool(found.stats[flag].any()):
             return advice
-    return ADVICE
+    return INACCURATE if found.result is Result.INACCURATE else ADVICE
 
 
 def _kkt(point: QPSolution, *data: Tensor) -> QPSolution:

@@ -4,11 +4,38 @@
 """
 
 import hypothesis.strategies as st
+import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.generated import CHOICES, Case, judge
 
 CASES = st.builds(Case, **{name: st.sampled_from(choices) for name, choices in CHOICES.items()})
+
+
+MENDED = (
+    Case(
+        "program", seed=146, tree="nested", condition=1e6, spread=1e3, loss=1e6, params=1e-3, data=1e-3,
+        start="solution", outer="linear", throw="ignore",
+    ),
+    Case(
+        "fixed point", torch.float32, 234, "dict", condition=1e8, loss=1e6, params=1e-3, data=1e3, outer="units",
+        solver=1, method=7,
+    ),
+    Case("fixed point", seed=507, tasks=3, condition=100.0, loss=1e3, data=1e6, start=1e-6, outer="linear", solver=1),
+    Case(
+        "fixed point", torch.float32, 605, tasks=3, condition=100.0, loss=1e3, params=1e-3, data=1e3, solver=1, method=6
+    ),
+)  # fmt: skip
+"""What larger runs found wrong without a word."""
+
+
+@pytest.mark.parametrize("case", MENDED)
+def test_what_was_wrong_is_right(case):
+    verdict = judge(case)
+    assert verdict is not None
+    assert verdict.flag is None
+    assert verdict.error <= verdict.allowed
 
 
 @settings(

@@ -9,6 +9,7 @@ import torch
 
 import bilevel as bl
 from bilevel import prox, quadratic_program
+from bilevel.inner.interior_point import Program
 from tests.conformance import randn, relative_error
 
 
@@ -333,3 +334,25 @@ def test_bad_types_name_the_argument(change, message):
     given = dict(zip(("Q", "c", "A", "b", "G", "h"), program(), strict=True))
     with pytest.raises(TypeError, match=message):
         quadratic_program(**{**given, **change})
+
+
+def test_params_in_units_of_their_own():
+    """At a spread of 1e3 the KKT residual was 6e-10 and the hypergradient 53 % off."""
+    Q, c, A, b, G, h = program(seed=20)
+    units = torch.logspace(0, 5, 6, dtype=torch.float64)
+    shared = quadratic_program(Q, c, A, b, G, h, throw="raise").value.primal
+    own = quadratic_program(Q / units[:, None] / units, c / units, A / units, b, G / units, h, throw="raise")
+    assert relative_error(own.value.primal / units, shared) <= 1e-9
+
+
+def test_a_small_residual_far_from_the_solution_is_told(monkeypatch):
+    """A nearly free direction, in a program that is not polished: the Newton step that is left is looked at."""
+    monkeypatch.setattr(Program, "polished", lambda self, at, tol: (at, torch.zeros(at.z.shape[:-1], dtype=torch.bool)))
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64)
+    Q = turn @ torch.diag(torch.tensor([1.0, 1e-10], dtype=torch.float64)) @ turn.mT
+    box = torch.cat([torch.eye(2), -torch.eye(2)]).double()
+    data = Q, -Q @ torch.tensor([1.0, 2.0], dtype=torch.float64), None, None, box, torch.full((4,), 5.0).double()
+    with pytest.warns(bl.SolveWarning, match="Its KKT residual is small and its solution is not"):
+        fit = quadratic_program(*data)
+    assert fit.result is bl.Result.INACCURATE
+    assert quadratic_program(*data, tol=1e-6).result is bl.Result.CONVERGED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from ..tree import norm
 from .minimize import check_tolerance
 from .nearness import Nearness
 from .roots import RootProgress
+
+STRETCHES = 10
+"""Steps over which the slowest contraction that was seen tells the distance to the fixed point."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Anderson:
         start = norm(r) + norm(y)
         steps_back: list[Tensor] = []
         changes: list[Tensor] = []
+        stretches: deque[Tensor] = deque(maxlen=STRETCHES)
         for step in range(self.max_steps):
             if stop_now(progress.active, step):
                 break
@@ -102,7 +107,9 @@ class Anderson:
                 steps_back = [*steps_back, new_y - y][-self.history :]
                 changes = [*changes, new_r - r][-self.history :]
             # r is the distance to the fixed point where T forgets its argument; where it contracts by q, 1 - q of it.
-            stretch = (norm(new_y - y) / norm(new_r - r)).nan_to_num(1.0, 1.0).clamp_min(1.0)
+            # One step sees the contraction along itself only: the worst of some counts.
+            stretches.append((norm(new_y - y) / norm(new_r - r)).nan_to_num(1.0, 1.0).clamp_min(1.0))
+            stretch = torch.stack(list(stretches)).amax(0)
             y, r = new_y, new_r
             progress.count()
             progress.look(norm(r))

@@ -11,12 +11,15 @@ from torch import Tensor
 from ..linalg.direct import least_norm
 from ..problem import RootProblem
 from ..solution import Result, Solution, make_codes, marked
+from ..tree import norm
 
 REGULARIZATION = 1e-13
 """Added to the systems, in scaled data: A may have dependent rows, Q a null space. Steps are refined."""
 FAR = 1e-8
 """A certificate says that there is no solution within one over this, in units of the data."""
 TINY = 1e-300
+WIDEST = 2.0**20
+"""Between the units of the params of one program, at most."""
 SINGULAR = 1e13
 """A KKT matrix of this condition is singular: in float64 rounding alone makes it regular."""
 
@@ -36,10 +39,13 @@ class InteriorPoint:
     Args:
         tol: of the KKT residual.
         max_steps: steps at most.
+        near: where the polished point does not meet the conditions, the Newton step that is left, relative to z, above
+            which the result is `Result.INACCURATE`; None: the residual alone decides.
     """
 
     tol: float
     max_steps: int = 50
+    near: float | None = None
 
     def __post_init__(self) -> None:
         if not self.tol > 0:
@@ -71,9 +77,12 @@ class InteriorPoint:
             unsolved = active & (least > self.tol)
             infeasible = infeasible | (unsolved & program.proves_infeasible(point))
             unbounded = unbounded | (unsolved & program.proves_unbounded(point.z - last.z))
-        best, solved = program.polished(best, self.tol)
-        solved = solved | (least <= self.tol)
+        best, exact = program.polished(best, self.tol)
+        solved = exact | (least <= self.tol)
         codes = marked(make_codes(Result.MAX_STEPS, steps), solved, Result.CONVERGED)
+        if self.near is not None:
+            far = norm(program.newton_step(best).z) > self.near * norm(best.z)
+            codes = marked(codes, solved & ~exact & far, Result.INACCURATE)
         codes = marked(codes, ~solved & (steps < self.max_steps), Result.STAGNATED)
         codes = marked(codes, ~solved & (infeasible | unbounded), Result.DIVERGED)
         degenerate = solved & program.degenerate(best)
@@ -120,13 +129,7 @@ class Program:
 
     def step(self, at: Iterate) -> Iterate:
         """Towards the solution as if it were near, then corrected towards the central path."""
-        dual, equal, unequal = self._residuals(at)
-        solve = self.solver(at.s / at.lam)
-
-        def towards(complement: Tensor) -> Iterate:
-            dz, dnu, dlam = solve(-dual, -equal, -unequal + complement / at.lam)
-            return Iterate(dz, dnu, -(complement + at.s * dlam) / at.lam, dlam)
-
+        towards = self._directions(at)
         count = max(self.h.shape[-1], 1)
         mu = (at.s * at.lam).sum(-1, keepdim=True) / count
         affine = towards(at.s * at.lam)
@@ -136,6 +139,21 @@ class Program:
         move = towards(at.s * at.lam + affine.s * affine.lam - sigma * mu)
         length = 0.99 * _longest(at, move) if self.h.shape[-1] else torch.ones_like(mu)
         return Iterate(*(getattr(at, f.name) + length * getattr(move, f.name) for f in fields(Iterate)))
+
+    def newton_step(self, at: Iterate) -> Iterate:
+        """The whole way to the solution, as the linearised conditions say."""
+        return self._directions(at)(at.s * at.lam)
+
+    def _directions(self, at: Iterate) -> Callable[[Tensor], Iterate]:
+        """Newton's step that takes the given part off ``s * lam``; factorised once."""
+        dual, equal, unequal = self._residuals(at)
+        solve = self.solver(at.s / at.lam)
+
+        def towards(complement: Tensor) -> Iterate:
+            dz, dnu, dlam = solve(-dual, -equal, -unequal + complement / at.lam)
+            return Iterate(dz, dnu, -(complement + at.s * dlam) / at.lam, dlam)
+
+        return towards
 
     def polished(self, at: Iterate, tol: float) -> tuple[Iterate, Tensor]:
         """The exact solution on the active set, where it is one; and whether it is."""
@@ -197,13 +215,20 @@ class Program:
 
 
 def scaled(Q: Tensor, c: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """The data in units of their own, and those units: of z ``[*batch, 1]``, of both multipliers ``[*batch, m]``.
+    """The data in units of their own, and those units: of z ``[*batch, n]``, of both multipliers ``[*batch, m]``.
 
-    Of Q the symmetric part. Rows of constraints, z and the gradient of the objective are then of about 1. The units are
-    constants, powers of two (exact): the solution times its units is that of the data, and so are its derivatives. A
-    row of G whose bound is infinite is empty.
+    Of Q the symmetric part. Its diagonal is then of one size (zeros, and what is below ``1 / WIDEST^2`` of the largest,
+    aside); rows of constraints, z and the gradient of the objective are of about 1. The units are constants, powers of
+    two (exact): the solution times its units is that of the data, and so are its derivatives. A row of G whose bound is
+    infinite is empty.
     """
     Q = (Q + Q.mT) / 2
+    with torch.no_grad():
+        own = Q.diagonal(dim1=-2, dim2=-1)
+        widths = (own.amax(-1, keepdim=True) / own).sqrt().clamp_max(WIDEST)
+        widths = _unit(torch.where(own > 0, widths, torch.ones_like(widths)))
+    Q, c = Q * widths.unsqueeze(-1) * widths.unsqueeze(-2), c * widths
+    A, G = A * widths.unsqueeze(-2), G * widths.unsqueeze(-2)
     loose = torch.isposinf(h)
     G, h = torch.where(loose.unsqueeze(-1), torch.zeros_like(G), G), torch.where(loose, torch.zeros_like(h), h)
     with torch.no_grad():
@@ -217,7 +242,7 @@ def scaled(Q: Tensor, c: Tensor, A: Tensor, b: Tensor, G: Tensor, h: Tensor) -> 
         force = _unit(torch.maximum(curvature * unit, slope))
     data = [Q * (unit / force).unsqueeze(-1), c / force, A / rows_A.unsqueeze(-1), b / rows_A / unit]
     data += [G / rows_G.unsqueeze(-1), torch.where(loose, torch.ones_like(h), h / rows_G / unit)]
-    return data, [unit, force / rows_A, force / rows_G]
+    return data, [unit * widths, force / rows_A, force / rows_G]
 
 
 def mul(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -85,8 +85,9 @@ class Nearness:
         if decrement is not None and f is not None:
             self.first = torch.where(torch.isinf(self.first), decrement, self.first)
             self.flat = (decrement <= 2 * self.goal.wanted**2 * f.abs()) & (decrement <= self.goal.wanted * self.first)
-        # Where the way alone says near, a slow contraction must not pass for rounding: any progress counts.
-        progress = torch.where(near | self.flat, 0.5, PROGRESS)
+        # A slow contraction must not pass for rounding: any progress counts, where no loss tells them apart.
+        hurried = self.flat if f is None else near | self.flat
+        progress = torch.where(hurried, 0.5, PROGRESS)
         waiting = self.acceptable & ~(predicted <= progress * self.least)
         self.idle = torch.where(waiting, self.idle + 1, torch.zeros_like(self.idle))
         self.least = torch.where(waiting, self.least, predicted)

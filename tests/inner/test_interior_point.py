@@ -96,21 +96,26 @@ def test_a_batch_goes_on_beside_what_has_no_solution():
 
 
 def test_units_are_exact_and_undo_themselves():
-    """Powers of two: scaled data times their units are the data, bit by bit; and of about 1."""
+    """Powers of two: scaled data times their units are the data, bit by bit; and of about 1; Q's diagonal is even."""
     draw = Draw(3)
     Q, c, A, b, G, h = (
         size * draw.normal(*shape)
         for size, shape in ((1e-9, (4, 4)), (1e-5, (4,)), (1e7, (2, 4)), (1e3, (2,)), (1e-3, (3, 4)), (1e-6, (3,)))
     )
-    Q = Q + Q.mT
-    data, (unit, rows_A, rows_G) = scaled(Q, c, A, b, G, h)
-    force = c / data[1]
-    assert torch.equal(force, force[0].expand(4))
-    assert torch.equal(data[0] / unit * force[0], Q)
-    assert torch.equal(data[2] * (force[0] / rows_A)[:, None], A)
-    assert torch.equal(data[3] * unit * (force[0] / rows_A), b)
-    assert torch.equal(data[4] * (force[0] / rows_G)[:, None], G)
-    assert torch.equal(data[5] * unit * (force[0] / rows_G), h)
+    spread = torch.tensor([1.0, 1e-2, 1e3, 0.0], dtype=Q.dtype)
+    Q = (Q @ Q.mT) * spread[:, None] * spread
+    Q = (Q + Q.mT) / 2
+    data, (units, rows_A, rows_G) = scaled(Q, c, A, b, G, h)
+    widths = units / units[0]
+    unit, force = units[0], (c * widths / data[1])[0]
+    assert torch.equal(c * widths / data[1], force.expand(4))
+    assert torch.equal(data[0] / units / widths[:, None] * force, Q)
+    assert torch.equal(data[2] / widths * (force / rows_A)[:, None], A)
+    assert torch.equal(data[3] * unit * (force / rows_A), b)
+    assert torch.equal(data[4] / widths * (force / rows_G)[:, None], G)
+    assert torch.equal(data[5] * unit * (force / rows_G), h)
+    diagonal = data[0].diagonal()[:3]
+    assert diagonal.max() / diagonal.min() < 4.1
     for matrix in (data[2], data[4]):
         assert ((matrix.abs().sum(-1) > 0.7) & (matrix.abs().sum(-1) < 1.5)).all()
 
