@@ -158,7 +158,7 @@ class TestEvaluate:
         assert evaluation._seen(training, training, whole.test) == 0
 
 
-FIGURES = {"omniglot-20way-1shot": {"ways": 5, "shots": 1, "transductive": 97.35, "not transductive": 96.47}}
+FIGURES = {"omniglot-20way-1shot": {"ways": 5, "shots": 1, "transductive": 97.20, "not transductive": 95.78}}
 """Of the page: name -> a setting, and accuracies in percent there."""
 
 
