@@ -19,7 +19,7 @@ from ._torch import num_function_modes, pytree
 from .closure import Autocast, in_transform, is_dual
 from .context import uncompiled
 from .problem import graph_nodes, other_variable
-from .recording import Captured
+from .recording import Recorded
 from .tree import Tree, leaves, tree_map
 
 
@@ -132,7 +132,7 @@ def losses_of_tasks(
 
 def _run(program: Callable[..., Any], fn: Callable[..., Any], *args: Any) -> Any:
     """``program(fn, *args)``, from its recording where ``fn`` is captured."""
-    return fn.run(program, *args) if isinstance(fn, Captured) else program(fn, *args)
+    return fn.run(program, *args) if isinstance(fn, Recorded) else program(fn, *args)
 
 
 def _joined(of_chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:

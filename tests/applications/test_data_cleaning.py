@@ -175,7 +175,7 @@ def comparable(folder) -> tuple:
 
 def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypatch):
     assert clean(*SMALL, "--out", str(tmp_path / "whole")) == 0
-    records = Cleaning.records
+    records = Cleaning.rows
 
     def stopped(self):
         for record in records(self):
@@ -184,7 +184,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypa
             yield record
 
     with monkeypatch.context() as patch:
-        patch.setattr(Cleaning, "records", stopped)
+        patch.setattr(Cleaning, "rows", stopped)
         assert clean(*SMALL, "--out", str(tmp_path / "halves")) == 128 + signal.SIGTERM
     assert len(RunFolder(tmp_path / "halves").metrics()) == 2
     assert clean("--resume", str(tmp_path / "halves")) == 0

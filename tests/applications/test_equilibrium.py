@@ -241,7 +241,7 @@ def test_mnist_keeps_its_test_images_and_is_learned(mnist_root):
     assert not torch.equal(first.train[1], second.train[1])
 
     training = Fitting(create_network(config, examples, 0), "implicit", first, config, 0)
-    records = list(training.records())
+    records = list(training.rows())
     assert records[-1]["validation_accuracy"] > 40  # 10 without learning
     assert records[-1]["loss"] < 0.95 * records[0]["loss"]  # eight steps
 

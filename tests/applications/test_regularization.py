@@ -71,7 +71,7 @@ def test_the_search_takes_hypergradients_good_to_a_few_percent(sparse_parts):
     truth = x.detach().clone().requires_grad_()
     groups = regression.groups(12)
     (expected,) = torch.autograd.grad(validation_loss(regression, truth[groups]), truth)
-    next(search.records())
+    next(search.rows())
     assert (x.grad - expected).norm() < 0.03 * expected.norm()
 
 
@@ -186,13 +186,13 @@ def searches(steps: int):
 
 def test_a_resumed_search_makes_the_same_steps_bit_for_bit():
     for whole, first, second in zip(searches(4), searches(4), searches(4), strict=True):
-        expected = list(whole.records())
+        expected = list(whole.rows())
         assert len(expected) == 4
-        records, buffer = list(islice(first.records(), 2)), io.BytesIO()
+        records, buffer = list(islice(first.rows(), 2)), io.BytesIO()
         torch.save(first.state(), buffer)
         buffer.seek(0)
         second.restore(torch.load(buffer, weights_only=True))
-        assert records + list(second.records()) == expected
+        assert records + list(second.rows()) == expected
         for name, x in whole.hparams.items():
             assert torch.equal(x, second.hparams[name])
 
@@ -288,7 +288,7 @@ def test_mnist(mnist_root):
     train, validation, test = ((x.view(-1, 1, 28, 28), y) for x, y in (part.tensors() for part in parts))
     assert len(test[1]) == 10_000
     problem = Augmented.of(train, validation, (test[0][:100], test[1][:100]), 10, seed=0)
-    first, second = problem.search(2, lr=0.1).records()
+    first, second = problem.search(2, lr=0.1).rows()
     assert second["rotation"] != first["rotation"]
     assert min(first["validation_accuracy"], second["validation_accuracy"]) > 15  # turned and moved; chance is 10
 

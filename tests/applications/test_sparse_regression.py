@@ -285,7 +285,7 @@ def test_an_interrupted_descent_resumes_bit_for_bit(folds, tmp_path, monkeypatch
         return main("sparse_regression", list(arguments), application.Config, story)
 
     assert start("--out", str(tmp_path / "whole")) == 0
-    records = Descent.records
+    records = Descent.rows
 
     def interrupted(self):
         for record in records(self):
@@ -294,7 +294,7 @@ def test_an_interrupted_descent_resumes_bit_for_bit(folds, tmp_path, monkeypatch
             yield record
 
     with monkeypatch.context() as patch:
-        patch.setattr(Descent, "records", interrupted)
+        patch.setattr(Descent, "rows", interrupted)
         assert start("--out", str(tmp_path / "halves")) == 128 + signal.SIGTERM
     assert start("--resume", str(tmp_path / "halves")) == 0
     capsys.readouterr()

@@ -76,11 +76,11 @@ def run(options: Options) -> None:
             print(f"{name} stopped: {last['stopped']}", file=sys.stderr)
         print(f"{name:8s} {last['step']:6d} {last['passes']:7.0f} {last['suboptimality']:14.2e}", flush=True)
     settings = {**dataclasses.asdict(options), "out": str(options.out)}
-    record = {"settings": settings, "torch": torch.__version__, "curves": curves}
+    written = {"settings": settings, "torch": torch.__version__, "curves": curves}
     picture = plots.curves(curves, titles[options.problem].format(options.batches))
     try:
         files.write_atomically(
-            options.out / "curves.json", lambda file: file.write(json.dumps(record, indent=1).encode())
+            options.out / "curves.json", lambda file: file.write(json.dumps(written, indent=1).encode())
         )
         files.write_atomically(options.out / "curves.png", lambda file: file.write(picture))
     except OSError as error:
