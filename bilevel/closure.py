@@ -50,11 +50,11 @@ class _UncompiledMode(TorchFunctionMode):
 
     def __enter__(self: Mode) -> Mode:
         UNCOMPILED.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         UNCOMPILED.__exit__()
 
 

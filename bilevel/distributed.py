@@ -301,7 +301,8 @@ class _Replicate(_Collective):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Replicate.apply(tangent, ctx.group)
+        moved: Tensor = _Replicate.apply(tangent, ctx.group)
+        return moved
 
 
 class _Sum(_Collective):
@@ -317,4 +318,5 @@ class _Sum(_Collective):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Sum.apply(tangent, ctx.group)
+        moved: Tensor = _Sum.apply(tangent, ctx.group)
+        return moved

@@ -215,7 +215,8 @@ class L2Ball(Prox):
 
     def _size(self, y: Tensor) -> Tensor:
         # In float64: the squares of a float32 may under- or overflow.
-        return torch.linalg.vector_norm(y.double(), dim=-1, keepdim=True)
+        sizes: Tensor = torch.linalg.vector_norm(y.double(), dim=-1, keepdim=True)
+        return sizes
 
 
 def soft_threshold(y: Tensor, threshold: Setting) -> Tensor:

@@ -146,7 +146,7 @@ def _plain(fn: Callable[..., Tree], *args: Tree) -> Tree:
     return fn(*args)
 
 
-def _signature(leaf: Any) -> Hashable:
+def _signature(leaf: Hashable) -> Hashable:
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad

@@ -162,7 +162,8 @@ class _Adjoint(torch.autograd.Function):
 
         moved = _push(product, [*params, *hparams], [*by_params, *by_hparams])
         right = [m if r is None else r - m for r, m in zip(_filled(by_right, u), moved, strict=True)]
-        return _Adjoint.apply(call, ctx.transpose, *right, *params, *hparams)
+        turned: tuple[Tensor, ...] = _Adjoint.apply(call, ctx.transpose, *right, *params, *hparams)
+        return turned
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, transpose: bool, *tensors: Tensor) -> tuple[Any, Any]:
@@ -264,15 +265,18 @@ def _push(
 
     As the derivative of a vector-Jacobian product by its cotangent: reverse mode nests where forward mode does not.
     """
-    chosen = [index for index, tangent in enumerate(tangents) if tangent is not None and is_continuous(at[index])]
+    moving = {i: tangent for i, tangent in enumerate(tangents) if tangent is not None and is_continuous(at[i])}
+    chosen = list(moving)
     out, pull = _vjp(lambda moved: fn(_replaced(at, chosen, moved)), [at[index] for index in chosen])
     if not chosen:
         return [torch.zeros_like(o) for o in out]
     _, push = _vjp(lambda cotangents: pull(cotangents)[0], [torch.zeros_like(o) for o in out])
-    return push([tangents[index] for index in chosen])[0]
+    return push(list(moving.values()))[0]
 
 
-def _vjp(fn: Callable[..., Any], at: Any) -> tuple[Any, Callable[..., Any]]:
+def _vjp(
+    fn: Callable[[list[Tensor]], list[Tensor]], at: list[Tensor]
+) -> tuple[list[Tensor], Callable[[list[Tensor]], tuple[list[Tensor]]]]:
     out, pull = torch.func.vjp(fn, at)  # type: ignore[misc]
     return out, pull
 

@@ -61,7 +61,8 @@ class RootSolverTests(Suite[RootSolver]):
 
     @property
     def truth(self) -> Tensor:
-        return torch.linalg.solve(self.matrix, self.bias)
+        y: Tensor = torch.linalg.solve(self.matrix, self.bias)
+        return y
 
     def test_each_system_of_a_batch_is_solved(self) -> None:
         found = self.make().find(self.problem)
