@@ -22,6 +22,7 @@ from applications.regularization.__main__ import Config, read, story, tunable
 from applications.regularization.augmentation import STRENGTHS, Augmented, Draws, constant, transform
 from applications.regularization.features import Regression
 from applications.regularization.weights import Network, decay_shape
+from tests.applications.refusals import refusals
 
 
 @pytest.fixture(scope="module")
@@ -218,19 +219,16 @@ def test_bad_files_are_refused_and_nothing_is_written(bad_files, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--problem", "weights", "--data", "SPARSE"), "needs dense features"),
-        (("--problem", "augmentation", "--data", "wine"), "is no set of images"),
-        (("--problem", "weights", "--train", "2000"), "leave none to test on"),
-        (("--problem", "features", "--data", "iris", "--train", "2"), "cannot be split"),
-        (("--data", "20newsgroups"), "add --problem features"),
-        (("--problem", "features", "--data", "20newsgroups", "--data-root", "EMPTY"), "20 newsgroups is not in"),
-        (("--steps", "-1"), "--steps is -1"),
-        (("--hidden", "0"), "--hidden is 0"),
-        (("--solver", "best.json"), "add the --problem that they were tuned on"),
-    ],
+@refusals(
+    (("--problem", "weights", "--data", "SPARSE"), "needs dense features"),
+    (("--problem", "augmentation", "--data", "wine"), "is no set of images"),
+    (("--problem", "weights", "--train", "2000"), "leave none to test on"),
+    (("--problem", "features", "--data", "iris", "--train", "2"), "cannot be split"),
+    (("--data", "20newsgroups"), "add --problem features"),
+    (("--problem", "features", "--data", "20newsgroups", "--data-root", "EMPTY"), "20 newsgroups is not in"),
+    (("--steps", "-1"), "--steps is -1"),
+    (("--hidden", "0"), "--hidden is 0"),
+    (("--solver", "best.json"), "add the --problem that they were tuned on"),
 )
 def test_what_cannot_be_run_is_refused(bad_files, tmp_path, capsys, arguments, message):
     places = {"SPARSE": str(bad_files["sparse"]), "EMPTY": str(tmp_path)}

@@ -29,6 +29,7 @@ from applications.reweighting.weighting import (
     losses_of,
     weighted_mean,
 )
+from tests.applications.refusals import refusals
 from tests.applications.runs import comparable
 
 SIZES = {"imbalance": 10.0, "noise": 0.4, "meta_per_class": 5, "validation_per_class": 5, "test_per_class": 20}
@@ -258,20 +259,17 @@ def test_bad_files(bad_file, refused):
     refused(reweighting, "--data", bad_file)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--steps", "0"], "--steps is 0"),
-        (["--lr", "0"], "--lr is 0"),
-        (["--noise", "1"], "--noise is 1"),
-        (["--imbalance", "0.5"], "--imbalance is 0.5"),
-        (["--meta-per-class", "200"], "The smallest class of digits has 174 examples"),
-        (["--methods", "cg", "cg"], "--methods cg cg: one at least, each once"),
-        (["--model", "resnet32"], "--model resnet32 takes"),
-        (["--data", "mnist", "--data-root", "nowhere"], "MNIST is not in nowhere"),
-        (["--data", "cifar10", "--data-root", "nowhere"], "CIFAR-10 is not in nowhere"),
-        (["--data", "wine", "--test-per-class", "40"], "The smallest class of wine"),
-    ],
+@refusals(
+    (["--steps", "0"], "--steps is 0"),
+    (["--lr", "0"], "--lr is 0"),
+    (["--noise", "1"], "--noise is 1"),
+    (["--imbalance", "0.5"], "--imbalance is 0.5"),
+    (["--meta-per-class", "200"], "The smallest class of digits has 174 examples"),
+    (["--methods", "cg", "cg"], "--methods cg cg: one at least, each once"),
+    (["--model", "resnet32"], "--model resnet32 takes"),
+    (["--data", "mnist", "--data-root", "nowhere"], "MNIST is not in nowhere"),
+    (["--data", "cifar10", "--data-root", "nowhere"], "CIFAR-10 is not in nowhere"),
+    (["--data", "wine", "--test-per-class", "40"], "The smallest class of wine"),
 )
 def test_bad_settings(arguments, message, refused):
     assert message in refused(reweighting, *arguments)
