@@ -77,7 +77,7 @@ class Session:
 
     @property
     def steps(self) -> int:
-        """Of the schedule, as many as there is time for where the clock ends it."""
+        """The meta-steps of the schedule, as many as there is time for where the clock ends it."""
         steps, done = self.config.steps, progress(self)
         return steps if done <= self.step / steps else max(self.step, math.ceil(self.step / done))
 

@@ -15,6 +15,16 @@ Precision = Literal["both", "float64", "float32"]
 
 
 @dataclass(frozen=True)
+class Config:
+    """What to measure, and where to write it."""
+
+    out: Path
+    """Folder of the page."""
+    precision: Precision = "both"
+    """Precision of the problems."""
+
+
+@dataclass(frozen=True)
 class Cell:
     """One measurement."""
 

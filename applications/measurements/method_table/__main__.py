@@ -27,13 +27,10 @@ ILL_CONDITIONED = {"ill-conditioned": 1e4}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Config(cells.Config):
     """What to measure, and where to write it."""
 
     out: Path = Path("runs/method_table")
-    """Folder of the table."""
-    precision: cells.Precision = "both"
-    """Precision of the problems."""
 
 
 @dataclass(frozen=True)
@@ -121,11 +118,11 @@ def page(measured: list[Cell]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Measure, print and write."""
-    settings = tyro.cli(Settings, args=arguments, prog="python -m applications.measurements.method_table")
-    measured = cells.measured(settings.precision, measure)
+    config = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.method_table")
+    measured = cells.measured(config.precision, measure)
     text = page(measured)
     print(text)
-    cells.write(settings.out, "method_table", text, measured)
+    cells.write(config.out, "method_table", text, measured)
     broken = [cell for cell in measured if not cell.kept]
     for cell in broken:
         print(f"{cell.method} on {cell.problem} ({cell.precision}): {cell.error:.1e} > {cell.tolerance:.1e}")

@@ -35,13 +35,10 @@ TARGETS, FEATURES = ("b_train", "b_val"), ("a_train", "a_val")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Config(cells.Config):
     """What to measure, and where to write it."""
 
     out: Path = Path("runs/tolerances")
-    """Folder of the table."""
-    precision: cells.Precision = "both"
-    """Of the problems."""
 
 
 @dataclass(frozen=True)
@@ -203,11 +200,11 @@ def page(measured: list[Cell]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Measure, print and write."""
-    settings = tyro.cli(Settings, args=arguments, prog="python -m applications.measurements.tolerances")
-    measured = cells.measured(settings.precision, measure)
+    config = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.tolerances")
+    measured = cells.measured(config.precision, measure)
     text = page(measured)
     print(text)
-    cells.write(settings.out, "tolerances", text, measured)
+    cells.write(config.out, "tolerances", text, measured)
     return 1 if any(not cell.kept for cell in measured) else 0
 
 
