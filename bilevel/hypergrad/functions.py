@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._torch import TransformType, get_interpreter_stack, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from ..closure import in_transform
+from ..context import uncompiled
 from ..solution import Solution
 from ..tree import is_continuous
 from .base import Pulled
@@ -63,6 +64,7 @@ class _Solution(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[call.num_leaves :])
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         params, hparams = call.split(ctx.saved_tensors)
@@ -122,6 +124,7 @@ class _Adjoint(torch.autograd.Function):
         ctx.save_for_forward(*kept)
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         _refuse_layer_norm(call)
@@ -190,6 +193,7 @@ class _Pull(torch.autograd.Function):
         ctx.call = inputs[0]
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _implicit(ctx.call, "a second derivative")
         raise AssertionError("unreachable")
