@@ -64,7 +64,7 @@ from .linalg.scipy import GMRES, LSMR, BiCGSTAB
 from .linalg.solve import LinearSolver
 from .prox import Prox
 from .qp import QPSolution, quadratic_program
-from .recording import Captured, capture
+from .recording import Recorded, capture
 from .solution import NonFiniteError, Result, Solution, SolveError, SolveWarning
 from .tasks import losses_of_tasks, map_tasks, mean_over_tasks
 from .tree import stack
@@ -89,7 +89,6 @@ __all__ = [
     "Adaptive",
     "Anderson",
     "BiCGSTAB",
-    "Captured",
     "Cholesky",
     "CurvlinopsOperator",
     "EmpiricalFisher",
@@ -125,6 +124,7 @@ __all__ = [
     "ProximalGradient",
     "QPSolution",
     "RMSprop",
+    "Recorded",
     "Result",
     "RootSolver",
     "Rule",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._torch import pytree
 from .checks import check_argmin, check_root
-from .closure import Closure, Recorder
+from .closure import Closure, Tracer
 from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.composite import CompositeStatement
@@ -113,7 +113,7 @@ def argmin(
         objective,
         init,
         args,
-        build=lambda recorder: Problem(objective, init, args, recorder=recorder),
+        build=lambda tracer: Problem(objective, init, args, tracer=tracer),
         batch_dims_of=_check_loss,
         search=search,
         hypergrad=hypergrad,
@@ -142,12 +142,12 @@ def _composite(
         prox.prox(Raveler(params, losses.shape).ravel(leaves(params)), torch.ones_like(losses))
         return losses
 
-    def build(recorder: Recorder) -> Problem:
-        problem = Problem(objective, init, args, recorder=recorder)
+    def build(tracer: Tracer) -> Problem:
+        problem = Problem(objective, init, args, tracer=tracer)
         problem.shrink = prox.prox
-        if recorder.differentiable:
-            recorder.note(prox.tensors)
-            with recorder:
+        if tracer.differentiable:
+            tracer.note(prox.tensors)
+            with tracer:
                 prox.prox(problem.start.y, torch.ones_like(problem.start.f))
         return problem
 
@@ -263,7 +263,7 @@ def _root(
         residual,
         init,
         args,
-        build=lambda recorder: RootProblem(residual, init, args, batch_dims=int(batched), recorder=recorder),
+        build=lambda tracer: RootProblem(residual, init, args, batch_dims=int(batched), tracer=tracer),
         batch_dims_of=lambda _, init: len(check_batch(init, int(batched))),
         search=Search(solver.find, throw, "The solve of the system", ROOT_ADVICE),
         hypergrad=hypergrad,

@@ -1,6 +1,6 @@
 """Closure conversion: the tensors that a function reaches, found by running it, and swapped for others.
 
-`torch.func` differentiates towards arguments only, autograd towards everything that a function captured. `record`
+`torch.func` differentiates towards arguments only, autograd towards everything that a function captured. `Tracer`
 finds the captured tensors and `Closure` makes them arguments, so that both see the same hyperparameters.
 """
 
@@ -50,15 +50,15 @@ class _UncompiledMode(TorchFunctionMode):
 
     def __enter__(self: Mode) -> Mode:
         UNCOMPILED.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         UNCOMPILED.__exit__()
 
 
-class Recorder(_UncompiledMode):
+class Tracer(_UncompiledMode):
     """Finds the tensors that the operations under it read and none of them made, where a derivative may ask for them.
 
     Those are: tensors that require grad, tensors of a transform that is already open, and dual numbers. Operands of
@@ -78,7 +78,7 @@ class Recorder(_UncompiledMode):
         self._copies = Copies(self.spared)
         self._outside: dict[int, Tensor] = {}
         self.level = maybe_current_level() or 0
-        # A captured tensor outlives the recording, so the id of one that was made meanwhile is never its id.
+        # A captured tensor outlives the trace, so the id of one that was made meanwhile is never its id.
         self.made: set[int] = set()
         self.found: dict[int, Tensor] = {}
         self.kept: list[Tensor] = []
@@ -157,7 +157,7 @@ class Recorder(_UncompiledMode):
             tensor = _resolve(tensor)
         if is_functorch_wrapped_tensor(tensor):
             return maybe_get_level(tensor) <= self.level
-        # What an operation out of sight made (of a custom Function, of compiled code) is younger than the recording.
+        # What an operation out of sight made (of a custom Function, of compiled code) is younger than the trace.
         older = tensor.grad_fn is None or sequence_number(tensor.grad_fn) < self.born
         return (tensor.requires_grad and older) or is_dual(tensor)
 

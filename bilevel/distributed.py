@@ -284,6 +284,11 @@ class _Collective(torch.autograd.Function):
     def vmap(cls, info: Any, in_dims: tuple[int | None, None], tensor: Tensor, group: Group) -> tuple[Tensor, Any]:
         return cls.apply(tensor, group), in_dims[0]
 
+    @classmethod
+    def jvp(cls, ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        moved: Tensor = cls.apply(tangent, ctx.group)
+        return moved
+
 
 class _Replicate(_Collective):
     """Forward, the tensor that all ranks have; backward, the sum of what each rank's data says of it.
@@ -299,10 +304,6 @@ class _Replicate(_Collective):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(grad, ctx.group), None
 
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Replicate.apply(tangent, ctx.group)
-
 
 class _Sum(_Collective):
     """Forward, the sum over the ranks; backward, the same gradient on each."""
@@ -314,7 +315,3 @@ class _Sum(_Collective):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _Replicate.apply(grad, ctx.group), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return _Sum.apply(tangent, ctx.group)

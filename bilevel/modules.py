@@ -32,7 +32,7 @@ MODEL_OPERATIONS = frozenset(
 
 
 class ModuleReads:
-    """What modules read while an objective is recorded.
+    """What modules read while an objective is traced.
 
     Attributes:
         own: parameters read by a module from itself; each with the outermost module of the call.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ._torch import pytree, sequence_number
-from .closure import Autocast, Recorder, sparing
+from .closure import Autocast, Tracer, sparing
 from .context import UNCOMPILED
 from .reach import Reach
 from .recording import recording
@@ -83,30 +83,30 @@ class Problem:
         *,
         differentiable: bool = False,
         max_batch_dims: int = 1,
-        recorder: Recorder | None = None,
+        tracer: Tracer | None = None,
     ):
         check_init(init)
         self.objective, self.args, self.differentiable = objective, args, differentiable
         self.autocast = Autocast.current(leaves(init)[0].device)
-        self.spared = recorder.spared if recorder else Spared()
+        self.spared = tracer.spared if tracer else Spared()
         with torch.enable_grad():
             point = [
                 # An alias: the objective may capture the same parameters, as a proximal term does.
                 leaf.view_as(leaf) if differentiable and leaf.requires_grad else _stand_in(leaf)
                 for leaf in leaves(init)
             ]
-            if recorder:
-                recorder.know(point)
-                recorder.note(args)
-            with self.autocast.evaluating(), recorder or contextlib.nullcontext():
+            if tracer:
+                tracer.know(point)
+                tracer.note(args)
+            with self.autocast.evaluating(), tracer or contextlib.nullcontext():
                 loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
             check_loss(loss, init, max_batch_dims)
-            if recorder and recorder.differentiable and not recorder.captured:
+            if tracer and tracer.differentiable and not tracer.captured:
                 refuse_hidden(graph_nodes([loss]), point)
             self.raveler = Raveler(init, loss.shape)
             grads = _gradient(loss, point, create_graph=differentiable)
-            if recorder and not recording():
-                recorder.reads.warn_forgotten(init, lambda: self._loss(point))
+            if tracer and not recording():
+                tracer.reads.warn_forgotten(init, lambda: self._loss(point))
             start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
         self.start = start if differentiable else start.detach()
         self.reach: Reach | None = None  # what the gradient of an unrolled solution reaches
@@ -178,23 +178,23 @@ class RootProblem:
         args: tuple[Any, ...] = (),
         *,
         batch_dims: int = 0,
-        recorder: Recorder | None = None,
+        tracer: Tracer | None = None,
     ):
         check_init(init)
         self.residual, self.args = residual, args
         self.autocast = Autocast.current(leaves(init)[0].device)
         self.raveler = Raveler(init, check_batch(init, batch_dims))
-        self.spared = recorder.spared if recorder else Spared()
-        differentiable = recorder is not None and recorder.differentiable
+        self.spared = tracer.spared if tracer else Spared()
+        differentiable = tracer is not None and tracer.differentiable
         with torch.set_grad_enabled(differentiable):
             point = [leaf.detach().requires_grad_(differentiable) for leaf in leaves(init)]
-            if recorder:
-                recorder.know(point)
-                recorder.note(args)
-            with self.autocast.evaluating(), recorder or contextlib.nullcontext():
+            if tracer:
+                tracer.know(point)
+                tracer.note(args)
+            with self.autocast.evaluating(), tracer or contextlib.nullcontext():
                 found = residual(self.raveler.unflatten(point), *args)
             check_residual(found, init)
-            if recorder and recorder.differentiable and not recorder.captured:
+            if tracer and tracer.differentiable and not tracer.captured:
                 refuse_hidden(graph_nodes(leaves(found)), point)
         self.data: Any = None  # what a solver of a special form needs beside the residual
         self.y = self.raveler.ravel(point).detach().clone()

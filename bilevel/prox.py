@@ -151,7 +151,7 @@ class Box(Prox):
     def value(self, y: Tensor) -> Tensor:
         slack = 1e-6 if y.dtype == torch.float32 else 1e-12
         inside = ((y >= self.lower - slack) & (y <= self.upper + slack)).all(-1)
-        return torch.where(inside, 0.0, torch.inf).to(y.dtype)
+        return _indicator(inside, y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +164,7 @@ class NonNegative(Prox):
         return torch.where(y > 0, y, torch.zeros_like(y))
 
     def value(self, y: Tensor) -> Tensor:
-        return torch.where((y >= 0).all(-1), 0.0, torch.inf).to(y.dtype)
+        return _indicator((y >= 0).all(-1), y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +192,7 @@ class Simplex(Prox):
         total = torch.as_tensor(self.total, dtype=y.dtype, device=y.device)
         slack = (1e-5 if y.dtype == torch.float32 else 1e-10) * (1 + total)
         inside = ((y >= -slack) & ((y.sum(-1, keepdim=True) - total).abs() <= slack)).all(-1)
-        return torch.where(inside, 0.0, torch.inf).to(y.dtype)
+        return _indicator(inside, y)
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,11 +211,12 @@ class L2Ball(Prox):
 
     def value(self, y: Tensor) -> Tensor:
         inside = (self._size(y) <= self.radius * (1 + 1e-6)).squeeze(-1)
-        return torch.where(inside, 0.0, torch.inf).to(y.dtype)
+        return _indicator(inside, y)
 
     def _size(self, y: Tensor) -> Tensor:
         # In float64: the squares of a float32 may under- or overflow.
-        return torch.linalg.vector_norm(y.double(), dim=-1, keepdim=True)
+        sizes: Tensor = torch.linalg.vector_norm(y.double(), dim=-1, keepdim=True)
+        return sizes
 
 
 def soft_threshold(y: Tensor, threshold: Setting) -> Tensor:
@@ -240,3 +241,8 @@ def check_not_negative(**settings: Setting) -> None:
             (torch.as_tensor(value).detach() >= 0).all()
         ):
             raise ValueError(f"{name} is {value}: it cannot be negative.")
+
+
+def _indicator(inside: Tensor, y: Tensor) -> Tensor:
+    """Zero inside, infinite outside, in the dtype of the point."""
+    return torch.where(inside, 0.0, torch.inf).to(y.dtype)

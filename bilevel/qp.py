@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_hypergrad
-from .closure import Closure, Recorder, VmappedClosure, in_transform
+from .closure import Closure, Tracer, VmappedClosure, in_transform
 from .context import solves
 from .hypergrad.base import PathMethod
 from .hypergrad.differentiate import differentiable_solve
@@ -109,8 +109,8 @@ def quadratic_program(
     near = Goal.of(data[1].dtype).promised if tol is None else None
     method = InteriorPoint(base if tol is None else tol, max_steps, near)
 
-    def build(recorder: Recorder) -> RootProblem:
-        problem = RootProblem(_kkt, init, tuple(data), batch_dims=len(batch), recorder=recorder)
+    def build(tracer: Tracer) -> RootProblem:
+        problem = RootProblem(_kkt, init, tuple(data), batch_dims=len(batch), tracer=tracer)
         problem.data = data
         return problem
 

@@ -23,7 +23,7 @@ def recording() -> bool:
     return capturing or get_proxy_mode() is not None
 
 
-class Captured:
+class Recorded:
     """``fn``, recorded as a CUDA graph for each set of shapes of its arguments, and replayed; see `capture`."""
 
     def __init__(self, fn: Callable[..., Tree]):
@@ -48,7 +48,7 @@ class Captured:
             return self._programs[key].replay(tensors)
 
 
-def capture(fn: Callable[..., Tree]) -> Captured:
+def capture(fn: Callable[..., Tree]) -> Recorded:
     """Record ``fn`` as a CUDA graph and replay it: the launches of thousands of kernels for the price of one.
 
     The first call with arguments of some shapes, dtypes and flags of ``requires_grad`` runs ``fn`` a few times and
@@ -71,7 +71,7 @@ def capture(fn: Callable[..., Tree]) -> Captured:
     Raises:
         RuntimeError: (when called) ``fn`` does what cannot be recorded.
     """
-    return Captured(fn)
+    return Recorded(fn)
 
 
 class Graph(Protocol):
@@ -146,7 +146,7 @@ def _plain(fn: Callable[..., Tree], *args: Tree) -> Tree:
     return fn(*args)
 
 
-def _signature(leaf: Any) -> Hashable:
+def _signature(leaf: Hashable) -> Hashable:
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad

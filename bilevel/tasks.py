@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from ._torch import num_function_modes, pytree
 from .closure import Autocast, in_transform, is_dual
 from .context import uncompiled
 from .problem import graph_nodes, other_variable
-from .recording import Captured
+from .recording import Recorded
 from .tree import Tree, leaves, tree_map
+
+T = TypeVar("T")
 
 
 @uncompiled
@@ -130,9 +132,9 @@ def losses_of_tasks(
     return _Known.apply(torch.cat(total), _joined(all_grads), *_wanted(flat), *_wanted(leaves(data))), rests
 
 
-def _run(program: Callable[..., Any], fn: Callable[..., Any], *args: Any) -> Any:
-    """``program(fn, *args)``, from its recording where ``fn`` is captured."""
-    return fn.run(program, *args) if isinstance(fn, Captured) else program(fn, *args)
+def _run(program: Callable[..., T], fn: Callable[..., Any], *args: Any) -> T:
+    """``program(fn, *args)``, from its recording where ``fn`` is recorded."""
+    return fn.run(program, *args) if isinstance(fn, Recorded) else program(fn, *args)
 
 
 def _joined(of_chunks: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -64,7 +64,8 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def norm(a: Tensor) -> Tensor:
     """2-norm over the last dimension in float64, safe against overflow and underflow of the squares."""
-    return torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
+    size: Tensor = torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
+    return size
 
 
 def scale(factor: Tensor, vector: Tensor) -> Tensor:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch.utils import _pytree as pytree
 
-from bilevel.closure import Autocast, Closure, Recorder, in_transform
+from bilevel.closure import Autocast, Closure, Tracer, in_transform
 
 
-def record(fn, *params):
-    recorder = Recorder()
-    recorder.know(params)
-    with recorder:
+def traced(fn, *params):
+    tracer = Tracer()
+    tracer.know(params)
+    with tracer:
         fn(*params)
-    return recorder.captured
+    return tracer.captured
 
 
 def is_one_of(tensor, tensors):
@@ -25,7 +25,7 @@ def test_it_finds_leaves_non_leaves_and_parameters_once():
     non_leaf = torch.ones(2, requires_grad=True) * 2
     module = torch.nn.Linear(2, 2)
     data = torch.ones(2)
-    found = record(lambda y: module(y + leaf).sum() + (non_leaf * data * leaf).sum(), torch.ones(2, requires_grad=True))
+    found = traced(lambda y: module(y + leaf).sum() + (non_leaf * data * leaf).sum(), torch.ones(2, requires_grad=True))
     assert len(found) == 4
     for tensor in (leaf, non_leaf, module.weight, module.bias):
         assert is_one_of(tensor, found)
@@ -41,7 +41,7 @@ def test_what_is_made_inside_is_not_captured():
         fresh = torch.zeros(2, requires_grad=True)
         return torch.cat([made, y, torch.stack([fresh.sum(), y.sum()])]).sum()
 
-    assert [t is x for t in record(fn, torch.ones(2, requires_grad=True))] == [True]
+    assert [t is x for t in traced(fn, torch.ones(2, requires_grad=True))] == [True]
 
 
 def test_it_sees_through_vmap_grad_lists_and_in_place_operations():
@@ -53,7 +53,7 @@ def test_it_sees_through_vmap_grad_lists_and_in_place_operations():
         total += z
         return torch.stack([inner.sum(0), total]).sum()
 
-    found = record(fn, torch.ones(4, 3))
+    found = traced(fn, torch.ones(4, 3))
     assert len(found) == 2
     assert is_one_of(x, found)
     assert is_one_of(z, found)
@@ -64,7 +64,7 @@ def test_tensors_of_open_transforms_are_captured():
 
     def outer(h):
         seen.append(in_transform())
-        seen.append(len(record(lambda y: (y * h).sum(), torch.ones(2))))
+        seen.append(len(traced(lambda y: (y * h).sum(), torch.ones(2))))
         return h.sum()
 
     torch.func.grad(outer)(torch.ones(2))
@@ -77,7 +77,7 @@ def test_tensors_of_open_transforms_are_captured():
 def test_dual_numbers_are_captured():
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(torch.ones(2), torch.ones(2))
-        assert is_one_of(dual, record(lambda y: y * dual, torch.ones(2)))
+        assert is_one_of(dual, traced(lambda y: y * dual, torch.ones(2)))
 
 
 def closure_of(fn, captured, args=()):

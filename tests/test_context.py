@@ -356,3 +356,25 @@ def test_compiled_code_around_many_tasks():
 
     compiled = torch.compile(mean, backend="eager")
     assert torch.autograd.grad(compiled(torch.ones(4, 3)), weight)[0].item() == 18.0
+
+
+def test_the_backward_pass_of_a_solve_inside_of_a_compiled_step_is_not_compiled():
+    torch.compiler.reset()
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.extend(str(node.meta.get("stack_trace", "")) for node in graph.graph.nodes)
+        return graph.forward
+
+    x = torch.ones(3, requires_grad=True)
+
+    def step(x):
+        fit = bl.argmin(lambda y: (y - x).square().sum() + y.square().sum(), torch.zeros(3))
+        loss = (2 * fit.value).sum()
+        loss.backward()
+        return loss.detach()
+
+    assert torch.compile(step, backend=backend)(x).item() == pytest.approx(3.0, rel=1e-5)
+    torch.testing.assert_close(x.grad, torch.ones(3))
+    assert compiled
+    assert not any("bilevel/linalg" in trace or "bilevel/hypergrad" in trace for trace in compiled)

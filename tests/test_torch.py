@@ -127,7 +127,7 @@ def test_dual_levels():
 
 
 def test_sequence_numbers():
-    """What is older than a recording was captured by the objective; what is younger was made inside of it."""
+    """What is older than a trace was captured by the objective; what is younger was made inside of it."""
     x = torch.ones(2, requires_grad=True)
     first, second = x + 1, x + 2
     assert _torch.sequence_number(first.grad_fn) < _torch.sequence_number(second.grad_fn)

@@ -70,7 +70,7 @@ class Cleaning:
         # Adam hides the errors of solves that are not exact; the records tell how far each one went.
         return bl.argmin(self.train_loss, self.params, solver=self.solver, hypergrad=self.hypergrad, throw="ignore")
 
-    def records(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
         while self.step < self.steps:
             fit = self.fit = self.solve()
             loss = self.val_loss(fit.value)
@@ -79,7 +79,7 @@ class Cleaning:
             self.outer.step()
             self.params = {name: value.detach() for name, value in fit.value.items()}
             self.step += 1
-            record = {
+            row = {
                 "step": self.step,
                 "val_loss": loss.item(),
                 "f1": detection(self.weights.detach(), self.task.wrong)["F1"],
@@ -87,9 +87,9 @@ class Cleaning:
                 "inner_residual": fit.stats["residual_norm"].item(),
             }
             if fit.adjoint is not None:
-                record["adjoint_steps"] = int(fit.adjoint.stats["num_steps"])
-                record["adjoint_residual"] = fit.adjoint.stats["relative_residual"].item()
-            yield record
+                row["adjoint_steps"] = int(fit.adjoint.stats["num_steps"])
+                row["adjoint_residual"] = fit.adjoint.stats["relative_residual"].item()
+            yield row
 
     def state(self) -> dict[str, Any]:
         return {"step": self.step, "params": self.params, "logits": self.logits, "outer": self.outer.state_dict()}

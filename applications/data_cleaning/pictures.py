@@ -29,21 +29,21 @@ def found_wrong(task: Task, weights: Tensor, count: int = 60) -> bytes | None:
     return image_grid(images, captions, title, columns=12, colours=colours)
 
 
-def progress(records: list[Row], weights: Tensor, wrong: Tensor, accuracy: dict[str, float]) -> bytes:
+def progress(rows: list[Row], weights: Tensor, wrong: Tensor, accuracy: dict[str, float]) -> bytes:
     """Validation loss and detection against outer steps, the weights of right and wrong labels, accuracies."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.9))
     # Each leaves the room that its labels need: numbers on both sides of the first, names before the last.
     for axes, start, width in ((left, 0.045, 0.23), (middle, 0.37, 0.225), (right, 0.8, 0.17)):
         axes.set_position((start, 0.14, width, 0.76))
 
-    steps = [record["step"] for record in records]
-    left.plot(steps, [record["val_loss"] for record in records], color=BLUE)
+    steps = [row["step"] for row in rows]
+    left.plot(steps, [row["val_loss"] for row in rows], color=BLUE)
     left.set(xlabel="outer step", title="On the way")
     left.set_ylabel("validation loss", color=BLUE)
     left.set_ylim(bottom=0)
     twin = left.twinx()
     twin.set_position(left.get_position())
-    twin.plot(steps, [record["f1"] for record in records], color=ORANGE)
+    twin.plot(steps, [row["f1"] for row in rows], color=ORANGE)
     twin.set_ylabel("F1 of wrong labels found", color=ORANGE)
 
     groups = [weights[~wrong].tolist(), weights[wrong].tolist()]

@@ -135,11 +135,11 @@ def stochastic_curve(problem: MiniBatches, name: str, candidate: Candidate, seco
 def implicit_curve(problem: MiniBatches, lr: float, seconds: float) -> list[Point]:
     """Full-batch implicit differentiation, as in the other setting, on the same clock."""
     cleaning = Cleaning(problem.model, problem.task, steps=sys.maxsize, lr=lr)
-    records = cleaning.records()
+    rows = cleaning.rows()
 
     def step() -> float:
-        record = next(records)
-        return float(record["inner_steps"] + record["adjoint_steps"] + 2)
+        row = next(rows)
+        return float(row["inner_steps"] + row["adjoint_steps"] + 2)
 
     measure = partial(Judge(problem), cleaning.logits)
     return trace(step, measure, seconds, growth=GROWTH, clock=time.process_time)

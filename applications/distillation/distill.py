@@ -57,7 +57,7 @@ class Distillation:
         self.fit: bl.Solution | None = None
         self.warm: Params | None = initial(inner.network, schedule.seed) if schedule.warm else None
 
-    def records(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
         while self.step < self.steps:
             fit = self.fit = self.inner.train(self.start(), self.images, self.labels, guess=self.warm)
             x, y = self.real_batch()
@@ -69,18 +69,18 @@ class Distillation:
             self.step += 1
             if self.warm is not None:
                 self.warm = {name: param.detach() for name, param in fit.value.items()}
-            record = {
+            row = {
                 "step": self.step,
                 "loss": loss.item(),
                 "inner_steps": int(fit.stats["num_steps"]),
                 "inner_residual": fit.stats["residual_norm"].item(),
             }
             if fit.adjoint is not None:
-                record["products"] = int(fit.adjoint.stats["num_steps"])
-                record["adjoint_relative_residual"] = fit.adjoint.stats["relative_residual"].item()
+                row["products"] = int(fit.adjoint.stats["num_steps"])
+                row["adjoint_relative_residual"] = fit.adjoint.stats["relative_residual"].item()
             if self.step == 1 or self.step % self.schedule.validate_every == 0 or self.step == self.steps:
-                record["validation"] = accuracy(self.inner.network, self.trained(), *self.parts.validation)
-            yield record
+                row["validation"] = accuracy(self.inner.network, self.trained(), *self.parts.validation)
+            yield row
 
     def start(self) -> Params:
         """The initialisation of this step."""

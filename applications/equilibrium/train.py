@@ -39,7 +39,7 @@ class Fitting:
         self.steps_per_epoch = -(-len(parts.train[1]) // config.batch_size)
         self.steps, self.step = config.epochs * self.steps_per_epoch, 0
 
-    def records(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
         """See `Training`."""
         x, y = self.parts.train
         while self.step < self.steps:
@@ -53,16 +53,16 @@ class Fitting:
             loss.backward()
             self.optimizer.step()
             self.step += 1
-            record: Row = {"step": self.step, "loss": loss.item()}
+            row: Row = {"step": self.step, "loss": loss.item()}
             if found.solution is not None:
-                record["iterations"] = mean_steps(found.solution)
+                row["iterations"] = mean_steps(found.solution)
                 if found.solution.adjoint is not None:
-                    record["adjoint_iterations"] = mean_steps(found.solution.adjoint)
+                    row["adjoint_iterations"] = mean_steps(found.solution.adjoint)
             if self.step % self.steps_per_epoch == 0:
-                record["validation_accuracy"] = accuracy(
+                row["validation_accuracy"] = accuracy(
                     self.network, self.method, self.parts.validation, self.config, self.settings
                 )
-            yield record
+            yield row
 
     def state(self) -> dict[str, Any]:
         """See `Training`."""

@@ -35,9 +35,9 @@ def story(config: Config, run: Run) -> None:
     show = ("loss", "accuracy")
     run.train(TRAINING, session, show, lambda: train.validation(session), config.validate_every)
     if run.leads:
-        records = run.metrics(TRAINING)
-        run.picture("learning_curve.png", plots.learning_curve(records, title))
-        if told := guard.told(records):
+        rows = run.metrics(TRAINING)
+        run.picture("learning_curve.png", plots.learning_curve(rows, title))
+        if told := guard.told(rows):
             run.say(told)
         train.report(session, run, run.part("evaluation", lambda: train.evaluation(session)))
 

@@ -24,7 +24,7 @@ class Config(SolverKnobs):
     preset: str = "default"
     """Settings to start from; the other options change them."""
     threads: int | None = None
-    """Of PyTorch on a CPU, and tasks that are worked on side by side; None: all cores."""
+    """Threads of PyTorch on a CPU, and tasks that are worked on side by side; None: all cores."""
     data: str = "glyphs"
     """Data set: glyphs (built in), omniglot and cifar-fs (downloaded), mini-imagenet; or a folder of class folders."""
     data_root: Path | None = None
@@ -143,7 +143,7 @@ class Config(SolverKnobs):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of parameters and images; bf16 and tf32 are arithmetic on float32."""
+        """The dtype of parameters and images; bf16 and tf32 are arithmetic on float32."""
         return torch.float64 if self.precision == "float64" else torch.float32
 
     @property

@@ -38,7 +38,7 @@ class Options:
     steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
     """Inner steps of gradient descent."""
     seed: int = 0
-    """Of the tasks."""
+    """The seed of the tasks."""
     out: Path = Path("gradients.png")
     """Where the picture goes."""
 

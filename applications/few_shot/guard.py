@@ -94,11 +94,11 @@ def rescale(gradients: list[Tensor], clipping: Clipping, num_tasks: int, kept: f
     return norm, factor
 
 
-def told(records: Sequence[Mapping[str, Any]]) -> str:
+def told(rows: Sequence[Mapping[str, Any]]) -> str:
     """What was left out and clipped in a training, one sentence each from its records; empty where nothing was."""
-    tasks = sum(record.get("left_out", 0) for record in records)
-    at = [record["step"] for record in records if record.get("left_out")]
-    clipped = [record["step"] for record in records if record.get("clipped")]
+    tasks = sum(row.get("left_out", 0) for row in rows)
+    at = [row["step"] for row in rows if row.get("left_out")]
+    clipped = [row["step"] for row in rows if row.get("clipped")]
     said = []
     if at:
         said.append(

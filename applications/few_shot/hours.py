@@ -31,10 +31,10 @@ def command(arguments: list[str]) -> int:
     return 0
 
 
-def validations(records: list[dict[str, Any]]) -> list[tuple[float, float]]:
+def validations(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """Hours of training and accuracy in percent, for each validation of a run."""
-    hours = {record["step"]: record["seconds"] / 3600 for record in records if "seconds" in record}
-    return [(hours[r["step"]], r["validation_accuracy"]) for r in records if "validation_accuracy" in r]
+    hours = {row["step"]: row["seconds"] / 3600 for row in rows if "seconds" in row}
+    return [(hours[r["step"]], r["validation_accuracy"]) for r in rows if "validation_accuracy" in r]
 
 
 def draw(runs: list[Path]) -> bytes:

@@ -165,7 +165,7 @@ def task_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one meta-step: the scalar to differentiate, and what to record.
+    """What one meta-step gives: the scalar to differentiate, and what to record.
 
     Attributes:
         objective: its gradient is the sum of the meta-gradients of the tasks that are kept, divided by the number of

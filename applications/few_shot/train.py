@@ -1,4 +1,4 @@
-"""Meta-training, and what it learned; `meta_train` is the loop, one record a step."""
+"""Meta-training, and what it learned; `meta_train` is the loop, one row a step."""
 
 from __future__ import annotations
 
@@ -77,11 +77,11 @@ class Session:
 
     @property
     def steps(self) -> int:
-        """Of the schedule, as many as there is time for where the clock ends it."""
+        """The meta-steps of the schedule, as many as there is time for where the clock ends it."""
         steps, done = self.config.steps, progress(self)
         return steps if done <= self.step / steps else max(self.step, math.ceil(self.step / done))
 
-    def records(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
         """See `meta_train`."""
         return meta_train(self)
 
@@ -148,7 +148,7 @@ def create_sampler(
 
 
 def meta_train(session: Session) -> Iterator[dict[str, Any]]:
-    """Meta-steps from where the session stands to the end of its schedule, one record each.
+    """Meta-steps from where the session stands to the end of its schedule, one row each.
 
     Raises:
         UserError: no finite meta-gradient in many steps: the adaptation diverges.
@@ -157,17 +157,17 @@ def meta_train(session: Session) -> Iterator[dict[str, Any]]:
     while progress(session) < 1:
         begin = time.perf_counter()
         lr = config.lr * scheduled(session)
-        record = one_step(session, sampler, lr)
+        row = one_step(session, sampler, lr)
         session.step += 1
         elapsed = time.perf_counter() - begin
         session.seconds += elapsed if config.minutes is None else bl.distributed.from_first(elapsed)
-        skipped = skipped + 1 if record.pop("skipped") else 0
+        skipped = skipped + 1 if row.pop("skipped") else 0
         if skipped == MAX_SKIPPED:
             raise UserError(
                 f"No finite meta-gradient in {MAX_SKIPPED} steps, at step {session.step}: the adaptation diverges. "
                 "Lower --inner-lr or --lr, or raise --strength; the last checkpoint is from before."
             )
-        yield {"step": session.step, **record, "lr": lr}
+        yield {"step": session.step, **row, "lr": lr}
 
 
 def scheduled(session: Session) -> float:
@@ -210,7 +210,7 @@ def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         session.average.update(session.step + 1)
-    record: dict[str, Any] = {
+    row: dict[str, Any] = {
         "skipped": not finite,
         "loss": loss / max(kept_by_all, 1),
         "accuracy": accuracy / max(kept_by_all, 1),
@@ -220,10 +220,10 @@ def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
         "inner_residual": residual,
     }
     if adjoint:
-        record["adjoint_relative_residual"], record["negative_curvature"] = adjoint[0], int(negative[0])
+        row["adjoint_relative_residual"], row["negative_curvature"] = adjoint[0], int(negative[0])
     if session.config.learn_strength != "no":
-        record["strength"] = {name: value.exp().item() for name, value in learner.log_strength.items()}
-    return record
+        row["strength"] = {name: value.exp().item() for name, value in learner.log_strength.items()}
+    return row
 
 
 def _mean(values: Tensor) -> float:

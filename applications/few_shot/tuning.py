@@ -43,7 +43,7 @@ def tunable(config: Config) -> Tunable:
         def accuracy() -> float:
             return float(validation(session, VALIDATION_TASKS)["validation_accuracy"])
 
-        return ((record["step"], accuracy, session.solution) for record in session.records())
+        return ((row["step"], accuracy, session.solution) for row in session.rows())
 
     default = {
         "inner": "GradientDescent",

@@ -32,7 +32,7 @@ class Training(Protocol):
     def steps(self) -> int:
         """All that it makes, as far as it is known where the training stands: the clock may end it earlier."""
 
-    def records(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
         """From where it stands to its end: a step, then its plain numbers, with the ``"step"`` that is done, from 1."""
 
     def state(self) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class Interrupted(Exception):
 class Run:
     """A run folder that is filled part by part; resumed, it does what is not in it yet.
 
-    Files: ``config.json``, ``metrics.jsonl`` (one record a step of each training), ``checkpoint-NAME.pt`` (one a
+    Files: ``config.json``, ``metrics.jsonl`` (one row a step of each training), ``checkpoint-NAME.pt`` (one a
     training), ``results.json`` (parts with their seconds, and tables), ``report.md`` (the tables), pictures.
 
     Under torchrun all ranks go through the same story; the first one alone writes, prints and validates.
@@ -85,8 +85,8 @@ class Run:
         """Bring a training to its end, from its checkpoint where there is one; the seconds that its steps took.
 
         Args:
-            show: entries of the records for the progress bar.
-            validate: what joins the record of every ``validate_every``-th step, off the clock; 0: of none.
+            show: entries of the rows for the progress bar.
+            validate: what joins the row of every ``validate_every``-th step, off the clock; 0: of none.
         """
         self._begin()
         file = checkpoint_of(name)
@@ -100,15 +100,15 @@ class Run:
 
         with Interruption() as interruption, self._bar(name, training.steps, step, hidden=finished) as bar:
             saved_at = begin = time.perf_counter()
-            for record in training.records():
+            for row in training.rows():
                 seconds += time.perf_counter() - begin
-                step = record["step"]
+                step = row["step"]
                 if validate is not None and validate_every and step % validate_every == 0 and self.leads:
-                    record = {**record, **self._told(step, validate())}
-                self.folder.append_metrics({"part": name, **record, "seconds": round(seconds, 3)})
+                    row = {**row, **self._told(step, validate())}
+                self.folder.append_metrics({"part": name, **row, "seconds": round(seconds, 3)})
                 bar.total = training.steps
                 bar.update()
-                bar.set_postfix({key: f"{record[key]:.4g}" for key in show if key in record})
+                bar.set_postfix({key: f"{row[key]:.4g}" for key in show if key in row})
                 interrupted = ranks.anywhere(interruption.exit_code is not None)
                 if interrupted:
                     break
@@ -133,8 +133,8 @@ class Run:
         return found
 
     def metrics(self, name: str) -> list[Row]:
-        """The records of a training, in order."""
-        return [record for record in self.folder.metrics() if record.get("part") == name]
+        """The rows of a training, in order."""
+        return [row for row in self.folder.metrics() if row.get("part") == name]
 
     def part(self, name: str, compute: Callable[[], T]) -> T:
         """What ``compute`` returns (numbers, strings, lists, dicts), computed once and kept in ``results.json``."""

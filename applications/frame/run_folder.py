@@ -63,28 +63,28 @@ class RunFolder:
         with _told(f"{self.path / name} could not be written; its earlier version is untouched"):
             files.write_atomically(self.path / name, lambda file: file.write(content))
 
-    def append_metrics(self, record: dict[str, Any]) -> None:
+    def append_metrics(self, row: dict[str, Any]) -> None:
         """One line of ``metrics.jsonl``, at once."""
         with (
             _told(f"{self.path / 'metrics.jsonl'} could not be extended"),
             (self.path / "metrics.jsonl").open("a") as file,
         ):
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The records so far; a last line that a crash cut short is left out."""
+        """The rows so far; a last line that a crash cut short is left out."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        records = []
+        rows = []
         for line in lines:
             with contextlib.suppress(ValueError):
-                records.append(json.loads(line))
-        return records
+                rows.append(json.loads(line))
+        return rows
 
     def rewind_metrics(self, step: int, part: str) -> None:
-        """Drop the records of a part after a step: a resumed run makes them again."""
-        records = (record for record in self.metrics() if record.get("part") != part or record["step"] <= step)
-        kept = [json.dumps(record) + "\n" for record in records]
+        """Drop the rows of a part after a step: a resumed run makes them again."""
+        rows = (row for row in self.metrics() if row.get("part") != part or row["step"] <= step)
+        kept = [json.dumps(row) + "\n" for row in rows]
         self.write_bytes("metrics.jsonl", "".join(kept).encode())
 
     def save_checkpoint(self, state: dict[str, Any], name: str) -> None:
@@ -115,7 +115,7 @@ class ReadOnly(RunFolder):
 
     def write_bytes(self, name: str, content: bytes) -> None: ...
 
-    def append_metrics(self, record: dict[str, Any]) -> None: ...
+    def append_metrics(self, row: dict[str, Any]) -> None: ...
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ class Learning:
         self.optimizer = torch.optim.Adam(settings.tensors, lr=outer_lr, betas=(0.9, 0.95))
         self.step = 0
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[dict[str, Any]]:
         """See `applications.frame.run.Training`."""
         while self.step < self.steps:
             for group in self.optimizer.param_groups:

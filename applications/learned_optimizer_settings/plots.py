@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
 from applications.frame.figures import BLUE, ORANGE, RIGHT, WRONG, png
@@ -87,7 +88,7 @@ def training(curves: dict[str, list[tuple[int, float]]], title: str) -> bytes:
     return png(figure)
 
 
-def plain(axes: plt.Axes) -> None:
+def plain(axes: Axes) -> None:
     """Numbers instead of powers of ten."""
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     axes.yaxis.set_major_formatter("{x:.2g}")

@@ -52,7 +52,7 @@ class Search:
         self._lr, self._most = lr, most
         self._adam = torch.optim.Adam(hparams.values(), lr=lr, betas=(0.5, 0.9))  # few steps: little momentum
 
-    def records(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
         while self.step < self.steps:
             fit = self.fit = self._solve(self.params, self.step)
             loss = self._validation_loss(fit.value)
@@ -65,13 +65,13 @@ class Search:
             for x in self.hparams.values():
                 x.data.clamp_(max=self._most)
             self.step += 1
-            record = {"step": self.step, "validation_loss": loss.item(), **measured}
-            record["inner_gradient_norm"] = fit.stats["residual_norm"].item()
+            row = {"step": self.step, "validation_loss": loss.item(), **measured}
+            row["inner_gradient_norm"] = fit.stats["residual_norm"].item()
             if fit.adjoint is not None:
-                record["adjoint_steps"] = fit.adjoint.stats["num_steps"].item()
-                record["adjoint_residual"] = fit.adjoint.stats["relative_residual"].item()
-                record["adjoint"] = fit.adjoint.result.name
-            yield record
+                row["adjoint_steps"] = fit.adjoint.stats["num_steps"].item()
+                row["adjoint_residual"] = fit.adjoint.stats["relative_residual"].item()
+                row["adjoint"] = fit.adjoint.result.name
+            yield row
 
     def state(self) -> dict[str, Any]:
         hparams = {name: x.detach() for name, x in self.hparams.items()}

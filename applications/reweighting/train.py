@@ -101,21 +101,21 @@ class ClassifierTraining:
         self.best = {name: value.detach().clone() for name, value in self.params.items()}
         self.best_validation = torch.zeros(repeats)
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[dict[str, Any]]:
         """See `Training`; accuracies are lists, one number for each repeat."""
         while self.step < self.steps:
             fraction = (1 + math.cos(math.pi * self.step / self.steps)) / 2
             self.optimizer.param_groups[0]["lr"] = self.settings.lr * fraction
             indices, labels, frequencies = self.batch()
-            record: dict[str, Any] = {}
+            row: dict[str, Any] = {}
             if self.net is not None and self.step >= self.settings.warm_up:
                 self.meta_optimizer.param_groups[0]["lr"] = self.settings.meta_lr * fraction
-                record["meta_loss"] = self.meta_step(indices, labels, frequencies, self.settings.lr * fraction)
-            record = {"loss": self.classifier_step(indices, labels, frequencies), **record}
+                row["meta_loss"] = self.meta_step(indices, labels, frequencies, self.settings.lr * fraction)
+            row = {"loss": self.classifier_step(indices, labels, frequencies), **row}
             self.step += 1
             if self.step % max(1, self.steps // EVALUATIONS) == 0 or self.step == self.steps:
-                record["validation"] = self.keep_best().tolist()
-            yield {"step": self.step, **record}
+                row["validation"] = self.keep_best().tolist()
+            yield {"step": self.step, **row}
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Indices, labels and class frequencies of training examples, ``[R, batch]``."""

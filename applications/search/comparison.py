@@ -57,13 +57,13 @@ class Comparison:
             for repeat in range(repeats):
                 parts_of(contest, self.seed + repeat)
 
-    def records(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[Row]:
         warm_up()
         while self.step < self.steps:
             contest, repeat, method = self.plan[self.step]
-            record = self._compare(contest, repeat, method)
+            row = self._compare(contest, repeat, method)
             self.step += 1
-            yield {"step": self.step, "contest": contest.name, "repeat": repeat, "method": method, **record}
+            yield {"step": self.step, "contest": contest.name, "repeat": repeat, "method": method, **row}
 
     def state(self) -> dict[str, Any]:
         return {"step": self.step}

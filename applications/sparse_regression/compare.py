@@ -75,8 +75,8 @@ class Comparison:
         more = {"fits": cost["fits"] + choice["fits"], "seconds": cost["seconds"] + self.run.seconds(part)}
         self.descend(pulled, penalty, start, choice["pull"], before=more)
 
-    def records(self, name: str) -> list[Row]:
-        """The records of a descent."""
+    def history(self, name: str) -> list[Row]:
+        """The rows of a descent."""
         return self.run.metrics(f"{self.label}, {name}")
 
 

@@ -40,7 +40,7 @@ class Descent:
         self.step, self.rate, self.ended = 0, 0.0, False
         self.path: list[Tensor] = []
 
-    def records(self) -> Iterator[dict[str, Any]]:
+    def rows(self) -> Iterator[dict[str, Any]]:
         while self.step < self.steps and not self.ended:
             new = self.criterion(self.trial, None if self.at is None else self.at.coefficients)
             self.step += 1
@@ -88,6 +88,6 @@ class Descent:
 
 def run(descent: Descent) -> Descent:
     """To its end, without a run folder."""
-    for _ in descent.records():
+    for _ in descent.rows():
         pass
     return descent

@@ -23,7 +23,7 @@ from applications.sparse_regression.compare import (
 def one_penalty(comparison: Comparison) -> bytes:
     """Left: the criterion against the penalty, our evaluations on the curve of the grid. Right: against fits."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    fine, coarse, records = comparison.rows[GRID], comparison.rows[COARSE], comparison.records(LASSO)
+    fine, coarse, records = comparison.rows[GRID], comparison.rows[COARSE], comparison.history(LASSO)
     folds = len(comparison.folds)
     at, values = [record["largest"] for record in records], [record["criterion"] for record in records]
     close = left.inset_axes((0.37, 0.53, 0.34, 0.42))
@@ -110,7 +110,7 @@ def overfitting(comparison: Comparison, along: Row) -> bytes:
     lasso = comparison.rows[GRID]["test error"]
     without = comparison.descents[FEATURES].criterion.without_features()
     for place, (name, title) in zip(axes, titles.items(), strict=True):
-        records = comparison.records(name)
+        records = comparison.history(name)
         steps, criteria = [record["step"] for record in records], [record["criterion"] / without for record in records]
         place.plot(steps, criteria, "o-", color=BLUE, markersize=3, label="criterion")
         place.plot(steps, along[name], "o-", color=WRONG, markersize=3, label="test error")

@@ -60,8 +60,8 @@ def tunable(knobs: Config) -> tune.Tunable:
 
 def evaluate(descents: list[Descent]) -> Iterator[int]:
     """One evaluation of each that has not ended, at every step, until all have."""
-    records, step = [one.records() for one in descents], 0
-    while any([next(one, None) is not None for one in records]):
+    rows, step = [one.rows() for one in descents], 0
+    while any([next(one, None) is not None for one in rows]):
         step += 1
         yield step
 

@@ -39,7 +39,8 @@ class DoubleProblem:
 
     def outer(self, params: Tree, hparams: Tree) -> Tensor:
         """The outer loss from float64 operands."""
-        return self._evaluated(self.problem.outer, params, hparams)
+        loss: Tensor = self._evaluated(self.problem.outer, params, hparams)
+        return loss
 
     def residual(self, params: Tree, hparams: Tree) -> Any:
         """What vanishes at the solution, of a problem that solves itself."""

@@ -104,8 +104,8 @@ def solve(
         return own(hparams, solver=solver, **given)
     if problem.kind == "root":
         given["symmetric"] = getattr(problem, "symmetric", False)
-    entries: dict[str, Callable[..., Solution]] = {"root": root, "fixed_point": fixed_point}
-    entry = entries.get(problem.kind, argmin)
+    entries: dict[str, Callable[..., Solution]] = {"argmin": argmin, "root": root, "fixed_point": fixed_point}
+    entry = entries.get(problem.kind, entries["argmin"])
     return entry(problem.inner, init, hparams, solver=solver, **given)
 
 

@@ -47,7 +47,7 @@ ADJOINT_ADVICE: dict[Result | None, str] = {
 
 
 @dataclass
-class Record:
+class Findings:
     """What the plain solves below all transforms leave for the caller."""
 
     found: Solution | None = None
@@ -77,7 +77,7 @@ class Call:
     problem: Any = None
     minimize: Callable[[Any], Solution[Tensor]] | None = None
     linear_state: Any = None
-    record: Record = field(default_factory=Record)
+    findings: Findings = field(default_factory=Findings)
 
     @property
     def throw(self) -> Throw:
@@ -101,15 +101,15 @@ class Call:
             self.batch_dims,
             self.throw,
             self.minimize,
-            self.record.found,
+            self.findings.found,
             self.linear_state,
-            self.record.seen if self.throw != "ignore" else None,
+            self.findings.seen if self.throw != "ignore" else None,
         )
 
     def keep(self, adjoint: Solution | None, point: Point) -> None:
         """Leave the adjoint solve where the caller finds it, and let it be heard."""
         if adjoint is not None:
-            cell = self.record.adjoint_cell
+            cell = self.findings.adjoint_cell
             value = pytree.tree_unflatten(point.raveler.unravel(adjoint.value), self.spec)
             cell.solution = Solution(value, adjoint.stats, adjoint.recovered, state=adjoint.state)
             settle(adjoint, self.throw, "The adjoint solve of the hypergradient", ADJOINT_ADVICE)
@@ -131,9 +131,9 @@ class Call:
             adjoint = pulled.adjoint.with_stats(result=codes)
             return dataclasses.replace(pulled, adjoint=adjoint)
         if not bool(finite):
-            assert self.record.found is not None
+            assert self.findings.found is not None
             message = f"The hypergradient is NaN or infinite. {ADJOINT_ADVICE[Result.NONFINITE]}"
-            raise SolveError(message, self.record.found)
+            raise SolveError(message, self.findings.found)
         return pulled
 
     def vmapped(self, in_dims: Sequence[int | None]) -> Call:
@@ -164,10 +164,10 @@ def measured_at_solution(problem: Problem | RootProblem, found: Solution) -> Sol
     return measured(found, *problem.residual_at(found.value.detach()))
 
 
-def inspect(record: Record, at: Linearization) -> None:
+def inspect(findings: Findings, at: Linearization) -> None:
     """Look through the graph once: for hyperparameters that cannot be reached, and for norms whose higher derivatives
     are wrong in PyTorch."""
     nodes = list(graph_nodes(at.residual if at.loss is None else [at.loss]))
     refuse_hidden(nodes, [*at.leaves, *at.hparams])
-    record.fused = fused_norm(nodes)
-    record.layer_norm = has_layer_norm(nodes)
+    findings.fused = fused_norm(nodes)
+    findings.layer_norm = has_layer_norm(nodes)

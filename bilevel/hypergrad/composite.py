@@ -64,7 +64,9 @@ class CompositeStatement(ResidualStatement):
 
     def residual(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor]:
         def gradient(point: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-            return torch.func.grad(lambda p: _summed(self.closure(p, hparams)), has_aux=True)(point)
+            of_sum = torch.func.grad(lambda p: _summed(self.closure(p, hparams)), has_aux=True)
+            found: tuple[list[Tensor], Tensor] = of_sum(point)
+            return found
 
         g, losses = gradient(list(params))
         raveler = Raveler(list(params), losses.shape)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
-from ..closure import Autocast, Closure, Recorder, in_transform
+from ..closure import Autocast, Closure, Tracer, in_transform
 from ..reach import Reach
 from ..solution import Solution
 from ..tree import Tree
@@ -28,7 +28,7 @@ def differentiable_solve(
     init: Tree,
     args: tuple[Any, ...],
     *,
-    build: Callable[[Recorder], Any],
+    build: Callable[[Tracer], Any],
     batch_dims_of: Callable[[Any, Tree], int],
     search: Search,
     hypergrad: Hypergrad | None,
@@ -38,31 +38,31 @@ def differentiable_solve(
     """Solve a problem, and make its solution a function of every tensor that ``fn`` reached.
 
     Args:
-        kind: makes the statement of a closure. build: the problem at ``init``, recorded.
+        kind: makes the statement of a closure. build: the problem at ``init``, traced.
         batch_dims_of: from what ``fn`` returned and ``init`` to the number of leading dimensions that count problems.
         search: how it is solved. minimize: as in `Point`.
     """
     flat, spec = pytree.tree_flatten(init)
     differentiable = hypergrad is not None and torch.is_grad_enabled()
-    recorder, problem = Recorder(differentiable), None
+    tracer, problem = Tracer(differentiable), None
     if not in_transform():
-        problem = build(recorder)
+        problem = build(tracer)
         batch_dims = len(problem.raveler.batch_shape)
-        if hypergrad is None or not differentiable or not (recorder.captured or hypergrad.reaches_init):
+        if hypergrad is None or not differentiable or not (tracer.captured or hypergrad.reaches_init):
             found = search(problem, partial(measured_at_solution, problem))
             return found.with_value(pytree.tree_unflatten(problem.raveler.unravel(found.value), spec))
     else:
         start = [leaf.detach() for leaf in flat]
-        recorder.know(start)
-        recorder.note(args)
-        with recorder:
+        tracer.know(start)
+        tracer.note(args)
+        with tracer:
             batch_dims = batch_dims_of(fn(pytree.tree_unflatten(start, spec), *args), init)
-    closure = Closure(fn, spec, args, recorder.captured, Autocast.current(flat[0].device), recorder.spared)
+    closure = Closure(fn, spec, args, tracer.captured, Autocast.current(flat[0].device), tracer.spared)
     method = hypergrad or Implicit()
     call = Call(kind(closure), spec, batch_dims, method, search, problem, minimize, warm_start and _state(warm_start))
     start = flat if method.reaches_init else [leaf.detach() for leaf in flat]
-    value, stats = solution(call, start, recorder.resolved)
-    plain = call.record.found
+    value, stats = solution(call, start, tracer.resolved)
+    plain = call.findings.found
     assert plain is not None
     if hypergrad is None:
         value = [leaf.detach() for leaf in value]
@@ -71,8 +71,8 @@ def differentiable_solve(
         stats,
         plain.recovered,
         plain.state,
-        adjoint_cell=call.record.adjoint_cell,
-        reach=None if hypergrad is None else Reach.of(fn, init, args, recorder.captured, method.reaches_init),
+        adjoint_cell=call.findings.adjoint_cell,
+        reach=None if hypergrad is None else Reach.of(fn, init, args, tracer.captured, method.reaches_init),
     )
 
 

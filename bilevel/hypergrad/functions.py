@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._torch import TransformType, get_interpreter_stack, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from ..closure import in_transform
+from ..context import uncompiled
 from ..solution import Solution
 from ..tree import is_continuous
 from .base import Pulled
@@ -24,7 +25,7 @@ from .seen import Seen
 def solution(call: Call, start: list[Tensor], hparams: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Leaves of the solution, differentiable, and the stats of the solve."""
     out = _Solution.apply(call, *start, *hparams)
-    return list(out[: call.num_leaves]), dict(zip(call.record.names, out[call.num_leaves :], strict=True))
+    return list(out[: call.num_leaves]), dict(zip(call.findings.names, out[call.num_leaves :], strict=True))
 
 
 class _Solution(torch.autograd.Function):
@@ -34,23 +35,23 @@ class _Solution(torch.autograd.Function):
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         start, hparams = call.split(tensors)
         problem = call.problem or call.statement.problem(start, hparams, call.batch_dims)
-        record = call.record
+        findings = call.findings
 
         def measure(found: Solution) -> Solution:
             params = [leaf.clone() for leaf in problem.raveler.unravel(found.value.detach())]
-            record.found, record.seen = found, None
-            record.point = point = call.point(params, [tensor.detach() for tensor in hparams])
+            findings.found, findings.seen = found, None
+            findings.point = point = call.point(params, [tensor.detach() for tensor in hparams])
             at = point.linearization()
             residual = point.raveler.ravel([r.detach() for r in at.residual])
-            record.seen = point.seen = Seen.of(problem, at.loss, residual)
+            findings.seen = point.seen = Seen.of(problem, at.loss, residual)
             return measured(found, residual, None if at.loss is None else at.loss.detach())
 
         found = call.search(problem, measure)
-        assert record.point is not None
-        record.found, record.names = found, sorted(found.stats)
-        inspect(record, record.point.linearization())
-        value = [leaf.clone() for leaf in record.point.params]
-        return (*value, *[found.stats[name].clone() for name in record.names])
+        assert findings.point is not None
+        findings.found, findings.names = found, sorted(found.stats)
+        inspect(findings, findings.point.linearization())
+        value = [leaf.clone() for leaf in findings.point.params]
+        return (*value, *[found.stats[name].clone() for name in findings.names])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -63,6 +64,7 @@ class _Solution(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[call.num_leaves :])
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         params, hparams = call.split(ctx.saved_tensors)
@@ -87,7 +89,7 @@ class _Solution(torch.autograd.Function):
         moved = call.split(tangents)[1]
         right = _push(lambda tensors: call.statement.residual(params, tensors), hparams, moved)
         tangent = _Adjoint.apply(call, False, *[-r for r in right], *params, *hparams)
-        return (*tangent, *[None] * len(call.record.names))
+        return (*tangent, *[None] * len(call.findings.names))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
@@ -122,6 +124,7 @@ class _Adjoint(torch.autograd.Function):
         ctx.save_for_forward(*kept)
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         _refuse_layer_norm(call)
@@ -162,7 +165,8 @@ class _Adjoint(torch.autograd.Function):
 
         moved = _push(product, [*params, *hparams], [*by_params, *by_hparams])
         right = [m if r is None else r - m for r, m in zip(_filled(by_right, u), moved, strict=True)]
-        return _Adjoint.apply(call, ctx.transpose, *right, *params, *hparams)
+        turned: tuple[Tensor, ...] = _Adjoint.apply(call, ctx.transpose, *right, *params, *hparams)
+        return turned
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, transpose: bool, *tensors: Tensor) -> tuple[Any, Any]:
@@ -189,6 +193,7 @@ class _Pull(torch.autograd.Function):
         ctx.call = inputs[0]
 
     @staticmethod
+    @uncompiled
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _implicit(ctx.call, "a second derivative")
         raise AssertionError("unreachable")
@@ -208,7 +213,7 @@ class _Pull(torch.autograd.Function):
 
 def _plain_pull(call: Call, params: list[Tensor], hparams: list[Tensor], cotangents: list[Tensor]) -> Pulled:
     """The pull of the method, outside of all transforms; the graph that the solve ended with serves once."""
-    point = call.record.point
+    point = call.findings.point
     if point is None or point.params[0].shape != params[0].shape or not _same(point.hparams, hparams):
         point = call.point([leaf.detach() for leaf in params], [tensor.detach() for tensor in hparams])
     pulled = call.check_finite(call.hypergrad.pull(point, point.raveler.ravel([g.detach() for g in cotangents])))
@@ -225,9 +230,9 @@ def _differentiable_pull(
         out = list(_Pull.apply(call, *cotangents, *params, *hparams))
         start, grads = call.split(out)
         return Pulled(grads, start if call.hypergrad.reaches_init else None)
-    if call.record.fused:
+    if call.findings.fused:
         raise NotImplementedError(
-            f"A derivative under torch.func, or a second one, was asked for through the fused {call.record.fused} in "
+            f"A derivative under torch.func, or a second one, was asked for through the fused {call.findings.fused} in "
             "training mode, where PyTorch is silently wrong by several percent. Take bilevel.nn.batch_norm, "
             "or write the norm with torch.var_mean and rsqrt."
         )
@@ -264,15 +269,18 @@ def _push(
 
     As the derivative of a vector-Jacobian product by its cotangent: reverse mode nests where forward mode does not.
     """
-    chosen = [index for index, tangent in enumerate(tangents) if tangent is not None and is_continuous(at[index])]
+    moving = {i: tangent for i, tangent in enumerate(tangents) if tangent is not None and is_continuous(at[i])}
+    chosen = list(moving)
     out, pull = _vjp(lambda moved: fn(_replaced(at, chosen, moved)), [at[index] for index in chosen])
     if not chosen:
         return [torch.zeros_like(o) for o in out]
     _, push = _vjp(lambda cotangents: pull(cotangents)[0], [torch.zeros_like(o) for o in out])
-    return push([tangents[index] for index in chosen])[0]
+    return push(list(moving.values()))[0]
 
 
-def _vjp(fn: Callable[..., Any], at: Any) -> tuple[Any, Callable[..., Any]]:
+def _vjp(
+    fn: Callable[[list[Tensor]], list[Tensor]], at: list[Tensor]
+) -> tuple[list[Tensor], Callable[[list[Tensor]], tuple[list[Tensor]]]]:
     out, pull = torch.func.vjp(fn, at)  # type: ignore[misc]
     return out, pull
 
@@ -302,7 +310,7 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def _refuse_layer_norm(call: Call) -> None:
-    if call.record.layer_norm:
+    if call.findings.layer_norm:
         raise NotImplementedError(
             "A second derivative was asked for through layer_norm, whose third derivative is silently wrong by "
             "several percent in PyTorch. Use group_norm, rms_norm, or a norm written with torch.var_mean and rsqrt."

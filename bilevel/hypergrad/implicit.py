@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._torch import pytree
 from ..checks import check_linear_solver
-from ..closure import Closure, Recorder
+from ..closure import Closure, Tracer
 from ..inner.decay import Decayed
 from ..inner.nearness import Goal
 from ..linalg.cg import CG
@@ -175,8 +175,8 @@ def _problem(point: Point) -> Problem:
             "A Gauss-Newton or Fisher operator serves argmin, outside of torch.func.vmap: give it a vector objective."
         )
     params = pytree.tree_unflatten(point.params, closure.spec)
-    recorder = Recorder(differentiable=False)
-    return Problem(closure.fn, params, closure.args, max_batch_dims=point.batch_dims, recorder=recorder)
+    tracer = Tracer(differentiable=False)
+    return Problem(closure.fn, params, closure.args, max_batch_dims=point.batch_dims, tracer=tracer)
 
 
 def _with_decay(point: Point, operator: Operator) -> Operator:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .._torch import after_backward, pytree
-from ..closure import Autocast, Closure, Recorder, Substitute, in_transform
+from ..closure import Autocast, Closure, Substitute, Tracer, in_transform
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import INNER_ADVICE, InnerSolver, Progress
 from ..inner.steps import SGD, LastStep, State, Steps
@@ -35,16 +35,14 @@ class Path:
     """
 
     def __init__(self, objective: Objective, init: Tree, args: tuple[Any, ...], steps: Steps, method: str):
-        recorder = Recorder()
-        recorder.note(steps.rule.tensors)
-        self.problem = Problem(objective, init, args, recorder=recorder)
-        self.steps, self.hparams = steps, recorder.resolved
+        tracer = Tracer()
+        tracer.note(steps.rule.tensors)
+        self.problem = Problem(objective, init, args, tracer=tracer)
+        self.steps, self.hparams = steps, tracer.resolved
         self.problem.hparams = self.hparams
         autocast = Autocast.current(self.problem.start.y.device)
-        self.problem.reach = Reach.of(objective, init, args, recorder.captured, to_init=False)
-        self.closure = Closure(
-            objective, pytree.tree_structure(init), args, recorder.captured, autocast, recorder.spared
-        )
+        self.problem.reach = Reach.of(objective, init, args, tracer.captured, to_init=False)
+        self.closure = Closure(objective, pytree.tree_structure(init), args, tracer.captured, autocast, tracer.spared)
         point, free = free_leaves(self.problem.raveler.unravel(self.problem.start.y)), free_leaves(self.hparams)
         with torch.enable_grad():
             nodes = list(graph_nodes([self.closure(point, free)]))
@@ -79,14 +77,14 @@ def eager_problem(
     Args:
         settings: tensors that the steps use beside those of the objective.
     """
-    recorder = Recorder(differentiable=False)
-    recorder.note(list(settings))
+    tracer = Tracer(differentiable=False)
+    tracer.note(list(settings))
     if not torch.is_grad_enabled():
-        return Problem(objective, init, args, recorder=recorder), False
-    problem = Problem(objective, init, args, differentiable=True, recorder=recorder)
-    problem.reach = Reach.of(objective, init, args, recorder.captured, to_init=True)
-    problem.hparams = recorder.captured
-    return problem, has_layer_norm(graph_nodes([problem.start.f], since=recorder.born))
+        return Problem(objective, init, args, tracer=tracer), False
+    problem = Problem(objective, init, args, differentiable=True, tracer=tracer)
+    problem.reach = Reach.of(objective, init, args, tracer.captured, to_init=True)
+    problem.hparams = tracer.captured
+    return problem, has_layer_norm(graph_nodes([problem.start.f], since=tracer.born))
 
 
 def unrollable(solver: InnerSolver, method: str) -> Steps:

@@ -85,7 +85,8 @@ class Penalty:
         raveler = point.raveler
 
         def nudged(params: list[Tensor]) -> Tensor:
-            return point.statement.closure(params, point.hparams) + (raveler.ravel(params) * slope).sum(-1)
+            nudged: Tensor = point.statement.closure(params, point.hparams) + (raveler.ravel(params) * slope).sum(-1)
+            return nudged
 
         at, best = point, torch.full(base.shape[:-1], torch.inf, dtype=torch.float64, device=base.device)
         found = base

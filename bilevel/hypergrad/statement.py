@@ -79,7 +79,8 @@ class ObjectiveStatement(Statement):
     has_objective = True
 
     def residual(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> list[Tensor]:
-        return torch.func.grad(lambda point: self.closure(point, hparams).sum())(list(params))
+        grads: list[Tensor] = torch.func.grad(lambda point: self.closure(point, hparams).sum())(list(params))
+        return grads
 
     def problem(self, start: list[Tensor], hparams: Sequence[Tensor], batch_dims: int) -> Problem:
         params = pytree.tree_unflatten(start, self.closure.spec)

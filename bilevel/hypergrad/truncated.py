@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..closure import Recorder
+from ..closure import Tracer
 from ..inner.minimize import InnerSolver
 from ..inner.steps import LastStep
 from ..problem import Objective, Problem
@@ -43,7 +43,7 @@ class Truncated:
         if first == 0:
             problem, layer_norm = eager_problem(objective, init, args, steps.rule.tensors)
             return finish(problem, steps.minimize(problem), throw, layer_norm)
-        before = Problem(objective, init, args, recorder=Recorder(differentiable=False))
+        before = Problem(objective, init, args, tracer=Tracer(differentiable=False))
         with torch.no_grad():
             start = replace(steps, max_steps=first).minimize(before)
         assert isinstance(start.state, LastStep)

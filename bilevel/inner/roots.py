@@ -153,7 +153,8 @@ class ScipyRoot:
         def jacobian(x: np.ndarray) -> np.ndarray:
             blocks = GraphJacobian(problem.raveler, problem.linearize(tensor(x))).to_dense()
             flat = blocks.reshape(-1, *blocks.shape[-2:]).double().cpu()
-            return torch.block_diag(*flat).numpy()
+            dense: np.ndarray = torch.block_diag(*flat).numpy()
+            return dense
 
         def solve(start: np.ndarray, tol: float) -> np.ndarray:
             options: dict[str, Any] = (
@@ -162,16 +163,17 @@ class ScipyRoot:
                 else {"maxiter": self.max_steps, "fatol": tol / like.numel() ** 0.5}
             )
             try:
-                return scipy.optimize.root(
+                outcome = scipy.optimize.root(
                     residual,
                     start,
                     jac=jacobian if dense else None,
                     method=self.method,
                     tol=1e-14 if dense else None,
                     options=options,
-                ).x
+                )
             except (ValueError, FloatingPointError, np.linalg.LinAlgError) as error:
                 raise ValueError(f"ScipyRoot({self.method!r}) broke down: {error}. Try Newton().") from error
+            return np.asarray(outcome.x)
 
         dense = method in ("hybr", "lm")
         y, size = like, norm(problem.r)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from .nearness import Nearness
 DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 HESSIAN_METHODS = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
 DENSE_HESSIAN_METHODS = ("dogleg", "trust-exact")
-TOLERANCE_OPTIONS = {
+TOLERANCE_OPTIONS: dict[str, Callable[[float], dict[str, float]]] = {
     "l-bfgs-b": lambda gtol: {"gtol": gtol, "ftol": 0.0, "maxfun": 10**9},
     "tnc": lambda gtol: {"gtol": gtol, "ftol": 0.0, "xtol": 0.0},
     "newton-cg": lambda gtol: {"xtol": 1e-14},
@@ -78,7 +79,8 @@ class ScipyMinimize:
 
         def hess(x: np.ndarray) -> np.ndarray:
             blocks = _hessian_at(problem, tensor(x)).to_dense()
-            return torch.block_diag(*blocks.reshape(-1, *blocks.shape[-2:]).double().cpu()).numpy()
+            dense: np.ndarray = torch.block_diag(*blocks.reshape(-1, *blocks.shape[-2:]).double().cpu()).numpy()
+            return dense
 
         def stop(x: np.ndarray) -> None:
             y = tensor(x)
@@ -105,9 +107,9 @@ class ScipyMinimize:
     def _options(self, method: str, gtol: float, start: Evaluation) -> dict[str, Any]:
         # SciPy looks at the largest entry, we at the 2-norm of each problem.
         entry = gtol / start.g.shape[-1] ** 0.5
-        tolerance = TOLERANCE_OPTIONS.get(method, lambda gtol: {"gtol": gtol})
         limit = "maxfun" if method == "tnc" else "maxiter"  # TNC counts evaluations only
-        return {**tolerance(entry), limit: self.max_steps}
+        tolerance = TOLERANCE_OPTIONS[method](entry) if method in TOLERANCE_OPTIONS else {"gtol": entry}
+        return {**tolerance, limit: self.max_steps}
 
     def _solution(self, problem: Problem, at: Evaluation, steps: int) -> Solution[Tensor]:
         size = norm(at.g)

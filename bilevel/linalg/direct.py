@@ -93,6 +93,7 @@ def least_norm(matrix: Tensor, b: Tensor, max_condition: float | None = None) ->
     """``matrix^{-1} b`` in float64, by the pseudo-inverse where it is singular: ``[*batch, n, n] x [*batch, n]``."""
     limit = max_condition or (1e13 if matrix.dtype == torch.float64 else 1e6)
     wide, right = matrix.double(), b.double().unsqueeze(-1)
+    x: Tensor
     x, info = torch.linalg.solve_ex(wide, right)
     singular = (is_singular(wide, limit) | (info != 0)) & torch.isfinite(wide).all(-1).all(-1)
     if recording():
@@ -105,8 +106,9 @@ def least_norm(matrix: Tensor, b: Tensor, max_condition: float | None = None) ->
 
 def is_singular(matrix: Tensor, max_condition: float) -> Tensor:
     """Whether the condition in the 1-norm is larger, ``[*batch]``."""
+    info: Tensor
     inverse, info = torch.linalg.inv_ex(matrix)
-    condition = torch.linalg.matrix_norm(matrix, 1) * torch.linalg.matrix_norm(inverse, 1)
+    condition: Tensor = torch.linalg.matrix_norm(matrix, 1) * torch.linalg.matrix_norm(inverse, 1)
     return (info != 0) | ~(condition < max_condition)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..closure import Recorder
+from ..closure import Tracer
 from ..problem import Linearization, Objective, Problem
 from .gauss_newton import Sandwich, check_outputs, free_leaves
 from .operator import Operator
@@ -36,7 +36,7 @@ class EmpiricalFisher:
 
     def __call__(self, problem: Problem, at: Linearization) -> Operator:
         free = free_leaves(at)
-        with torch.enable_grad(), problem.autocast.evaluating(), Recorder(differentiable=False):
+        with torch.enable_grad(), problem.autocast.evaluating(), Tracer(differentiable=False):
             losses = self.losses(problem.raveler.unflatten(free), *problem.args)
         check_outputs("losses", losses, problem)
         expected = len(problem.raveler.batch_shape) + 1

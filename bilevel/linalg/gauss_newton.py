@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..closure import Recorder
+from ..closure import Tracer
 from ..problem import Linearization, Objective, Problem, linearize_objective
 from ..tree import Tree
 from .jacobian import GraphJacobian, pull_back, transposed
@@ -45,7 +45,7 @@ class GaussNewton:
 
     def __call__(self, problem: Problem, at: Linearization) -> Operator:
         free = free_leaves(at)
-        with torch.enable_grad(), problem.autocast.evaluating(), Recorder(differentiable=False):
+        with torch.enable_grad(), problem.autocast.evaluating(), Tracer(differentiable=False):
             outputs = self.outputs(problem.raveler.unflatten(free), *problem.args)
             check_outputs("outputs", outputs, problem)
             point = outputs.detach().requires_grad_()
@@ -105,7 +105,7 @@ def check_outputs(name: str, found: Tensor, problem: Problem) -> None:
 
 def _hessian(problem: Problem, free: Sequence[Tensor], rest: Objective) -> Operator | None:
     def loss_at(point: Sequence[Tensor]) -> Tree:
-        with problem.autocast.evaluating(), Recorder(differentiable=False):
+        with problem.autocast.evaluating(), Tracer(differentiable=False):
             return rest(problem.raveler.unflatten(list(point)), *problem.args)
 
     at = linearize_objective(loss_at, free)

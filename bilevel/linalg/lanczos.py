@@ -60,4 +60,5 @@ def _eigenvalues(diagonal: np.ndarray, off_diagonal: np.ndarray, valid: np.ndarr
         diagonal, off_diagonal = diagonal[:first], off_diagonal[: max(first - 1, 0)]
     if not len(diagonal):
         return np.empty(0)
-    return scipy.linalg.eigh_tridiagonal(diagonal, np.nan_to_num(off_diagonal), eigvals_only=True)
+    eigenvalues: np.ndarray = scipy.linalg.eigh_tridiagonal(diagonal, np.nan_to_num(off_diagonal), eigvals_only=True)
+    return eigenvalues

@@ -110,7 +110,7 @@ class Operator(ABC):
 def _exported(base: Any, operator: Operator, shapes: Sequence[Sequence[int]]) -> Any:
     """An instance of a subclass of ``base``, which is defined here because ``base`` may not be installed."""
 
-    class Exported(base):
+    class Exported(base):  # type: ignore[misc]
         SELF_ADJOINT = operator.symmetric
         dtype, device = operator.dtype, operator.device
 

@@ -107,7 +107,7 @@ def _vmap(cls: type[BatchedFunction], info: Any, in_dims: tuple[int | None, ...]
 
 def _bilinear_jvp(cls: type[Function], ctx: Any, ta: Tensor | None, tb: Tensor | None, *_: None) -> Tensor:
     a, b = ctx.saved_tensors
-    terms = []
+    terms: list[Tensor] = []
     if ta is not None:
         terms.append(cls.apply(ta, b, *ctx.settings))
     if tb is not None:

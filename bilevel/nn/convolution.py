@@ -44,7 +44,7 @@ def conv2d(
         x, weight, bias = x.to(low), weight.to(low), None if bias is None else bias.to(low)
     if x.device.type == "cpu":  # once for all kernels that read it
         weight = weight.movedim(-3, -1).contiguous().movedim(-1, -3)
-    y = _Output.apply(x, weight, geometry)
+    y: Tensor = _Output.apply(x, weight, geometry)
     return y if bias is None else y + per_channel(bias)
 
 

@@ -61,7 +61,8 @@ class Grouped:
         tasks, filters = len(x), g.shape[2]
         like = empty_images(tasks * filters, x.shape[2], size, g)
         sides = _layout(side_by_side(g)), _layout(side_by_side(x))
-        return _backward(*sides, like, geometry, 1, tasks).unflatten(0, (tasks, filters))
+        grad: Tensor = _backward(*sides, like, geometry, 1, tasks).unflatten(0, (tasks, filters))
+        return grad
 
 
 class Unfold:
@@ -72,13 +73,15 @@ class Unfold:
         y = weight.flatten(2).unsqueeze(1) @ columns
         stride, padding = geometry
         height = (x.shape[-2] + 2 * padding[0] - weight.shape[-2]) // stride[0] + 1
-        return y.unflatten(-1, (height, -1))
+        images: Tensor = y.unflatten(-1, (height, -1))
+        return images
 
     def input(self, g: Tensor, weight: Tensor, geometry: Geometry, size: Pair) -> Tensor:
         columns = weight.flatten(2).mT.unsqueeze(1) @ g.flatten(3)
         stride, padding = geometry
         x = F.fold(columns.flatten(0, 1), size, weight.shape[-2:], stride=stride, padding=padding)
-        return x.unflatten(0, g.shape[:2])
+        images: Tensor = x.unflatten(0, g.shape[:2])
+        return images
 
     def weight(self, x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
         columns = self._columns(x, size, geometry)
@@ -88,7 +91,8 @@ class Unfold:
     def _columns(self, x: Tensor, kernel: Sequence[int], geometry: Geometry) -> Tensor:
         stride, padding = geometry
         columns = F.unfold(x.flatten(0, 1), tuple(kernel), stride=stride, padding=padding)
-        return columns.unflatten(0, x.shape[:2])
+        patches: Tensor = columns.unflatten(0, x.shape[:2])
+        return patches
 
 
 KERNELS: dict[KernelName, Kernels] = {"loop": Loop(), "grouped": Grouped(), "unfold": Unfold()}
@@ -194,9 +198,10 @@ def _backward(g: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, index: i
     """PyTorch's gradient of x (index 0) or weight (1); of the other only the shape and the layout count."""
     stride, padding = geometry
     mask = [index == 0, index == 1, False]
-    return torch.ops.aten.convolution_backward(
+    grad: Tensor = torch.ops.aten.convolution_backward(
         g, x, weight, None, stride, padding, (1, 1), False, (0, 0), groups, mask
     )[index]
+    return grad
 
 
 def empty_images(n: int, c: int, size: Pair, like: Tensor) -> Tensor:
@@ -222,4 +227,5 @@ def side_by_side(x: Tensor) -> Tensor:
 
 def apart(x: Tensor, tasks: int) -> Tensor:
     """``[n, T c, h, w] -> [T, n, c, h, w]``, a view."""
-    return x.unflatten(1, (tasks, -1)).transpose(0, 1)
+    images: Tensor = x.unflatten(1, (tasks, -1)).transpose(0, 1)
+    return images

@@ -51,7 +51,8 @@ def batch_norm(
         mean, rstd = _Statistics.apply(x, eps)
     else:
         mean, rstd = statistics[0], (statistics[1] + eps).rsqrt()
-    return _Affine.apply(kept, mean, rstd, weight, bias)
+    out: Tensor = _Affine.apply(kept, mean, rstd, weight, bias)
+    return out
 
 
 def convolution_statistics(
@@ -151,7 +152,8 @@ class _Affine(BatchedFunction):
         )
         scale = rstd * weight
         moved = (y - per_channel(mean)) * per_channel(tr * weight + rstd * tw)
-        return ty * per_channel(scale) + moved + per_channel(tb - tm * scale)
+        tangent: Tensor = ty * per_channel(scale) + moved + per_channel(tb - tm * scale)
+        return tangent
 
 
 PIXELS = (-4, -2, -1)
@@ -166,11 +168,13 @@ def _extremes(x: Tensor, weight: Tensor, size: int) -> Tensor:
     """In each window the largest entry, where the channel's weight is negative the smallest."""
     hidden = maybe_current_level() is not None or in_dual_level() or recording()
     if not hidden and x.device.type == "cpu" and not bool((weight < 0).any()):
-        return _Largest.apply(x, size)[0]
+        largest: Tensor = _Largest.apply(x, size)[0]
+        return largest
     with torch.no_grad():
         signed = x * per_channel(torch.where(weight < 0, -1.0, 1.0).to(x.dtype))
         index = _pooled(signed, size)[1]
-    return _Take.apply(x, index, size)
+    taken: Tensor = _Take.apply(x, index, size)
+    return taken
 
 
 class _Largest(Function):
@@ -212,7 +216,8 @@ class _Take(BatchedFunction):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _Take.apply(tangent, *ctx.saved_tensors, ctx.size)
+        taken: Tensor = _Take.apply(tangent, *ctx.saved_tensors, ctx.size)
+        return taken
 
 
 class _Put(BatchedFunction):
@@ -241,7 +246,8 @@ class _Put(BatchedFunction):
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return _Put.apply(tangent, *ctx.saved_tensors, ctx.shape, ctx.size)
+        put: Tensor = _Put.apply(tangent, *ctx.saved_tensors, ctx.shape, ctx.size)
+        return put
 
 
 def _pooled(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -255,4 +261,5 @@ def _images(x: Tensor) -> Tensor:
 
 
 def _taken(x: Tensor, index: Tensor) -> Tensor:
-    return x.flatten(-2).gather(-1, index.flatten(-2)).unflatten(-1, index.shape[-2:])
+    taken: Tensor = x.flatten(-2).gather(-1, index.flatten(-2)).unflatten(-1, index.shape[-2:])
+    return taken

@@ -46,7 +46,8 @@ class BilevelTestProblem(ABC):
             return self.inner(params, hparams)
         if self.kind == "fixed_point":
             return params - self.inner(params, hparams)
-        return torch.func.grad(lambda y: self.inner(y, hparams).sum())(params)
+        grad: Tensor = torch.func.grad(lambda y: self.inner(y, hparams).sum())(params)
+        return grad
 
     def hypergradient(self, hparams: Tensor) -> Tensor:
         """The exact gradient of the outer loss, through the exact solution."""
@@ -66,7 +67,8 @@ class ClosedFormProblem(BilevelTestProblem):
     def solution(self, hparams: Tensor) -> Tensor:
         """``A^{-1} c``, ``[*batch, n]``."""
         matrix, c = self.system(hparams)
-        return torch.linalg.solve(matrix, c.unsqueeze(-1)).squeeze(-1)
+        y: Tensor = torch.linalg.solve(matrix, c.unsqueeze(-1)).squeeze(-1)
+        return y
 
     def constants(self, hparams: Tensor) -> tuple[float, float]:
         """The smallest and the largest eigenvalue of A, over all problems."""
@@ -89,10 +91,12 @@ class NewtonProblem(BilevelTestProblem):
             if step.norm() <= 1e-15 * (1 + y.norm()):
                 break
         jacobian = self._jacobian(y, x)
-        return y - torch.linalg.solve(jacobian, self.residual(y, hparams))
+        improved: Tensor = y - torch.linalg.solve(jacobian, self.residual(y, hparams))
+        return improved
 
     def _jacobian(self, y: Tensor, x: Tensor) -> Tensor:
-        return torch.func.jacrev(self.residual)(y, x)
+        jacobian: Tensor = torch.func.jacrev(self.residual)(y, x)
+        return jacobian
 
 
 def generator_of(seed: int) -> torch.Generator:

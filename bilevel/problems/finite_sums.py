@@ -45,7 +45,8 @@ class Quadratics:
             return torch.randn(*shape, generator=random, dtype=torch.float64)
 
         def basis(rows: int, columns: int) -> Tensor:
-            return torch.linalg.qr(gauss(rows, columns))[0]
+            basis: Tensor = torch.linalg.qr(gauss(rows, columns))[0]
+            return basis
 
         def spread(dimension: int) -> Tensor:
             return torch.logspace(-np.log10(self.condition), 0, dimension, dtype=torch.float64).sqrt()
@@ -87,7 +88,8 @@ class Quadratics:
 
     def inner_solution(self, x: Tensor) -> Tensor:
         g = self.dense("g")
-        return torch.linalg.solve(g["A"], -(g["C"].mT @ x + g["c"]))
+        y: Tensor = torch.linalg.solve(g["A"], -(g["C"].mT @ x + g["c"]))
+        return y
 
     def value(self, x: Tensor) -> Tensor:
         """f(y*(x), x)."""
@@ -102,7 +104,8 @@ class Quadratics:
         shift = torch.linalg.solve(g["A"], -g["c"])
         hessian = slope.mT @ f["A"] @ slope + f["B"] + f["C"] @ slope + slope.mT @ f["C"].mT
         linear = slope.mT @ (f["A"] @ shift + f["c"]) + f["C"] @ shift + f["d"]
-        return torch.linalg.solve(hessian, -linear)
+        y: Tensor = torch.linalg.solve(hessian, -linear)
+        return y
 
     def suboptimality(self, x: Tensor) -> float:
         """The outer gap as a part of the gap at the start."""

@@ -34,7 +34,7 @@ class Quadratics(ClosedFormProblem):
 
         basis, _ = torch.linalg.qr(randn(num_tasks, size, size))
         spectrum = torch.stack([torch.logspace(0, float(torch.tensor(c).log10()), size) for c in conditions]).double()
-        self.matrix = (basis @ torch.diag_embed(spectrum) @ basis.mT).to(dtype)
+        self.matrix: Tensor = (basis @ torch.diag_embed(spectrum) @ basis.mT).to(dtype)
         self.c, self.target = randn(num_tasks, size).to(dtype), randn(size).to(dtype)
         self.init, self.hparams = torch.zeros(num_tasks, size, dtype=dtype), randn(size).to(dtype)
 
@@ -63,7 +63,7 @@ class Saddle(ClosedFormProblem):
         generator = generator_of(seed)
         basis, _ = torch.linalg.qr(randn(size, size, generator=generator))
         spectrum = torch.linspace(1, 3, size, dtype=torch.float64) * (-1) ** torch.arange(size)
-        self.matrix = (basis @ torch.diag(spectrum) @ basis.mT).to(dtype)
+        self.matrix: Tensor = (basis @ torch.diag(spectrum) @ basis.mT).to(dtype)
         self.c, self.target = (randn(size, generator=generator).to(dtype) for _ in range(2))
         self.init, self.hparams = torch.zeros(size, dtype=dtype), randn(size, generator=generator).to(dtype)
 
@@ -90,8 +90,8 @@ class Singular(BilevelTestProblem):
         generator = generator_of(seed)
         basis, _ = torch.linalg.qr(randn(size, size, generator=generator))
         basis = basis[:, :rank]
-        self.matrix = (basis @ torch.diag(torch.linspace(1, 3, rank, dtype=torch.float64)) @ basis.mT).to(dtype)
-        self.projector = (basis @ basis.mT).to(dtype)
+        self.matrix: Tensor = (basis @ torch.diag(torch.linspace(1, 3, rank, dtype=torch.float64)) @ basis.mT).to(dtype)
+        self.projector: Tensor = (basis @ basis.mT).to(dtype)
         self.target, self.hparams = (randn(size, generator=generator).to(dtype) for _ in range(2))
         self.init = torch.zeros(size, dtype=dtype)
 

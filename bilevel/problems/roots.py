@@ -16,7 +16,7 @@ class LinearFixedPoint(BilevelTestProblem):
     def __init__(self, size: int = 12, rate: float = 0.6, *, dtype: torch.dtype = torch.float64, seed: int = 0):
         generator = generator_of(seed)
         weight = randn(size, size, generator=generator)
-        self.weight = (rate * weight / torch.linalg.matrix_norm(weight, 2)).to(dtype)
+        self.weight: Tensor = (rate * weight / torch.linalg.matrix_norm(weight, 2)).to(dtype)
         self.input = randn(size, 4, generator=generator).to(dtype)
         self.bias, self.target = (randn(size, generator=generator).to(dtype) for _ in range(2))
         self.init, self.hparams = torch.zeros(size, dtype=dtype), randn(4, generator=generator).to(dtype)
@@ -29,7 +29,8 @@ class LinearFixedPoint(BilevelTestProblem):
 
     def solution(self, hparams: Tensor) -> Tensor:
         eye = torch.eye(len(self.bias), dtype=self.bias.dtype)
-        return torch.linalg.solve(eye - self.weight, self.input @ hparams + self.bias)
+        z: Tensor = torch.linalg.solve(eye - self.weight, self.input @ hparams + self.bias)
+        return z
 
 
 class NonSymmetricRoot(NewtonProblem):
@@ -40,7 +41,7 @@ class NonSymmetricRoot(NewtonProblem):
     def __init__(self, size: int = 10, *, dtype: torch.dtype = torch.float64, seed: int = 0):
         generator = generator_of(seed)
         weight = randn(size, size, generator=generator)
-        self.weight = (0.8 * weight / torch.linalg.matrix_norm(weight, 2)).to(dtype)
+        self.weight: Tensor = (0.8 * weight / torch.linalg.matrix_norm(weight, 2)).to(dtype)
         self.target = randn(size, generator=generator).to(dtype)
         self.init, self.hparams = torch.zeros(size, dtype=dtype), 2 * randn(size, generator=generator).to(dtype)
 

@@ -101,7 +101,7 @@ class CrossValidation:
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        return found.nit
+        return int(found.nit)
 
     def norm(self, evaluation: Evaluation) -> float:
         """Norm of the projected hypergradient there, with the loss measured in that of the best constant."""

@@ -43,7 +43,8 @@ class FeatureRidge(RegressorMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        return validate_data(self, X, reset=False, dtype=np.float64) @ self.coef_ + self.intercept_
+        predicted: np.ndarray = validate_data(self, X, reset=False, dtype=np.float64) @ self.coef_ + self.intercept_
+        return predicted
 
 
 class FeatureLogistic(ClassifierMixin, BaseEstimator):
@@ -90,20 +91,24 @@ class FeatureLogistic(ClassifierMixin, BaseEstimator):
         return self
 
     def decision_function(self, X: Any) -> np.ndarray:
-        return self._fitted().decision_function(self._scaled(X))
+        scores: np.ndarray = self._fitted().decision_function(self._scaled(X))
+        return scores
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        return self._fitted().predict_proba(self._scaled(X))
+        shares: np.ndarray = self._fitted().predict_proba(self._scaled(X))
+        return shares
 
     def predict(self, X: Any) -> np.ndarray:
-        return self._fitted().predict(self._scaled(X))
+        predicted: np.ndarray = self._fitted().predict(self._scaled(X))
+        return predicted
 
     def _fitted(self) -> LogisticRegression:
         check_is_fitted(self)
         return self._model
 
     def _scaled(self, X: Any) -> np.ndarray:
-        return validate_data(self, X, reset=False, dtype=np.float64) * self._scale
+        scaled: np.ndarray = validate_data(self, X, reset=False, dtype=np.float64) * self._scale
+        return scaled
 
 
 class FeatureKernelRidge(RegressorMixin, BaseEstimator):
@@ -132,7 +137,8 @@ class FeatureKernelRidge(RegressorMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        return self._model.predict(validate_data(self, X, reset=False, dtype=np.float64) * self._scale)
+        predicted: np.ndarray = self._model.predict(validate_data(self, X, reset=False, dtype=np.float64) * self._scale)
+        return predicted
 
 
 def for_each_feature(name: str, value: Any, num_features: int) -> np.ndarray:

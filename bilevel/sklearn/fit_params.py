@@ -61,10 +61,10 @@ def checked(weight: Any, n: int) -> np.ndarray | None:
     """
     if weight is None:
         return None
-    weight = _check_sample_weight(weight, np.empty((n, 1)), dtype=np.float64)
-    if (weight < 0).any():
+    weights: np.ndarray = _check_sample_weight(weight, np.empty((n, 1)), dtype=np.float64)
+    if (weights < 0).any():
         raise ValueError("sample_weight has negative entries: the training objective has no minimum then.")
-    return weight
+    return weights
 
 
 def weigh_classes(folds: Folds, class_weight: Any, classes: np.ndarray) -> None:

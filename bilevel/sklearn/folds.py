@@ -168,7 +168,8 @@ def features_of(
 
 def dense(X: Any, model: BaseEstimator) -> np.ndarray:
     """Features as the model's own `fit` takes them, float64 ``[n, d]``."""
-    return check_array(X, dtype=np.float64, estimator=model, input_name="X", ensure_min_samples=2)
+    checked: np.ndarray = check_array(X, dtype=np.float64, estimator=model, input_name="X", ensure_min_samples=2)
+    return checked
 
 
 def transformed(before: Pipeline, X: Any, y: Any, train: np.ndarray, params: Mapping[str, Any]) -> np.ndarray:

@@ -105,7 +105,8 @@ class LogisticTwin:
         return hessian + torch.diag_embed(penalties.repeat(logits.shape[-1]))
 
     def _by_class(self, weights: Tensor) -> Tensor:
-        return weights.unflatten(-1, (-1, self.x.shape[-1]))
+        rows: Tensor = weights.unflatten(-1, (-1, self.x.shape[-1]))
+        return rows
 
     def _logits(self, weights: Tensor) -> Tensor:
         return self.x @ self._by_class(weights).mT

@@ -69,7 +69,8 @@ class Space:
         """A random x: one draw for each hyperparameter, the same in all entries of a vector."""
         shares = np.concatenate([np.full(c.size or 1, random.uniform()) for c in self.coordinates])
         low, high = self.bounds()
-        return low + shares * (high - low)
+        x: np.ndarray = low + shares * (high - low)
+        return x
 
     def tensors(self, x: Tensor) -> dict[str, Tensor]:
         """Hyperparameters by name, differentiable towards x."""

@@ -141,7 +141,7 @@ class Oracles:
 
     def _evaluate(self, what: str, y: Tensor, x: Tensor, batch: Any) -> Tensor:
         with EVALUATING, UNCOMPILED:
-            loss = getattr(self, what)(self._tree(self.inner, y), self._tree(self.outer, x), batch)
+            loss: Tensor = getattr(self, what)(self._tree(self.inner, y), self._tree(self.outer, x), batch)
         if what not in self._checked:
             check_loss(what, loss, y, x, self.own)
             self._checked.add(what)

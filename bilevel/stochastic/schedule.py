@@ -40,7 +40,7 @@ class Decay:
             raise ValueError(f"power is {self.power}: a decay between 0 (constant) and 1 (fastest) can converge.")
 
     def __call__(self, step: int) -> float:
-        return self.lr / (1 + step / self.delay) ** self.power
+        return float(self.lr / (1 + step / self.delay) ** self.power)
 
 
 class TorchSchedule:

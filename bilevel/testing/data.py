@@ -18,13 +18,15 @@ def spd(size: int, condition: float = 100.0, batch: Sequence[int] = (), seed: in
     """Random symmetric positive definite matrices ``[*batch, n, n]`` with eigenvalues in [1/condition, 1]."""
     basis, _ = torch.linalg.qr(randn(*batch, size, size, seed=seed))
     spectrum = torch.logspace(-math.log10(condition), 0, size, dtype=torch.float64)
-    return basis @ torch.diag(spectrum) @ basis.mT
+    matrix: Tensor = basis @ torch.diag(spectrum) @ basis.mT
+    return matrix
 
 
 def nonsymmetric(size: int, batch: Sequence[int] = (), seed: int = 0) -> Tensor:
     """``I - J`` with a random J of spectral norm 1/2: condition 3 at most, and Picard iterations contract."""
     gauss = randn(*batch, size, size, seed=seed)
-    return torch.eye(size, dtype=torch.float64) - 0.5 * gauss / torch.linalg.matrix_norm(gauss, 2)[..., None, None]
+    largest: Tensor = torch.linalg.matrix_norm(gauss, 2)[..., None, None]
+    return torch.eye(size, dtype=torch.float64) - 0.5 * gauss / largest
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:

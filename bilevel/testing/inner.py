@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -10,12 +13,36 @@ from ..inner.minimize import InnerSolver
 from ..inner.roots import RootSolver
 from ..problem import Problem, RootProblem
 from ..problems import Quadratics
-from ..solution import Result
+from ..solution import Result, Solution
 from .data import nonsymmetric, randn, relative_error
 from .suite import Suite
 
+S = TypeVar("S", InnerSolver, RootSolver)
 
-class InnerSolverTests(Suite[InnerSolver]):
+
+class BatchTests(Suite[S]):
+    """Tests of what both kinds make of a batch of three problems."""
+
+    @property
+    @abstractmethod
+    def truth(self) -> Tensor:
+        """The three solutions."""
+
+    @abstractmethod
+    def solve(self) -> Solution[Tensor]:
+        """The answer of a new solver."""
+
+    def test_each_problem_of_a_batch_is_solved(self) -> None:
+        found = self.solve()
+        assert found.result is Result.CONVERGED
+        assert relative_error(found.value, self.truth) <= self.tolerance
+        assert found.stats["num_steps"].shape == (3,)
+
+    def test_the_same_settings_give_the_same_answer(self) -> None:
+        assert torch.equal(self.solve().value, self.solve().value)
+
+
+class InnerSolverTests(BatchTests[InnerSolver]):
     """Tests of a minimiser: three quadratics of condition 1, 10 and 100 at once, each to its own tolerance."""
 
     tolerance = 1e-6
@@ -29,15 +56,8 @@ class InnerSolverTests(Suite[InnerSolver]):
     def truth(self) -> Tensor:
         return self.quadratics.solution(self.quadratics.hparams)
 
-    def test_each_problem_of_a_batch_is_minimised(self) -> None:
-        found = self.make().minimize(self.problem)
-        assert found.result is Result.CONVERGED
-        assert relative_error(found.value, self.truth) <= self.tolerance
-        assert found.stats["num_steps"].shape == (3,)
-
-    def test_the_same_settings_give_the_same_answer(self) -> None:
-        first, second = (self.make().minimize(self.problem).value for _ in range(2))
-        assert torch.equal(first, second)
+    def solve(self) -> Solution[Tensor]:
+        return self.make().minimize(self.problem)
 
     def test_argmin_takes_it(self) -> None:
         """The solve, its report and its hypergradient."""
@@ -49,7 +69,7 @@ class InnerSolverTests(Suite[InnerSolver]):
         assert relative_error(grad, self.quadratics.hypergradient(x)) <= 100 * self.tolerance
 
 
-class RootSolverTests(Suite[RootSolver]):
+class RootSolverTests(BatchTests[RootSolver]):
     """Tests of a solver of systems: three contractions ``y = W y + b`` with ``||W|| = 1/2`` at once, not symmetric."""
 
     tolerance = 1e-7
@@ -61,17 +81,11 @@ class RootSolverTests(Suite[RootSolver]):
 
     @property
     def truth(self) -> Tensor:
-        return torch.linalg.solve(self.matrix, self.bias)
+        y: Tensor = torch.linalg.solve(self.matrix, self.bias)
+        return y
 
-    def test_each_system_of_a_batch_is_solved(self) -> None:
-        found = self.make().find(self.problem)
-        assert found.result is Result.CONVERGED
-        assert relative_error(found.value, self.truth) <= self.tolerance
-        assert found.stats["num_steps"].shape == (3,)
-
-    def test_the_same_settings_give_the_same_answer(self) -> None:
-        first, second = (self.make().find(self.problem).value for _ in range(2))
-        assert torch.equal(first, second)
+    def solve(self) -> Solution[Tensor]:
+        return self.make().find(self.problem)
 
     def test_root_takes_it(self) -> None:
         bias = self.bias[0].clone().requires_grad_()

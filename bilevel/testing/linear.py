@@ -71,7 +71,8 @@ class LinearSolverTests(Suite[LinearSolver]):
 
     @property
     def truth(self) -> Tensor:
-        return torch.linalg.solve(self.matrix, self.b.unsqueeze(-1)).squeeze(-1)
+        x: Tensor = torch.linalg.solve(self.matrix, self.b.unsqueeze(-1)).squeeze(-1)
+        return x
 
     def test_each_system_of_a_batch_is_solved(self) -> None:
         found = self.make().solve(Dense(self.matrix), self.b)

@@ -12,7 +12,7 @@ OF_A_TRIAL: tuple[type[Exception], ...] = (
     FloatingPointError,  # NonFiniteError is one
     OverflowError,  # of Python's own numbers: math.exp of what has diverged
     np.linalg.LinAlgError,  # SciPy's is the same
-    torch.linalg.LinAlgError,
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]  # public, but not re-exported by name
     MemoryError,
     torch.OutOfMemoryError,
 )

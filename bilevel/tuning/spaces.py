@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..hypergrad.finite_difference import FiniteDifference
 from ..hypergrad.first_order import FirstOrder
@@ -37,6 +37,8 @@ from .settings import from_json, to_json
 
 if TYPE_CHECKING:
     import optuna
+
+T = TypeVar("T")
 
 LINEAR_SOLVERS = ("CG", "Jacobi-CG", "Nystrom-CG", "Neumann", "MINRES", "Nystrom", "Identity")
 ITERATIVE: dict[str, type] = {kind.__name__: kind for kind in (CG, MINRES, Neumann, GMRES, BiCGSTAB, NormalCG)}
@@ -218,7 +220,7 @@ def _choose(trial: optuna.trial.BaseTrial, name: str, choices: tuple[str, ...], 
     return suggest_choice(trial, name, list(choices))
 
 
-def _kept(trial: optuna.trial.BaseTrial, name: str, setting: Any) -> Any:
+def _kept(trial: optuna.trial.BaseTrial, name: str, setting: T) -> T:
     refuse_misspelt(trial, name)
     trial.set_user_attr(KEPT + name, json.dumps(to_json(setting)))
     return setting

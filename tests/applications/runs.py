@@ -10,4 +10,4 @@ from applications.frame.run_folder import RunFolder
 
 def comparable(folder: Path) -> list[dict[str, Any]]:
     """Metrics without the clock."""
-    return [{k: v for k, v in record.items() if k != "seconds"} for record in RunFolder(folder).metrics()]
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in RunFolder(folder).metrics()]

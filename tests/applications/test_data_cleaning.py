@@ -25,6 +25,7 @@ from applications.frame.command import main
 from applications.frame.data import Examples, load
 from applications.frame.mini_batches import STOCHASTIC
 from applications.frame.run_folder import RunFolder
+from tests.applications.refusals import refusals
 
 
 def clean(*arguments: str) -> int:
@@ -175,7 +176,7 @@ def comparable(folder) -> tuple:
 
 def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypatch):
     assert clean(*SMALL, "--out", str(tmp_path / "whole")) == 0
-    records = Cleaning.records
+    records = Cleaning.rows
 
     def stopped(self):
         for record in records(self):
@@ -184,7 +185,7 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypa
             yield record
 
     with monkeypatch.context() as patch:
-        patch.setattr(Cleaning, "records", stopped)
+        patch.setattr(Cleaning, "rows", stopped)
         assert clean(*SMALL, "--out", str(tmp_path / "halves")) == 128 + signal.SIGTERM
     assert len(RunFolder(tmp_path / "halves").metrics()) == 2
     assert clean("--resume", str(tmp_path / "halves")) == 0
@@ -200,22 +201,19 @@ def test_a_network_is_cleaned_too(tmp_path):
     assert scores(tables)["hyper-cleaning"]["AUC"] > 0.6
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--noise", "1"), "--noise is 1"),
-        (("--steps", "0"), "--steps is 0"),
-        (("--ridge", "0"), "--ridge is 0"),
-        (("--fit-ridge", "-1"), "--fit-ridge is -1"),
-        (("--lr", "0"), "--lr is 0"),
-        (("--setting", "stochastic", "--seconds", "0"), "--seconds is 0"),
-        (("--setting", "stochastic", "--model", "mlp"), "of softmax regression"),
-        (("--num-train", "1700", "--num-val", "200"), "parts of 1700, 200"),
-        (("--num-train", "5"), "digits cannot be split"),
-        (("--num-val", "0"), "--num-val is 0"),
-        (("--data", "digit"), "no data set 'digit'"),
-        (("--data", "mnist", "--data-root", "nowhere"), "MNIST is not in"),
-    ],
+@refusals(
+    (("--noise", "1"), "--noise is 1"),
+    (("--steps", "0"), "--steps is 0"),
+    (("--ridge", "0"), "--ridge is 0"),
+    (("--fit-ridge", "-1"), "--fit-ridge is -1"),
+    (("--lr", "0"), "--lr is 0"),
+    (("--setting", "stochastic", "--seconds", "0"), "--seconds is 0"),
+    (("--setting", "stochastic", "--model", "mlp"), "of softmax regression"),
+    (("--num-train", "1700", "--num-val", "200"), "parts of 1700, 200"),
+    (("--num-train", "5"), "digits cannot be split"),
+    (("--num-val", "0"), "--num-val is 0"),
+    (("--data", "digit"), "no data set 'digit'"),
+    (("--data", "mnist", "--data-root", "nowhere"), "MNIST is not in"),
 )
 def test_bad_options_are_told_and_nothing_is_written(arguments, message, refused):
     assert message in refused(clean, *arguments)

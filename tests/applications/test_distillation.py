@@ -22,6 +22,7 @@ from applications.distillation.networks import ConvNet, Linear, accuracy, initia
 from applications.frame.command import main
 from applications.frame.run import Run
 from applications.frame.run_folder import RunFolder
+from tests.applications.refusals import refusals
 
 SHAPE = (1, 4, 4)
 
@@ -126,18 +127,15 @@ def test_parts_and_sets_of_images():
     assert all((parts.train.of_class(i // 2) == drawn[i]).flatten(1).all(1).any() for i in range(20))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "iris"], "has 4 features a row and no word of height and width"),
-        (["--data", "nonsense"], "no data set 'nonsense'"),
-        (["--images-per-class", "500"], "the smallest class of digits has"),
-        (["--images-per-class", "0"], "--images-per-class is 0"),
-        (["--convnet-lr", "nan"], "--convnet-lr is nan"),
-        (["--l2", "0"], "--l2 is 0"),
-        (["--repeats", "1"], "--repeats is 1"),
-        (["--seed", "-1"], "--seed is -1"),
-    ],
+@refusals(
+    (["--data", "iris"], "has 4 features a row and no word of height and width"),
+    (["--data", "nonsense"], "no data set 'nonsense'"),
+    (["--images-per-class", "500"], "the smallest class of digits has"),
+    (["--images-per-class", "0"], "--images-per-class is 0"),
+    (["--convnet-lr", "nan"], "--convnet-lr is nan"),
+    (["--l2", "0"], "--l2 is 0"),
+    (["--repeats", "1"], "--repeats is 1"),
+    (["--seed", "-1"], "--seed is -1"),
 )
 def test_bad_input(refused, arguments, message):
     assert message in refused(command, *arguments)

@@ -21,6 +21,7 @@ from applications.equilibrium.network import Convolutional, Dense
 from applications.equilibrium.train import Fitting
 from applications.frame.command import main
 from applications.frame.run_folder import RunFolder
+from tests.applications.refusals import refusals
 from tests.applications.runs import comparable
 
 
@@ -212,19 +213,16 @@ def test_bad_files_end_with_2_and_write_nothing(bad_file, refused):
     refused(command, "--data", bad_file)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--contraction", "1.0"), "--contraction is 1.0"),
-        (("--epochs", "0"), "--epochs is 0"),
-        (("--tol", "-1"), "--tol is -1"),
-        (("--history", "-1"), "--history is -1"),
-        (("--depths", "0"), "--depths"),
-        (("--data", "wine", "--net", "convolutional"), "needs images"),
-        (("--data", "diabetes"), "no data set 'diabetes'"),
-        (("--max-train", "3"), "cannot be split"),
-        (("--data", "mnist", "--data-root", "/nowhere"), "MNIST is not in /nowhere"),
-    ],
+@refusals(
+    (("--contraction", "1.0"), "--contraction is 1.0"),
+    (("--epochs", "0"), "--epochs is 0"),
+    (("--tol", "-1"), "--tol is -1"),
+    (("--history", "-1"), "--history is -1"),
+    (("--depths", "0"), "--depths"),
+    (("--data", "wine", "--net", "convolutional"), "needs images"),
+    (("--data", "diabetes"), "no data set 'diabetes'"),
+    (("--max-train", "3"), "cannot be split"),
+    (("--data", "mnist", "--data-root", "/nowhere"), "MNIST is not in /nowhere"),
 )
 def test_bad_knobs_end_with_2_and_write_nothing(arguments, message, refused):
     assert message in refused(command, *arguments)
@@ -241,7 +239,7 @@ def test_mnist_keeps_its_test_images_and_is_learned(mnist_root):
     assert not torch.equal(first.train[1], second.train[1])
 
     training = Fitting(create_network(config, examples, 0), "implicit", first, config, 0)
-    records = list(training.records())
+    records = list(training.rows())
     assert records[-1]["validation_accuracy"] > 40  # 10 without learning
     assert records[-1]["loss"] < 0.95 * records[0]["loss"]  # eight steps
 

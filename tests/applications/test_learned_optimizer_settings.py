@@ -21,6 +21,7 @@ from applications.learned_optimizer_settings.learn import EXACT, Learning, end_o
 from applications.learned_optimizer_settings.networks import Data, Networks, losses, train
 from applications.learned_optimizer_settings.settings import Settings
 from applications.learned_optimizer_settings.tuning import tunable
+from tests.applications.refusals import refusals
 from tests.applications.runs import comparable
 
 STEPS = 8
@@ -84,7 +85,7 @@ def test_learning_by_forward_mode_is_learning_by_reverse_mode():
     learned = []
     for name in ("forward", "checkpoint"):
         learned.append(settings())
-        list(Learning(networks(), learned[-1], STEPS, 3, 0.2, seed=0, hypergrad=EXACT[name]).records())
+        list(Learning(networks(), learned[-1], STEPS, 3, 0.2, seed=0, hypergrad=EXACT[name]).rows())
     torch.testing.assert_close(learned[0].log_lr, learned[1].log_lr, rtol=1e-8, atol=0)
     torch.testing.assert_close(learned[0].logit, learned[1].logit, rtol=1e-8, atol=0)
     assert (learned[0].log_lr - settings().log_lr).abs().min() > 0.1
@@ -156,7 +157,7 @@ def test_mnist_keeps_its_test_images(mnist_root):
 def test_learning_rates_that_diverge_are_halved():
     at = Settings.constant(1e20, 0.9, 2)
     learning = Learning(networks(dtype=torch.float32), at, STEPS, 2, 0.1, seed=0)
-    first = next(learning.records())
+    first = next(learning.rows())
     assert first["diverged"]
     assert "loss" not in first
     assert at.log_lr.exp().tolist() == pytest.approx([5e19, 5e19], rel=1e-4)
@@ -232,7 +233,7 @@ def test_a_short_horizon_is_judged_by_whole_runs():
         assert [step for step, _, _ in records] == [1, 2, 3]
         nets = Networks(Data.read("iris", seed=5), 2, 4)
         at = Settings.constant(0.05, 0.9, 3)
-        list(Learning(nets, at, STEPS, 3, 0.3, 5, settings["hypergrad"]).records())
+        list(Learning(nets, at, STEPS, 3, 0.3, 5, settings["hypergrad"]).rows())
         fresh = dataclasses.replace(nets, count=3)
         assert records[-1][1]() == baselines.loss_of(fresh, *at.numbers(STEPS), 5)
 
@@ -250,20 +251,17 @@ def test_bad_solver_settings_end_with_2(content, message, tmp_path, refused):
     assert message in refused(command, *TINY, "--solver", tmp_path / "bad.json")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--steps", "1"], "--steps is 1"),
-        (["--batch", "0"], "--batch is 0"),
-        (["--points", "7", "--steps", "6"], "--points is 7"),
-        (["--start-lr", "nan"], "--start-lr is nan"),
-        (["--start-momentum", "1"], "--start-momentum is 1"),
-        (["--windows", "5", "200"], "--windows has 200"),
-        (["--windows", "5", "5"], "twice"),
-        (["--fresh", "1"], "--fresh is 1"),
-        (["--data", "nothing"], "no data set 'nothing'"),
-        (["--data", "mnist", "--data-root", "."], "MNIST is not in"),
-    ],
+@refusals(
+    (["--steps", "1"], "--steps is 1"),
+    (["--batch", "0"], "--batch is 0"),
+    (["--points", "7", "--steps", "6"], "--points is 7"),
+    (["--start-lr", "nan"], "--start-lr is nan"),
+    (["--start-momentum", "1"], "--start-momentum is 1"),
+    (["--windows", "5", "200"], "--windows has 200"),
+    (["--windows", "5", "5"], "twice"),
+    (["--fresh", "1"], "--fresh is 1"),
+    (["--data", "nothing"], "no data set 'nothing'"),
+    (["--data", "mnist", "--data-root", "."], "MNIST is not in"),
 )
 def test_bad_settings_end_with_2_and_write_nothing(arguments, message, refused):
     assert message in refused(command, *arguments)

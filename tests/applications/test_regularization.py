@@ -22,6 +22,7 @@ from applications.regularization.__main__ import Config, read, story, tunable
 from applications.regularization.augmentation import STRENGTHS, Augmented, Draws, constant, transform
 from applications.regularization.features import Regression
 from applications.regularization.weights import Network, decay_shape
+from tests.applications.refusals import refusals
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_the_search_takes_hypergradients_good_to_a_few_percent(sparse_parts):
     truth = x.detach().clone().requires_grad_()
     groups = regression.groups(12)
     (expected,) = torch.autograd.grad(validation_loss(regression, truth[groups]), truth)
-    next(search.records())
+    next(search.rows())
     assert (x.grad - expected).norm() < 0.03 * expected.norm()
 
 
@@ -186,13 +187,13 @@ def searches(steps: int):
 
 def test_a_resumed_search_makes_the_same_steps_bit_for_bit():
     for whole, first, second in zip(searches(4), searches(4), searches(4), strict=True):
-        expected = list(whole.records())
+        expected = list(whole.rows())
         assert len(expected) == 4
-        records, buffer = list(islice(first.records(), 2)), io.BytesIO()
+        records, buffer = list(islice(first.rows(), 2)), io.BytesIO()
         torch.save(first.state(), buffer)
         buffer.seek(0)
         second.restore(torch.load(buffer, weights_only=True))
-        assert records + list(second.records()) == expected
+        assert records + list(second.rows()) == expected
         for name, x in whole.hparams.items():
             assert torch.equal(x, second.hparams[name])
 
@@ -218,19 +219,16 @@ def test_bad_files_are_refused_and_nothing_is_written(bad_files, tmp_path, capsy
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--problem", "weights", "--data", "SPARSE"), "needs dense features"),
-        (("--problem", "augmentation", "--data", "wine"), "is no set of images"),
-        (("--problem", "weights", "--train", "2000"), "leave none to test on"),
-        (("--problem", "features", "--data", "iris", "--train", "2"), "cannot be split"),
-        (("--data", "20newsgroups"), "add --problem features"),
-        (("--problem", "features", "--data", "20newsgroups", "--data-root", "EMPTY"), "20 newsgroups is not in"),
-        (("--steps", "-1"), "--steps is -1"),
-        (("--hidden", "0"), "--hidden is 0"),
-        (("--solver", "best.json"), "add the --problem that they were tuned on"),
-    ],
+@refusals(
+    (("--problem", "weights", "--data", "SPARSE"), "needs dense features"),
+    (("--problem", "augmentation", "--data", "wine"), "is no set of images"),
+    (("--problem", "weights", "--train", "2000"), "leave none to test on"),
+    (("--problem", "features", "--data", "iris", "--train", "2"), "cannot be split"),
+    (("--data", "20newsgroups"), "add --problem features"),
+    (("--problem", "features", "--data", "20newsgroups", "--data-root", "EMPTY"), "20 newsgroups is not in"),
+    (("--steps", "-1"), "--steps is -1"),
+    (("--hidden", "0"), "--hidden is 0"),
+    (("--solver", "best.json"), "add the --problem that they were tuned on"),
 )
 def test_what_cannot_be_run_is_refused(bad_files, tmp_path, capsys, arguments, message):
     places = {"SPARSE": str(bad_files["sparse"]), "EMPTY": str(tmp_path)}
@@ -288,7 +286,7 @@ def test_mnist(mnist_root):
     train, validation, test = ((x.view(-1, 1, 28, 28), y) for x, y in (part.tensors() for part in parts))
     assert len(test[1]) == 10_000
     problem = Augmented.of(train, validation, (test[0][:100], test[1][:100]), 10, seed=0)
-    first, second = problem.search(2, lr=0.1).records()
+    first, second = problem.search(2, lr=0.1).rows()
     assert second["rotation"] != first["rotation"]
     assert min(first["validation_accuracy"], second["validation_accuracy"]) > 15  # turned and moved; chance is 10
 

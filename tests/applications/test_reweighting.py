@@ -29,6 +29,7 @@ from applications.reweighting.weighting import (
     losses_of,
     weighted_mean,
 )
+from tests.applications.refusals import refusals
 from tests.applications.runs import comparable
 
 SIZES = {"imbalance": 10.0, "noise": 0.4, "meta_per_class": 5, "validation_per_class": 5, "test_per_class": 20}
@@ -192,7 +193,7 @@ def test_resnet32_learns_with_a_weight_net():
     drawn = draw(images, "long-tail", repeats=1, seed=0, **{**SIZES, **sizes})
     settings = Settings(**{**vars(SETTINGS), "steps": 1, "batch": 2, "warm_up": 0})
     training = ClassifierTraining(partial(ResNet32, 2), drawn, "unroll", settings, "loss-and-class")
-    losses = [record["loss"] for record in training.records()]
+    losses = [record["loss"] for record in training.rows()]
     assert np.isfinite(losses).all()
     assert training.net is not None
     assert training.net.params["layers.1.weight"].abs().max() > 0
@@ -202,7 +203,7 @@ def test_weights_fall_with_the_loss_under_noise():
     drawn = draw(load("digits"), "noise", repeats=2, seed=0, **{**SIZES, "meta_per_class": 10})
     settings = Settings(**{**vars(SETTINGS), "steps": 250, "batch": 100, "warm_up": 100})
     training = ClassifierTraining(lambda: Mlp(64, 50, 10), drawn, "unroll", settings)
-    for record in training.records():
+    for record in training.rows():
         assert np.isfinite(record["loss"])
     row = measure(training, drawn)
     assert min(row["auc"]) > 0.97
@@ -213,7 +214,7 @@ def test_weights_fall_with_the_loss_under_noise():
 def test_validation_alone_chooses_where_to_stop():
     drawn = drawn_digits()
     training = ClassifierTraining(lambda: Mlp(64, 20, 10), drawn, "unweighted", SETTINGS)
-    seen = [record["validation"] for record in training.records() if "validation" in record]
+    seen = [record["validation"] for record in training.rows() if "validation" in record]
     assert torch.tensor(seen).amax(0).tolist() == training.best_validation.tolist()
     row = measure(training, drawn)
     assert row["validation_stopped"] == pytest.approx((100 * training.best_validation).tolist())
@@ -258,20 +259,17 @@ def test_bad_files(bad_file, refused):
     refused(reweighting, "--data", bad_file)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--steps", "0"], "--steps is 0"),
-        (["--lr", "0"], "--lr is 0"),
-        (["--noise", "1"], "--noise is 1"),
-        (["--imbalance", "0.5"], "--imbalance is 0.5"),
-        (["--meta-per-class", "200"], "The smallest class of digits has 174 examples"),
-        (["--methods", "cg", "cg"], "--methods cg cg: one at least, each once"),
-        (["--model", "resnet32"], "--model resnet32 takes"),
-        (["--data", "mnist", "--data-root", "nowhere"], "MNIST is not in nowhere"),
-        (["--data", "cifar10", "--data-root", "nowhere"], "CIFAR-10 is not in nowhere"),
-        (["--data", "wine", "--test-per-class", "40"], "The smallest class of wine"),
-    ],
+@refusals(
+    (["--steps", "0"], "--steps is 0"),
+    (["--lr", "0"], "--lr is 0"),
+    (["--noise", "1"], "--noise is 1"),
+    (["--imbalance", "0.5"], "--imbalance is 0.5"),
+    (["--meta-per-class", "200"], "The smallest class of digits has 174 examples"),
+    (["--methods", "cg", "cg"], "--methods cg cg: one at least, each once"),
+    (["--model", "resnet32"], "--model resnet32 takes"),
+    (["--data", "mnist", "--data-root", "nowhere"], "MNIST is not in nowhere"),
+    (["--data", "cifar10", "--data-root", "nowhere"], "CIFAR-10 is not in nowhere"),
+    (["--data", "wine", "--test-per-class", "40"], "The smallest class of wine"),
 )
 def test_bad_settings(arguments, message, refused):
     assert message in refused(reweighting, *arguments)

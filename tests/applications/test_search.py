@@ -69,7 +69,7 @@ def test_a_tuned_search_is_the_comparison_s(tmp_path):
     study = tunable(Config(data=str(tmp_path / "own.npz"), task="regression"))
     records = list(study.train(study.settings(study.default), 3))
     plan = Comparison(of_file(Examples("own", x, y, 0)), 1, 3, seed=3)
-    (told,) = [r for r in plan.records() if r["method"] == "hypergradient" and "feature" in r["contest"]]
+    (told,) = [r for r in plan.rows() if r["method"] == "hypergradient" and "feature" in r["contest"]]
     assert [step for step, _, _ in records] == list(range(1, told["candidates"] + 1))
     assert records[-1][1] == told["cv_loss"] < records[0][1]
     short = list(study.train({"tol": 1e-4, "max_iter": 1, "n_starts": 1}, 3))
@@ -93,14 +93,14 @@ def test_the_comparison_resumes_where_it_stood(tmp_path, monkeypatch):
     def plain(records):
         return [{k: v for k, v in r.items() if k not in ("search_seconds", "curve")} for r in records]
 
-    whole = plain(Comparison(contests, 2, 3, seed=0).records())
+    whole = plain(Comparison(contests, 2, 3, seed=0).rows())
     assert len(whole) == 2 * 2 * 2
     first = Comparison(contests, 2, 3, seed=0)
-    begun = first.records()
+    begun = first.rows()
     halves = plain([next(begun) for _ in range(3)])
     second = Comparison(contests, 2, 3, seed=0)
     second.restore(first.state())
-    assert halves + plain(second.records()) == whole
+    assert halves + plain(second.rows()) == whole
 
 
 def search_command(*arguments: str) -> int:

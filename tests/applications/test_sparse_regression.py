@@ -24,6 +24,7 @@ from applications.sparse_regression.folds import Folds
 from applications.sparse_regression.knobs import Config
 from applications.sparse_regression.penalties import Penalty, coordinate_descent
 from applications.sparse_regression.tuning import tunable
+from tests.applications.refusals import refusals
 
 FLOAT = torch.float64
 
@@ -226,19 +227,16 @@ def test_bad_files_end_with_2_and_leave_nothing(bad_files, tmp_path, capsys, nam
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "boston"], "no data set 'boston' for regression"),
-        (["--data", "diabetes", "diabetes"], "names one twice"),
-        (["--draws", "0"], "--draws is 0"),
-        (["--folds", "0"], "--folds is 0"),
-        (["--test-size", "1"], "--test-size is 1.0"),
-        (["--data", "diabetes", "--test-size", "0.97"], "at least 20 are needed"),
-        (["--evaluations", "1"], "--evaluations is 1"),
-        (["--noise-features", "-1"], "--noise-features is -1"),
-        (["--block-size", "0"], "--block-size is 0"),
-    ],
+@refusals(
+    (["--data", "boston"], "no data set 'boston' for regression"),
+    (["--data", "diabetes", "diabetes"], "names one twice"),
+    (["--draws", "0"], "--draws is 0"),
+    (["--folds", "0"], "--folds is 0"),
+    (["--test-size", "1"], "--test-size is 1.0"),
+    (["--data", "diabetes", "--test-size", "0.97"], "at least 20 are needed"),
+    (["--evaluations", "1"], "--evaluations is 1"),
+    (["--noise-features", "-1"], "--noise-features is -1"),
+    (["--block-size", "0"], "--block-size is 0"),
 )
 def test_bad_settings_end_with_2_and_leave_nothing(refused, arguments, message):
     assert message in refused(sparse_regression, *arguments)
@@ -285,7 +283,7 @@ def test_an_interrupted_descent_resumes_bit_for_bit(folds, tmp_path, monkeypatch
         return main("sparse_regression", list(arguments), application.Config, story)
 
     assert start("--out", str(tmp_path / "whole")) == 0
-    records = Descent.records
+    records = Descent.rows
 
     def interrupted(self):
         for record in records(self):
@@ -294,7 +292,7 @@ def test_an_interrupted_descent_resumes_bit_for_bit(folds, tmp_path, monkeypatch
             yield record
 
     with monkeypatch.context() as patch:
-        patch.setattr(Descent, "records", interrupted)
+        patch.setattr(Descent, "rows", interrupted)
         assert start("--out", str(tmp_path / "halves")) == 128 + signal.SIGTERM
     assert start("--resume", str(tmp_path / "halves")) == 0
     capsys.readouterr()

@@ -10,6 +10,16 @@ from bilevel.problems import Quadratics, Ridge
 EXACT = bl.NewtonCG(gtol=1e-13)
 
 
+def with_penalty(penalty):
+    """``|y - x|^2`` and the penalty, of three params and as many hyperparameters."""
+    return BilevelProblem(
+        inner=lambda y, x: (y - x).square().sum() + penalty(y, x),
+        outer=lambda y, x: (y - 1).square().sum(),
+        init=torch.zeros(3, dtype=torch.float64),
+        hparams=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64),
+    )
+
+
 @pytest.mark.parametrize("problem", [Ridge(), Ridge(per_feature=True), Quadratics(conditions=(3.0, 30.0))])
 def test_a_right_one_passes(problem):
     report = check_hypergradient(problem, solver=EXACT, throw="ignore")
@@ -31,12 +41,7 @@ def test_a_wrong_one_is_an_error_with_both_slopes():
 
 def test_a_detached_objective_is_found_out():
     """The classic mistake: a hyperparameter that enters through detached values."""
-    problem = BilevelProblem(
-        inner=lambda y, x: (y - x).square().sum() + (x.detach() * y.square()).sum(),
-        outer=lambda y, x: (y - 1).square().sum(),
-        init=torch.zeros(3, dtype=torch.float64),
-        hparams=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64),
-    )
+    problem = with_penalty(lambda y, x: (x.detach() * y.square()).sum())
     with pytest.raises(HypergradientError, match="parts of the objective that are detached"):
         check_hypergradient(problem, solver=EXACT, throw="ignore")
 
@@ -54,12 +59,7 @@ def test_an_inaccurate_solver_leaves_it_open_and_a_better_one_for_the_difference
 
 def test_a_path_is_right_by_its_own_steps():
     """Three steps are no minimum; the derivative of three steps is that of three steps all the same."""
-    problem = BilevelProblem(
-        inner=lambda y, x: (y - x).square().sum() + (x.exp() * y.square()).sum(),
-        outer=lambda y, x: (y - 1).square().sum(),
-        init=torch.zeros(3, dtype=torch.float64),
-        hparams=torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64),
-    )
+    problem = with_penalty(lambda y, x: (x.exp() * y.square()).sum())
     steps = bl.GradientDescent(0.05, 3)
     assert check_hypergradient(problem, solver=steps, hypergrad=bl.Unroll()).ok
     implicit = check_hypergradient(problem, solver=steps, throw="ignore", raise_exception=False)

@@ -58,8 +58,8 @@ def follow(
     training: Training, score: Callable[[], float]
 ) -> Iterator[tuple[int, Callable[[], float], bl.Solution | None]]:
     """A `Training` as `Tunable.train` gives it: the score off the clock, the solution of its attribute ``fit``."""
-    for record in training.records():
-        yield record["step"], score, getattr(training, "fit", None)
+    for row in training.rows():
+        yield row["step"], score, getattr(training, "fit", None)
 
 
 UNENDING = 10**9

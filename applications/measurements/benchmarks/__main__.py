@@ -27,7 +27,7 @@ PACKAGES = ("torch", "torchopt", "jaxopt", "jax", "higher", "scipy")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Config:
     """Time contestants on fixed workloads; a gradient that is not that of the float64 reference has no time."""
 
     workloads: tuple[str, ...] = ("A", "B", "C-10-steps", "C-100-steps", "C-1000-steps", "D-cleaning", "D-penalties")
@@ -52,11 +52,11 @@ class Settings:
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for bad input, which is told in one message."""
-    settings = tyro.cli(Settings, args=arguments, prog="python -m applications.measurements.benchmarks")
+    settings = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.benchmarks")
     return exit_code(lambda: run(settings, arguments), "Interrupted; the workloads that were done are in the folder.")
 
 
-def run(settings: Settings, arguments: list[str]) -> int:
+def run(settings: Config, arguments: list[str]) -> int:
     """All workloads; the folder is written after each."""
     check(settings)
     folder = RunFolder(settings.out)
@@ -95,7 +95,7 @@ def run(settings: Settings, arguments: list[str]) -> int:
     return 0
 
 
-def check(settings: Settings) -> None:
+def check(settings: Config) -> None:
     """Bad options, told before anything runs."""
     unknown = [name for name in settings.workloads if name not in NAMES]
     if unknown:

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from applications.frame.figures import BLUE, GREY, OURS, png
 
@@ -121,7 +122,7 @@ def _curves(entry: dict[str, Any]) -> bytes:
     return _png(figure, axes, entry)
 
 
-def _png(figure: plt.Figure, axes: Axes, entry: dict[str, Any]) -> bytes:
+def _png(figure: Figure, axes: Axes, entry: dict[str, Any]) -> bytes:
     figure.suptitle(textwrap.fill(entry["title"], 90), fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     return png(figure)

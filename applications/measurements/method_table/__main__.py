@@ -6,17 +6,16 @@ less accurate than it states and its own record does not say so.
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
 
 import bilevel as bl
-from applications.frame.errors import UserError, exit_code
+from applications.frame.errors import exit_code
+from applications.measurements import cells
 
 COMMAND = "python -m applications.measurements.method_table --out docs"
 SLOW = {"logistic": (1.0, 600)}
@@ -28,20 +27,16 @@ ILL_CONDITIONED = {"ill-conditioned": 1e4}
 
 
 @dataclass(frozen=True)
-class Settings:
+class Config(cells.Config):
     """What to measure, and where to write it."""
 
     out: Path = Path("runs/method_table")
-    """Folder of the table."""
-    precision: Literal["both", "float64", "float32"] = "both"
-    """Precision of the problems."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(cells.Cell):
     """One method on one problem. ``error``: relative; ``told``: its record says that a solve failed."""
 
-    precision: str
     method: str
     problem: str
     error: float
@@ -106,9 +101,9 @@ def _shown(cell: Cell | None) -> str:
     return f"{cell.error:.0e}{' (told)' if cell.told else ''}{'' if cell.kept else ' **above**'}"
 
 
-def page(cells: list[Cell]) -> str:
+def page(measured: list[Cell]) -> str:
     """The whole page."""
-    parts = [
+    head = [
         "# Every method on every problem",
         "Relative error of the hypergradient against the exact one, the inner problem solved as accurately as the "
         "precision allows (unrolled methods: gradient descent to convergence). Written by",
@@ -118,25 +113,17 @@ def page(cells: list[Cell]) -> str:
         "says so. Iterative solvers run at `rtol=1e-8` (float32: 1e-6); on the ill-conditioned quadratic, of condition "
         "1e6, their error may exceed that by a factor of 1e4.",
     ]
-    for precision in dict.fromkeys(cell.precision for cell in cells):
-        parts += [f"## {precision}", table([cell for cell in cells if cell.precision == precision])]
-    return "\n\n".join(parts) + "\n"
+    return cells.page(head, measured, table)
 
 
 def main(arguments: list[str]) -> int:
     """Measure, print and write."""
-    settings = tyro.cli(Settings, args=arguments, prog="python -m applications.measurements.method_table")
-    precisions = ("float64", "float32") if settings.precision == "both" else (settings.precision,)
-    cells = [cell for precision in precisions for cell in measure(precision)]
-    text = page(cells)
+    config = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.method_table")
+    measured = cells.measured(config.precision, measure)
+    text = page(measured)
     print(text)
-    content = json.dumps([asdict(cell) for cell in cells], indent=1).encode()
-    try:
-        bl.files.write_atomically(settings.out / "method_table.md", lambda file: file.write(text.encode()))
-        bl.files.write_atomically(settings.out / "method_table.json", lambda file: file.write(content))
-    except OSError as error:
-        raise UserError(f"--out {settings.out} cannot be written: {error}. Choose another folder.") from error
-    broken = [cell for cell in cells if not cell.kept]
+    cells.write(config.out, "method_table", text, measured)
+    broken = [cell for cell in measured if not cell.kept]
     for cell in broken:
         print(f"{cell.method} on {cell.problem} ({cell.precision}): {cell.error:.1e} > {cell.tolerance:.1e}")
     return 1 if broken else 0

@@ -22,7 +22,7 @@ from bilevel import files, problems, stochastic
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Config:
     """Outer suboptimality of every method against gradient evaluations and seconds; curves.json and curves.png."""
 
     problem: Literal["simulated", "logistic"] = "simulated"
@@ -45,29 +45,29 @@ PROBLEMS: dict[str, type[Problem]] = {
 
 def main(arguments: list[str]) -> int:
     """Run all methods; the exit code is 2 for bad input, which is told in one message."""
-    options = tyro.cli(Options, args=arguments, prog="python -m applications.measurements.stochastic_curves")
-    return exit_code(lambda: run(options))
+    config = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.stochastic_curves")
+    return exit_code(lambda: run(config))
 
 
-def run(options: Options) -> None:
+def run(config: Config) -> None:
     """Trace each method, print its last point, write the curves and their picture."""
-    check(options)
-    problem = PROBLEMS[options.problem]()
-    if options.batches > problem.num_samples:
-        raise UserError(f"--batches is {options.batches}: there are {problem.num_samples} samples to cut up.")
+    check(config)
+    problem = PROBLEMS[config.problem]()
+    if config.batches > problem.num_samples:
+        raise UserError(f"--batches is {config.batches}: there are {problem.num_samples} samples to cut up.")
     torch.set_num_threads(1)  # Vectors of a few hundred numbers: more threads only wait for each other.
     # Before any clock runs: the exact solution, and what torch sets up at the first use of an operation.
     problem.suboptimality(problem.start()[1])
-    for method in methods(problem, options.batches).values():
-        Batches(problem.num_samples, options.batches).step(method)
+    for method in methods(problem, config.batches).values():
+        Batches(problem.num_samples, config.batches).step(method)
     curves = {}
     print(f"{'method':8s} {'steps':>6s} {'passes':>7s} {'suboptimality':>14s}")
-    for name, method in methods(problem, options.batches).items():
-        batches = Batches(problem.num_samples, options.batches, options.seed)
+    for name, method in methods(problem, config.batches).items():
+        batches = Batches(problem.num_samples, config.batches, config.seed)
         points = trace(
             partial(batches.step, method),
             partial(gap, problem, method),
-            options.seconds,
+            config.seconds,
             finished=lambda point: point["suboptimality"] <= FLOOR,
         )
         curves[name] = points
@@ -75,17 +75,17 @@ def run(options: Options) -> None:
         if "stopped" in last:
             print(f"{name} stopped: {last['stopped']}", file=sys.stderr)
         print(f"{name:8s} {last['step']:6d} {last['passes']:7.0f} {last['suboptimality']:14.2e}", flush=True)
-    settings = {**dataclasses.asdict(options), "out": str(options.out)}
-    record = {"settings": settings, "torch": torch.__version__, "curves": curves}
-    picture = plots.curves(curves, titles[options.problem].format(options.batches))
+    settings = {**dataclasses.asdict(config), "out": str(config.out)}
+    written = {"settings": settings, "torch": torch.__version__, "curves": curves}
+    picture = plots.curves(curves, titles[config.problem].format(config.batches))
     try:
         files.write_atomically(
-            options.out / "curves.json", lambda file: file.write(json.dumps(record, indent=1).encode())
+            config.out / "curves.json", lambda file: file.write(json.dumps(written, indent=1).encode())
         )
-        files.write_atomically(options.out / "curves.png", lambda file: file.write(picture))
+        files.write_atomically(config.out / "curves.png", lambda file: file.write(picture))
     except OSError as error:
-        raise UserError(f"--out {options.out} cannot be written: {error}. Choose another folder.") from error
-    print(f"Wrote {options.out / 'curves.json'} and {options.out / 'curves.png'}.")
+        raise UserError(f"--out {config.out} cannot be written: {error}. Choose another folder.") from error
+    print(f"Wrote {config.out / 'curves.json'} and {config.out / 'curves.png'}.")
 
 
 titles = {
@@ -94,14 +94,14 @@ titles = {
 }
 
 
-def check(options: Options) -> None:
+def check(config: Config) -> None:
     """Refuse what cannot be run, before anything is."""
-    if not 0 < options.seconds < math.inf:
-        raise UserError(f"--seconds is {options.seconds}: a positive number is needed, the time for each method.")
-    if options.batches < 1:
-        raise UserError(f"--batches is {options.batches}: at least one is needed.")
-    if options.out.exists() and not options.out.is_dir():
-        raise UserError(f"--out {options.out} is a file: give a folder.")
+    if not 0 < config.seconds < math.inf:
+        raise UserError(f"--seconds is {config.seconds}: a positive number is needed, the time for each method.")
+    if config.batches < 1:
+        raise UserError(f"--batches is {config.batches}: at least one is needed.")
+    if config.out.exists() and not config.out.is_dir():
+        raise UserError(f"--out {config.out} is a file: give a folder.")
 
 
 def gap(problem: Problem, method: stochastic.Stochastic) -> dict[str, float]:

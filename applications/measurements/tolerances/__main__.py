@@ -7,13 +7,12 @@ is less accurate than a solve without a tolerance promises, and nothing says so.
 from __future__ import annotations
 
 import copy
-import json
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
@@ -22,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import bilevel as bl
-from applications.frame.errors import UserError, exit_code
+from applications.frame.errors import exit_code
+from applications.measurements import cells
 from bilevel.problems import BilevelTestProblem, Known, LassoPath, Scaled, Singular, collection, hard, in_double
 
 COMMAND = "python -m applications.measurements.tolerances --out docs"
@@ -35,17 +35,14 @@ TARGETS, FEATURES = ("b_train", "b_val"), ("a_train", "a_val")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Config(cells.Config):
     """What to measure, and where to write it."""
 
     out: Path = Path("runs/tolerances")
-    """Folder of the table."""
-    precision: Literal["both", "float64", "float32"] = "both"
-    """Of the problems."""
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(cells.Cell):
     """One problem in one variation, by all defaults.
 
     Attributes:
@@ -53,7 +50,6 @@ class Cell:
             not accurate. evaluations: of the inner function until the solution, with that which is differentiated.
     """
 
-    precision: str
     problem: str
     variation: str
     error: float | None
@@ -182,11 +178,11 @@ def _shown(cell: Cell | None) -> str:
     return f"{error}{' *told*' if cell.told else ''}, {cell.evaluations}{'' if cell.kept else ' **wrong**'}"
 
 
-def page(cells: list[Cell]) -> str:
+def page(measured: list[Cell]) -> str:
     """The whole page."""
-    wrong, told = sum(not cell.kept for cell in cells), sum(cell.told for cell in cells)
-    false = sum(cell.told and cell.error is not None and cell.error <= PROMISED[cell.precision] for cell in cells)
-    parts = [
+    wrong, told = sum(not cell.kept for cell in measured), sum(cell.told for cell in measured)
+    false = sum(cell.told and cell.error is not None and cell.error <= PROMISED[cell.precision] for cell in measured)
+    head = [
         "# Solves without a tolerance",
         "How accurate the hypergradient is where nothing is chosen: default inner solver, default linear solver, no "
         "tolerance. Each problem as it is, with the loss, the params, the targets or the features in units of 1e-6 to "
@@ -196,28 +192,20 @@ def page(cells: list[Cell]) -> str:
         f"Promised are {PROMISED['float64']:.0e} in float64 and {PROMISED['float32']:.0e} in float32, or a warning: "
         "*told*. Lasso and the quadratic program are solved by their own solvers, the latter as it is only. Starts of "
         "the singular problem have no part in its null space, which every solver leaves as it is.",
-        f"**{len(cells)} cells, {wrong} wrong and not told; {told} told, of which {false} were accurate all the "
+        f"**{len(measured)} cells, {wrong} wrong and not told; {told} told, of which {false} were accurate all the "
         "same.**",
     ]
-    for precision in dict.fromkeys(cell.precision for cell in cells):
-        parts += [f"## {precision}", table([cell for cell in cells if cell.precision == precision])]
-    return "\n\n".join(parts) + "\n"
+    return cells.page(head, measured, table)
 
 
 def main(arguments: list[str]) -> int:
     """Measure, print and write."""
-    settings = tyro.cli(Settings, args=arguments, prog="python -m applications.measurements.tolerances")
-    precisions = ("float64", "float32") if settings.precision == "both" else (settings.precision,)
-    cells = [cell for precision in precisions for cell in measure(precision)]
-    text = page(cells)
+    config = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.tolerances")
+    measured = cells.measured(config.precision, measure)
+    text = page(measured)
     print(text)
-    content = json.dumps([asdict(cell) for cell in cells], indent=1).encode()
-    try:
-        bl.files.write_atomically(settings.out / "tolerances.md", lambda file: file.write(text.encode()))
-        bl.files.write_atomically(settings.out / "tolerances.json", lambda file: file.write(content))
-    except OSError as error:
-        raise UserError(f"--out {settings.out} cannot be written: {error}. Choose another folder.") from error
-    return 1 if any(not cell.kept for cell in cells) else 0
+    cells.write(config.out, "tolerances", text, measured)
+    return 1 if any(not cell.kept for cell in measured) else 0
 
 
 if __name__ == "__main__":

@@ -15,17 +15,9 @@ from applications.frame.errors import UserError
 def measured(glyph_root, tmp_path_factory):
     out = tmp_path_factory.mktemp("benchmark")
     arguments = [
-        "--inner-steps",
-        "100",
-        "10",
-        "--repeats",
-        "1",
+        *["--inner-steps", "100", "10", "--repeats", "1", "--tasks", "2", "--config.width", "16"],
         "--out",
         str(out),
-        "--tasks",
-        "2",
-        "--config.width",
-        "16",
     ]
     assert benchmark.main([*arguments, "--config.data-root", str(glyph_root)]) == 0
     return out

@@ -88,24 +88,24 @@ class TestAnAdjointThatExplodes:
 
     def test_the_step_is_the_mean_over_the_other_tasks(self, session):
         broken = session(CHOSEN)
-        record = one_step(broken, broken.sampler("train"), 1e-2)
-        assert record["left_out"] == 1
-        assert not record["skipped"]
-        assert record["adjoint_relative_residual"] > 100  # what was found is told
+        row = one_step(broken, broken.sampler("train"), 1e-2)
+        assert row["left_out"] == 1
+        assert not row["skipped"]
+        assert row["adjoint_relative_residual"] > 100  # what was found is told
         sound = session({"hypergrad": bl.Implicit(bl.CG(max_steps=1))})
         episodes = sound.sampler("train").episodes(4, 0)
         others = methods.Episodes(*(tensor[[0, 2, 3]] for tensor in episodes.tensors()))
         outcome = meta_step(sound.learner, others)
         outcome.objective.backward()
         torch.testing.assert_close(gradients(broken), gradients(sound), rtol=1e-10, atol=1e-14)
-        assert record["loss"] == pytest.approx(outcome.query_loss.item(), rel=1e-12)
+        assert row["loss"] == pytest.approx(outcome.query_loss.item(), rel=1e-12)
 
     def test_a_training_learns_all_the_same_and_says_so(self, session):
-        records = list(meta_train(session(CHOSEN)))
-        assert all(record["left_out"] == 1 for record in records)
-        early, late = (sum(r["loss"] for r in part) for part in (records[:5], records[-5:]))
+        rows = list(meta_train(session(CHOSEN)))
+        assert all(row["left_out"] == 1 for row in rows)
+        early, late = (sum(r["loss"] for r in part) for part in (rows[:5], rows[-5:]))
         assert late < 0.8 * early
-        assert "40 tasks were left out of the meta-gradient in 40 meta-steps (the last: 40)" in guard.told(records)
+        assert "40 tasks were left out of the meta-gradient in 40 meta-steps (the last: 40)" in guard.told(rows)
 
     def test_a_task_whose_queries_are_not_finite(self, session):
         """Its loss and its gradient are NaN: neither is in the means."""
@@ -153,11 +153,11 @@ class TestClipping:
     def test_the_update_is_clipped_and_recorded(self, session):
         one = session(clip=1.0)
         one.clipping.running = 1e-6
-        record = one_step(one, one.sampler("train"), 1e-2)
-        assert record["clipped"]
-        assert record["meta_gradient_norm"] > 1e-3  # as it was before
+        row = one_step(one, one.sampler("train"), 1e-2)
+        assert row["clipped"]
+        assert row["meta_gradient_norm"] > 1e-3  # as it was before
         assert gradients(one).norm() == pytest.approx(1e-6, rel=1e-9)
-        assert "clipped in 1 meta-steps" in guard.told([{"step": 1, **record}])
+        assert "clipped in 1 meta-steps" in guard.told([{"step": 1, **row}])
 
 
 @pytest.mark.parametrize(("schedule", "expected"), [("constant", 1.0), ("root", 0.5), ("cosine", 0.5)])

@@ -20,7 +20,7 @@ RECORDS = [
 @pytest.fixture
 def run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(Config(data="omniglot", ways=20).to_json()))
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RECORDS))
     return tmp_path
 
 

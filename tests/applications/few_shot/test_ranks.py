@@ -96,10 +96,10 @@ def test_a_killed_rank_is_restarted_from_the_last_checkpoint(alone, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    steps = [record["step"] for record in RunFolder(out).metrics() if "loss" in record]
+    steps = [row["step"] for row in RunFolder(out).metrics() if "loss" in row]
     assert steps == list(range(1, len(steps) + 1))  # none lost, none twice
-    whole = [record for record in comparable(folder) if "loss" in record]
-    resumed = [record for record in comparable(out) if "loss" in record][: len(whole)]
+    whole = [row for row in comparable(folder) if "loss" in row]
+    resumed = [row for row in comparable(out) if "loss" in row][: len(whole)]
     for a, b in zip(whole, resumed, strict=True):  # the schedule is of another length; the tasks are the same
         assert a["step"] == b["step"]
     assert resumed[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-6)

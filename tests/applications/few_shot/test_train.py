@@ -26,19 +26,17 @@ from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.train import Session, create_learner, meta_train
 from applications.frame.errors import UserError
 from applications.frame.run_folder import RunFolder
+from tests.applications.few_shot.conftest import QUICK
 from tests.applications.runs import comparable
 
 ROOT = Path(__file__).parents[3]
 CHECKPOINT = "checkpoint-meta-training.pt"
-QUICK = ["--width", "8", "--tasks", "2", "--inner-steps", "2", "--eval-tasks", "4", "--validate-every", "3"]
 
 
 @pytest.fixture(scope="session")
-def finished(glyph_root, tmp_path_factory):
+def finished(short_run):
     """The folder of a short, uninterrupted run of 8 steps."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert main([*QUICK, "--steps", "8", "--data-root", str(glyph_root), "--out", str(folder)]) == 0
-    return folder
+    return short_run(8)
 
 
 SAVE_OFTEN = [

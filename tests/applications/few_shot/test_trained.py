@@ -19,15 +19,11 @@ from applications.frame.errors import UserError
 from applications.frame.run import checkpoint_of
 from applications.frame.run_folder import RunFolder
 
-QUICK = ["--width", "8", "--tasks", "2", "--inner-steps", "2", "--eval-tasks", "4", "--validate-every", "3"]
-
 
 @pytest.fixture(scope="session")
-def run(glyph_root, tmp_path_factory):
+def run(short_run):
     """The folder of a run of 20 meta-steps."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    assert main([*QUICK, "--steps", "20", "--data-root", str(glyph_root), "--out", str(folder)]) == 0
-    return folder
+    return short_run(20)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class Walking:
         self.step, self.place = 0, torch.zeros(2, dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(knobs.seed)
 
-    def records(self):
+    def rows(self):
         while self.step < self.steps:
             self.place = self.place + torch.randn(2, generator=self.generator, dtype=torch.float64)
             self.step += 1
@@ -94,7 +94,7 @@ def test_records_after_the_last_checkpoint_are_made_again(tmp_path):
     folder = RunFolder(tmp_path / "run")
     whole = comparable(folder.path)
     early = Walking(Walk())
-    records = early.records()
+    records = early.rows()
     next(records), next(records)  # the checkpoint of a run that was killed later
     folder.save_checkpoint({"training": early.state(), "step": 2, "seconds": 0.1}, "checkpoint-the-walk.pt")
     assert walk("--resume", str(folder.path)) == 0

@@ -20,6 +20,7 @@ from applications.few_shot.__main__ import main as few_shot
 from applications.frame import tune
 from applications.frame.tune.report import interval
 from bilevel.problems import Ridge
+from tests.applications.refusals import refusals
 
 ROOT = Path(__file__).parents[3]
 
@@ -137,15 +138,12 @@ def test_limits_become_constraints_and_a_study_without_a_winner_says_so(tmp_path
     assert not (tmp_path / "best.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--trials", "0"], "--trials is 0"),
-        (["--confirm", "1"], "--confirm is 1"),
-        (["--workers", "2", "--storage", "sqlite:///x.db"], "SQLite is not for several processes"),
-        (["--storage", "nothing"], "cannot be opened"),
-        (["--storage", "postgresql+psycopg2://nobody@127.0.0.1:1/none"], "cannot be opened"),
-    ],
+@refusals(
+    (["--trials", "0"], "--trials is 0"),
+    (["--confirm", "1"], "--confirm is 1"),
+    (["--workers", "2", "--storage", "sqlite:///x.db"], "SQLite is not for several processes"),
+    (["--storage", "nothing"], "cannot be opened"),
+    (["--storage", "postgresql+psycopg2://nobody@127.0.0.1:1/none"], "cannot be opened"),
 )
 def test_bad_options(tmp_path, capsys, arguments, message):
     code = tune.main("ridge", ["--out", str(tmp_path / "out"), *arguments], ridge)

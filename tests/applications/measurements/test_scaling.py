@@ -13,6 +13,7 @@ from applications.frame.command import main
 from applications.measurements.scaling import __main__ as application
 from applications.measurements.scaling import penalized
 from applications.measurements.scaling.penalized import Size
+from tests.applications.refusals import refusals
 
 SMALL = "--tasks 1 --widths 16 --inner-steps 2 --penalties 1 --examples 60 --features 5 --repeats 1".split()  # noqa: SIM905
 
@@ -44,13 +45,10 @@ def test_the_command(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "scaling.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tasks", "0"], "--tasks: give numbers of at least 1"),
-        (["--penalties", "2000000000"], "and no more penalties"),
-        (["--examples", "1"], "each rank needs one"),
-    ],
+@refusals(
+    (["--tasks", "0"], "--tasks: give numbers of at least 1"),
+    (["--penalties", "2000000000"], "and no more penalties"),
+    (["--examples", "1"], "each rank needs one"),
 )
 def test_bad_input(tmp_path, capsys, arguments, message):
     assert main("scaling", [*arguments, "--out", str(tmp_path / "run")], application.Scaling, application.story) == 2

@@ -14,6 +14,7 @@ from applications.measurements.stochastic_curves.__main__ import main
 from applications.measurements.stochastic_curves.methods import methods
 from bilevel import Solution, SolveError
 from bilevel.problems.finite_sums import Quadratics
+from tests.applications.refusals import refusals
 from tests.stochastic.cases import CASES
 
 
@@ -35,14 +36,11 @@ def test_a_short_run_writes_curves_and_picture(tmp_path, capsys):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["curves.json", "curves.png"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--seconds", "0"], "--seconds is 0"),
-        (["--seconds", "nan"], "--seconds is nan"),
-        (["--batches", "0"], "--batches is 0"),
-        (["--batches", "1000"], "--batches is 1000: there are 256"),
-    ],
+@refusals(
+    (["--seconds", "0"], "--seconds is 0"),
+    (["--seconds", "nan"], "--seconds is nan"),
+    (["--batches", "0"], "--batches is 0"),
+    (["--batches", "1000"], "--batches is 1000: there are 256"),
 )
 def test_bad_options_are_told_in_one_message(arguments, message, refused):
     assert message in refused(lambda *arguments: main([*arguments]), *arguments)

@@ -14,6 +14,7 @@ from applications.measurements.benchmarks import __main__ as command
 from applications.measurements.benchmarks import report, workloads
 from applications.measurements.benchmarks.hyperparameters import Hyperparameters
 from applications.measurements.benchmarks.runner import contest, relative_errors
+from tests.applications.refusals import refusals
 
 SMALL = {"num_examples": 120, "num_features": 30, "num_classes": 4}
 OURS = "bilevel, plain CG"
@@ -132,19 +133,16 @@ def test_a_meta_step_on_a_gpu(tmp_path, monkeypatch):
         assert row["peak_mib"] > 0
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--workloads", "E"], "no workload E"),
-        (["--rounds", "0"], "must be positive"),
-        (["--data-root", "/nowhere/at/all"], "is no folder"),
-        (["--workloads", "B", "--only", "nobody"], "no contestant of B"),
-        pytest.param(
-            ["--device", "cuda"],
-            "finds no GPU",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
-        ),
-    ],
+@refusals(
+    (["--workloads", "E"], "no workload E"),
+    (["--rounds", "0"], "must be positive"),
+    (["--data-root", "/nowhere/at/all"], "is no folder"),
+    (["--workloads", "B", "--only", "nobody"], "no contestant of B"),
+    pytest.param(
+        ["--device", "cuda"],
+        "finds no GPU",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU"),
+    ),
 )
 def test_bad_input(arguments, message, capsys):
     assert command.main(arguments) == 2
