@@ -148,7 +148,8 @@ class Implicit:
             far = far | (norm(residual) > size * least)
             doubtful = far & (found["result"] <= int(Result.STEPS_DONE))
         if self._untold and "condition" in solved.stats:
-            doubtful = doubtful | (torch.finfo(b.dtype).eps * solved.stats["condition"] > LOST_TO_ROUNDING)
+            lost = torch.finfo(b.dtype).eps * solved.stats["condition"]
+            doubtful = doubtful | (lost > max(LOST_TO_ROUNDING, goal.promised))
         codes = marked(codes, doubtful & (codes < int(Result.INACCURATE)), Result.INACCURATE)
         return solved.with_stats(result=codes)
 

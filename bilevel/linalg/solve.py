@@ -89,8 +89,9 @@ class IterativeSolver(ABC):
     """Base of the iterative solvers: tolerances, scaling, warm start and report; a subclass writes `iterate`.
 
     Args:
-        rtol: stop a problem at ``||b - A x|| <= max(rtol ||b||, atol)``. None: 1e-5 (float32) or 1e-10 (float64)
-            where ``max_steps`` is None as well, else make ``max_steps`` steps, which is then no failure.
+        rtol: stop a problem at ``||b - A x|| <= max(rtol ||b||, atol)``. None: 1e-5 (float32), 1e-10 (float64) or four
+            rounding errors (half precision) where ``max_steps`` is None as well, else make ``max_steps`` steps, which
+            is then no failure.
         atol: absolute part of the tolerance.
         max_steps: limit on the steps; None: ``10 n``, at most 1000.
     """
@@ -190,7 +191,7 @@ def first_guess(operator: Operator, b: Tensor, state: LinearState | None) -> tup
 
 def default_rtol(dtype: torch.dtype) -> float:
     """The relative residual asked for where the user names neither a tolerance nor a number of steps."""
-    return 1e-10 if dtype == torch.float64 else 1e-5
+    return 1e-10 if dtype == torch.float64 else max(1e-5, 4 * torch.finfo(dtype).eps)
 
 
 def check_settings(*, rtol: float | None, atol: float, max_steps: int | None) -> None:

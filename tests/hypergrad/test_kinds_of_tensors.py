@@ -162,3 +162,25 @@ def test_fixed_points_in_half_precision(solver, dtype):
     (grad,) = torch.autograd.grad(fit.value.sum(), x)
     slope = 1 - exact.square()
     assert relative_error(grad.double(), slope / (1 - 0.3 * slope)) < 0.05
+
+
+SYSTEMS = [None, bl.CG(), bl.MINRES(), bl.GMRES(), bl.BiCGSTAB(), bl.LSMR(), bl.Neumann(), bl.Cholesky(), bl.LU()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("linear", SYSTEMS, ids=repr)
+def test_defaults_ask_of_half_precision_what_it_can_give(linear, dtype):
+    """A well-conditioned problem at all defaults: right to its precision, and no warning."""
+    a, b = randn(24, 4, seed=3).to(dtype), randn(24, seed=4).to(dtype)
+    x = torch.tensor(0.0, dtype=dtype, requires_grad=True)
+    fit = bl.argmin(
+        lambda p: (a @ p - b).square().mean() + x.exp() * p.square().sum(),
+        torch.zeros(4, dtype=dtype),
+        hypergrad=bl.Implicit(linear),
+        throw="raise",
+    )
+    (grad,) = torch.autograd.grad(fit.value.square().sum(), x)
+    a, b, z = a.double(), b.double(), torch.tensor(0.0, dtype=F64, requires_grad=True)
+    exact = torch.linalg.solve(a.T @ a / 24 + z.exp() * torch.eye(4, dtype=F64), a.T @ b / 24)
+    (expected,) = torch.autograd.grad(exact.square().sum(), z)
+    assert relative_error(grad.double(), expected) < 8 * torch.finfo(dtype).eps
