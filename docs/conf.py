@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+import re
 import sys
 import urllib.request
 from pathlib import Path
-from types import ModuleType
+from types import BuiltinFunctionType
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 DOCS = Path(__file__).parent
@@ -41,19 +41,24 @@ suppress_warnings = ["config.cache"]  # the gallery's settings hold functions, w
 
 
 
-def example_of(name: str) -> str | None:
-    """The file that has the snippet of an object, under the line ``# %% bilevel.CG:``."""
+def snippets() -> dict[str, str]:
+    """The example of each object: parts of the files in ``reference/examples``, under ``# %% CG MINRES:``."""
+    found = {}
     for path in sorted((DOCS / "reference" / "examples").glob("*.py")):
-        if f"# %% {name}:\n" in path.read_text():
-            return path.name
-    return None
+        head, *parts = re.split(r"^# %% (.+):\n", path.read_text(), flags=re.MULTILINE)
+        for names, code in zip(parts[::2], parts[1::2], strict=True):
+            found |= {f"bilevel.{name}": head.strip() + "\n\n" + code.strip() for name in names.split()}
+    return found
+
+
+EXAMPLES = snippets()
 
 
 # Reference: a page an object, from the docstrings, which are Google's and name objects in single backticks.
 default_role = "py:obj"
 autosummary_generate = True
 autosummary_ignore_module_all = False
-autosummary_context = {"example_of": example_of}
+autosummary_context = {"example_of": EXAMPLES.get}
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
@@ -150,5 +155,21 @@ def resolve(app, env, node, contnode):
     return None
 
 
+def is_foreign(app, what, name, obj, skip, options):
+    """Whether a member comes from another library: its own reference has it."""
+    if hasattr(obj, "__objclass__") or isinstance(obj, BuiltinFunctionType):  # of int, from which Result inherits
+        return True
+    module = getattr(getattr(obj, "fget", obj), "__module__", None) or "bilevel"
+    return True if not module.startswith("bilevel") else None
+
+
+def drop_empty_globs(app, docname, source):
+    """A pattern of a toctree that no page matches is left out; Sphinx would warn."""
+    found = re.compile(r"^([\w/]+\*)\n", re.MULTILINE)
+    source[0] = found.sub(lambda pattern: pattern[0] if any(DOCS.glob(f"{pattern[1]}.md")) else "", source[0])
+
+
 def setup(app) -> None:
+    app.connect("autodoc-skip-member", is_foreign)
+    app.connect("source-read", drop_empty_globs)
     app.connect("missing-reference", resolve)
