@@ -40,14 +40,14 @@ myst_heading_anchors = 3
 suppress_warnings = ["config.cache"]  # the gallery's settings hold functions, which no cache keeps
 
 
-
 def snippets() -> dict[str, str]:
     """The example of each object: parts of the files in ``reference/examples``, under ``# %% CG MINRES:``."""
     found = {}
     for path in sorted((DOCS / "reference" / "examples").glob("*.py")):
-        head, *parts = re.split(r"^# %% (.+):\n", path.read_text(), flags=re.MULTILINE)
-        for names, code in zip(parts[::2], parts[1::2], strict=True):
-            found |= {f"bilevel.{name}": head.strip() + "\n\n" + code.strip() for name in names.split()}
+        head, *parts = re.split(r"((?:^# %% .+:\n)+)", path.read_text(), flags=re.MULTILINE)
+        for marks, code in zip(parts[::2], parts[1::2], strict=True):
+            whole = f"{head.strip()}\n\n{code.strip()}"
+            found |= {f"bilevel.{name}": whole for line in re.findall("%% (.+):", marks) for name in line.split()}
     return found
 
 

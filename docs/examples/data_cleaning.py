@@ -21,9 +21,11 @@ digits = load_digits()
 order = torch.randperm(len(digits.target))
 features = torch.tensor(digits.data[order] / 16, dtype=torch.float64)
 labels = torch.tensor(digits.target[order])
-x_train, y_true, x_val, y_val, x_test, y_test = *(t[:400] for t in (features, labels)), *(
-    t[400:700] for t in (features, labels)
-), *(t[700:] for t in (features, labels))
+x_train, y_true, x_val, y_val, x_test, y_test = (
+    *(t[:400] for t in (features, labels)),
+    *(t[400:700] for t in (features, labels)),
+    *(t[700:] for t in (features, labels)),
+)
 wrong = torch.rand(400) < 0.5
 y_train = torch.where(wrong, (y_true + torch.randint(1, 10, (400,))) % 10, y_true)
 
@@ -75,6 +77,8 @@ figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained
 left.hist([scores[~wrong].detach().sigmoid(), scores[wrong].detach().sigmoid()], bins=20, label=["right", "wrong"])
 left.set(xlabel="learned weight of an example", ylabel="examples")
 left.legend(title="its label is")
-right.barh(list(accuracies), [100 * value for value in accuracies.values()], color=["tab:gray", "tab:green", "tab:gray"])
+right.barh(
+    list(accuracies), [100 * value for value in accuracies.values()], color=["tab:gray", "tab:green", "tab:gray"]
+)
 right.set(xlabel="test accuracy (%)", xlim=(50, 100))
 plt.show()

@@ -3,8 +3,8 @@ An equilibrium layer
 ====================
 
 You will build a layer whose output is the solution of an equation, ``z = tanh(W z + U x + b)``, and train it without
-storing an iteration (Bai, Kolter, Koltun 2019). What backpropagation through the iterations gets right only after many of
-them, the implicit gradient has at once.
+storing an iteration (Bai, Kolter, Koltun 2019). What backpropagation through the iterations gets right only after
+many of them, the implicit gradient has at once.
 """
 
 # %%

@@ -2,8 +2,8 @@
 The slope of a lasso path
 =========================
 
-You will differentiate a problem that is not smooth. The validation loss of a lasso is a curve over its penalty, which is
-usually searched on a grid. Each point of that grid can tell its slope as well, at the price of a linear system as
+You will differentiate a problem that is not smooth. The validation loss of a lasso is a curve over its penalty, which
+is usually searched on a grid. Each point of that grid can tell its slope as well, at the price of a linear system as
 large as the support, and then a few steps find the minimum that a hundred points of the grid only surround.
 """
 

@@ -76,7 +76,9 @@ at = torch.full((4,), -0.2, dtype=torch.float64, requires_grad=True)
 h = 1e-5
 for index in range(4):
     shift = h * torch.eye(4, dtype=torch.float64)[index]
-    above, below = ((trajectory(at.detach() + s * shift, truth).value[seen] - observed).square().mean() for s in (1, -1))
+    above, below = (
+        (trajectory(at.detach() + s * shift, truth).value[seen] - observed).square().mean() for s in (1, -1)
+    )
     assert abs((above - below) / (2 * h) - gradient[index]) < 1e-5 * gradient.norm()
 
 # %%

@@ -2,8 +2,9 @@
 A weight decay for every feature
 ================================
 
-You will learn twenty hyperparameters at once by gradient descent on the validation loss: a penalty for each feature of
-a linear regression, of which only five features matter. Grid search would need 10^20 fits for ten values of each; a hypergradient costs one linear solve for all of them. The problem has a closed form, so we can also check the
+You will learn twenty hyperparameters at once by gradient descent on the validation loss: a penalty for each feature
+of a linear regression, of which only five features matter. Grid search would need 10^20 fits for ten values of each;
+a hypergradient costs one linear solve for all of them. The problem has a closed form, so we can also check the
 hypergradient that we used.
 """
 

@@ -2,7 +2,9 @@ import torch
 
 import bilevel as bl
 
-# %% tuning tuning.create_study tuning.guard tuning.report tuning.best_trial tuning.suggest_inner_solver tuning.suggest_linear_solver tuning.solver_from_trial tuning.expression tuning.INNER_SOLVERS tuning.LINEAR_SOLVERS:
+# %% tuning tuning.create_study tuning.guard tuning.report tuning.best_trial tuning.suggest_inner_solver:
+# %% tuning.suggest_linear_solver tuning.solver_from_trial tuning.expression tuning.INNER_SOLVERS:
+# %% tuning.LINEAR_SOLVERS:
 problem = bl.problems.Ridge(per_feature=True)
 
 

@@ -23,7 +23,8 @@ torch.testing.assert_close(bl.extending.Damped(operator, 0.5).matvec(v), matrix 
 torch.testing.assert_close(bl.extending.Transposed(operator).matvec(v), matrix.T @ v)
 
 
-# %% extending.IterativeSolver extending.Outcome extending.Stopping extending.LinearState extending.Precondition extending.Preconditioner extending.report:
+# %% extending.IterativeSolver extending.Outcome extending.Stopping extending.LinearState extending.Precondition:
+# %% extending.Preconditioner extending.report:
 from dataclasses import dataclass
 
 from bilevel.extending import IterativeSolver, Outcome, axpy, norm
@@ -48,7 +49,8 @@ solved = Richardson(rtol=1e-8).solve(bl.extending.Dense(matrix), torch.ones(2, d
 torch.testing.assert_close(solved.value, torch.linalg.solve(matrix, torch.ones(2, dtype=torch.float64)))
 
 
-# %% extending.Problem extending.Evaluation extending.Progress extending.choose extending.descend extending.line_search extending.Raveler:
+# %% extending.Problem extending.Evaluation extending.Progress extending.choose extending.descend:
+# %% extending.line_search extending.Raveler:
 from dataclasses import dataclass
 
 from bilevel.extending import Problem, Progress, axpy

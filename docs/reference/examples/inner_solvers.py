@@ -15,7 +15,9 @@ for rule in rules:
     fit = bl.argmin(lambda y: (y - x).square().sum(), torch.zeros(2, dtype=torch.float64), solver=bl.Steps(rule, 200))
     assert (fit.value - x).norm() < 0.1
 rate = torch.tensor(0.1, requires_grad=True)  # a step size that is learned, through the steps
-fit = bl.argmin(lambda y: (y - 1).square().sum(), torch.zeros(2), solver=bl.Steps(bl.SGD(rate), 3), hypergrad=bl.Unroll())
+fit = bl.argmin(
+    lambda y: (y - 1).square().sum(), torch.zeros(2), solver=bl.Steps(bl.SGD(rate), 3), hypergrad=bl.Unroll()
+)
 fit.value.sum().backward()
 torch.testing.assert_close(rate.grad, torch.tensor(2 * 6 * 0.8**2))  # y = 1 - (1 - 2 rate)^3, twice
 

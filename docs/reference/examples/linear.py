@@ -35,7 +35,11 @@ torch.manual_seed(0)
 diagonal = torch.logspace(0, 4, 50, dtype=torch.float64)  # curvatures that lie far apart
 operator, b = bl.extending.Dense(torch.diag(diagonal)), torch.ones(50, dtype=torch.float64)
 plain = bl.CG(rtol=1e-8).solve(operator, b)
-for preconditioner in (bl.Jacobi(), bl.NystromPreconditioner(rank=30), bl.InversePreconditioner(torch.diag(1 / diagonal))):
+for preconditioner in (
+    bl.Jacobi(),
+    bl.NystromPreconditioner(rank=30),
+    bl.InversePreconditioner(torch.diag(1 / diagonal)),
+):
     solved = bl.CG(rtol=1e-8, preconditioner=preconditioner).solve(operator, b)
     torch.testing.assert_close(solved.value, 1 / diagonal, rtol=1e-5, atol=1e-8)
     assert solved.stats["num_steps"] < plain.stats["num_steps"]
@@ -115,7 +119,8 @@ operator = Diagonal(torch.tensor([[1.0, 2.0], [4.0, 8.0]], dtype=torch.float64))
 solved = bl.CG(rtol=1e-10).solve(operator, torch.ones(2, 2, dtype=torch.float64))
 torch.testing.assert_close(solved.value, 1 / operator.diagonal)
 
-# %% compat.solve_cg compat.solve_normal_cg compat.solve_gmres compat.solve_bicgstab compat.solve_lu compat.solve_cholesky:
+# %% compat.solve_cg compat.solve_normal_cg compat.solve_gmres compat.solve_bicgstab compat.solve_lu:
+# %% compat.solve_cholesky:
 matrix, b = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64), torch.ones(2, dtype=torch.float64)
 for solve in (
     *(bl.compat.solve_cg, bl.compat.solve_normal_cg, bl.compat.solve_gmres, bl.compat.solve_bicgstab),

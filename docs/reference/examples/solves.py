@@ -70,7 +70,9 @@ assert tolerance.value < 0.1
 # %% SolveError SolveWarning:
 x = torch.tensor(1.0, requires_grad=True)
 try:
-    bl.argmin(lambda y: (y**4).sum() + x * y.sum(), torch.ones(2), solver=bl.LBFGS(gtol=1e-6, max_steps=1), throw="raise")
+    bl.argmin(
+        lambda y: (y**4).sum() + x * y.sum(), torch.ones(2), solver=bl.LBFGS(gtol=1e-6, max_steps=1), throw="raise"
+    )
 except bl.SolveError as error:
     assert error.solution.result is not bl.Result.CONVERGED
     print(error)

@@ -2,7 +2,9 @@ import torch
 
 import bilevel as bl
 
-# %% stochastic stochastic.SOBA stochastic.Stochastic stochastic.Step stochastic.TTSA stochastic.BSA stochastic.StocBiO stochastic.AmIGO stochastic.FSLA stochastic.MRBO stochastic.SUSTAIN stochastic.F2SA stochastic.BOME:
+# %% stochastic stochastic.SOBA stochastic.Stochastic stochastic.Step stochastic.TTSA stochastic.BSA:
+# %% stochastic.StocBiO stochastic.AmIGO stochastic.FSLA stochastic.MRBO stochastic.SUSTAIN stochastic.F2SA:
+# %% stochastic.BOME:
 methods = bl.stochastic.SOBA, bl.stochastic.AmIGO, bl.stochastic.StocBiO, bl.stochastic.FSLA, bl.stochastic.MRBO
 methods += bl.stochastic.SUSTAIN, bl.stochastic.TTSA, bl.stochastic.BSA, bl.stochastic.F2SA, bl.stochastic.BOME
 for method in methods:

@@ -58,7 +58,8 @@ fit.value.sum().backward()
 assert bl.distributed.rank() == 0
 assert decay.grad is not None
 
-# %% distributed.all_reduce distributed.reduce_gradients distributed.from_first distributed.together distributed.RankError:
+# %% distributed.all_reduce distributed.reduce_gradients distributed.from_first distributed.together:
+# %% distributed.RankError:
 weights = torch.ones(2, requires_grad=True)
 weights.square().sum().backward()
 with bl.distributed.together():  # an error of one rank is a RankError on all of them
