@@ -115,6 +115,7 @@ sphinx_gallery_conf = {
     "default_thumb_file": str(DOCS / "_static" / "logo.svg"),
     "doc_module": ("bilevel",),
     "backreferences_dir": "reference/uses",
+    "thumbnail_size": (420, 180),  # of two panels side by side
     "remove_config_comments": True,
     "show_memory": False,
     "write_computation_times": False,
