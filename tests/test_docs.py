@@ -13,7 +13,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
-    *sorted((ROOT / "applications").rglob("*.md")),
+    *(page for page in sorted((ROOT / "applications").rglob("*.md")) if "optunahub" not in page.parts),
 ]
 
 
