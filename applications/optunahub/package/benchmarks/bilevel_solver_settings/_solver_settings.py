@@ -82,4 +82,5 @@ class Problem(optunahub.benchmarks.BaseProblem):
             methods = {"trial": (inner, bl.Implicit(linear))}
             (row,) = bl.diagnostics.compare_methods(self._problem, methods, repeats=1).rows
         error = math.log10(max(row.error, 10**BEST)) if math.isfinite(row.error) else WORST
-        return {"log10_error": min(error, WORST), "cost": float(row.evaluations + 2 * row.products)}
+        cost = (row.evaluations or 0) + 2 * (row.products or 0)
+        return {"log10_error": min(error, WORST), "cost": float(cost)}
