@@ -73,11 +73,11 @@ assert min(loss for _, loss in steps) <= min(losses) * 1.001
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-left.plot(grid, losses, label="validation loss")
+left.plot(grid, losses)
 for value, loss, slope in list(zip(grid.tolist(), losses, slopes, strict=True))[::4]:
     left.plot([value - 0.25, value + 0.25], [loss - 0.25 * slope, loss + 0.25 * slope], "tab:orange")
 left.plot(*zip(*steps, strict=True), "k.", label="steps along the hypergradient")
-left.set(xlabel="log penalty", ylim=(min(losses) - 0.5, max(losses) + 0.5))
+left.set(xlabel="log penalty", ylabel="validation loss (orange: slopes)", ylim=(min(losses) - 0.5, max(losses) + 0.5))
 left.legend()
 right.step(grid, supports)
 right.axhline(4, color="tab:gray", linestyle=":")

@@ -3,9 +3,9 @@ Which sources should a transformer learn from?
 ==============================================
 
 You will learn how much of each data source a small transformer should train on. Three sources have sequences of the
-same kind, but one of them labels them at random and one is half wrong; a few trusted sequences tell which. Before each
-training step, the mixture follows the hypergradient of the trusted loss through that step, the way that data mixtures
-are learned on the fly (Ren et al. 2018; Shu et al. 2019).
+same kind, but a quarter of the labels of one are wrong, and those of another are drawn at random; a few trusted
+sequences tell which. Before each training step, the mixture follows the hypergradient of the trusted loss through
+that step, the way that data mixtures are learned on the fly (Ren et al. 2018; Shu et al. 2019).
 """
 
 # %%
@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 import bilevel as bl
 
 torch.manual_seed(0)
-SOURCES = ("right", "half of the labels wrong", "labels drawn at random")
+SOURCES = ("right", "a quarter of the labels wrong", "labels drawn at random")
 
 
 def draw(number):
