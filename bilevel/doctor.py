@@ -24,7 +24,7 @@ USES = {
     "sklearn": "bl.sklearn, BilevelSearchCV",
     "applications": "python -m applications.few_shot and the others; pictures",
     "test": "pytest and lint",
-    "docs": "the reference as pages",
+    "docs": "the site: guides, gallery, reference",
     "bench": "comparison with other libraries",
     "dev": "all that contributors use",
 }

@@ -1,4 +1,4 @@
-"""The wheel, installed with its core dependencies alone: every public name, a problem solved, what is missing told."""
+"""Wheel and sdist in an environment with the core dependencies alone: public names, a solve, what is missing told."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ import importlib.metadata
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from bilevel import doctor
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 CORE = {"torch", "numpy", "scipy"}
@@ -27,25 +34,27 @@ def source(tmp_path_factory) -> Path:
     """A copy of what a build reads, so that the checkout stays clean."""
     source = tmp_path_factory.mktemp("source")
     shutil.copytree(ROOT / "bilevel", source / "bilevel", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "CHANGELOG.md", "CITATION.cff"):
         shutil.copy(ROOT / name, source)
     return source
 
 
 @pytest.fixture(scope="module")
-def wheel(source) -> Path:
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(source / "dist"),
-        str(source),
-    )
-    (found,) = (source / "dist").glob("bilevel-*.whl")
+def dist(source) -> Path:
+    """What a release publishes: an sdist, and the wheel that is built of it."""
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", str(source / "dist"), str(source))
+    return source / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(dist) -> Path:
+    (found,) = dist.glob("bilevel-*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def sdist(dist) -> Path:
+    (found,) = dist.glob("bilevel-*.tar.gz")
     return found
 
 
@@ -85,20 +94,56 @@ def installed(name: str) -> bool:
     return True
 
 
-@pytest.fixture(scope="module")
-def python(wheel, tmp_path_factory) -> Path:
-    """A fresh environment with the wheel; links to this environment's core dependencies stand for a second download."""
+@pytest.fixture(scope="module", params=["wheel", "sdist"])
+def python(request, tmp_path_factory) -> Path:
+    """A fresh environment with either; links to this environment's core dependencies stand for a second download."""
     place = tmp_path_factory.mktemp("environment")
     venv.create(place, symlinks=True)
     (site,) = place.glob("lib/python*/site-packages")
-    for name in closure(CORE):
+    build = {"setuptools"} if request.param == "sdist" else set()
+    for name in closure(CORE | build):
         distribution = importlib.metadata.distribution(name)
         for part in {file.parts[0] for file in distribution.files or [] if file.parts[0] not in ("..", "__pycache__")}:
             if not (site / part).exists():
                 (site / part).symlink_to(Path(str(distribution.locate_file(part))))
     python = place / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel))
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index"]
+    run(*pip, "--no-build-isolation", str(request.getfixturevalue(request.param)))
     return python
+
+
+def test_the_index_would_take_both_files(dist):
+    said = run(sys.executable, "-m", "twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+    assert said.count("PASSED") == 2
+
+
+def test_the_sdist_holds_the_release_note_and_no_more_than_a_build_needs(sdist):
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()} - {""}
+    assert {"CHANGELOG.md", "LICENSE", "README.md", "pyproject.toml", "bilevel/__init__.py"} <= names
+    made = {"PKG-INFO", "setup.cfg", "MANIFEST.in", "CITATION.cff", "bilevel.egg-info"}
+    assert {name.split("/")[0] for name in names} <= made | {
+        "CHANGELOG.md",
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+        "bilevel",
+    }
+
+
+def test_version_and_workflow_agree(dist):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {path.name for path in dist.iterdir()} == {
+        f"bilevel-{project['version']}.tar.gz",
+        f"bilevel-{project['version']}-py3-none-any.whl",
+    }
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text())
+    publish = workflow["jobs"]["publish"]
+    assert publish["permissions"] == {"id-token": "write"}
+    assert publish["needs"] == "build"
+    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML reads "on" as true
+    (upload,) = (step for step in publish["steps"] if "pypi-publish" in step["uses"])
+    assert "with" not in upload  # no password, no token
 
 
 def test_the_wheel_holds_the_library_and_asks_for_three_packages(wheel):

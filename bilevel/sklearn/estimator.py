@@ -62,13 +62,15 @@ class BilevelSearchCV(BaseSearchCV):
         random_state: of the random starts.
 
     Attributes:
-        best_params_, best_score_, best_index_, best_estimator_, refit_time_, cv_results_, n_splits_, scorer_,
-            multimetric_, classes_, n_features_in_, feature_names_in_: as those of `GridSearchCV`. ``cv_results_`` has
-            one entry for each evaluation, in order, and ``mean_test_loss``; without ``scoring`` the scores are the
-            losses with a minus, and `score` is the estimator's own.
+        cv_results_: as that of `GridSearchCV`, as are ``best_params_``, ``best_score_``, ``best_index_``,
+            ``best_estimator_``, ``refit_time_``, ``n_splits_``, ``scorer_``, ``multimetric_``, ``classes_``,
+            ``n_features_in_`` and ``feature_names_in_``. It has one entry for each evaluation, in order, and
+            ``mean_test_loss``; without ``scoring`` the scores are the losses with a minus, and `score` is the
+            estimator's own.
         path_: search coordinates (logarithms) of each evaluation ``[evaluations, hyperparameters]``.
         hypergradient_norm_: norm of the projected hypergradient at the best place, in units of ``tol``.
-        n_iter_: steps of L-BFGS-B in all starts. n_evaluations_: fits of all folds.
+        n_iter_: steps of L-BFGS-B in all starts.
+        n_evaluations_: fits of all folds.
 
     Warns:
         ConvergenceWarning: ``max_iter`` was reached. bilevel.SolveWarning: an inner solve was inexact. UserWarning:

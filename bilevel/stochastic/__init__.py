@@ -1,4 +1,4 @@
-"""Single-loop and two-loop stochastic bilevel methods on mini-batches, one step at a time.
+"""Single-loop and two-loop stochastic bilevel methods on mini-batches, one step at a time::
 
     method = SOBA(params, hparams, train_loss, val_loss, inner_lr=Decay(0.1), outer_lr=Decay(0.1))
     for inner_batch, outer_batch in zip(train_batches, val_batches):

@@ -18,7 +18,7 @@ class BOME(Stochastic):
     """First-order like `F2SA`, without a penalty to choose: the multiplier follows from the gradients.
 
     With ``y_T`` the result of ``num_inner_steps`` gradient steps on g from y, held fixed, and the gap
-    q(y, x) = g(y, x) - g(y_T, x):
+    q(y, x) = g(y, x) - g(y_T, x)::
 
         multiplier = max(0, control - <grad f, grad q> / |grad q|^2)
         (y, x) <- (y, x) - outer_lr (grad f + multiplier grad q)

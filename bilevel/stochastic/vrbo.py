@@ -13,7 +13,7 @@ from .schedule import check_count
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class VRBO(NeumannMethod):
-    """For finite sums with cheap Hessian products: constant step sizes; `SRBA` does the same with fewer products.
+    """For finite sums with cheap Hessian products: constant step sizes; `SRBA` does the same with fewer products::
 
         every ``period`` steps, on all the data:   v = G(y, x),  w = F(y, x)
         x+ = x - outer_lr w
@@ -21,9 +21,9 @@ class VRBO(NeumannMethod):
             v <- v + G_b(y, x+) - G_b(y_old, x_old),    w <- w + F_b(y, x+) - F_b(y_old, x_old)
             y <- y - inner_lr v                         (not the last time)
 
-    with G = grad_y g and F the estimate of `MRBO` by a Neumann sum; (y_old, x_old) is the point of the estimate before.
-    Pass the full data when ``wants_full_batch`` is true: one draw of each loss then serves for v and w, so that with
-    `Draws` of the full data first and small batches after it the inner loop of that step stays cheap.
+    Here G = grad_y g, and F is the estimate of `MRBO` by a Neumann sum; (y_old, x_old) is the point of the estimate
+    before. Pass the full data when ``wants_full_batch`` is true: one draw of each loss then serves for v and w, so that
+    with `Draws` of the full data first and small batches after it the inner loop of that step stays cheap.
 
     Cost of a step with T = ``num_inner_steps`` and Q = ``num_terms``: (T + 1) times 4 gradients, 2 Q Hessian
     products and 2 cross products, and a gradient for each change of batch; on a full-batch step 2, Q and 1 more.

@@ -25,7 +25,7 @@ from applications.frame.device import select_device
 from applications.frame.errors import UserError, exit_code
 from applications.frame.run import Run
 from applications.frame.run_folder import RunFolder
-from applications.frame.tune import report
+from applications.frame.tune import hooks, report
 from applications.frame.tune.tunable import Tunable, score_after, score_within
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -62,6 +62,10 @@ class Options:
     """Seed of the sampler, and of the first trial's training."""
     out: Path | None = None
     """Folder of the study's files and pictures; by default runs/APPLICATION/tune."""
+    callback: tuple[str, ...] = ()
+    """Optuna callbacks (study, trial), called after each trial: import paths, package.module:function."""
+    artifacts: Path | None = None
+    """Folder of an Optuna artifact store, to which pictures and solver file of the study go too, for a dashboard."""
     worker: int | None = None
     """For the processes that --workers starts: the number of this one."""
 
@@ -104,6 +108,9 @@ def run(name: str, options: Options, arguments: list[str], tunable: Tunable) -> 
         else:
             work(study, options, tunable, trials, seconds, update)
     report.write(output, study, tunable, seconds, options.confirm, options.seed)
+    if options.artifacts is not None:
+        names = hooks.keep(study, out, options.artifacts)
+        output.say(f"{len(names)} files are new in the artifact store {options.artifacts}")
     return 0
 
 
@@ -115,6 +122,7 @@ def check(options: Options) -> None:
             raise UserError(f"--{option.replace('_', '-')} is {value}: it must be positive.")
     if options.confirm < 2:
         raise UserError(f"--confirm is {options.confirm}: an interval needs at least two seeds.")
+    hooks.imported(options.callback)
     if options.workers > 1 and (options.storage or "").startswith("sqlite"):
         raise UserError(
             "SQLite is not for several processes. Leave --storage out to take a journal, or give a database server."
@@ -196,7 +204,8 @@ def work(
             study.stop()
 
     if finished(study) < trials:
-        study.optimize(bl.tuning.guard(objective), timeout=options.timeout, callbacks=[after])
+        callbacks = [after, *hooks.imported(options.callback)]
+        study.optimize(bl.tuning.guard(objective), timeout=options.timeout, callbacks=callbacks)
 
 
 def limits(trial: optuna.Trial, options: Options, peak_mib: float, step_seconds: float) -> None:

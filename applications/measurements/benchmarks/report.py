@@ -31,7 +31,7 @@ def table(entry: dict[str, Any]) -> str:
     rate = entry["matmul_gflops"]
     machine = entry["machine"]
     lines = [
-        f"### {entry['title']}",
+        f"## {entry['title']}",
         "",
         f"{_place(machine)}, a matrix product at {rate:.0f} GFLOP/s",
         "",

@@ -222,3 +222,36 @@ def test_workers_share_a_journal_and_ctrl_c_keeps_the_study(tmp_path, glyph_root
     assert str(os.getpid()) not in {process.split()[1] for process in processes}
     assert len(processes) >= 3
     assert (tmp_path / "best.json").exists()
+
+
+def noted(study, trial):
+    """A callback as a user writes one."""
+    study.set_user_attr("seen", [*study.user_attrs.get("seen", []), trial.number])
+
+
+def test_callbacks_and_artifacts_pass_through(tmp_path, capsys):
+    path, store = f"{__name__}:noted", tmp_path / "store"
+    assert run(tmp_path / "study", "--callback", path, "--artifacts", str(store)) == 0
+    study = optuna.load_study(study_name="ridge score", storage=f"sqlite:///{tmp_path / 'study' / 'study.db'}")
+    assert study.user_attrs["seen"] == [trial.number for trial in study.trials]
+    kept = {meta.filename: meta for meta in optuna.artifacts.get_all_artifact_meta(study)}
+    assert {"best.json", "study.html", "optimization-history.png", "slice.png"} <= set(kept)
+    assert kept["slice.png"].mimetype == "image/png"
+    optuna.artifacts.download_artifact(
+        artifact_store=optuna.artifacts.FileSystemArtifactStore(store),
+        file_path=str(tmp_path / "winner.json"),
+        artifact_id=kept["best.json"].artifact_id,
+    )
+    assert set(bl.tuning.load(tmp_path / "winner.json")) == {"solver", "hypergrad"}
+    before = len(optuna.artifacts.get_all_artifact_meta(study))
+    assert run(tmp_path / "study", "--callback", path, "--artifacts", str(store)) == 0  # nothing new but dates
+    assert (
+        len(optuna.artifacts.get_all_artifact_meta(study)) - before <= 2
+    )  # the page and the timeline have ids of theirs
+
+
+@pytest.mark.parametrize("path", ["nowhere.module:f", "math:no_such_function", "math:pi", "no path at all"])
+def test_a_callback_that_cannot_be_called_is_told_before_anything_runs(tmp_path, capsys, path):
+    assert run(tmp_path / "study", "--callback", path) == 2
+    assert "--callback" in capsys.readouterr().err
+    assert not (tmp_path / "study").exists()

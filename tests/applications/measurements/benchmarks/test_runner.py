@@ -82,7 +82,7 @@ def test_the_command_writes_results_tables_and_pictures_and_keeps_earlier_ones(t
     assert results["B"]["machine"]["versions"]["torch"]
     assert (tmp_path / "B.png").read_bytes().startswith(b"\x89PNG")
     tables = (tmp_path / "tables.md").read_text()
-    assert "### an earlier one" in tables
+    assert "## an earlier one" in tables
     assert f"| {OURS} |" in tables
 
 

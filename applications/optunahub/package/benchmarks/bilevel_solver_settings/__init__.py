@@ -1,0 +1,3 @@
+from ._solver_settings import Problem
+
+__all__ = ["Problem"]
