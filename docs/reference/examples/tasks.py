@@ -37,9 +37,9 @@ losses, _ = bl.losses_of_tasks(outer_losses, params, torch.ones(10, 3), chunk_si
 losses.sum().backward()
 torch.testing.assert_close(params.grad, torch.full((10, 3), -2.0))
 
-# %% capture Captured:
+# %% capture Recorded:
 recorded = bl.capture(lambda x: {"double": 2 * x})  # a CUDA graph on a GPU; on a CPU the function as it is
-assert isinstance(recorded, bl.Captured)
+assert isinstance(recorded, bl.Recorded)
 torch.testing.assert_close(recorded(torch.ones(3))["double"], torch.full((3,), 2.0))
 
 # %% distributed distributed.sharded distributed.shard distributed.rank distributed.world_size:
