@@ -108,17 +108,17 @@ class Learner:
             )
         return [*learned, *(s for s in self.log_strength.values() if s.requires_grad)]
 
-    def tasks_at_once(self, x: Tensor) -> int | None:
-        """Tasks in one tensor program, of images ``x [T, n, ...]``; None for all."""
+    def tasks_at_once(self, x: Tensor, beside: int = 0) -> int | None:
+        """Tasks in one tensor program, of images ``x [T, n, ...]`` and ``beside`` numbers a task; None for all."""
         if x.device.type != "cpu":
             return None
         each = getattr(self.net, "largest", 64 * x[0, 0].numel())
-        return max(1, NUMBERS_AT_ONCE // (each * x.shape[1]))
+        return max(1, NUMBERS_AT_ONCE // (each * x.shape[1] + beside))
 
-    def sharing(self, x: Tensor) -> dict[str, Any]:
+    def sharing(self, x: Tensor, beside: int = 0) -> dict[str, Any]:
         """How T tasks with images ``x [T, n, ...]`` are shared out: the settings of `bl.map_tasks`."""
         threads = self.config.threads or (torch.get_num_threads() if x.device.type == "cpu" else 1)
-        return {"chunk_size": self.config.chunk_size or self.tasks_at_once(x), "num_threads": threads}
+        return {"chunk_size": self.config.chunk_size or self.tasks_at_once(x, beside), "num_threads": threads}
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Logits ``[n, ways]`` of one task's images ``[n, channels, size, size]``; with T in front, of T tasks."""
