@@ -11,7 +11,7 @@ import torch
 from applications.few_shot.data import SHAPES, Reading
 from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
 
-Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile"]
+Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile", "prototypical"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Config(SolverKnobs):
     """Query images for each class while training."""
 
     method: Method = "imaml"
-    """imaml (gradient descent), imaml-hf (Hessian-free Newton), maml (unrolled), fomaml, reptile."""
+    """imaml (gradient descent), imaml-hf (Hessian-free Newton), maml (unrolled), fomaml, reptile; prototypical: the
+    nearest class mean of features, the baseline that adapts nothing."""
     model: str = "conv4"
     """conv4, fc, or the import path package.module:factory of a function (channels, image size, ways) -> module."""
     width: int = 32

@@ -29,6 +29,7 @@ METHOD_NAMES = {
     "maml": "MAML",
     "fomaml": "first-order MAML",
     "reptile": "Reptile",
+    "prototypical": "prototypical network",
 }
 
 NO_HEAD = (

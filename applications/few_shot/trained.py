@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -168,12 +169,18 @@ def digest(content: dict[str, Any]) -> str:
 
 def command(config: Config) -> str:
     """The command that trains with this configuration, with the options that are not at their defaults."""
-    default, options = Config().to_json(), []
+    return f"python -m applications.few_shot train {shlex.join(options(config))}".strip()
+
+
+def options(config: Config) -> list[str]:
+    """Those of a configuration that are not at their defaults, but for the place, the threads and the device."""
+    default, words = Config().to_json(), []
     for name, value in config.to_json().items():
         if value != default[name] and name not in ("data_root", "threads", "device"):
-            option = f"--{name.replace('_', '-')}"
-            options.append(f"--no-{option[2:]}" if value is False else option if value is True else f"{option} {value}")
-    return " ".join(["python -m applications.few_shot train", *options])
+            option, values = name.replace("_", "-"), value if isinstance(value, tuple | list) else [value]
+            words += [f"--no-{option}" if value is False else f"--{option}"]
+            words += [] if isinstance(value, bool) else [str(value) for value in values]
+    return words
 
 
 def bare_network(config: Config) -> torch.nn.Module:
