@@ -76,7 +76,7 @@ def _train(config: Config, folder: Path, train: Callable[[list[str]], int]) -> i
         if kept.to_json() != config.to_json():
             raise UserError(f"{folder} is a run with other settings. Take another --out.")
         return 0
-    place = ["--threads", config.threads, "--device", config.device]
+    place: list[Any] = ["--threads", config.threads, "--device", config.device]
     place += ["--data-root", config.data_root] if config.data_root is not None else []
     where = ["--resume" if begun else "--out", folder]
     return train([str(word) for word in ["train", *options(config), *place, *where]])

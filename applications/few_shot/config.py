@@ -49,6 +49,9 @@ class Config(SolverKnobs):
     nearest class mean of features, the baseline that adapts nothing."""
     model: str = "conv4"
     """conv4, fc, or the import path package.module:factory of a function (channels, image size, ways) -> module."""
+    backbone: str | None = None
+    """A frozen network, package.module:factory of (channels, image size) -> module, whose features [n, size] are
+    computed once; --model is then a head behind them."""
     width: int = 32
     """Filters of each convolution of conv4."""
     norm: Literal["batch", "image"] = "batch"
@@ -122,6 +125,10 @@ class Config(SolverKnobs):
         require(self.clip is None or self.clip >= 1, clip)
         fractions = min(self.held_out) > 0 and sum(self.held_out) < 1
         require(fractions, f"--held-out is {self.held_out}: two fractions above 0, of sum below 1.")
+        require(
+            self.backbone is None or self.model != "fc",
+            "--model fc takes images, not features: leave it out, or name a factory of your own.",
+        )
         require(0 <= self.inner_momentum < 1, f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
         require(self.cg_steps >= 0 and self.validate_every >= 0, "--cg-steps and --validate-every cannot be negative.")
         implicit = self.method.startswith("imaml")
@@ -141,6 +148,11 @@ class Config(SolverKnobs):
             self.norm != "image" or self.width % 8 == 0,
             f"--width is {self.width}: with --norm image it must be a multiple of 8.",
         )
+
+    @property
+    def network(self) -> str:
+        """What is built: --model, behind a backbone a head unless another one is named."""
+        return "head" if self.backbone is not None and self.model == "conv4" else self.model
 
     @property
     def dtype(self) -> torch.dtype:

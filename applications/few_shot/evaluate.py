@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import bilevel as bl
+from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes, Sampler
 from applications.few_shot.methods import Learner, Params, adapt
 from applications.few_shot.models import BatchStatNorm, inductive
@@ -136,6 +137,12 @@ def linear_on_pixels(episodes: Episodes) -> Tensor:
     fit = bl.argmin(torch.vmap(loss), start, x, episodes.support_y, solver=solver, hypergrad=None)
     scores = episodes.query_x.flatten(2) @ basis @ fit.value["weight"] + fit.value["bias"].unsqueeze(1)
     return scores.argmax(-1)
+
+
+def baselines(config: Config) -> dict[str, Classifier]:
+    """`BASELINES`, by what they see."""
+    seen = "pixels" if config.backbone is None else "features"
+    return {name.replace("pixels", seen): classify for name, classify in BASELINES.items()}
 
 
 BASELINES: dict[str, Classifier] = {

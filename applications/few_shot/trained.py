@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.few_shot import backbone
 from applications.few_shot.config import Config
 from applications.few_shot.methods import Learner, fixed_at_zero
 from applications.few_shot.models import build
@@ -185,11 +186,11 @@ def options(config: Config) -> list[str]:
 
 def bare_network(config: Config) -> torch.nn.Module:
     """The network of a configuration, at an initialisation that does not touch the global generator."""
-    channels, size = config.image_shape
+    channels, size = backbone.shape(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build(
-            config.model, channels, size, config.ways, width=config.width, norm=config.norm, halve=config.halve
+            config.network, channels, size, config.ways, width=config.width, norm=config.norm, halve=config.halve
         )
 
 
