@@ -94,6 +94,14 @@ class Learner:
             chosen["solver"] = replace(chosen["solver"], max_steps=steps)
         return replace(self, config=replace(self.config, inner_steps=steps), chosen=chosen)
 
+    def late(self) -> Learner:
+        """The same with the steps that the configuration asks for late in training."""
+        config = self.config
+        steps = config.late_inner_steps or config.inner_steps
+        return replace(
+            self, config=replace(config, inner_steps=steps, cg_steps=config.late_cg_steps or config.cg_steps)
+        )
+
     def parameters(self) -> list[Tensor]:
         """What the meta-optimizer updates.
 

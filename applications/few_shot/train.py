@@ -60,10 +60,13 @@ class Session:
     """The last adaptation."""
     clipping: guard.Clipping = field(init=False)
     average: Average = field(init=False)
+    late: Learner = field(init=False)
+    """The learner with the steps of late in training; the parameters are the same."""
 
     def __post_init__(self) -> None:
         self.clipping = guard.Clipping(self.config.clip)
         self.average = Average(self.learner, self.config.average)
+        self.late = self.learner.late()
 
     @classmethod
     def create(cls, config: Config, chosen: Mapping[str, Any] | None = None) -> Session:
@@ -187,7 +190,8 @@ def progress(session: Session) -> float:
 
 def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
     """One update of the meta-parameters; without a finite meta-gradient they stay as they are."""
-    learner, optimizer = session.learner, session.optimizer
+    optimizer = session.optimizer
+    learner = session.learner if progress(session) < session.config.late_from else session.late
     part = bl.distributed.shard(session.config.tasks)
     share = (part.stop - part.start) / session.config.tasks
     outcome = meta_step(learner, sampler.episodes(session.config.tasks, session.step, part))

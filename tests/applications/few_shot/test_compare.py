@@ -9,6 +9,8 @@ import pytest
 
 from applications.few_shot import compare
 from applications.few_shot.__main__ import main
+from applications.few_shot.config import NEWER, Config
+from applications.frame.errors import UserError
 
 SMALL = ["--methods", "imaml", "prototypical", "--seeds", "2", "--minutes", "None", "--steps", "4", "--data", "glyphs"]
 SMALL += ["--tasks", "2", "--width", "8", "--inner-steps", "2", "--eval-tasks", "4", "--validate-every", "2"]
@@ -72,3 +74,26 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(compared, glyph_r
 )
 def test_bad_input(arguments, message, refused):
     assert message in refused(lambda *words: main(list(words)), "compare", *arguments)
+
+
+def test_the_commands_of_the_papers_can_be_parsed(capsys, monkeypatch, tmp_path):
+    """Each names its data and its settings; mini-ImageNet and CIFAR-FS too, which are not here."""
+    assert main(["papers"]) == 0
+    printed = capsys.readouterr().out
+    lines = [line.split("few_shot ")[1] for line in printed.splitlines() if "python -m" in line]
+    seen: list[Config] = []
+    monkeypatch.setattr("applications.few_shot.__main__.story", lambda config, run: seen.append(config))
+    for number, line in enumerate(lines):
+        assert main([*line.replace("FOLDER", str(tmp_path)).split(), "--out", str(tmp_path / str(number))]) == 0
+    found = [(config.data, config.ways, config.shots) for config in seen]
+    assert found[4:] == [("mini-imagenet", 5, 1), ("mini-imagenet", 5, 5), ("cifar-fs", 5, 1), ("cifar-fs", 5, 5)]
+    assert "folders named by synset" in printed
+    assert seen[-1].halve == "pool"
+    assert main(["papers", "more"]) == 2
+
+
+def test_runs_from_before_the_newer_knobs_are_read():
+    values = Config(width=8).to_json()
+    assert Config.from_json({name: value for name, value in values.items() if name not in NEWER}) == Config(width=8)
+    with pytest.raises(UserError, match="of another application or version"):
+        Config.from_json({name: value for name, value in values.items() if name != "width"})

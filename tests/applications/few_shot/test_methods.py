@@ -11,7 +11,7 @@ from applications.few_shot import evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.methods import METHODS, Learner, adapt, meta_step
 from applications.few_shot.models import build
-from applications.few_shot.train import create_learner, create_sampler
+from applications.few_shot.train import Session, create_learner, create_sampler, meta_train
 from applications.frame.errors import UserError
 from applications.measurements.benchmarks.meta_step import MetaStep
 from applications.measurements.benchmarks.runner import relative_errors
@@ -274,3 +274,31 @@ class TestPrototypical:
         learner, episodes = prepare_tiny(replace(SMALL, method="prototypical", model=TINY), toy_splits)
         with pytest.raises(UserError, match="a module called features and a linear layer called head"):
             meta_step(learner, episodes)
+
+
+class TestLate:
+    """More steps in the last part of a training."""
+
+    @pytest.mark.parametrize("name", ["late_inner_steps", "late_cg_steps"])
+    def test_they_begin_where_they_should_and_count(self, name, toy_splits):
+        def losses(**changes):
+            start = Config(width=8, tasks=2, steps=10, inner_steps=2, cg_steps=1, average=1)
+            config = replace(start, **changes)
+            learner = create_learner(config, toy_splits.train, CPU)
+            optimizer = torch.optim.Adam(learner.parameters(), config.lr)
+            return [row["loss"] for row in meta_train(Session(config, toy_splits, CPU, learner, optimizer))]
+
+        plain, late = losses(), losses(late_from=0.5, **{name: 4})
+        first = 5 if name == "late_inner_steps" else 6  # its meta-gradient is seen in the step after it
+        assert late[:first] == plain[:first]
+        assert late[first] != plain[first]
+        whole = losses(**{name.removeprefix("late_"): 4}) if name == "late_cg_steps" else None
+        assert whole is None or losses(late_from=0.0, late_cg_steps=4) == whole
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [({"late_from": 2.0}, "--late-from is 2.0"), ({"late_cg_steps": 0}, "--late-cg-steps is 0")],
+    )
+    def test_bad_settings(self, changes, message):
+        with pytest.raises(UserError, match=message):
+            Config(**changes).check()
