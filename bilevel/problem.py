@@ -127,6 +127,11 @@ class Problem:
         found = Evaluation(y, loss.double(), g)
         return found if self.differentiable else found.detach()
 
+    def losses(self, y: Tensor) -> Tensor:
+        """Losses at ``y`` without a graph, at a third of the cost of `evaluate`."""
+        with torch.enable_grad():  # an objective may take gradients itself
+            return self._loss(self.raveler.unravel(_stand_in(y))).detach().double()
+
     def residual_at(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient at ``y``, whose norm says how far the solve came, and the losses; both without a graph."""
         at = self.evaluate(y).detach()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import bilevel as bl
-from applications.few_shot import benchmark, evaluation, gradients, guard, hours, plots, train
+from applications.few_shot import benchmark, compare, evaluation, gradients, guard, hours, papers, plots, train
 from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.methods import fixed_at_zero
 from applications.few_shot.train import TRAINING, Session
@@ -46,6 +46,8 @@ SUBCOMMANDS = {
     "evaluate": Subcommand("RUN | --trained NAME [options]", "accuracy on held-out tasks", evaluation.command),
     "export": Subcommand("RUN NAME", "the network of a run as one small file", evaluation.export),
     "hours": Subcommand("RUN [RUN ...] PICTURE.png", "validation accuracy against hours of training", hours.command),
+    "compare": Subcommand("[options]", "the methods at one equal budget", lambda words: compare.command(words, main)),
+    "papers": Subcommand("", "the commands of the papers' settings, and what they need", papers.command),
     "gradients": Subcommand("[options]", "error of the meta-gradient against inner steps", gradients.command),
     "benchmark": Subcommand("[options]", "memory and time of a meta-gradient against inner steps", benchmark.main),
 }

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from applications.few_shot import backbone
 from applications.few_shot.data.images import as_bytes
 from applications.few_shot.methods import Learner, Params, adapt
 from applications.few_shot.models import inductive
@@ -78,7 +79,7 @@ class FewShot:
         return Classifier(self, learner, params, support, classes, like=labels)
 
     def images(self, images: Images) -> Tensor:
-        """Images as the network takes them: ``[n, channels, size, size]``, in [0, 1].
+        """Images as the network takes them: ``[n, channels, size, size]``, in [0, 1]; or the features of its backbone.
 
         Args:
             images: one of, or a sequence with one for each image:
@@ -92,9 +93,10 @@ class FewShot:
         Raises:
             UserError: nothing, or something else.
         """
-        channels, size = self.trained.config.image_shape
-        rows = as_bytes(images, self.trained.config.data, channels, size)
-        return rows.to(self.device, self.trained.config.dtype) / 255
+        config = self.trained.config
+        channels, size = config.image_shape
+        rows = as_bytes(images, config.data, channels, size).to(self.device, config.dtype) / 255
+        return rows if config.backbone is None else backbone.features(config, rows).to(config.dtype)
 
 
 @dataclass(frozen=True)

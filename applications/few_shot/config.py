@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from typing_extensions import Self
 
 from applications.few_shot.data import SHAPES, Reading
 from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
 
-Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile"]
+Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile", "prototypical"]
+
+
+NEWER = ("backbone", "late_from", "late_inner_steps", "late_cg_steps")
+"""Knobs that runs of earlier versions don't have; their defaults change nothing."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,13 @@ class Config(SolverKnobs):
     """Query images for each class while training."""
 
     method: Method = "imaml"
-    """imaml (gradient descent), imaml-hf (Hessian-free Newton), maml (unrolled), fomaml, reptile."""
+    """imaml (gradient descent), imaml-hf (Hessian-free Newton), maml (unrolled), fomaml, reptile; prototypical: the
+    nearest class mean of features, the baseline that adapts nothing."""
     model: str = "conv4"
     """conv4, fc, or the import path package.module:factory of a function (channels, image size, ways) -> module."""
+    backbone: str | None = None
+    """A frozen network, package.module:factory of (channels, image size) -> module, whose features [n, size] are
+    computed once; --model is then a head behind them."""
     width: int = 32
     """Filters of each convolution of conv4."""
     norm: Literal["batch", "image"] = "batch"
@@ -79,6 +88,12 @@ class Config(SolverKnobs):
 
     steps: int = 500
     """Meta-steps."""
+    late_from: float = 0.7
+    """Part of the schedule after which the next two are taken, when the inner problem is nearly solved."""
+    late_inner_steps: int | None = None
+    """Steps of adaptation late in training; None: as before."""
+    late_cg_steps: int | None = None
+    """Steps of conjugate gradients late in training; None: as before."""
     tasks: int = 16
     """Tasks in a meta-step."""
     lr: float = 8e-3
@@ -112,8 +127,19 @@ class Config(SolverKnobs):
 
     solver_settings = ("solver", "hypergrad", "strength")
 
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_json`; of a run from before the `NEWER` knobs came, with their defaults."""
+        default = cls().to_json()
+        newer = {name: default[name] for name in NEWER} if isinstance(values, dict) else {}
+        return super().from_json({**newer, **values})
+
     def check(self) -> None:
         counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "width", "eval_steps")
+        require_at_least_one(self, "late_inner_steps", "late_cg_steps")
+        require(0 <= self.late_from <= 1, f"--late-from is {self.late_from}: it lies in [0, 1].")
+        late = self.late_inner_steps is not None or self.late_cg_steps is not None
+        require(not (late and self.solver), "--solver has steps of its own: leave --late-... away.")
         require_at_least_one(self, *counts, "image_size", "average", "chunk_size")
         require_positive(self, "inner_lr", "strength", "lr")
         require(self.minutes is None or self.minutes > 0, f"--minutes is {self.minutes}: it must be positive.")
@@ -121,6 +147,10 @@ class Config(SolverKnobs):
         require(self.clip is None or self.clip >= 1, clip)
         fractions = min(self.held_out) > 0 and sum(self.held_out) < 1
         require(fractions, f"--held-out is {self.held_out}: two fractions above 0, of sum below 1.")
+        require(
+            self.backbone is None or self.model != "fc",
+            "--model fc takes images, not features: leave it out, or name a factory of your own.",
+        )
         require(0 <= self.inner_momentum < 1, f"--inner-momentum is {self.inner_momentum}: it lies in [0, 1).")
         require(self.cg_steps >= 0 and self.validate_every >= 0, "--cg-steps and --validate-every cannot be negative.")
         implicit = self.method.startswith("imaml")
@@ -140,6 +170,11 @@ class Config(SolverKnobs):
             self.norm != "image" or self.width % 8 == 0,
             f"--width is {self.width}: with --norm image it must be a multiple of 8.",
         )
+
+    @property
+    def network(self) -> str:
+        """What is built: --model, behind a backbone a head unless another one is named."""
+        return "head" if self.backbone is not None and self.model == "conv4" else self.model
 
     @property
     def dtype(self) -> torch.dtype:

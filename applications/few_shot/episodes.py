@@ -82,7 +82,8 @@ class Sampler:
         if self.blank is not None:
             draw = draw.masked_fill(self.blank[classes], -1.0)
         instances = draw.topk(self.shots + self.queries, -1).indices
-        images = self.images[classes.unsqueeze(-1), instances].to(self.dtype) / 255
+        images = self.images[classes.unsqueeze(-1), instances]
+        images = images.to(self.dtype) / (255 if images.dtype == torch.uint8 else 1)
         labels = torch.arange(self.ways, device=self.device).view(1, -1, 1).expand(instances.shape)
         return Episodes(
             images[:, :, : self.shots].flatten(1, 2),

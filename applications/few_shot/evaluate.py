@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import bilevel as bl
+from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes, Sampler
 from applications.few_shot.methods import Learner, Params, adapt
 from applications.few_shot.models import BatchStatNorm, inductive
@@ -93,7 +94,9 @@ class _Adapted:
                 return adapt(self.learner, x, y).value
 
             support = episodes.support_x, episodes.support_y
-            self._last = episodes, bl.map_tasks(chunk, *support, **self.learner.sharing(episodes.support_x))
+            vectors = sum(param.numel() for param in self.learner.meta.values())  # of many steps, beside few images
+            sharing = self.learner.sharing(episodes.support_x, vectors)
+            self._last = episodes, bl.map_tasks(chunk, *support, **sharing)
         return self._last[1]
 
 
@@ -117,8 +120,12 @@ def nearest_neighbour(episodes: Episodes) -> Tensor:
 
 
 def linear_on_pixels(episodes: Episodes) -> Tensor:
-    """Softmax regression on the pixels of the support set, with the penalty ``||w||^2 / 2n`` (scikit-learn's C = 1)."""
-    x = episodes.support_x.flatten(2)
+    """Softmax regression on the pixels of the support set, with the penalty ``||w||^2 / 2n`` (scikit-learn's C = 1).
+
+    The weights stay in the span of the images, where they are few numbers: the steps of L-BFGS are the same in it.
+    """
+    basis, coordinates = torch.linalg.qr(episodes.support_x.flatten(2).mT)
+    x = coordinates.mT.contiguous()
     ways = int(episodes.support_y.max()) + 1
 
     def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -128,8 +135,14 @@ def linear_on_pixels(episodes: Episodes) -> Tensor:
     start = {"weight": x.new_zeros(len(x), x.shape[-1], ways), "bias": x.new_zeros(len(x), ways)}
     solver = bl.LBFGS(max_steps=100, gtol=1e-3)
     fit = bl.argmin(torch.vmap(loss), start, x, episodes.support_y, solver=solver, hypergrad=None)
-    scores = episodes.query_x.flatten(2) @ fit.value["weight"] + fit.value["bias"].unsqueeze(1)
+    scores = episodes.query_x.flatten(2) @ basis @ fit.value["weight"] + fit.value["bias"].unsqueeze(1)
     return scores.argmax(-1)
+
+
+def baselines(config: Config) -> dict[str, Classifier]:
+    """`BASELINES`, by what they see."""
+    seen = "pixels" if config.backbone is None else "features"
+    return {name.replace("pixels", seen): classify for name, classify in BASELINES.items()}
 
 
 BASELINES: dict[str, Classifier] = {

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import tyro
 
 import bilevel as bl
-from applications.few_shot import data, evaluate
+from applications.few_shot import backbone, data, evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, describe, set_up_device
 from applications.few_shot.trained import SHIPPED, Trained
@@ -94,14 +94,14 @@ def figures(trained: Trained, config: Config, what: What) -> dict[str, Any]:
         and ``seen_in_training``, how many of the classes were training classes of the network: 0 on its own split.
     """
     begin, device = time.perf_counter(), set_up_device(config)
-    splits = data.load(config.data, config.data_root, split=config.split, reading=config.reading)
+    splits = backbone.splits(config)
     classes = getattr(splits, what.classes)
     learner = replace(trained.learner(config.ways, device), config=config)
     method = METHOD_NAMES[config.method]
     classifiers = {f"{method}, {name}": classify for name, classify in evaluate.settings(learner)}
     if what.baselines:
         name, classify = next(iter(evaluate.settings(create_learner(config, splits.train, device))))
-        classifiers |= {f"the same before training, {name.split(':')[0]}": classify, **evaluate.BASELINES}
+        classifiers |= {f"the same before training, {name.split(':')[0]}": classify, **evaluate.baselines(config)}
     sampler = create_sampler(config, classes, what.classes, config.eval_queries, device)
     found = evaluate.measure(classifiers, sampler, config.eval_tasks, progress=True)
     return {

@@ -1,4 +1,5 @@
-"""Five ways to a meta-gradient on the same episodes: implicit MAML (two inner solvers), MAML, FOMAML, Reptile.
+"""Ways to a meta-gradient on the same episodes: implicit MAML (two inner solvers), MAML, FOMAML, Reptile, and
+prototypical networks, whose adaptation is a formula.
 
 Each adapts copies of the meta-parameters to tasks as one tensor program, and gives the objectives of the tasks, whose
 mean has the meta-gradient as its gradient.
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, one_hot
 from torch.utils import _pytree as pytree
 
 import bilevel as bl
@@ -93,6 +94,14 @@ class Learner:
             chosen["solver"] = replace(chosen["solver"], max_steps=steps)
         return replace(self, config=replace(self.config, inner_steps=steps), chosen=chosen)
 
+    def late(self) -> Learner:
+        """The same with the steps that the configuration asks for late in training."""
+        config = self.config
+        steps = config.late_inner_steps or config.inner_steps
+        return replace(
+            self, config=replace(config, inner_steps=steps, cg_steps=config.late_cg_steps or config.cg_steps)
+        )
+
     def parameters(self) -> list[Tensor]:
         """What the meta-optimizer updates.
 
@@ -108,17 +117,17 @@ class Learner:
             )
         return [*learned, *(s for s in self.log_strength.values() if s.requires_grad)]
 
-    def tasks_at_once(self, x: Tensor) -> int | None:
-        """Tasks in one tensor program, of images ``x [T, n, ...]``; None for all."""
+    def tasks_at_once(self, x: Tensor, beside: int = 0) -> int | None:
+        """Tasks in one tensor program, of images ``x [T, n, ...]`` and ``beside`` numbers a task; None for all."""
         if x.device.type != "cpu":
             return None
         each = getattr(self.net, "largest", 64 * x[0, 0].numel())
-        return max(1, NUMBERS_AT_ONCE // (each * x.shape[1]))
+        return max(1, NUMBERS_AT_ONCE // (each * x.shape[1] + beside))
 
-    def sharing(self, x: Tensor) -> dict[str, Any]:
+    def sharing(self, x: Tensor, beside: int = 0) -> dict[str, Any]:
         """How T tasks with images ``x [T, n, ...]`` are shared out: the settings of `bl.map_tasks`."""
         threads = self.config.threads or (torch.get_num_threads() if x.device.type == "cpu" else 1)
-        return {"chunk_size": self.config.chunk_size or self.tasks_at_once(x), "num_threads": threads}
+        return {"chunk_size": self.config.chunk_size or self.tasks_at_once(x, beside), "num_threads": threads}
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Logits ``[n, ways]`` of one task's images ``[n, channels, size, size]``; with T in front, of T tasks."""
@@ -127,6 +136,25 @@ class Learner:
             call = torch.vmap(call)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return call(params, x).to(x.dtype)
+
+    def features(self, params: Params, x: Tensor) -> Tensor:
+        """What the head sees of T tasks' images ``x [T, n, ...]``: ``[T, n, size]``.
+
+        Raises:
+            UserError: the network has no module called features before a linear layer called head.
+        """
+        features, head = getattr(self.net, "features", None), getattr(self.net, "head", None)
+        if not isinstance(features, nn.Module) or not isinstance(head, nn.Linear):
+            raise UserError(
+                f"--method prototypical needs a network that is a module called features and a linear layer called "
+                f"head behind it; {self.config.model} is not. Name them so, or take another method."
+            )
+        own = {name.removeprefix("features."): p for name, p in params.items() if name.startswith("features.")}
+        call: Callable[..., Tensor] = partial(bl.nn.functional_call, features)
+        if not getattr(self.net, "takes_tasks", False):
+            call = torch.vmap(call)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return call(own, x).to(x.dtype)
 
     def loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy, the mean over the images of a task; ``[T]`` for T tasks."""
@@ -227,6 +255,8 @@ def _without_values(queried: Queried) -> Queried:
 
 def adapt(learner: Learner, x: Tensor, y: Tensor, hypergrad: Any = None) -> bl.Solution:
     """Adapt to T support sets ``x [T, n, ...]``, ``y [T, n]``: the solution's value has leaves ``[T, ...]``."""
+    if learner.config.method == "prototypical":
+        return with_prototypes(learner, x, y)
     proximal = learner.config.method.startswith("imaml")
     objective = learner.proximal_loss if proximal else learner.loss
     start = bl.stack(learner.meta, len(x))
@@ -264,12 +294,35 @@ def reptile(learner: Learner, episodes: Episodes) -> Queried:
     return replace(queried, objective=torch.stack(moved).sum(0) / 2)
 
 
+def prototypical(learner: Learner, episodes: Episodes) -> Queried:
+    """Prototypical networks (Snell et al. 2017): query loss of the nearest class mean, differentiated through it."""
+    solution = adapt(learner, episodes.support_x, episodes.support_y)
+    return _queried(learner, episodes, solution, solution.value)
+
+
+def with_prototypes(learner: Learner, x: Tensor, y: Tensor) -> bl.Solution:
+    """The meta-parameters with a head that takes the nearest class mean of the features, differentiable.
+
+    ``2 c . f - ||c||^2`` is ``-||f - c||^2`` up to a term that all classes share.
+    """
+    params = {name: param.expand(len(x), *param.shape) for name, param in learner.meta.items()}
+    features = learner.features(params, x)
+    members = one_hot(y, learner.meta["head.weight"].shape[0]).to(features.dtype).mT
+    means = members @ features / members.sum(-1, keepdim=True)
+    head = {"head.weight": 2 * means, "head.bias": -means.square().sum(-1)}
+    nothing = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    codes = torch.full_like(nothing, int(bl.Result.CONVERGED), dtype=torch.int64)
+    stats = {"num_steps": torch.zeros_like(codes), "result": codes, "residual_norm": nothing}
+    return bl.Solution({**params, **head}, stats)
+
+
 METHODS: dict[str, Callable[[Learner, Episodes], Queried]] = {
     "imaml": implicit,
     "imaml-hf": implicit,
     "maml": maml,
     "fomaml": first_order,
     "reptile": reptile,
+    "prototypical": prototypical,
 }
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.few_shot import data, evaluate, guard, plots
+from applications.few_shot import backbone, data, evaluate, guard, plots
 from applications.few_shot.average import Average
 from applications.few_shot.config import Config
-from applications.few_shot.episodes import Sampler
+from applications.few_shot.episodes import Episodes, Sampler
 from applications.few_shot.methods import Learner, meta_step
 from applications.few_shot.models import build
 from applications.frame.device import select_device
@@ -29,6 +29,7 @@ METHOD_NAMES = {
     "maml": "MAML",
     "fomaml": "first-order MAML",
     "reptile": "Reptile",
+    "prototypical": "prototypical network",
 }
 
 NO_HEAD = (
@@ -59,16 +60,19 @@ class Session:
     """The last adaptation."""
     clipping: guard.Clipping = field(init=False)
     average: Average = field(init=False)
+    late: Learner = field(init=False)
+    """The learner with the steps of late in training; the parameters are the same."""
 
     def __post_init__(self) -> None:
         self.clipping = guard.Clipping(self.config.clip)
         self.average = Average(self.learner, self.config.average)
+        self.late = self.learner.late()
 
     @classmethod
     def create(cls, config: Config, chosen: Mapping[str, Any] | None = None) -> Session:
         """At the start; ``chosen``: solver settings in place of those of the configuration."""
         device = set_up_device(config)
-        splits = data.load(config.data, config.data_root, split=config.split, reading=config.reading)
+        splits = backbone.splits(config)
         learner = create_learner(config, splits.train, device, chosen)
         session = cls(config, splits, device, learner, torch.optim.Adam(learner.parameters(), config.lr))
         for stream in ("train", "validation", "test"):
@@ -136,7 +140,7 @@ def create_learner(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         conv4 = {"width": config.width, "norm": config.norm, "halve": config.halve}
-        net = build(config.model, channels, size, config.ways, **conv4)
+        net = build(config.network, channels, size, config.ways, **conv4)
     return Learner.create(config, net.to(device, config.dtype), chosen)
 
 
@@ -186,7 +190,8 @@ def progress(session: Session) -> float:
 
 def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
     """One update of the meta-parameters; without a finite meta-gradient they stay as they are."""
-    learner, optimizer = session.learner, session.optimizer
+    optimizer = session.optimizer
+    learner = session.learner if progress(session) < session.config.late_from else session.late
     part = bl.distributed.shard(session.config.tasks)
     share = (part.stop - part.start) / session.config.tasks
     outcome = meta_step(learner, sampler.episodes(session.config.tasks, session.step, part))
@@ -244,7 +249,7 @@ def evaluation(session: Session) -> dict[str, Row]:
     untrained = create_learner(config, session.splits.train, session.device)
     classifiers = {f"{method}, {name}": classify for name, classify in evaluate.settings(session.average.averaged())}
     first = next(iter(evaluate.settings(untrained)))
-    classifiers |= {f"the same before training, {first[0].split(':')[0]}": first[1], **evaluate.BASELINES}
+    classifiers |= {f"the same before training, {first[0].split(':')[0]}": first[1], **evaluate.baselines(config)}
     found = evaluate.measure(classifiers, session.sampler("test"), config.eval_tasks, progress=True)
     return {name: vars(accuracy) for name, accuracy in found.items()}
 
@@ -260,8 +265,17 @@ def report(session: Session, run: Run, found: dict[str, Row]) -> None:
     name, classify = next(iter(evaluate.settings(session.average.averaged())))
     title = f"A test episode of {config.data}, {name}"
     predicted = classify(episodes)[0]
-    picture = plots.episode(episodes.support_x[0], episodes.query_x[0], episodes.query_y[0], predicted, title)
+    shown = _as_images(config, sampler, episodes, config.eval_tasks)
+    picture = plots.episode(shown.support_x[0], shown.query_x[0], shown.query_y[0], predicted, title)
     run.picture("test_episode.png", picture)
+
+
+def _as_images(config: Config, sampler: Sampler, episodes: Episodes, step: int) -> Episodes:
+    """The same task in images, where a backbone made features of them."""
+    if config.backbone is None:
+        return episodes
+    images = data.load(config.data, config.data_root, split=config.split, reading=config.reading).test
+    return create_sampler(config, images, sampler.stream, sampler.queries, sampler.device).episodes(1, step)
 
 
 def describe(config: Config) -> str:

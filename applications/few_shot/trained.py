@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shlex
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.few_shot import backbone
 from applications.few_shot.config import Config
 from applications.few_shot.methods import Learner, fixed_at_zero
 from applications.few_shot.models import build
@@ -168,21 +170,27 @@ def digest(content: dict[str, Any]) -> str:
 
 def command(config: Config) -> str:
     """The command that trains with this configuration, with the options that are not at their defaults."""
-    default, options = Config().to_json(), []
+    return f"python -m applications.few_shot train {shlex.join(options(config))}".strip()
+
+
+def options(config: Config) -> list[str]:
+    """Those of a configuration that are not at their defaults, but for the place, the threads and the device."""
+    default, words = Config().to_json(), []
     for name, value in config.to_json().items():
         if value != default[name] and name not in ("data_root", "threads", "device"):
-            option = f"--{name.replace('_', '-')}"
-            options.append(f"--no-{option[2:]}" if value is False else option if value is True else f"{option} {value}")
-    return " ".join(["python -m applications.few_shot train", *options])
+            option, values = name.replace("_", "-"), value if isinstance(value, tuple | list) else [value]
+            words += [f"--no-{option}" if value is False else f"--{option}"]
+            words += [] if isinstance(value, bool) else [str(value) for value in values]
+    return words
 
 
 def bare_network(config: Config) -> torch.nn.Module:
     """The network of a configuration, at an initialisation that does not touch the global generator."""
-    channels, size = config.image_shape
+    channels, size = backbone.shape(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build(
-            config.model, channels, size, config.ways, width=config.width, norm=config.norm, halve=config.halve
+            config.network, channels, size, config.ways, width=config.width, norm=config.norm, halve=config.halve
         )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Evaluation, Problem
+from ..recording import recording
 from ..solution import Solution
 from ..tree import axpy
 from .minimize import Progress, check_settings, choose, descend
@@ -60,15 +61,18 @@ class GradientDescent:
             velocity = self.momentum * velocity + at.g if self.momentum else at.g
             y = axpy(-lr, velocity, at.y)
             progress.count()
-            if self.gtol is None and not self.safeguard and step == self.max_steps - 1:
-                at = Evaluation(y, at.f, at.g)  # nothing asks for the last gradient: argmin measures it once
-                break
-            new = problem.evaluate(y)
+            if self.gtol is None and step == self.max_steps - 1:
+                # Nothing asks for the last gradient, which argmin measures once: a safeguard asks for the loss.
+                new = Evaluation(y, problem.losses(y) if self.safeguard else at.f, at.g)
+            else:
+                new = problem.evaluate(y)
             if self.safeguard:
                 better = new.f <= at.f
                 lr = torch.where(better, lr, lr / 2)
-                velocity = torch.where(better.unsqueeze(-1), velocity, torch.zeros_like(velocity))
-                new = choose(better, new, at)
+                if not _all(better):  # else three passes over vectors that change nothing
+                    new = choose(better, new, at)
+                    if self.momentum:
+                        velocity = torch.where(better.unsqueeze(-1), velocity, torch.zeros_like(velocity))
             at = choose(progress.active, new, at) if self.gtol is not None else new
             if self.gtol is not None:
                 progress.look(at)
@@ -87,3 +91,8 @@ class GradientDescent:
         if lr.shape != at.f.shape:
             raise ValueError(f"lr has {lr.numel()} step sizes for {tuple(at.f.shape)} problems: give one or T.")
         return lr.expand_as(at.f)
+
+
+def _all(mask: Tensor) -> bool:
+    """Whether a mask is known to hold everywhere: asked on a CPU only, where that costs nothing."""
+    return mask.device.type == "cpu" and not recording() and bool(mask.all())

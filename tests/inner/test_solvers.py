@@ -156,6 +156,28 @@ def test_safeguard_halves_the_step_of_the_problem_that_needs_it():
     assert torch.equal(plain.minimize(problem).value, guarded.minimize(problem).value)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_safeguard_takes_the_last_step_back_without_its_gradient(momentum, monkeypatch):
+    quadratics = Quadratics(conditions=(1.0, 100.0))
+    problem = Problem(quadratics.inner, quadratics.init, (quadratics.hparams,))
+    solver, evaluate, points = GradientDescent(0.5, 7, momentum=momentum, safeguard=True), problem.evaluate, []
+    monkeypatch.setattr(problem, "evaluate", lambda y: points.append(y) or evaluate(y))
+    found = solver.minimize(problem)
+    assert len(points) == 6
+
+    at, lr, velocity = problem.start, torch.full((2,), 0.5, dtype=torch.float64), 0.0
+    for _ in range(7):
+        velocity = momentum * velocity + at.g
+        new = evaluate(at.y - lr.unsqueeze(-1) * velocity)
+        better = (new.f <= at.f).unsqueeze(-1)
+        lr = torch.where(better.squeeze(-1), lr, lr / 2)
+        velocity = torch.where(better, velocity, 0.0)
+        at = new if better.all() else evaluate(torch.where(better, new.y, at.y))
+    torch.testing.assert_close(found.value, at.y, rtol=1e-12, atol=0)
+    assert torch.equal(found.stats["step_size"], lr)
+    assert lr[1] < lr[0]
+
+
 def test_newton_cg_passes_through_negative_curvature():
     problem = Problem(lambda y: (y**4 / 4 - y**2 / 2).sum(), 0.01 + 0.001 * randn(5).abs())
     found = NewtonCG().minimize(problem)

@@ -13,12 +13,13 @@ class ImageClasses:
     """The images of some classes.
 
     Args:
-        images: uint8 [classes, instances, channels, height, width].
+        images: uint8 [classes, instances, channels, height, width]; or their features, float32
+            [classes, instances, size, 1, 1].
         names: One name for each class.
         counts: How many instances of each class there are, the others being blank; None: all.
 
     Raises:
-        ValueError: If the images are not uint8 of five dimensions, or the names or counts don't match them.
+        ValueError: If the images are not uint8 or float32 of five dimensions, or the names or counts don't match them.
     """
 
     images: Tensor
@@ -26,8 +27,10 @@ class ImageClasses:
     counts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.dim() != 5:
-            raise ValueError(f"images must be uint8 of 5 dimensions, not {self.images.dtype} {self.images.shape}")
+        features = self.images.dtype == torch.float32 and self.images.shape[3:] == (1, 1)
+        if self.images.dim() != 5 or not (self.images.dtype == torch.uint8 or features):
+            kind = f"{self.images.dtype} {self.images.shape}"
+            raise ValueError(f"images must be uint8, or float32 features, of 5 dimensions, not {kind}")
         if self.counts is not None and len(self.counts) != len(self.images):
             raise ValueError(f"{len(self.counts)} counts for {len(self.images)} classes")
         if len(self.names) != len(self.images):

@@ -11,7 +11,8 @@ from applications.few_shot import evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.methods import METHODS, Learner, adapt, meta_step
 from applications.few_shot.models import build
-from applications.few_shot.train import create_learner, create_sampler
+from applications.few_shot.train import Session, create_learner, create_sampler, meta_train
+from applications.frame.errors import UserError
 from applications.measurements.benchmarks.meta_step import MetaStep
 from applications.measurements.benchmarks.runner import relative_errors
 from bilevel.tree import leaves
@@ -242,3 +243,62 @@ def test_steps_of_adaptation_in_evaluations(toy_splits):
         logits[steps] = classify(episodes)
     assert torch.equal(logits[None], logits[8])
     assert not torch.equal(logits[8], logits[40])
+
+
+class TestPrototypical:
+    def test_the_nearest_class_mean(self, toy_splits):
+        config = replace(SMALL, method="prototypical", shots=3)
+        learner, episodes = prepare(config, toy_splits)
+        solution = adapt(learner, episodes.support_x, episodes.support_y)
+        found = learner.predict(solution.value, episodes.query_x).log_softmax(-1)
+        for task in range(config.tasks):
+            support, query = (learner.net.features(x[task]) for x in (episodes.support_x, episodes.query_x))
+            means = torch.stack([support[episodes.support_y[task] == way].mean(0) for way in range(config.ways)])
+            torch.testing.assert_close(found[task], (-torch.cdist(query, means).square()).log_softmax(-1))
+
+    def test_the_gradient_goes_through_the_means(self, toy_splits):
+        learner, episodes = prepare(replace(SMALL, method="prototypical", tasks=1), toy_splits)
+        found, _ = meta_gradient(learner, episodes)
+        direction = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(0))
+
+        def shifted(step):
+            parts = direction.split([param.numel() for param in learner.meta.values()])
+            named = zip(learner.meta.items(), parts, strict=True)
+            moved = {name: (param + step * part.view_as(param)).detach() for (name, param), part in named}
+            return meta_step(replace(learner, meta=moved), episodes).query_loss
+
+        difference = (shifted(1e-6) - shifted(-1e-6)) / 2e-6
+        assert found @ direction == pytest.approx(difference.item(), rel=1e-5)
+
+    def test_it_needs_features_and_a_head(self, toy_splits):
+        learner, episodes = prepare_tiny(replace(SMALL, method="prototypical", model=TINY), toy_splits)
+        with pytest.raises(UserError, match="a module called features and a linear layer called head"):
+            meta_step(learner, episodes)
+
+
+class TestLate:
+    """More steps in the last part of a training."""
+
+    @pytest.mark.parametrize("name", ["late_inner_steps", "late_cg_steps"])
+    def test_they_begin_where_they_should_and_count(self, name, toy_splits):
+        def losses(**changes):
+            start = Config(width=8, tasks=2, steps=10, inner_steps=2, cg_steps=1, average=1)
+            config = replace(start, **changes)
+            learner = create_learner(config, toy_splits.train, CPU)
+            optimizer = torch.optim.Adam(learner.parameters(), config.lr)
+            return [row["loss"] for row in meta_train(Session(config, toy_splits, CPU, learner, optimizer))]
+
+        plain, late = losses(), losses(late_from=0.5, **{name: 4})
+        first = 5 if name == "late_inner_steps" else 6  # its meta-gradient is seen in the step after it
+        assert late[:first] == plain[:first]
+        assert late[first] != plain[first]
+        whole = losses(**{name.removeprefix("late_"): 4}) if name == "late_cg_steps" else None
+        assert whole is None or losses(late_from=0.0, late_cg_steps=4) == whole
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [({"late_from": 2.0}, "--late-from is 2.0"), ({"late_cg_steps": 0}, "--late-cg-steps is 0")],
+    )
+    def test_bad_settings(self, changes, message):
+        with pytest.raises(UserError, match=message):
+            Config(**changes).check()

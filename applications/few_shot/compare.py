@@ -1,0 +1,150 @@
+"""``compare``: the methods side by side at one equal budget, several seeds each, as a table and a picture.
+
+Every training is a run folder of its own below ``--out``. The same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+
+from applications.few_shot.config import Config, Method
+from applications.few_shot.hours import validations
+from applications.few_shot.train import METHOD_NAMES
+from applications.few_shot.trained import options
+from applications.frame.command import PLACE, parse, require, require_at_least_one
+from applications.frame.errors import UserError
+from applications.frame.figures import png
+from applications.frame.run import markdown
+from applications.frame.run_folder import RunFolder
+
+START = Config(data="omniglot", width=64, minutes=60.0, steps=1_000_000, threads=1, eval_tasks=1000)
+"""Settings of all methods where nothing is said: an hour of one core, 5-way 1-shot."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class What:
+    """What is compared, beside the configuration that all trainings share."""
+
+    methods: tuple[Method, ...] = ("imaml", "imaml-hf", "maml", "fomaml", "reptile", "prototypical")
+    """Methods to compare."""
+    seeds: int = 3
+    """Trainings of each method, with the seeds from --seed on."""
+
+
+@dataclass(frozen=True)
+class Options(Config, What):
+    """Train the methods at one equal budget and evaluate them on the same held-out tasks.
+
+    The budget is --minutes of training each, or --steps with --minutes None. The other options are those of train.
+    """
+
+
+def command(arguments: list[str], train: Callable[[list[str]], int]) -> int:
+    """Run the trainings that are missing, seed by seed; ``train`` is the command that makes one."""
+    parsed = parse(Options, arguments, "python -m applications.few_shot compare", start=Options(**vars(START)))
+    given = [name for name in ("preset", *PLACE[1:]) if getattr(parsed, name) != getattr(START, name)]
+    require(not given, f"compare has no --{' and no --'.join(given)}: the same command goes on where it stopped.")
+    require_at_least_one(parsed, "seeds")
+    require(len(set(parsed.methods)) == len(parsed.methods) > 0, "--methods names each method once.")
+    config = Config(**{field.name: getattr(parsed, field.name) for field in fields(Config)})
+    for method in parsed.methods:
+        replace(config, method=method).check()
+    place = parsed.out or Path("runs/few_shot-compare")
+    for seed in range(config.seed, config.seed + parsed.seeds):
+        for method in parsed.methods:
+            folder = place / f"{method}-{seed}"
+            if (code := _train(replace(config, method=method, seed=seed, out=None), folder, train)) != 0:
+                return code
+            write(place, arguments)
+    print((place / "comparison.md").read_text())
+    return 0
+
+
+def _train(config: Config, folder: Path, train: Callable[[list[str]], int]) -> int:
+    """Make the run, or go on with it; 0 at once where it is done, with these settings."""
+    begun = (folder / "config.json").is_file()
+    if begun and (folder / "evaluation.json").is_file():
+        kept = Config.from_json(RunFolder.open(folder).read_json("config.json"))
+        if kept.to_json() != config.to_json():
+            raise UserError(f"{folder} is a run with other settings. Take another --out.")
+        return 0
+    place: list[Any] = ["--threads", config.threads, "--device", config.device]
+    place += ["--data-root", config.data_root] if config.data_root is not None else []
+    where = ["--resume" if begun else "--out", folder]
+    return train([str(word) for word in ["train", *options(config), *place, *where]])
+
+
+def write(place: Path, arguments: list[str]) -> None:
+    """Table, figures and picture of the runs that are done: ``comparison.md``, ``.json`` and ``.png``."""
+    runs = [read(path.parent) for path in sorted(place.glob("*/evaluation.json"))]
+    rows = summary(runs)
+    folder = RunFolder(place)
+    call = " ".join(["python -m applications.few_shot compare", *arguments])
+    folder.write_json("comparison.json", {"command": call, "runs": runs, "methods": rows})
+    folder.write_bytes("comparison.md", f"    {call}\n\n{markdown(rows)}".encode())
+    folder.write_bytes("comparison.png", draw(runs))
+
+
+def read(path: Path) -> Row:
+    """What the table needs of a run that is done."""
+    folder = RunFolder.open(path)
+    config = Config.from_json(folder.read_json("config.json"))
+    records = [record for record in folder.metrics() if "loss" in record]
+    name = METHOD_NAMES[config.method]
+    accuracy = {}
+    for label, found in folder.read_json("evaluation.json").items():
+        if label.startswith(f"{name}, "):
+            accuracy[label.removeprefix(f"{name}, ").split(":")[0]] = {key: found[key] for key in ("mean", "interval")}
+    return {
+        "method": config.method,
+        "seed": config.seed,
+        "steps": records[-1]["step"],
+        "hours": records[-1]["seconds"] / 3600,
+        "tasks": config.eval_tasks,
+        "left_out": sum(record.get("left_out", 0) for record in records),
+        "accuracy": accuracy,
+        "validation": validations(records),
+    }
+
+
+def summary(runs: list[Row]) -> list[Row]:
+    """A row for each method: the mean over its seeds, and the lowest and highest, in percent."""
+    rows = []
+    for method in METHOD_NAMES:
+        own = [run for run in runs if run["method"] == method]
+        if not own:
+            continue
+        row: Row = {"method": METHOD_NAMES[method], "seeds": len(own)}
+        for name in own[0]["accuracy"]:
+            means = [run["accuracy"][name]["mean"] for run in own]
+            row[f"{name} (%)"] = f"{statistics.mean(means):.2f} ({min(means):.2f} to {max(means):.2f})"
+        row["meta-steps"] = round(statistics.mean(run["steps"] for run in own))
+        row["hours"] = f"{statistics.mean(run['hours'] for run in own):.2f}"
+        rows.append(row)
+    return rows
+
+
+def draw(runs: list[Row]) -> bytes:
+    """Validation accuracy against minutes of training, a colour for each method and a line for each seed: a PNG."""
+    figure, axis = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    colours: dict[str, Any] = {}
+    for run in runs:
+        method, points = run["method"], run["validation"]
+        if not points:
+            continue
+        label = None if method in colours else METHOD_NAMES[method]
+        minutes, accuracy = [60 * hours for hours, _ in points], [value for _, value in points]
+        (line,) = axis.plot(minutes, accuracy, ".-", color=colours.get(method), label=label, linewidth=1)
+        colours.setdefault(method, line.get_color())
+    axis.set(xlabel="minutes of training", ylabel="accuracy on validation classes (%)")
+    if colours:
+        axis.legend(frameon=False, loc="lower right", fontsize=8)
+    return png(figure)
