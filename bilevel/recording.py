@@ -23,6 +23,15 @@ def recording() -> bool:
     return capturing or get_proxy_mode() is not None
 
 
+FREE_LOOKS = {"cpu"}
+"""Types of devices on which a look at a value costs nothing; on others it waits for all that was asked for before."""
+
+
+def free_looks(tensor: Tensor) -> bool:
+    """Whether values of the device of this tensor may be looked at as often as is useful."""
+    return tensor.device.type in FREE_LOOKS and not recording()
+
+
 class Captured:
     """``fn``, recorded as a CUDA graph for each set of shapes of its arguments, and replayed; see `capture`."""
 

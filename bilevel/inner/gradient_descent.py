@@ -10,7 +10,8 @@ from torch import Tensor
 from ..problem import Evaluation, Problem
 from ..solution import Solution
 from ..tree import axpy
-from .minimize import Progress, check_settings, choose, descend
+from .descent import descend
+from .minimize import Progress, check_settings, choose
 
 
 @dataclass(frozen=True)
