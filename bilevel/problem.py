@@ -15,7 +15,7 @@ from ._torch import pytree, sequence_number
 from .closure import Autocast, Recorder, sparing
 from .context import UNCOMPILED
 from .reach import Reach
-from .recording import recording
+from .recording import free_looks, recording
 from .solution import NonFiniteError
 from .spared import Spared
 from .tree import Raveler, Tree, is_continuous, leaves
@@ -112,8 +112,18 @@ class Problem:
         self.reach: Reach | None = None  # what the gradient of an unrolled solution reaches
         self.hparams: list[Tensor] = []  # the tensors among them that were found
         self.shrink: Shrink | None = None  # the prox of a composite problem
-        if not recording() and not bool(torch.isfinite(self.start.f).all()):
-            raise NonFiniteError(blame_nonfinite("objective", init, args))
+        self.init = init
+        if free_looks(self.start.f):
+            self.refuse_nonfinite()
+
+    def refuse_nonfinite(self) -> None:
+        """Look whether the losses at the start are finite. Where a look is not free, a solve that went wrong asks.
+
+        Raises:
+            NonFiniteError: they are not.
+        """
+        if not bool(torch.isfinite(self.start.f).all()):
+            raise NonFiniteError(blame_nonfinite("objective", self.init, self.args))
 
     def evaluate(self, y: Tensor) -> Evaluation:
         """Losses and gradients at ``y``; with a graph only for a differentiable (unrolled) problem."""
@@ -199,8 +209,14 @@ class RootProblem:
         self.data: Any = None  # what a solver of a special form needs beside the residual
         self.y = self.raveler.ravel(point).detach().clone()
         self.r = self.raveler.ravel(leaves(found)).detach()
-        if not recording() and not bool(torch.isfinite(self.r).all()):
-            raise NonFiniteError(blame_nonfinite("residual", init, args))
+        self.init = init
+        if free_looks(self.r):
+            self.refuse_nonfinite()
+
+    def refuse_nonfinite(self) -> None:
+        """Look whether the residual at the start is finite; as `Problem.refuse_nonfinite`."""
+        if not bool(torch.isfinite(self.r).all()):
+            raise NonFiniteError(blame_nonfinite("residual", self.init, self.args))
 
     def evaluate(self, y: Tensor) -> Tensor:
         """The residual at ``y``, both ``[*batch, n]``."""

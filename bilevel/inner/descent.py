@@ -64,17 +64,16 @@ class LineSearch:
     def advance(self, trials: int) -> None:
         """Some more trials; nothing looks at a value."""
         for _ in range(trials):
-            if self.trials == MAX_TRIALS:
-                self.pending = torch.zeros_like(self.pending)
-                return
             self._try()
             self.trials += 1
-            if self.near is not None and self.trials == FEW_TRIALS:
+            if self.trials == FEW_TRIALS and self.near is not None:
                 self.pending = self.pending & ~self.near
+            if self.trials >= MAX_TRIALS:
+                self.pending = torch.zeros_like(self.pending)
 
     def finish(self) -> None:
         """All trials that it takes; looks after each."""
-        while bool(self.pending.any()):
+        while self.trials < MAX_TRIALS and bool(self.pending.any()):
             self.advance(1)
 
     @property
