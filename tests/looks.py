@@ -31,7 +31,9 @@ class Looks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split(".")[0]
-        masked = name == "aten::index" and any(isinstance(i, Tensor) and i.dtype.is_bool for i in args[1] if i is not None)
+        masked = name == "aten::index" and any(
+            isinstance(i, Tensor) and i.dtype.is_bool for i in args[1] if i is not None
+        )
         if name in LOOKS or masked:
             self.at[_place()] += 1
         return func(*args, **(kwargs or {}))

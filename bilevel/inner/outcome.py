@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
+from ..linalg.noise import normal
 from ..problem import Problem
 from ..recording import recording
 from ..solution import Advice, Result, Solution, marked
@@ -55,5 +56,4 @@ def advice_for(problem: Problem, found: Solution, advice: Advice) -> Advice:
 
 
 def _random(like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    return normal(like.shape, 0, like.device).to(like.dtype)
