@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections import Counter
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -31,17 +33,13 @@ class Looks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().split(".")[0]
-        masked = name == "aten::index" and any(
-            isinstance(i, Tensor) and i.dtype.is_bool for i in args[1] if i is not None
-        )
+        masked = name == "aten::index" and any(isinstance(i, Tensor) and i.dtype is torch.bool for i in args[1])
         if name in LOOKS or masked:
             self.at[_place()] += 1
         return func(*args, **(kwargs or {}))
 
 
 def _place():
-    import traceback
-
     frames = [f for f in traceback.extract_stack() if "/bilevel/" in f.filename]
     return f"{frames[-1].filename.rsplit('/bilevel/')[-1]}:{frames[-1].name}" if frames else "elsewhere"
 

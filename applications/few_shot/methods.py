@@ -212,7 +212,8 @@ def meta_step(learner: Learner, episodes: Episodes, values: bool = False) -> Out
     if solution.adjoint is not None:
         left_out = solution.adjoint.stats.get(LEFT_OUT, left_out)
     kept = ~left_out
-    return Outcome(objective, loss[kept].mean(), accuracy[kept].mean(), kept.sum(), solution)
+    means = (torch.where(kept, each, torch.zeros_like(each)).sum() / kept.sum() for each in (loss, accuracy))
+    return Outcome(objective, *means, kept.sum(), solution)
 
 
 def _task_objectives(learner: Learner, params: dict[str, Params], *data: Tensor) -> tuple[Tensor, Queried]:

@@ -262,6 +262,6 @@ def stop_now(active: Tensor, step: int) -> bool:
 
     In a recording it cannot ask, and the steps go on to their limit.
     """
-    if recording() or (not free_looks(active) and step % LOOK_EVERY != LOOK_EVERY - 1):
+    if recording() or (not free_looks(active) and (step == 0 or step % LOOK_EVERY)):
         return False
     return not bool(active.any())
