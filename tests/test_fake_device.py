@@ -14,6 +14,7 @@ from applications.few_shot.episodes import Episodes
 from applications.few_shot.methods import METHODS, Learner, meta_step
 from applications.few_shot.models import build
 from bilevel.diagnostics.methods import all_methods
+from bilevel.hypergrad.call import rounding_hint
 from tests.fake_device import DEVICE, KIND, fake_device
 from tests.stochastic.cases import CASES
 
@@ -225,6 +226,22 @@ def test_a_meta_step_of_few_shot(method):
     if method != "imaml-hf":
         assert answers.looks == 0
         assert not answers.copies
+
+
+def test_mps_is_refused_in_a_sentence():
+    with fake_device():
+        start = torch.zeros(3, device="mps")
+        with pytest.raises(NotImplementedError, match="MPS device, which has no float64"):
+            bl.argmin(lambda w: w.square().sum(), start)
+
+
+def test_tf32_is_told_where_a_solve_fails_by_it(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert "torch.backends.cudnn.allow_tf32" in rounding_hint("cuda", torch.float32)
+    assert not rounding_hint("cuda", torch.float64)
+    assert not rounding_hint("cpu", torch.float32)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert not rounding_hint("cuda", torch.float32)
 
 
 def test_mixed_devices_are_errors():
