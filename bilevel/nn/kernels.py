@@ -157,7 +157,7 @@ def _of_tasks(name: MapName, a: Tensor, b: Tensor, *settings: Any) -> Tensor:
     if key not in _fastest and measures:
         _measure(name, a, b, *settings)
     if torch.are_deterministic_algorithms_enabled():  # a choice by the clock is another one tomorrow
-        return getattr(KERNELS[DEFAULT], name)(a, b, *settings)  # type: ignore[no-any-return]
+        return getattr(KERNELS[DEFAULT], name)(a, b, *settings)
     result: Tensor = getattr(KERNELS[_fastest.get(key, DEFAULT)], name)(a, b, *settings)
     return result
 

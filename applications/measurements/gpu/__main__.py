@@ -134,7 +134,7 @@ def _command(settings: Settings, part: str, device: str, seconds: float) -> list
         only = ["--peer", "none", "--only", "bilevel"] if device == "cpu" else []
         return [
             *(*python, "applications.measurements.benchmarks", "--workloads", workload, "--device", device, *place),
-            *(*only, "--rounds", "1", "--runs", "1", "--timeout", str(max(1.0, seconds / 2))),
+            *(*only, "--rounds", "1", "--runs", "1", "--timeout", str(max(40.0, seconds / 2))),
             *("--out", str(settings.out / part)),
         ]
     small = ["--width", "4", "--tasks", "2", "--inner-steps", "2", "--eval-tasks", "20"] if device == "cpu" else []

@@ -45,9 +45,9 @@ def _wait(device: torch.device) -> None:
 
 def paper(device: torch.device, **changes: Any) -> Config:
     """The paper's 5-way 1-shot on glyphs; on a CPU a small one."""
-    small = {"width": 4, "tasks": 2, "inner_steps": 2} if device.type == "cpu" else {}
-    config = replace(PRESETS["paper-omniglot-5way-1shot"], data="glyphs", device=device.type, **small)
-    return replace(config, **changes)
+    small: dict[str, Any] = {"width": 4, "tasks": 2, "inner_steps": 2} if device.type == "cpu" else {}
+    config = replace(PRESETS["paper-omniglot-5way-1shot"], data="glyphs", **small)
+    return replace(config, **{"device": device.type, **changes})
 
 
 def gradient_of(config: Config) -> Callable[[], Tensor]:
