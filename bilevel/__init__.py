@@ -5,9 +5,9 @@ Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `Steps` (`SGD`, `Adam`, `
 (with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of systems `Newton`, `ScipyRoot`, `Anderson`, `Picard`.
 Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `ForwardMode`, `OneStep`, `FirstOrder`,
 `FiniteDifference`, `SAMA`, `Penalty`, `EvolutionStrategies`; on mini-batches `stochastic`.
-Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalCG`, `Cholesky`, `LU`, `LeastNorm`,
-`Nystrom`, `Identity`; preconditioners `Jacobi`, `NystromPreconditioner`, `AdamPreconditioner`; operators
-`GaussNewton`, `EmpiricalFisher`. Tolerances: `Adaptive`.
+Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `NormalCG`, `ScipyGMRES`, `ScipyBiCGSTAB`, `LSMR`,
+`Cholesky`, `LU`, `LeastNorm`, `Nystrom`, `Identity`; preconditioners `Jacobi`, `NystromPreconditioner`,
+`AdamPreconditioner`; operators `GaussNewton`, `EmpiricalFisher`. Tolerances: `Adaptive`.
 How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
 Many tasks: `stack`, `map_tasks`, `mean_over_tasks`, `losses_of_tasks`; layers made for Hessian products: `nn`.
 Recorded as a CUDA graph: `capture`.
@@ -48,11 +48,13 @@ from .inner.roots import Newton, RootSolver, ScipyRoot
 from .inner.scipy import ScipyMinimize
 from .inner.steps import SGD, Adam, AdamW, RMSprop, Rule, Steps
 from .inner.torch_optim import TorchOptim
+from .linalg.bicgstab import BiCGSTAB
 from .linalg.cg import CG
 from .linalg.direct import LU, Cholesky, LeastNorm
 from .linalg.empirical_fisher import EmpiricalFisher
 from .linalg.foreign import CurvlinopsOperator, ScipyOperator
 from .linalg.gauss_newton import GaussNewton
+from .linalg.gmres import GMRES
 from .linalg.identity import Identity
 from .linalg.minres import MINRES
 from .linalg.neumann import Neumann
@@ -60,7 +62,7 @@ from .linalg.normal import NormalCG
 from .linalg.nystrom import Nystrom, NystromPreconditioner
 from .linalg.operator import Operator
 from .linalg.preconditioners import AdamPreconditioner, InversePreconditioner, Jacobi
-from .linalg.scipy import GMRES, LSMR, BiCGSTAB
+from .linalg.scipy import LSMR, ScipyBiCGSTAB, ScipyGMRES
 from .linalg.solve import LinearSolver
 from .prox import Prox
 from .qp import QPSolution, quadratic_program
@@ -128,6 +130,8 @@ __all__ = [
     "Result",
     "RootSolver",
     "Rule",
+    "ScipyBiCGSTAB",
+    "ScipyGMRES",
     "ScipyMinimize",
     "ScipyOperator",
     "ScipyRoot",

@@ -224,11 +224,15 @@ class Autocast:
     @classmethod
     def current(cls, device: torch.device) -> Autocast:
         kind = device.type
+        if not torch.amp.is_autocast_available(kind):
+            return cls(kind, False, torch.float32)
         return cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        if self.enabled == torch.is_autocast_enabled(self.device) and not self.enabled:
+        if not self.enabled and not (
+            torch.amp.is_autocast_available(self.device) and torch.is_autocast_enabled(self.device)
+        ):
             yield
             return
         # No cache: it would keep the casts of the parameters of every step.

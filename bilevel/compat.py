@@ -18,11 +18,12 @@ from .argmin import root
 from .closure import in_transform
 from .hypergrad.implicit import Implicit
 from .linalg.adjoint import is_differentiated
+from .linalg.bicgstab import BiCGSTAB
 from .linalg.cg import CG
 from .linalg.direct import LU, Cholesky
+from .linalg.gmres import GMRES
 from .linalg.jacobian import GraphJacobian
 from .linalg.operator import Operator
-from .linalg.scipy import GMRES, BiCGSTAB
 from .linalg.solve import LinearSolver, LinearState, normalise, report
 from .problem import RootProblem, check_residual
 from .solution import Result, Solution, Throw, make_codes, marked, settle

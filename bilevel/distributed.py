@@ -139,10 +139,10 @@ def reduce_gradients(params: Iterable[Tensor], *numbers: float, group: Group = N
             "The ranks call reduce_gradients with other params or another count of numbers: all need the same, in the "
             "same order."
         )
-    header = all_reduce(header, group)
-    some = [place for place in range(len(params)) if header[place] > 0]
+    sums: list[float] = all_reduce(header, group).tolist()  # one copy to the host
+    some = [place for place in range(len(params)) if sums[place] > 0]
     _reduce_flat([params[place] for place in some], [own.get(place) for place in some], device, dtype, group)
-    return [float(number) for number in header[len(params) :]]
+    return sums[len(params) :]
 
 
 def _reduce_flat(

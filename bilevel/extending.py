@@ -7,7 +7,8 @@ The protocols and base classes themselves are public names of `bilevel`: `Operat
 from __future__ import annotations
 
 from .hypergrad.base import Point, Pulled
-from .inner.minimize import Progress, choose, descend, line_search
+from .inner.descent import descend, line_search
+from .inner.minimize import Progress, choose
 from .inner.roots import RootProgress
 from .linalg.operator import Damped, Dense, Transposed
 from .linalg.solve import (

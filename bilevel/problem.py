@@ -15,7 +15,7 @@ from ._torch import pytree, sequence_number
 from .closure import Autocast, Tracer, sparing
 from .context import UNCOMPILED
 from .reach import Reach
-from .recording import recording
+from .recording import free_looks, recording
 from .solution import NonFiniteError
 from .spared import Spared
 from .tree import Raveler, Tree, is_continuous, leaves
@@ -112,8 +112,18 @@ class Problem:
         self.reach: Reach | None = None  # what the gradient of an unrolled solution reaches
         self.hparams: list[Tensor] = []  # the tensors among them that were found
         self.shrink: Shrink | None = None  # the prox of a composite problem
-        if not recording() and not bool(torch.isfinite(self.start.f).all()):
-            raise NonFiniteError(blame_nonfinite("objective", init, args))
+        self.init = init
+        if free_looks(self.start.f):
+            self.refuse_nonfinite()
+
+    def refuse_nonfinite(self) -> None:
+        """Look whether the losses at the start are finite. Where a look is not free, a solve that went wrong asks.
+
+        Raises:
+            NonFiniteError: they are not.
+        """
+        if not bool(torch.isfinite(self.start.f).all()):
+            raise NonFiniteError(blame_nonfinite("objective", self.init, self.args))
 
     def evaluate(self, y: Tensor) -> Evaluation:
         """Losses and gradients at ``y``; with a graph only for a differentiable (unrolled) problem."""
@@ -204,8 +214,14 @@ class RootProblem:
         self.data: Any = None  # what a solver of a special form needs beside the residual
         self.y = self.raveler.ravel(point).detach().clone()
         self.r = self.raveler.ravel(leaves(found)).detach()
-        if not recording() and not bool(torch.isfinite(self.r).all()):
-            raise NonFiniteError(blame_nonfinite("residual", init, args))
+        self.init = init
+        if free_looks(self.r):
+            self.refuse_nonfinite()
+
+    def refuse_nonfinite(self) -> None:
+        """Look whether the residual at the start is finite; as `Problem.refuse_nonfinite`."""
+        if not bool(torch.isfinite(self.r).all()):
+            raise NonFiniteError(blame_nonfinite("residual", self.init, self.args))
 
     def evaluate(self, y: Tensor) -> Tensor:
         """The residual at ``y``, both ``[*batch, n]``."""
@@ -314,6 +330,11 @@ def check_init(init: Tree) -> None:
             )
         if leaf.device != flat[0].device:
             raise ValueError(f"init is spread over {flat[0].device} and {leaf.device}: put all leaves on one device.")
+    if flat[0].device.type == "mps":
+        raise NotImplementedError(
+            "init is on an MPS device, which has no float64: dot products, norms and losses are accumulated in it "
+            "here, and without it tolerances mean nothing. Move init and the data to the CPU, or to a CUDA device."
+        )
     if sum(leaf.numel() for leaf in flat) == 0:
         raise ValueError("init holds no numbers (every leaf has a dimension of size 0).")
 

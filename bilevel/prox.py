@@ -145,7 +145,7 @@ class Box(Prox):
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
         # By choices, not clamps: a clamp halves the derivative on the boundary.
-        low, high = (torch.as_tensor(bound, dtype=y.dtype, device=y.device) for bound in (self.lower, self.upper))
+        low, high = (_bound(bound, y) for bound in (self.lower, self.upper))
         return torch.where(y < low, low, torch.where(y > high, high, y))
 
     def value(self, y: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class Simplex(Prox):
         return torch.where(support, y - shift, torch.zeros_like(y))
 
     def value(self, y: Tensor) -> Tensor:
-        total = torch.as_tensor(self.total, dtype=y.dtype, device=y.device)
+        total = _bound(self.total, y)
         slack = (1e-5 if y.dtype == torch.float32 else 1e-10) * (1 + total)
         inside = ((y >= -slack) & ((y.sum(-1, keepdim=True) - total).abs() <= slack)).all(-1)
         return _indicator(inside, y)
@@ -217,6 +217,13 @@ class L2Ball(Prox):
         # In float64: the squares of a float32 may under- or overflow.
         sizes: Tensor = torch.linalg.vector_norm(y.double(), dim=-1, keepdim=True)
         return sizes
+
+
+def _bound(value: Setting, like: Tensor) -> Tensor:
+    """A setting as a tensor like that one; a number is made on the device and not copied to it."""
+    if isinstance(value, Tensor):
+        return value.to(like)
+    return torch.full((), value, dtype=like.dtype, device=like.device)
 
 
 def soft_threshold(y: Tensor, threshold: Setting) -> Tensor:

@@ -6,6 +6,7 @@ its own, and a task whose tensors fit into the cache is faster still; on a GPU a
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -238,10 +239,18 @@ def _in_chunks(
         # Transforms and modes belong to their thread.
         yield from (fn(*chunk) for chunk in chunks)
         return
-    grad, autocast = torch.is_grad_enabled(), Autocast.current(device)
+    grad = torch.is_grad_enabled()
+    autocasts = [Autocast.current(torch.device(kind)) for kind in sorted({device.type, "cpu"})]
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
     def work(chunk: tuple[Tree, ...]) -> Any:
-        with torch.set_grad_enabled(grad), autocast.entered():
+        # A new thread has the first device, its default stream, and no autocast.
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for autocast in autocasts:
+                stack.enter_context(autocast.entered())
+            if stream is not None:
+                stack.enter_context(torch.cuda.stream(stream))
             return fn(*chunk)
 
     before, waiting = torch.get_num_threads(), deque[Future[Any]]()

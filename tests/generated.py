@@ -490,6 +490,7 @@ def judge(case: Case) -> Verdict | None:
             if flag is None and case.throw == "ignore" and error != error:
                 flag = "NaN"
     plain = "Neumann" not in repr(case.hypergrad) and case.solver_setting not in ("descent", "plain")
+    plain = plain and not ("NormalCG" in repr(case.hypergrad) and truth.condition > 10)  # squares the condition
     plain = plain and not isinstance(case.solver_setting, bl.Picard | bl.ScipyMinimize | bl.ScipyRoot)
     far = case.start != "solution" and float(case.start) > 1
     benign = case.modest and not (far and case.kind == "poisson") and truth.condition <= 100 and plain

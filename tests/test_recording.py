@@ -10,16 +10,20 @@ from bilevel import recording
 T = 4
 
 
-class Traced:
+class Traced(recording.Graph):
     """A recording on a CPU by the rules of a CUDA graph: the operations alone, and any look at a value is an error."""
 
     def __init__(self, fn, inputs):
         self.inputs = list(inputs)
-        self.program = make_fx(fn, tracing_mode="fake")(*inputs)
+        fn(*inputs)  # the warm-up: an error of its own comes as it is
+        try:
+            self.program = make_fx(fn, tracing_mode="fake")(*inputs)
+        except RuntimeError as error:
+            raise recording.NotRecordedError(str(error)) from error
         self.program.graph.eliminate_dead_code()
         made_on_the_host = [node for node in self.program.graph.nodes if node.op == "get_attr"]
         if made_on_the_host:
-            raise RuntimeError(f"copies from the host: {made_on_the_host}")
+            raise recording.NotRecordedError(f"copies from the host: {made_on_the_host}")
         self.outputs = [torch.empty_like(out) for out in self.program(*self.inputs)]
 
     def replay(self):
@@ -165,3 +169,67 @@ def test_a_device_without_graphs_calls_the_function():
     assert not captured(x).requires_grad
     captured(x)
     assert len(calls) == 2
+
+
+@pytest.mark.filterwarnings("ignore::bilevel.SolveWarning")
+@pytest.mark.parametrize(
+    "linear",
+    [
+        *(
+            bl.CG(max_steps=3, preconditioner=bl.Jacobi(2)),
+            bl.CG(max_steps=3, preconditioner=bl.NystromPreconditioner(2)),
+        ),
+        *(bl.Neumann(max_steps=6), bl.MINRES(max_steps=3), bl.NormalCG(max_steps=3), bl.GMRES(max_steps=3)),
+        *(bl.BiCGSTAB(max_steps=3), bl.Nystrom(2), bl.Cholesky(), bl.LU(), bl.LeastNorm(), bl.Identity(0.1)),
+    ],
+    ids=repr,
+)
+def test_what_is_promised_can_be_recorded(recorded, linear):
+    fn, params, tensors = losses_of(linear=linear), start(), data(0)
+    expected, found = gradient(fn, params, *tensors), gradient(bl.capture(fn), params, *tensors)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-8, atol=1e-10)
+    assert len(recorded) == 1
+
+
+def test_constants_of_other_types_and_autocast_are_other_recordings(recorded):
+    captured = bl.capture(lambda x, by: x * by if not isinstance(by, bool) else x - 1)
+    x = torch.tensor([3.0])
+    assert [captured(x, by).item() for by in (1, 1.0, True, 1)] == [3.0, 3.0, 2.0, 3.0]
+    assert len(recorded) == 3
+    product = bl.capture(torch.matmul)
+    plain = product(torch.eye(2), torch.eye(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert product(torch.eye(2), torch.eye(2)).dtype is torch.bfloat16
+    assert plain.dtype is torch.float32
+
+
+def test_recordings_are_kept_up_to_a_number(recorded):
+    captured = bl.capture(torch.square, max_recordings=2)
+    for size in (1, 2, 1, 3, 1, 2):  # 2 was not used for longest when 3 came
+        captured(torch.ones(size))
+    assert [len(made.inputs[0]) for made in recorded] == [1, 2, 3, 2]
+    with pytest.raises(ValueError, match="max_recordings is 0"):
+        bl.capture(torch.square, max_recordings=0)
+
+
+def test_captured_inside_captured_is_one_recording(recorded):
+    inner = bl.capture(torch.square)
+    outer = bl.capture(lambda x: inner(x) + inner(2 * x))
+    assert outer(torch.tensor([3.0])).item() == 9 + 36
+    assert outer(torch.tensor([1.0])).item() == 1 + 4
+    # The warm-up runs it outside of a recording, and makes one of its own.
+    assert len(recorded) == 2
+
+
+def test_an_error_of_the_function_comes_as_it_is(recorded):
+    def wrong(x):
+        return x @ torch.ones(3)
+
+    with pytest.raises(RuntimeError, match="size mismatch") as caught:
+        bl.capture(wrong)(torch.ones(2, 2))
+    assert "could not be recorded" not in str(caught.value)
+
+
+def test_arguments_on_two_devices_are_refused(recorded):
+    with pytest.raises(ValueError, match="arguments are on cpu and meta"):
+        bl.capture(torch.add)(torch.ones(2), torch.ones(2, device="meta"))

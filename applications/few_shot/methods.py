@@ -240,7 +240,9 @@ def meta_step(learner: Learner, episodes: Episodes, values: bool = False) -> Out
     if solution.adjoint is not None:
         left_out = solution.adjoint.stats.get(LEFT_OUT, left_out)
     kept = ~left_out
-    return Outcome(objective, loss[kept].mean(), accuracy[kept].mean(), kept.sum(), solution)
+    count = kept.sum()
+    query_loss, hits = (torch.where(kept, each, torch.zeros_like(each)).sum() / count for each in (loss, accuracy))
+    return Outcome(objective, query_loss, hits, count, solution)
 
 
 def _task_objectives(learner: Learner, params: dict[str, Params], *data: Tensor) -> tuple[Tensor, Queried]:

@@ -14,16 +14,17 @@ import bilevel as bl
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The group of all ranks, NCCL where there are GPUs and gloo else; nothing outside torchrun."""
+    """The group of all ranks, NCCL for tensors on GPUs and gloo for others; nothing outside torchrun."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     # The store outlives a restart, with the addresses of the dead: each attempt has its own names in it.
     store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # Both: a command may be told to stay on the CPU of a machine that has cards.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=size)  # type: ignore[attr-defined]
     try:
         yield

@@ -12,9 +12,9 @@ from ..hypergrad.base import Point
 from ..hypergrad.implicit import Implicit
 from ..linalg.cg import CG
 from ..linalg.direct import LU, Cholesky
+from ..linalg.gmres import GMRES
 from ..linalg.minres import MINRES
 from ..linalg.operator import Operator
-from ..linalg.scipy import GMRES
 from ..linalg.solve import LinearSolver
 from ..solution import Result, Solution
 from ..tree import Tree, leaves

@@ -12,9 +12,9 @@ from .._torch import pytree
 from ..hypergrad.base import Point
 from ..hypergrad.implicit import Implicit
 from ..linalg.cg import CG
+from ..linalg.gmres import GMRES
 from ..linalg.minres import MINRES
 from ..linalg.operator import Operator
-from ..linalg.scipy import GMRES
 from ..solution import Solution, Throw
 from ..tree import Tree, leaves, norm, tree_map
 from .precision import as_double, in_double

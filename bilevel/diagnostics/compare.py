@@ -20,9 +20,9 @@ from ..files import write_atomically
 from ..hypergrad.implicit import Implicit
 from ..linalg.cg import CG
 from ..linalg.direct import LU
+from ..linalg.gmres import GMRES
 from ..linalg.minres import MINRES
 from ..linalg.operator import Operator
-from ..linalg.scipy import GMRES
 from ..linalg.solve import LinearSolver, LinearState
 from ..solution import Solution
 from ..tree import Tree, leaves, tree_map

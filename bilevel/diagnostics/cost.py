@@ -24,10 +24,10 @@ def median_seconds(run: Callable[[], Any], repeats: int = 5, *, warm_up: bool = 
         run()
     seconds = []
     for _ in range(repeats):
-        _wait()
+        wait()
         begin = time.perf_counter()
         run()
-        _wait()
+        wait()
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
 
@@ -35,11 +35,11 @@ def median_seconds(run: Callable[[], Any], repeats: int = 5, *, warm_up: bool = 
 def peak_mib(run: Callable[[], Any]) -> float:
     """Peak of the tensor memory that was live during a run, above that at its start, MiB."""
     if _on_gpu():
-        _wait()
+        wait()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
-        _wait()
+        wait()
         return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
@@ -56,6 +56,7 @@ def _on_gpu() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Until the GPU, where one is in use, has ended what it was given."""
     if _on_gpu():
         torch.cuda.synchronize()

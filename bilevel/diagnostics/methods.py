@@ -21,15 +21,17 @@ from ..inner.gradient_descent import GradientDescent
 from ..inner.newton_cg import NewtonCG
 from ..inner.roots import Newton
 from ..inner.steps import SGD, Steps
+from ..linalg.bicgstab import BiCGSTAB
 from ..linalg.cg import CG
 from ..linalg.direct import LU, Cholesky
+from ..linalg.gmres import GMRES
 from ..linalg.identity import Identity
 from ..linalg.minres import MINRES
 from ..linalg.neumann import Neumann
 from ..linalg.normal import NormalCG
 from ..linalg.nystrom import Nystrom, NystromPreconditioner
 from ..linalg.preconditioners import Jacobi
-from ..linalg.scipy import GMRES, LSMR, BiCGSTAB
+from ..linalg.scipy import LSMR, ScipyBiCGSTAB, ScipyGMRES
 from ..linalg.solve import LinearSolver
 from ..tree import leaves
 from .problem import AnyHypergrad, Bilevel, Solver
@@ -87,6 +89,8 @@ def all_methods(rtol: float = 1e-8, lr: float = 0.15, max_steps: int = 400) -> l
         _implicit("fixed-point adjoint", Neumann(rtol=rtol, alpha=1.0), iterative, {CONTRACTION}),
         _implicit("GMRES", GMRES(rtol=rtol), iterative, regular | {COMPOSITE, PROGRAM}),
         _implicit("BiCGSTAB", BiCGSTAB(rtol=rtol), iterative, regular),
+        _implicit("GMRES of SciPy", ScipyGMRES(rtol=rtol), iterative, regular),
+        _implicit("BiCGSTAB of SciPy", ScipyBiCGSTAB(rtol=rtol), iterative, regular),
         _implicit("LSMR", LSMR(rtol=rtol), iterative, every),
         _implicit("normal-equation CG", NormalCG(rtol=rtol), iterative, regular),
         _implicit("Cholesky", Cholesky(), 1e-10, {DEFINITE, COMPOSITE}),

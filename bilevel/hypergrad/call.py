@@ -46,6 +46,22 @@ ADJOINT_ADVICE: dict[Result | None, str] = {
 }
 
 
+def rounding_hint(device: str, dtype: torch.dtype) -> str:
+    """What to add to an advice where products are less accurate than their dtype says."""
+    switches = {
+        "torch.backends.cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+        "torch.backends.cuda.matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+    on = [name for name, value in switches.items() if value]
+    if device != "cuda" or dtype is not torch.float32 or not on:
+        return ""
+    return (
+        f". TF32 is on ({' and '.join(on)}; for convolutions it is PyTorch's default): products of float32 have three "
+        "digits then, and the default tolerance of 1e-5 is out of reach. Switch it off, or give the linear solver "
+        "rtol=1e-2 or max_steps"
+    )
+
+
 @dataclass
 class Findings:
     """What the plain solves below all transforms leave for the caller."""
@@ -112,7 +128,9 @@ class Call:
             cell = self.findings.adjoint_cell
             value = pytree.tree_unflatten(point.raveler.unravel(adjoint.value), self.spec)
             cell.solution = Solution(value, adjoint.stats, adjoint.recovered, state=adjoint.state)
-            settle(adjoint, self.throw, "The adjoint solve of the hypergradient", ADJOINT_ADVICE)
+            hint = rounding_hint(point.params[0].device.type, point.params[0].dtype)
+            advice = {result: text + hint for result, text in ADJOINT_ADVICE.items()}
+            settle(adjoint, self.throw, "The adjoint solve of the hypergradient", advice)
 
     def check_finite(self, pulled: Pulled) -> Pulled:
         """Mark, or where there is no linear solve refuse, a hypergradient that is not finite.

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..linalg.noise import normal
 from ..tree import is_continuous
 from .base import Point, Pulled
 
@@ -40,13 +41,14 @@ class EvolutionStrategies:
     def pull(self, point: Point, cotangent: Tensor) -> Pulled:
         """See `Hypergrad`."""
         point.check_unchanged()
-        generator = torch.Generator().manual_seed(self.seed)
         moving = [is_continuous(tensor) for tensor in point.hparams]
         total = [torch.zeros_like(tensor) for tensor in point.hparams]
-        for _ in range(self.num_samples):
+        count = len(point.hparams)
+        for sample in range(self.num_samples):
+            first = (self.seed * self.num_samples + sample) * count
             noise = [
-                _noise(t, generator) if moves else torch.zeros_like(t)
-                for t, moves in zip(point.hparams, moving, strict=True)
+                _noise(t, first + index) if moves else torch.zeros_like(t)
+                for index, (t, moves) in enumerate(zip(point.hparams, moving, strict=True))
             ]
             ahead, behind = (self._solved(point, noise, sign * self.sigma) for sign in (1, -1))
             slope = ((ahead - behind) * cotangent).sum() / (2 * self.sigma)
@@ -60,8 +62,8 @@ class EvolutionStrategies:
         return point.solve(lambda params: point.statement.closure(params, moved), "A perturbed inner solve")
 
 
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+def _noise(like: Tensor, seed: int) -> Tensor:
     """Noise of variance one for each real number; a complex number is two."""
     shape = (*like.shape, 2) if like.is_complex() else like.shape
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+    noise = normal(shape, seed, like.device)
     return (torch.view_as_complex(noise) if like.is_complex() else noise).to(like)

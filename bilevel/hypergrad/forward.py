@@ -102,7 +102,7 @@ class _Linear(torch.autograd.Function):
 def _unit_directions(hparams: list[Tensor]) -> list[Tensor]:
     """For each tensor ``[p, *shape]``: the p unit directions of all entries together, two of each complex one."""
     sizes = [_count(tensor) for tensor in hparams]
-    eye = torch.eye(sum(sizes), dtype=torch.float64)
+    eye = torch.eye(sum(sizes), dtype=torch.float64, device=hparams[0].device if hparams else None)
     return [_viewed(part, tensor) for part, tensor in zip(eye.split(sizes, 1), hparams, strict=True)]
 
 

@@ -17,10 +17,10 @@ from ..inner.decay import Decayed
 from ..inner.nearness import Goal
 from ..linalg.cg import CG
 from ..linalg.curvature import FuncHessian
+from ..linalg.gmres import GMRES
 from ..linalg.minres import MINRES
 from ..linalg.neumann import largest_eigenvalue
 from ..linalg.operator import Damped, Operator
-from ..linalg.scipy import GMRES
 from ..linalg.solve import LinearSolver, LinearState, default_rtol, report
 from ..problem import Linearization, Problem
 from ..solution import Result, Solution, marked

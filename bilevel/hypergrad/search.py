@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ..inner.minimize import InnerSolver
-from ..solution import Advice, Solution, Throw, settle
+from ..inner.outcome import suspicious
+from ..recording import recording
+from ..solution import Advice, Result, Solution, Throw, settle
 
 Found = Solution[Tensor]
 
@@ -44,12 +46,24 @@ class Search:
         """
         solved = self.method(problem)
         found = measure(solved).with_stats(**{name: solved.stats[name] for name in self.own_stats})
-        if self.throw == "fallback" and self.fallback is not None and not found.result.ok:
+        if self.throw == "ignore" or recording():
+            return found
+        ok, odd = self._seen(found)
+        if not ok:
+            problem.refuse_nonfinite()
+        if not ok and self.throw == "fallback" and self.fallback is not None:
             found = measure(self.fallback.minimize(problem))
             found = replace(found, recovered=(type(self.fallback).__name__,))
-        if self.look is not None:
+            ok, odd = self._seen(found)
+        if self.look is not None and odd:
             found = self.look(problem, found)
-        if self.throw != "ignore":
+        if odd or not ok:
             advice = self.advice(problem, found) if callable(self.advice) else self.advice
             settle(found, self.throw, self.what, advice)
         return found
+
+    def _seen(self, found: Found) -> tuple[bool, bool]:
+        """Whether all problems are well, and whether one is odd enough to look closer: one look at the device."""
+        failed = (found.stats["result"] > int(Result.STEPS_DONE)).any()
+        seen = int(2 * failed + suspicious(found).any())
+        return seen < 2, seen % 2 == 1

@@ -11,7 +11,8 @@ from ..problem import Evaluation, Problem
 from ..recording import recording
 from ..solution import Solution
 from ..tree import axpy
-from .minimize import Progress, check_settings, choose, descend
+from .descent import descend
+from .minimize import Progress, check_settings, choose
 
 
 @dataclass(frozen=True)

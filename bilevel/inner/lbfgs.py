@@ -10,7 +10,8 @@ from torch import Tensor
 from ..problem import Evaluation, Problem
 from ..solution import Solution
 from ..tree import axpy, dot, norm, scale
-from .minimize import check_settings, descend
+from .descent import descend
+from .minimize import check_settings
 from .nearness import Nearness
 
 
@@ -40,7 +41,7 @@ class LBFGS:
         """Minimise; see `InnerSolver`."""
         memory = Memory(self.history, problem, probe=self.gtol is None)
         nearness = Nearness(problem.start.y) if self.gtol is None else None
-        return descend(problem, self.gtol, self.max_steps, memory.direction, nearness)
+        return descend(problem, self.gtol, self.max_steps, memory, nearness)
 
 
 def first_step(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,8 +94,8 @@ class Memory:
         self.previous: Evaluation | None = None
         self.gamma: Tensor | None = None
 
-    def direction(self, at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The direction, its first step size, and where the newest curvature is positive; see `descend`."""
+    def __call__(self, at: Evaluation, last: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
+        """The direction, its first step size, and where the newest curvature is positive; see `Direction`."""
         if self.previous is None:
             self.previous = at
             return first_step(self.problem) if self.probe else self._cautious(at)

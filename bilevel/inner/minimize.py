@@ -1,8 +1,7 @@
-"""What all inner solvers share: their protocol, their stopping rule and the line search."""
+"""What all inner solvers share: their protocol and their stopping rule."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,8 +11,7 @@ from torch import Tensor
 from ..linalg.solve import stop_now
 from ..problem import Evaluation, Problem
 from ..solution import Result, Solution, make_codes, marked
-from ..tree import axpy, dot, norm
-from .nearness import Nearness
+from ..tree import norm
 
 INNER_ADVICE: dict[Result | None, str] = {
     None: (
@@ -122,118 +120,3 @@ def choose(where: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:
     return Evaluation(
         torch.where(keep, new.y, old.y), torch.where(where, new.f, old.f), torch.where(keep, new.g, old.g)
     )
-
-
-GROWTH, ENOUGH_STEPS = 1.5, 32
-"""How much farther from the start the params are than when at most half of the steps were made, and how many steps it
-takes to say that a loss may have no minimum."""
-
-SUFFICIENT_DECREASE = 1e-4
-CURVATURE = 0.9
-
-
-MAX_TRIALS, FEW_TRIALS = 30, 5
-
-
-def line_search(
-    problem: Problem,
-    at: Evaluation,
-    direction: Tensor,
-    step: Tensor,
-    active: Tensor,
-    near: Tensor | None = None,
-) -> tuple[Evaluation, Tensor, Tensor]:
-    """Bisection to a weak Wolfe point (Lewis and Overton 2013), each problem with its own bracket.
-
-    Near the minimum, where the losses differ by rounding only, the decrease is judged by the slopes instead
-    (the approximate Wolfe condition of Hager and Zhang 2005), so that small gradient norms can be reached.
-
-    Args:
-        near: problems that are near their minimum, where a step that fails does so by rounding: few trials tell.
-
-    Returns:
-        The accepted points (the old ones where none was found), the step sizes, and the mask of success.
-    """
-    slope = dot(at.g, direction)
-    low, high = torch.zeros_like(step), torch.full_like(step, torch.inf)
-    pending, best, taken = active & (slope < 0), at, torch.zeros_like(step)
-    rounding = torch.finfo(at.g.dtype).eps ** 0.6 * at.f.abs()
-    for trials in range(MAX_TRIALS):
-        if near is not None and trials == FEW_TRIALS:
-            pending = pending & ~near
-        if not bool(pending.any()):
-            break
-        trial = problem.evaluate(axpy(torch.where(pending, step, torch.zeros_like(step)), direction, at.y))
-        new_slope = dot(trial.g, direction)
-        decreased = trial.f <= at.f + SUFFICIENT_DECREASE * step * slope
-        level = (trial.f <= at.f + rounding) & (new_slope <= (2 * SUFFICIENT_DECREASE - 1) * slope)
-        enough, steep = decreased | level, new_slope < CURVATURE * slope
-        accepted = pending & enough & ~steep
-        best, taken = choose(accepted, trial, best), torch.where(accepted, step, taken)
-        pending = pending & ~accepted
-        high = torch.where(pending & ~enough, step, high)
-        low = torch.where(pending & enough, step, low)
-        # A point that only fails the curvature condition is kept in hand: it does lower the loss.
-        partial = pending & enough & (trial.f < best.f)
-        best, taken = choose(partial, trial, best), torch.where(partial, step, taken)
-        step = torch.where(torch.isinf(high), 2 * low, (low + high) / 2)
-    return best, taken, active & (taken > 0)
-
-
-Direction = Callable[[Evaluation, Tensor], tuple[Tensor, Tensor, Tensor]]
-
-
-def descend(
-    problem: Problem,
-    gtol: float | Tensor | None,
-    max_steps: int,
-    direction: Direction,
-    nearness: Nearness | None = None,
-) -> Solution[Tensor]:
-    """Line-search descent.
-
-    Args:
-        direction: from the point and the last step sizes (0 at first) to directions ``[*batch, n]``, the step sizes to
-            try first, and where such a step, made of positive curvature, predicts the solution.
-        nearness: the rule that ends it, in place of ``gtol``.
-    """
-    at = halfway = before = problem.start
-    progress = Progress.begin(at, gtol)
-    if nearness is not None:
-        progress.mark(progress.active, Result.MAX_STEPS)
-    size = torch.zeros_like(at.f)
-    for step in range(max_steps + 1):
-        if not bool(progress.active.any()):
-            break
-        towards, first, known = direction(at, size)
-        near = None
-        if nearness is not None:
-            predicted, decrement = first * norm(towards), first * dot(at.g, towards).abs()
-            predicted = torch.where(known | (decrement == 0), predicted, torch.inf)
-            progress.end(nearness.look(predicted, at.y, decrement, at.f), Result.CONVERGED)
-            near = nearness.acceptable
-        if step == max_steps:
-            break
-        if step & (step - 1) == 0:  # 0, 1, 2, 4, 8, ...
-            before, halfway = halfway, at
-        at, size, moved = line_search(problem, at, towards, first, progress.active, near)
-        progress.count()
-        progress.look(at)
-        if nearness is not None:
-            progress.end(~moved & nearness.acceptable, Result.CONVERGED)
-        progress.end(~moved, Result.STAGNATED)
-    progress.mark(_grows(progress, at, before, problem.start, nearness) & (at.f < halfway.f), Result.UNBOUNDED)
-    return progress.solution(
-        at.y, step_size=size, loss=at.f, **({} if nearness is None else {"step_norm": nearness.predicted})
-    )
-
-
-def _grows(
-    progress: Progress, at: Evaluation, before: Evaluation, start: Evaluation, nearness: Nearness | None
-) -> Tensor:
-    """Which problems did not end although their params still move away from the start by steps that do not shrink."""
-    unfinished = (progress.codes == int(Result.MAX_STEPS)) | (progress.codes == int(Result.STAGNATED))
-    growing = norm(at.y - start.y) > GROWTH * norm(before.y - start.y)
-    if nearness is not None:
-        growing = growing & ~(nearness.predicted <= 1e-3 * norm(at.y))
-    return unfinished & growing & (progress.steps >= ENOUGH_STEPS)

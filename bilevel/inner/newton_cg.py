@@ -12,7 +12,8 @@ from ..linalg.curvature import HessianMode, hessian
 from ..problem import Evaluation, Problem
 from ..solution import Solution
 from ..tree import norm
-from .minimize import check_settings, descend
+from .descent import descend
+from .minimize import check_settings
 from .nearness import Nearness
 
 
@@ -53,4 +54,4 @@ class NewtonCG:
             return -torch.where(unusable.unsqueeze(-1), at.g, steps), torch.ones_like(at.f), ~unusable
 
         nearness = Nearness(problem.start.y) if self.gtol is None else None
-        return descend(problem, self.gtol, self.max_steps, direction, nearness)
+        return descend(problem, self.gtol, self.max_steps, direction, nearness, cheap=False)

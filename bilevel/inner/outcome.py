@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
+from ..linalg.noise import normal
 from ..problem import Problem
 from ..recording import recording
 from ..solution import Advice, Result, Solution, marked
@@ -21,17 +22,18 @@ RANDOM_ADVICE = (
 )
 
 
+def suspicious(found: Solution) -> Tensor:
+    """Where a solver found a gradient of zero or made no step, and calls it good."""
+    stats = found.stats
+    return ((stats["num_steps"] == 0) | (stats["residual_norm"] == 0)) & (stats["result"] <= int(Result.STEPS_DONE))
+
+
 def look_closer(problem: Problem, found: Solution) -> Solution[Tensor]:
     """Give a start that is stationary, but no minimum, its result: nothing moves a solver from there.
 
-    A few products with random vectors tell, and only where a solver found a gradient of zero or made no step.
+    A few products with random vectors tell; only a solve that is `suspicious` is asked.
     """
-    if recording():
-        return found
-    stats = found.stats
-    idle = ((stats["num_steps"] == 0) | (stats["residual_norm"] == 0)) & (stats["result"] <= int(Result.STEPS_DONE))
-    if not bool(idle.any()):
-        return found
+    stats, idle = found.stats, suspicious(found)
     at = problem.linearize(found.value.detach())
     if not any(residual.requires_grad for residual in at.residual):
         return found  # linear: no curvature at all
@@ -54,5 +56,4 @@ def advice_for(problem: Problem, found: Solution, advice: Advice) -> Advice:
 
 
 def _random(like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+    return normal(like.shape, 0, like.device).to(like.dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg.solve import stop_now
 from ..problem import Evaluation, Problem, Shrink
 from ..prox import Prox
 from ..solution import Result, Solution
@@ -59,8 +60,8 @@ class ProximalGradient:
         progress = Progress.begin(at, None)
         progress.mark(progress.active, Result.MAX_STEPS)
         progress.end(size <= self._tolerance(at, step, stretch), Result.CONVERGED)
-        for _ in range(self.max_steps):
-            if not bool(progress.active.any()):
+        for index in range(self.max_steps):
+            if stop_now(progress.active, index):
                 break
             new, step, moved = _step(problem, shrink, ahead, step, progress.active)
             progress.count()

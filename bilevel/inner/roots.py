@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..checks import check_linear_solver
 from ..linalg.direct import LU
+from ..linalg.gmres import GMRES
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.operator import to_numpy
-from ..linalg.scipy import GMRES
 from ..linalg.solve import LinearSolver
 from ..problem import RootProblem
 from ..solution import Result, Solution, make_codes, marked

@@ -128,7 +128,7 @@ class _Watch:
 
     def arrived(self, at: Evaluation) -> bool:
         """Whether all problems are near their solutions."""
-        towards, first, known = self.memory.direction(at, at.f)
+        towards, first, known = self.memory(at, at.f)
         decrement = first * dot(at.g, towards).abs()
         predicted = torch.where(known | (decrement == 0), first * norm(towards), torch.inf)
         return bool(self.nearness.look(predicted, at.y, decrement, at.f).all())

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..recording import recording
+from ..recording import free_looks, recording
 from ..solution import Result, marked
 from ..tree import axpy, dot, norm, scale
 from .lanczos import Lanczos
@@ -167,7 +167,7 @@ def _verify(
     precondition: Precondition | None,
 ) -> None:
     """Replace the recurrence's residual by the true one, and go on from it where the two have drifted apart."""
-    if not recording() and not bool(state.steps.any()):
+    if free_looks(state.steps) and not bool(state.steps.any()):
         return
     for attempt in range(RESTARTS + 1):
         finite = torch.isfinite(state.relative)

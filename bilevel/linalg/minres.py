@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..recording import free_looks, recording
 from ..solution import Result, marked
 from ..tree import dot, norm, scale
 from .lanczos import Lanczos
@@ -50,10 +51,10 @@ class MINRES(IterativeSolver):
         lanczos = Lanczos(length)
         _sweep(operator, state, stopping.target, stopping.max_steps, precondition, lanczos)
         for attempt in range(RESTARTS + 1):
-            if not bool(state.steps.any()):
+            if free_looks(state.steps) and not bool(state.steps.any()):
                 break
             short = state.verify(operator, unit, stopping) & (state.steps < stopping.max_steps)
-            if stopping.ordered or attempt == RESTARTS or not bool(short.any()):
+            if stopping.ordered or attempt == RESTARTS or recording() or not bool(short.any()):
                 break
             state.active = short
             _sweep(operator, state, stopping.target, stopping.max_steps - int(state.steps.max()), precondition)

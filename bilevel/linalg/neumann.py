@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..solution import Result, marked
 from ..tree import axpy, norm, scale
+from .noise import normal
 from .operator import Operator
 from .solve import IterativeSolver, Outcome, Precondition, Stopping, stop_now
 
@@ -72,9 +73,7 @@ class Neumann(IterativeSolver):
 
 def largest_eigenvalue(operator: Operator, num_steps: int = 20, seed: int = 0) -> Tensor:
     """Power iteration on each problem: an estimate of ``max |lambda|``, from below, ``[*batch]`` float64."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (*operator.batch_shape, operator.size)
-    v = torch.randn(shape, generator=generator, dtype=torch.float64).to(operator.device, operator.dtype)
+    v = normal((*operator.batch_shape, operator.size), seed, operator.device).to(operator.dtype)
     size = norm(v)
     for _ in range(num_steps):
         v = operator.matvec(scale(1 / size, v))

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..recording import recording
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
+from .noise import normal, uniform
 from .operator import Operator, widened
 from .solve import LinearState, Precondition, normalise, report, require_symmetric
 
@@ -158,12 +159,11 @@ def sketch(operator: Operator, rank: int, seed: int, kind: SketchKind) -> tuple[
         sketch was positive semi-definite (U, L are zero where it was not).
     """
     size, rank = operator.size, min(rank, operator.size)
-    generator = torch.Generator().manual_seed(seed)
     if kind == "columns":
-        probes = torch.eye(size, dtype=torch.float64)[:, torch.randperm(size, generator=generator)[:rank]]
+        chosen = uniform((size,), seed, operator.device).argsort()[:rank]
+        probes = (torch.arange(size, device=operator.device).unsqueeze(-1) == chosen).to(operator.dtype)
     else:
-        probes = torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64))[0]
-    probes = probes.to(operator.device, operator.dtype)
+        probes = torch.linalg.qr(normal((size, rank), seed, operator.device))[0].to(operator.dtype)
     columns = [operator.matvec(probe.expand(*operator.batch_shape, size)) for probe in probes.T]
     product, probes = widened(torch.stack(columns, -1)), widened(probes)
     finite = torch.isfinite(product).all(-1).all(-1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .noise import signs
 from .operator import Operator
 from .solve import Precondition
 
@@ -31,11 +32,9 @@ class Jacobi:
             raise ValueError(f"num_probes is {self.num_probes}: at least one product is needed.")
 
     def __call__(self, operator: Operator) -> Precondition:
-        generator = torch.Generator().manual_seed(self.seed)
         total = torch.zeros(*operator.batch_shape, operator.size, dtype=operator.dtype, device=operator.device)
-        for _ in range(self.num_probes):
-            signs = torch.randint(0, 2, total.shape, generator=generator).to(total) * 2 - 1
-            total = total + signs * operator.matvec(signs)
+        for probe in signs((self.num_probes, *total.shape), self.seed, total.device).to(total.dtype):
+            total = total + probe * operator.matvec(probe)
         diagonal = total / self.num_probes
         floor = diagonal.abs().amax(-1, keepdim=True) * 1e-3
         return _divide_by(torch.maximum(diagonal.abs(), floor))

@@ -70,8 +70,8 @@ class ScipySolver(IterativeSolver):
 
 
 @dataclass(frozen=True)
-class GMRES(ScipySolver):
-    """Generalised minimal residuals (Saad and Schultz 1986): any regular matrix; keeps every direction.
+class ScipyGMRES(ScipySolver):
+    """Generalised minimal residuals of SciPy: as `GMRES`, in float64 whatever the precision of the products.
 
     Args:
         restart: directions that are kept before a restart, each a vector of memory.
@@ -87,8 +87,8 @@ class GMRES(ScipySolver):
 
 
 @dataclass(frozen=True)
-class BiCGSTAB(ScipySolver):
-    """Stabilised bi-conjugate gradients (van der Vorst 1992): any regular matrix, two products a step."""
+class ScipyBiCGSTAB(ScipySolver):
+    """Stabilised bi-conjugate gradients of SciPy: as `BiCGSTAB`, in float64 whatever the precision of the products."""
 
     algorithm: ClassVar[str] = "bicgstab"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_preconditioner
-from ..recording import recording
+from ..recording import free_looks, recording
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm, scale
 from .adjoint import by_adjoint, is_differentiated
@@ -254,11 +254,15 @@ def relative_tolerance(rtol: float | Tensor, atol: float, scale: Tensor) -> Tens
     return torch.clamp(atol / safe, min=rtol) if not isinstance(rtol, Tensor) else torch.maximum(rtol, atol / safe)
 
 
+LOOK_EVERY = 8
+"""Steps between two looks at whether all problems have ended, where a look is not free."""
+
+
 def stop_now(active: Tensor, step: int) -> bool:
     """Whether no problem is active any more. On a GPU it asks every eighth step only: each is a synchronisation.
 
     In a recording it cannot ask, and the steps go on to their limit.
     """
-    if recording() or (active.device.type != "cpu" and step % 8 != 7):
+    if recording() or (not free_looks(active) and (step == 0 or step % LOOK_EVERY)):
         return False
     return not bool(active.any())

@@ -5,6 +5,7 @@ Each has ``output``, ``input`` and ``weight``: the three partial maps of the tri
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal, Protocol
@@ -106,7 +107,7 @@ DEFAULT: KernelName = "grouped"
 """What is taken where nothing has been measured."""
 
 _fastest: dict[Hashable, KernelName] = {}
-"""By map, device, dtype and shapes."""
+"""By map, device, dtype, shapes and strides."""
 
 
 def output(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
@@ -156,31 +157,41 @@ def choose_kernels(
 
 def _of_tasks(name: MapName, a: Tensor, b: Tensor, *settings: Any) -> Tensor:
     key = _key(name, a, b, settings)
-    if key not in _fastest and a.device.type in MEASURED and not recording():
+    measures = a.device.type in MEASURED and not recording() and not torch.are_deterministic_algorithms_enabled()
+    if key not in _fastest and measures:
         _measure(name, a, b, *settings)
-    result: Tensor = getattr(KERNELS[_fastest.get(key, DEFAULT)], name)(a, b, *settings)
+    # A choice by the clock is another one tomorrow.
+    kernel = DEFAULT if torch.are_deterministic_algorithms_enabled() else _fastest.get(key, DEFAULT)
+    result: Tensor = getattr(KERNELS[kernel], name)(a, b, *settings)
     return result
 
 
 def _measure(name: MapName, a: Tensor, b: Tensor, *settings: Any, repeats: int = 5) -> dict[KernelName, float]:
-    """Seconds of each kernel, the least of a few; the fastest is kept."""
+    """Seconds of each kernel, the least of a few; the fastest is kept. One that runs out of memory takes for ever."""
 
     def clock(kernels: Kernels) -> float:
         begin = time.perf_counter()
         getattr(kernels, name)(a, b, *settings)
         if a.is_cuda:
-            torch.cuda.synchronize()
+            # Of this stream: another thread may be recording, when the device must not be waited for.
+            torch.cuda.current_stream(a.device).synchronize()
         return time.perf_counter() - begin
 
-    for kernels in KERNELS.values():
-        clock(kernels)
-    seconds = {kernel: min(clock(kernels) for _ in range(repeats)) for kernel, kernels in KERNELS.items()}
+    def best(kernels: Kernels) -> float:
+        try:
+            return min([clock(kernels) for _ in range(repeats + 1)][1:])
+        except torch.OutOfMemoryError:  # patches are k^2 times the images
+            return math.inf
+
+    seconds = {kernel: best(kernels) for kernel, kernels in KERNELS.items()}
+    if min(seconds.values()) == math.inf:
+        return seconds
     _fastest[_key(name, a, b, settings)] = min(seconds, key=lambda kernel: seconds[kernel])
     return seconds
 
 
 def _key(name: MapName, a: Tensor, b: Tensor, settings: tuple[Any, ...]) -> Hashable:
-    return name, a.device.type, a.dtype, a.shape, b.shape, settings
+    return name, a.device, a.dtype, a.shape, a.stride(), b.shape, b.stride(), settings
 
 
 def _layout(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..diagnostics.compare import compare_methods
+from ..diagnostics.cost import wait
 from ..diagnostics.problem import Bilevel
 from ..extras import require
 from ..solution import Solution
@@ -124,6 +125,7 @@ def loss_within(
     try:
         begin = time.perf_counter()
         for _, value, fit in records:
+            wait()  # the step is made when its value is there
             elapsed += time.perf_counter() - begin
             made += 1
             point = min(points, int(points * elapsed / seconds))

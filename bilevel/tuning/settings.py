@@ -31,15 +31,17 @@ from ..inner.roots import Newton, ScipyRoot
 from ..inner.scipy import ScipyMinimize
 from ..inner.steps import SGD, Adam, AdamW, RMSprop, Steps
 from ..inner.torch_optim import TorchOptim
+from ..linalg.bicgstab import BiCGSTAB
 from ..linalg.cg import CG
 from ..linalg.direct import LU, Cholesky
+from ..linalg.gmres import GMRES
 from ..linalg.identity import Identity
 from ..linalg.minres import MINRES
 from ..linalg.neumann import Neumann
 from ..linalg.normal import NormalCG
 from ..linalg.nystrom import Nystrom, NystromPreconditioner
 from ..linalg.preconditioners import Jacobi
-from ..linalg.scipy import GMRES, LSMR, BiCGSTAB
+from ..linalg.scipy import LSMR
 
 TYPES: dict[str, type] = {
     kind.__name__: kind

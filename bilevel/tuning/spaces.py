@@ -23,14 +23,15 @@ from ..inner.lbfgs import LBFGS
 from ..inner.minimize import InnerSolver
 from ..inner.newton_cg import NewtonCG
 from ..inner.steps import Adam, Steps
+from ..linalg.bicgstab import BiCGSTAB
 from ..linalg.cg import CG
+from ..linalg.gmres import GMRES
 from ..linalg.identity import Identity
 from ..linalg.minres import MINRES
 from ..linalg.neumann import Neumann
 from ..linalg.normal import NormalCG
 from ..linalg.nystrom import Nystrom, NystromPreconditioner
 from ..linalg.preconditioners import Jacobi
-from ..linalg.scipy import GMRES, BiCGSTAB
 from ..linalg.solve import LinearSolver
 from .resumed import refuse_misspelt, suggest_choice
 from .settings import from_json, to_json

@@ -5,22 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bilevel.linalg.bicgstab import BiCGSTAB
 from bilevel.linalg.cg import CG
 from bilevel.linalg.direct import LU, Cholesky
+from bilevel.linalg.gmres import GMRES
 from bilevel.linalg.identity import Identity
 from bilevel.linalg.minres import MINRES
 from bilevel.linalg.neumann import Neumann
 from bilevel.linalg.normal import NormalCG
 from bilevel.linalg.operator import Dense
 from bilevel.linalg.preconditioners import Jacobi
-from bilevel.linalg.scipy import GMRES, LSMR, BiCGSTAB
+from bilevel.linalg.scipy import LSMR, ScipyBiCGSTAB, ScipyGMRES
 from bilevel.linalg.solve import LinearState
 from bilevel.solution import Result
 from tests.conformance import nonsymmetric, randn, relative_error, spd
 from tests.linalg.operators import Broken, Counted, Rowwise, indefinite
 
-NATIVE = [CG, MINRES, NormalCG, Neumann]
-ITERATIVE = [*NATIVE, GMRES, BiCGSTAB, LSMR]
+NATIVE = [CG, MINRES, NormalCG, Neumann, GMRES, BiCGSTAB]
+ITERATIVE = [*NATIVE, ScipyGMRES, ScipyBiCGSTAB, LSMR]
 
 
 def products_of(solver, matrix, b, state=None):

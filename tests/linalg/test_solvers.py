@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bilevel.linalg.bicgstab import BiCGSTAB
 from bilevel.linalg.cg import CG
 from bilevel.linalg.direct import LU, Cholesky, LeastNorm
+from bilevel.linalg.gmres import GMRES
 from bilevel.linalg.identity import Identity
 from bilevel.linalg.minres import MINRES
 from bilevel.linalg.neumann import Neumann, largest_eigenvalue
 from bilevel.linalg.normal import NormalCG
 from bilevel.linalg.operator import Dense, Operator
-from bilevel.linalg.scipy import GMRES, LSMR, BiCGSTAB
+from bilevel.linalg.scipy import LSMR, ScipyBiCGSTAB, ScipyGMRES
 from bilevel.solution import Result
 from tests.conformance import (
     check_linear_solver,
@@ -23,21 +25,24 @@ from tests.conformance import (
     spd,
 )
 
-SCIPY = [GMRES, BiCGSTAB, LSMR]
+SCIPY = [ScipyGMRES, ScipyBiCGSTAB, LSMR]
+KRYLOV = [GMRES, BiCGSTAB, *SCIPY]
 SADDLE = torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
 INCONSISTENT = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
     "solver",
-    [Neumann(rtol=1e-9, max_steps=20000), NormalCG(), Cholesky(), LU(), LeastNorm(), *(s() for s in SCIPY)],
+    [Neumann(rtol=1e-9, max_steps=20000), NormalCG(), Cholesky(), LU(), LeastNorm(), *(s() for s in KRYLOV)],
     ids=repr,
 )
 def test_conforms(solver):
     check_linear_solver(solver)
 
 
-@pytest.mark.parametrize("solver", [Neumann(alpha=1.0), NormalCG(), LU(), LeastNorm(), *(s() for s in SCIPY)], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [Neumann(alpha=1.0), NormalCG(), LU(), LeastNorm(), *(s() for s in KRYLOV)], ids=repr
+)
 def test_nonsymmetric_matrices_are_solved(solver):
     check_nonsymmetric_solver(solver)
 
@@ -80,8 +85,8 @@ def test_least_norm_of_singular_systems(dtype, tolerance):
     assert relative_error(found.value[1], LU().solve(Dense(regular, symmetric=False), b).value) <= tolerance
 
 
-@pytest.mark.parametrize("solver", SCIPY)
-def test_scipy_limit_of_steps(solver):
+@pytest.mark.parametrize("solver", KRYLOV)
+def test_limit_of_steps(solver):
     matrix, b = spd(40, 1e6), randn(40)
     assert solver(rtol=1e-10, max_steps=3).solve(Dense(matrix), b).result is Result.MAX_STEPS
     assert solver(max_steps=3).solve(Dense(spd(40, 10.0)), b).result is Result.STEPS_DONE
@@ -163,7 +168,7 @@ def test_identity_is_first_order():
     assert torch.isnan(Identity().solve(Dense(matrix), b).stats["residual_norm"])
 
 
-@pytest.mark.parametrize("solver", [CG, MINRES, NormalCG, Neumann, *SCIPY])
+@pytest.mark.parametrize("solver", [CG, MINRES, NormalCG, Neumann, *KRYLOV])
 @pytest.mark.parametrize("settings", [{"rtol": 1.5}, {"atol": -1.0}, {"max_steps": 0}])
 def test_bad_settings_name_the_argument(solver, settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):

@@ -1,0 +1,181 @@
+"""``python -m applications.measurements.gpu --minutes 8 --out DIR``: all that a GPU is asked for, in one call."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from applications.frame.device import select_device
+from applications.frame.errors import UserError, exit_code
+from applications.frame.run_folder import RunFolder
+from applications.measurements.gpu.parts import PARTS
+
+SHARES = {
+    "tests": 0.08,
+    "captured": 0.08,
+    "linear": 0.04,
+    "precision": 0.06,
+    "training-float32": 0.12,
+    "training-tf32": 0.12,
+    "training-bf16": 0.12,
+    "peers-A": 0.1,
+    "peers-C": 0.06,
+    "memory": 0.05,
+    "large": 0.05,
+}
+"""Of the time, what each part may take at most, in this order; what is left is for the paper's training."""
+
+REHEARSED = 90.0
+"""Seconds that a part may take at least in a rehearsal: a busy CPU needs many of them to start a process."""
+
+TOLD = 4000
+"""Characters of what a part printed that are kept."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Measure on a GPU; each part is a process of its own, and results.json is written after each."""
+
+    minutes: float = 8.0
+    """All in all."""
+    out: Path = Path("runs/gpu")
+    """Folder of results.json, of what the parts wrote, and of the training, which a second call resumes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where; cpu is a rehearsal with small sizes."""
+    parts: tuple[str, ...] = (*SHARES, "paper")
+    """Some of the parts."""
+    preset: str = "paper-omniglot-5way-1shot"
+    """The training of the part paper, of the few-shot application."""
+    data_root: Path | None = None
+    """Folder with Omniglot; without it glyphs, which are built in."""
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 2 for bad input, which is told in one message."""
+    settings = tyro.cli(Settings, args=arguments, prog="python -m applications.measurements.gpu")
+    return exit_code(lambda: run(settings, arguments), "Interrupted; what was measured is in the folder.")
+
+
+def run(settings: Settings, arguments: list[str]) -> int:
+    """All parts; 1 where one failed."""
+    unknown = [part for part in settings.parts if part not in (*SHARES, "paper")]
+    if unknown or not settings.minutes > 0:
+        wrong = f"--parts {' '.join(unknown)}: there are {', '.join((*SHARES, 'paper'))}." if unknown else ""
+        raise UserError(wrong or f"--minutes is {settings.minutes}: it must be positive.")
+    device, begin = select_device(settings.device).type, time.monotonic()
+    seconds, folder = 60 * settings.minutes, RunFolder(settings.out)
+    settings.out.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {**_machine(device, arguments), "parts": {}}
+    for part in settings.parts:
+        left = seconds - (time.monotonic() - begin)
+        budget = left if part == "paper" else min(left, SHARES[part] * seconds)
+        limit = max(budget, REHEARSED) if device == "cpu" else budget
+        found = _in_own_process(_command(settings, part, device, budget), device, limit)
+        results["parts"][part] = found
+        folder.write_json("results.json", results)
+        print(f"{part}: {found['status']} in {found['seconds']:.0f} s", flush=True)
+    return int(any(found["status"] == "failed" for found in results["parts"].values()))
+
+
+def _machine(device: str, arguments: list[str]) -> dict[str, Any]:
+    card = torch.cuda.get_device_name() if device == "cuda" else None
+    packages = ("torch", "numpy", "scipy", "torchopt", "higher", "jaxopt", "jax", "torchvision")
+    return {
+        "command": "python -m applications.measurements.gpu " + shlex.join(arguments),
+        "machine": card or platform.processor() or platform.machine(),
+        "device": device,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in packages},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _command(settings: Settings, part: str, device: str, seconds: float) -> list[str]:
+    python = [sys.executable, "-m"]
+    few_shot = [*python, "applications.few_shot", "--device", device]
+    data = [] if settings.data_root is None else ["--data", "omniglot", "--data-root", str(settings.data_root)]
+    minutes = str(max(0.01, 0.8 * seconds / 60))  # the evaluation comes after it
+    if part in PARTS:
+        return [*python, "applications.measurements.gpu.parts", part, device, str(seconds)]
+    if part == "tests":
+        return [*python, "pytest", "-q", "-n", "0", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider"]
+    if part.startswith("training-"):
+        small = ["--width", "4", "--tasks", "2", "--inner-steps", "2"] if device == "cpu" else ["--width", "64"]
+        precision = part.removeprefix("training-") if device == "cuda" else "float32"
+        more = ["--capture"] if device == "cuda" else []
+        return [
+            *(*few_shot, *data, *small, *more, "--precision", precision, "--minutes", minutes),
+            *("--steps", "1000000", "--eval-tasks", "20" if device == "cpu" else "600", "--out"),
+            str(settings.out / part),
+        ]
+    if part.startswith("peers-"):
+        workload = {"A": "A-4-tasks" if device == "cpu" else "A", "C": "C-10-steps"}[part.removeprefix("peers-")]
+        place = [] if settings.data_root is None else ["--data-root", str(settings.data_root)]
+        only = ["--peer", "none", "--only", "bilevel"] if device == "cpu" else []
+        return [
+            *(*python, "applications.measurements.benchmarks", "--workloads", workload, "--device", device, *place),
+            *(*only, "--rounds", "1", "--runs", "1", "--timeout", str(max(40.0, seconds / 2))),
+            *("--out", str(settings.out / part)),
+        ]
+    small = ["--width", "4", "--tasks", "2", "--inner-steps", "2", "--eval-tasks", "20"] if device == "cpu" else []
+    place = data or ["--data", "glyphs"]
+    capture = ["--capture"] if device == "cuda" else []
+    run, resumed = settings.out / "paper", (settings.out / "paper").exists()
+    return [
+        *(*few_shot, "--preset", settings.preset, *place, *capture, *small, "--minutes", minutes),
+        *("--resume" if resumed else "--out", str(run)),
+    ]
+
+
+def _in_own_process(command: list[str], device: str, seconds: float) -> dict[str, Any]:
+    """What a part printed as JSON on its last line, or the end of what it printed; one that fails costs only itself."""
+    begin = time.monotonic()
+    environment = {**os.environ, "BILEVEL_TEST_DEVICE": device}
+    if seconds <= 1:
+        return {"status": "no time left", "seconds": 0.0, "command": shlex.join(command)}
+    try:
+        ended = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+        )
+        printed, status = ended.stdout, "done" if ended.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired as error:
+        printed, status = (error.stdout or b"").decode(errors="replace"), "out of time"
+    result: dict[str, Any] = {
+        "status": status,
+        "seconds": time.monotonic() - begin,
+        "command": shlex.join([Path(command[0]).name, *command[1:]]),
+    }
+    lines = [line for line in printed.splitlines() if line.startswith("{")]
+    rows = [row for row in map(_row, lines) if row is not None]
+    return {**result, "rows": rows} if rows else {**result, "printed": printed[-TOLD:]}
+
+
+def _row(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,190 @@
+"""The parts that are measured here: each prints one JSON object a line, as soon as it is known."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import bilevel as bl
+from applications.few_shot import data
+from applications.few_shot.config import PRESETS, Config
+from applications.few_shot.methods import meta_step
+from applications.few_shot.train import create_learner, create_sampler, set_up_device
+from applications.frame import memory
+from applications.measurements.benchmarks.meta_step import MetaStep
+from bilevel.linalg.operator import Dense
+
+Rows = Iterator[dict[str, Any]]
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
+    """The median of a few runs after one that warms up, until the device has ended them."""
+    run()
+    found = []
+    for _ in range(repeats):
+        _wait(device)
+        begin = time.perf_counter()
+        run()
+        _wait(device)
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def paper(device: torch.device, **changes: Any) -> Config:
+    """The paper's 5-way 1-shot on glyphs; on a CPU a small one."""
+    small: dict[str, Any] = {"width": 4, "tasks": 2, "inner_steps": 2} if device.type == "cpu" else {}
+    config = replace(PRESETS["paper-omniglot-5way-1shot"], data="glyphs", **small)
+    return replace(config, **{"device": device.type, **changes})
+
+
+def gradient_of(config: Config) -> Callable[[], Tensor]:
+    """The meta-gradient on fixed episodes, away from the start, where a head of zero has an easy problem."""
+    device = set_up_device(config)
+    classes = data.load(config.data, config.data_root, split=config.split).train
+    learner = create_learner(config, classes, device)
+    with torch.no_grad():
+        for param in learner.meta.values():
+            param += 0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0)).to(param)
+    episodes = create_sampler(config, classes, "train", config.queries, device).episodes(config.tasks, 0)
+
+    def gradient() -> Tensor:
+        objective = meta_step(learner, episodes).objective
+        return torch.cat([g.flatten() for g in torch.autograd.grad(objective, learner.parameters())])
+
+    return gradient
+
+
+def captured(device: torch.device, seconds: float) -> Rows:
+    """The captured step against the eager one, task by task too; tasks a second, and the share of the card's rate."""
+    rates = {name: rate(device, tf32) for name, tf32 in (("float32", False), ("tf32", True))}
+    yield {"rates_in_flops": rates}
+    truth = gradient_of(paper(device))()
+    for name, changes in (
+        ("eager", {}),
+        ("captured", {"capture": device.type == "cuda"}),
+        ("task by task", {"chunk_size": 1, "threads": 1}),
+    ):
+        config = paper(device, **changes)
+        gradient = gradient_of(config)
+        error = float((gradient() - truth).norm() / truth.norm())
+        took = seconds_of(gradient, device, 3)
+        row = {"step": name, "seconds": took, "tasks_per_second": config.tasks / took, "apart_from_eager": error}
+        if device.type == "cuda":
+            flops = MetaStep(tasks=config.tasks, inner_steps=config.inner_steps).flops() or 0.0
+            row |= {f"share_of_{kind}": flops / took / of for kind, of in rates.items()}
+        yield row
+
+
+def rate(device: torch.device, tf32: bool) -> float:
+    """Floating-point operations a second of a large matrix product."""
+    size = 8192 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    took = seconds_of(lambda: a @ a, device)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return 2 * size**3 / took
+
+
+def precision(device: torch.device, seconds: float) -> Rows:
+    """Errors of the meta-gradient against float64, the lower quartile over batches of tasks hidden in one."""
+    truth = gradient_of(paper(device, precision="float64"))()
+    for name in ("float32", "tf32", "bf16"):
+        found = gradient_of(paper(device, precision=name))
+        gradient = found().double()
+        cosine = float((gradient @ truth) / (gradient.norm() * truth.norm()))
+        error = float((gradient - truth).norm() / truth.norm())
+        yield {"precision": name, "relative_error": error, "cosine": cosine, "seconds": seconds_of(found, device, 3)}
+
+
+def memory_of_tasks(device: torch.device, seconds: float) -> Rows:
+    """Peak memory of a meta-gradient, all tasks at once."""
+    begin = time.monotonic()
+    for tasks in (1, 2, 4) if device.type == "cpu" else (4, 8, 16, 32, 64, 128, 256):
+        gradient = gradient_of(paper(device, tasks=tasks, chunk_size=tasks))
+        gradient()
+        before = memory.reset_peak(device)
+        gradient()
+        yield {"tasks": tasks, "peak_mib": memory.peak(device) - before}
+        if time.monotonic() - begin > 0.6 * seconds:
+            return
+
+
+def large(device: torch.device, seconds: float) -> Rows:
+    """The hypergradient of networks with 10^7 and 10^8 parameters: ten steps, five products."""
+    for width in (300,) if device.type == "cpu" else (2236, 7071):
+        yield large_network(device, width)
+
+
+def large_network(device: torch.device, width: int) -> dict[str, Any]:
+    """Two hidden layers of this width on random data, a penalty strength as hyperparameter."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, y = (torch.randn(512, width, generator=generator, device=device) for _ in range(2))
+    init = {name: torch.randn(width, width, generator=generator, device=device) / width**0.5 for name in ("a", "b")}
+    strength = torch.tensor(-3.0, device=device, requires_grad=True)
+
+    def objective(params: dict[str, Tensor]) -> Tensor:
+        fitted = torch.tanh(x @ params["a"]) @ params["b"]
+        penalty = sum(p.square().sum() for p in params.values())
+        return (fitted - y).square().mean() + strength.exp() * penalty / width**2
+
+    def hypergradient() -> Tensor:
+        solver, hypergrad = bl.GradientDescent(0.1, max_steps=10), bl.Implicit(bl.CG(max_steps=5))
+        fit = bl.argmin(objective, init, solver=solver, hypergrad=hypergrad, throw="ignore")
+        outer = (torch.tanh(x @ fit.value["a"]) @ fit.value["b"] - y).abs().mean()
+        return torch.autograd.grad(outer, strength)[0]
+
+    took = seconds_of(hypergradient, device, 3)
+    before = memory.reset_peak(device)
+    found = float(hypergradient())
+    return {
+        "parameters": 2 * width**2,
+        "seconds": took,
+        "peak_mib": memory.peak(device) - before,
+        "hypergradient": found,
+    }
+
+
+def linear(device: torch.device, seconds: float) -> Rows:
+    """GMRES and BiCGSTAB beside SciPy's on 1, 16 and 256 systems of 64 unknowns, to 1e-6 in float64."""
+    begin = time.monotonic()
+    generator = torch.Generator().manual_seed(0)
+    for count in (1, 16, 256):
+        noise = torch.randn(count, 64, 64, generator=generator, dtype=torch.float64) / 16
+        matrix = (torch.eye(64, dtype=torch.float64) + noise).to(device)
+        b = torch.randn(count, 64, generator=generator, dtype=torch.float64).to(device)
+        truth = torch.linalg.solve(matrix, b.unsqueeze(-1)).squeeze(-1)
+        for solver in (bl.GMRES(rtol=1e-6), bl.ScipyGMRES(1e-6), bl.BiCGSTAB(rtol=1e-6), bl.ScipyBiCGSTAB(1e-6)):
+            operator = Dense(matrix, symmetric=False)
+            found = solver.solve(operator, b)
+            took = seconds_of(lambda: solver.solve(operator, b), device, 7)  # noqa: B023
+            error = float(((found.value - truth).norm(dim=-1) / truth.norm(dim=-1)).max())
+            yield {"solver": type(solver).__name__, "systems": count, "seconds": took, "largest_error": error}
+            if time.monotonic() - begin > 0.9 * seconds:
+                return
+
+
+PARTS: dict[str, Callable[[torch.device, float], Rows]] = {
+    "captured": captured,
+    "linear": linear,
+    "precision": precision,
+    "memory": memory_of_tasks,
+    "large": large,
+}
+
+if __name__ == "__main__":
+    name, place, budget = sys.argv[1:]
+    for row in PARTS[name](torch.device(place), float(budget)):
+        print(json.dumps(row), flush=True)

@@ -1,0 +1,245 @@
+"""Line-search descent, batched: every problem has its own bracket, step size and stopping."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..problem import Evaluation, Problem
+from ..recording import free_looks
+from ..solution import Result, Solution
+from ..tree import axpy, dot, norm
+from .minimize import Progress, choose
+from .nearness import Nearness
+
+GROWTH, ENOUGH_STEPS = 1.5, 32
+"""How much farther from the start the params are than when at most half of the steps were made, and how many steps it
+takes to say that a loss may have no minimum."""
+
+SUFFICIENT_DECREASE = 1e-4
+CURVATURE = 0.9
+
+
+MAX_TRIALS, FEW_TRIALS = 30, 5
+
+TRIALS_UNSEEN = 3
+"""Trials of a line search between two looks at whether it has ended, where a look is not free."""
+
+
+class LineSearch:
+    """Bisection to a weak Wolfe point (Lewis and Overton 2013), each problem with its own bracket.
+
+    Near the minimum, where the losses differ by rounding only, the decrease is judged by the slopes instead
+    (the approximate Wolfe condition of Hager and Zhang 2005), so that small gradient norms can be reached.
+
+    Args:
+        step: the sizes to try first.
+        near: problems that are near their minimum, where a step that fails does so by rounding: few trials tell.
+
+    Attributes:
+        best, taken: the accepted points (the old ones where none was found yet), and the step sizes there.
+        pending: the problems that are still searching.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        at: Evaluation,
+        direction: Tensor,
+        step: Tensor,
+        active: Tensor,
+        near: Tensor | None = None,
+    ):
+        self.problem, self.at, self.direction, self.step = problem, at, direction, step
+        self.active, self.near, self.trials = active, near, 0
+        self.slope = dot(at.g, direction)
+        self.low, self.high = torch.zeros_like(step), torch.full_like(step, torch.inf)
+        self.pending, self.best, self.taken = active & (self.slope < 0), at, torch.zeros_like(step)
+        self.rounding = torch.finfo(at.g.dtype).eps ** 0.6 * at.f.abs()
+
+    def advance(self, trials: int) -> None:
+        """Some more trials; nothing looks at a value."""
+        for _ in range(trials):
+            self._try()
+            self.trials += 1
+            if self.trials == FEW_TRIALS and self.near is not None:
+                self.pending = self.pending & ~self.near
+            if self.trials >= MAX_TRIALS:
+                self.pending = torch.zeros_like(self.pending)
+
+    def finish(self) -> None:
+        """All trials that it takes; looks after each."""
+        while self.trials < MAX_TRIALS and bool(self.pending.any()):
+            self.advance(1)
+
+    @property
+    def moved(self) -> Tensor:
+        """Where a step was found."""
+        return self.active & (self.taken > 0)
+
+    def _try(self) -> None:
+        pending, step, at = self.pending, self.step, self.at
+        move = torch.where(pending, step, torch.zeros_like(step))
+        trial = self.problem.evaluate(axpy(move, self.direction, at.y))
+        new_slope = dot(trial.g, self.direction)
+        decreased = trial.f <= at.f + SUFFICIENT_DECREASE * step * self.slope
+        level = (trial.f <= at.f + self.rounding) & (new_slope <= (2 * SUFFICIENT_DECREASE - 1) * self.slope)
+        enough, steep = decreased | level, new_slope < CURVATURE * self.slope
+        accepted = pending & enough & ~steep
+        self.best, self.taken = choose(accepted, trial, self.best), torch.where(accepted, step, self.taken)
+        self.pending = pending = pending & ~accepted
+        self.high = torch.where(pending & ~enough, step, self.high)
+        self.low = torch.where(pending & enough, step, self.low)
+        # A point that only fails the curvature condition is kept in hand: it does lower the loss.
+        partial = pending & enough & (trial.f < self.best.f)
+        self.best, self.taken = choose(partial, trial, self.best), torch.where(partial, step, self.taken)
+        self.step = torch.where(torch.isinf(self.high), 2 * self.low, (self.low + self.high) / 2)
+
+
+def line_search(
+    problem: Problem,
+    at: Evaluation,
+    direction: Tensor,
+    step: Tensor,
+    active: Tensor,
+    near: Tensor | None = None,
+) -> tuple[Evaluation, Tensor, Tensor]:
+    """A whole `LineSearch`, which looks after each trial whether it has ended.
+
+    Returns:
+        The accepted points (the old ones where none was found), the step sizes, and the mask of success.
+    """
+    search = LineSearch(problem, at, direction, step, active, near)
+    search.finish()
+    return search.best, search.taken, search.moved
+
+
+class Direction(Protocol):
+    """From the point and the last step sizes (0 at first) to directions ``[*batch, n]``, the step sizes to try first,
+    and where such a step, made of positive curvature, predicts the solution. ``copy.copy`` keeps what it remembers."""
+
+    def __call__(self, at: Evaluation, last: Tensor, /) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@dataclass
+class _Walk:
+    """A descent between two line searches.
+
+    Attributes:
+        towards, first, near: of the next line search.
+    """
+
+    at: Evaluation
+    size: Tensor
+    progress: Progress
+    direction: Direction
+    nearness: Nearness | None
+    towards: Tensor
+    first: Tensor
+    near: Tensor | None = None
+
+    def after(self, search: LineSearch) -> _Walk:
+        """The walk where that search has ended; this one stays as it was."""
+        new = replace(
+            self,
+            at=search.best,
+            size=search.taken,
+            progress=copy.copy(self.progress),
+            direction=copy.copy(self.direction),
+            nearness=copy.copy(self.nearness),
+        )
+        new.progress.count()
+        new.progress.look(new.at)
+        if new.nearness is not None:
+            new.progress.end(~search.moved & new.nearness.acceptable, Result.CONVERGED)
+        new.progress.end(~search.moved, Result.STAGNATED)
+        return new
+
+    def turn(self) -> None:
+        """Find the next direction, and end the problems that have arrived."""
+        self.towards, self.first, known = self.direction(self.at, self.size)
+        if self.nearness is not None:
+            at, predicted = self.at, self.first * norm(self.towards)
+            decrement = self.first * dot(at.g, self.towards).abs()
+            predicted = torch.where(known | (decrement == 0), predicted, torch.inf)
+            self.progress.end(self.nearness.look(predicted, at.y, decrement, at.f), Result.CONVERGED)
+            self.near = self.nearness.acceptable
+
+    def step(self, problem: Problem, free: bool) -> tuple[_Walk, bool]:
+        """The walk after one more line search, and whether any problem is to go on.
+
+        Args:
+            free: looks are. Else it makes one: the next direction is found before it is known whether the line search
+                has ended, and dropped where it has not.
+        """
+        search = LineSearch(problem, self.at, self.towards, self.first, self.progress.active, self.near)
+        if free:
+            search.finish()
+            new = self.after(search)
+            return new, new.goes_on()
+        search.advance(1)
+        while True:
+            new = self.after(search)
+            new.turn()
+            seen = int(2 * search.pending.any() + new.progress.active.any())
+            if seen < 2:
+                return new, seen == 1
+            search.advance(TRIALS_UNSEEN)
+
+    def goes_on(self) -> bool:
+        """Turn, and look whether any problem is to go on."""
+        if not bool(self.progress.active.any()):
+            return False
+        self.turn()
+        return bool(self.progress.active.any())
+
+
+def descend(
+    problem: Problem,
+    gtol: float | Tensor | None,
+    max_steps: int,
+    direction: Direction,
+    nearness: Nearness | None = None,
+    *,
+    cheap: bool = True,
+) -> Solution[Tensor]:
+    """Line-search descent.
+
+    Args:
+        nearness: the rule that ends it, in place of ``gtol``.
+        cheap: finding a direction costs less than waiting for a value.
+    """
+    start = halfway = before = problem.start
+    progress, size = Progress.begin(start, gtol), torch.zeros_like(start.f)
+    if nearness is not None:
+        progress.mark(progress.active, Result.MAX_STEPS)
+    walk, free = _Walk(start, size, progress, direction, nearness, start.g, size), not cheap or free_looks(start.f)
+    going = walk.goes_on() if free else True
+    if not free:
+        walk.turn()
+    for step in range(max_steps):
+        if not going:
+            break
+        if step & (step - 1) == 0:  # 0, 1, 2, 4, 8, ...
+            before, halfway = halfway, walk.at
+        walk, going = walk.step(problem, free)
+    progress, at, nearness = walk.progress, walk.at, walk.nearness
+    progress.mark(_grows(progress, at, before, start, nearness) & (at.f < halfway.f), Result.UNBOUNDED)
+    return progress.solution(
+        at.y, step_size=walk.size, loss=at.f, **({} if nearness is None else {"step_norm": nearness.predicted})
+    )
+
+
+def _grows(
+    progress: Progress, at: Evaluation, before: Evaluation, start: Evaluation, nearness: Nearness | None
+) -> Tensor:
+    """Which problems did not end although their params still move away from the start by steps that do not shrink."""
+    unfinished = (progress.codes == int(Result.MAX_STEPS)) | (progress.codes == int(Result.STAGNATED))
+    growing = norm(at.y - start.y) > GROWTH * norm(before.y - start.y)
+    if nearness is not None:
+        growing = growing & ~(nearness.predicted <= 1e-3 * norm(at.y))
+    return unfinished & growing & (progress.steps >= ENOUGH_STEPS)

@@ -1,0 +1,64 @@
+"""The call for a GPU, rehearsed: every part runs, and one that fails costs only itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from applications.measurements.gpu import __main__ as gpu
+from applications.measurements.gpu import parts
+
+
+def test_what_is_no_part_is_told(capsys, tmp_path):
+    assert gpu.main(["--device", "cpu", "--parts", "nothing", "--out", str(tmp_path)]) == 2
+    assert "--parts nothing: there are tests, captured" in capsys.readouterr().err
+
+
+def test_a_part_that_fails_costs_only_itself(monkeypatch, tmp_path):
+    """Results are written after each, with the command and what it printed."""
+    programs = {"captured": "raise SystemExit('no luck')", "linear": "print('{\"systems\": 1}')", "memory": "1 / 0"}
+
+    def command(settings, part, device, seconds):
+        return [gpu.sys.executable, "-c", programs[part]]
+
+    monkeypatch.setattr(gpu, "_command", command)
+    arguments = ["--device", "cpu", "--out", str(tmp_path), "--parts", *programs]
+    assert gpu.main(arguments) == 1
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert {name: part["status"] for name, part in found["parts"].items()} == {
+        "captured": "failed",
+        "linear": "done",
+        "memory": "failed",
+    }
+    assert found["parts"]["linear"]["rows"] == [{"systems": 1}]
+    assert "no luck" in found["parts"]["captured"]["printed"]
+    assert "ZeroDivisionError" in found["parts"]["memory"]["printed"]
+    assert torch.__version__.startswith(found["versions"]["torch"])
+
+
+def test_a_part_that_takes_too_long_keeps_its_rows(monkeypatch, tmp_path):
+    program = "import time; print('{\"row\": 1}', flush=True); time.sleep(60)"
+    monkeypatch.setattr(gpu, "_command", lambda *_: [gpu.sys.executable, "-c", program])
+    monkeypatch.setattr(gpu, "REHEARSED", 3.0)
+    assert gpu.main(["--device", "cpu", "--out", str(tmp_path), "--parts", "linear", "--minutes", "0.05"]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["parts"]["linear"]
+    assert found["status"] == "out of time"
+    assert found["rows"] == [{"row": 1}]
+
+
+def test_solvers_of_the_device_are_as_right_as_those_of_scipy():
+    rows = list(parts.linear(torch.device("cpu"), 60.0))
+    assert [row["systems"] for row in rows] == [1] * 4 + [16] * 4 + [256] * 4
+    assert all(row["largest_error"] <= 3e-6 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_rehearsal(tmp_path):
+    assert gpu.main(["--device", "cpu", "--minutes", "1", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert list(found) == [*gpu.SHARES, "paper"]
+    assert {part: result["status"] for part, result in found.items() if result["status"] == "failed"} == {}
+    for part in parts.PARTS:
+        assert found[part]["rows"], part
