@@ -1,13 +1,15 @@
 """Hyperparameter and bilevel optimization in PyTorch: hypergradients through the solution of an inner problem.
 
-The differentiable solves: `argmin`, `root`, `fixed_point`, `quadratic_program`, which return a `Solution`.
+The differentiable solves: `argmin`, `root`, `fixed_point`, `least_squares`, `quadratic_program`, which return a
+`Solution`.
 Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `Steps` (`SGD`, `Adam`, `AdamW`, `RMSprop`), `ProximalGradient`
-(with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of systems `Newton`, `ScipyRoot`, `Anderson`, `Picard`.
+(with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of least squares
+`LevenbergMarquardt`, `GaussNewtonCG`; of systems `Newton`, `ScipyRoot`, `Anderson`, `Picard`.
 Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `ForwardMode`, `OneStep`, `FirstOrder`,
 `FiniteDifference`, `SAMA`, `Penalty`, `EvolutionStrategies`; on mini-batches `stochastic`.
 Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalCG`, `Cholesky`, `LU`, `LeastNorm`,
-`Nystrom`, `Identity`; preconditioners `Jacobi`, `NystromPreconditioner`, `AdamPreconditioner`; operators
-`GaussNewton`, `EmpiricalFisher`. Tolerances: `Adaptive`.
+`Nystrom`, `Identity`, `Equilibrated`; preconditioners `Jacobi`, `NystromPreconditioner`, `AdamPreconditioner`;
+operators `GaussNewton`, `EmpiricalFisher`. Tolerances: `Adaptive`.
 How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
 Many tasks: `stack`, `map_tasks`, `mean_over_tasks`, `losses_of_tasks`; layers made for Hessian products: `nn`.
 Recorded as a CUDA graph: `capture`.
@@ -48,6 +50,8 @@ from .inner.roots import Newton, RootSolver, ScipyRoot
 from .inner.scipy import ScipyMinimize
 from .inner.steps import SGD, Adam, AdamW, RMSprop, Rule, Steps
 from .inner.torch_optim import TorchOptim
+from .inner.trust_region import GaussNewtonCG, LevenbergMarquardt
+from .least_squares import least_squares
 from .linalg.cg import CG
 from .linalg.direct import LU, Cholesky, LeastNorm
 from .linalg.empirical_fisher import EmpiricalFisher
@@ -60,6 +64,7 @@ from .linalg.normal import NormalCG
 from .linalg.nystrom import Nystrom, NystromPreconditioner
 from .linalg.operator import Operator
 from .linalg.preconditioners import AdamPreconditioner, InversePreconditioner, Jacobi
+from .linalg.scaled import Equilibrated
 from .linalg.scipy import GMRES, LSMR, BiCGSTAB
 from .linalg.solve import LinearSolver
 from .prox import Prox
@@ -93,12 +98,14 @@ __all__ = [
     "Cholesky",
     "CurvlinopsOperator",
     "EmpiricalFisher",
+    "Equilibrated",
     "EvolutionStrategies",
     "External",
     "FiniteDifference",
     "FirstOrder",
     "ForwardMode",
     "GaussNewton",
+    "GaussNewtonCG",
     "GradientDescent",
     "Hypergrad",
     "Identity",
@@ -107,6 +114,7 @@ __all__ = [
     "InversePreconditioner",
     "Jacobi",
     "LeastNorm",
+    "LevenbergMarquardt",
     "LinearSolver",
     "Neumann",
     "Newton",
@@ -148,6 +156,7 @@ __all__ = [
     "extending",
     "files",
     "fixed_point",
+    "least_squares",
     "losses_of_tasks",
     "map_tasks",
     "mean_over_tasks",

@@ -112,6 +112,7 @@ class Problem:
         self.reach: Reach | None = None  # what the gradient of an unrolled solution reaches
         self.hparams: list[Tensor] = []  # the tensors among them that were found
         self.shrink: Shrink | None = None  # the prox of a composite problem
+        self.terms: Any = None  # the residuals of a problem of least squares
         if not recording() and not bool(torch.isfinite(self.start.f).all()):
             raise NonFiniteError(blame_nonfinite("objective", init, args))
 
@@ -144,8 +145,12 @@ class Problem:
 
     def loss(self, params: Tree) -> Tensor:
         """The losses at a tree of params."""
+        return self.under_rules(self.objective, params)
+
+    def under_rules(self, function: Callable[..., Tensor], params: Tree) -> Tensor:
+        """A function of params and args, evaluated as the objective is."""
         with self.autocast.evaluating(), sparing(self.spared):
-            return self.objective(params, *self.args)
+            return function(params, *self.args)
 
     def _loss(self, point: Sequence[Tensor]) -> Tensor:
         return self.loss(self.raveler.unflatten(point))
