@@ -128,6 +128,11 @@ class Problem:
         found = Evaluation(y, loss.double(), g)
         return found if self.differentiable else found.detach()
 
+    @property
+    def tree(self) -> Tree:
+        """The start as the tree that it is, detached."""
+        return self.raveler.unflatten(self.raveler.unravel(self.start.y.detach()))
+
     def residual_at(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient at ``y``, whose norm says how far the solve came, and the losses; both without a graph."""
         at = self.evaluate(y).detach()

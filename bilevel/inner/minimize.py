@@ -222,13 +222,13 @@ def descend(
         if nearness is not None:
             progress.end(~moved & nearness.acceptable, Result.CONVERGED)
         progress.end(~moved, Result.STAGNATED)
-    progress.mark(_grows(progress, at, before, problem.start, nearness) & (at.f < halfway.f), Result.UNBOUNDED)
+    progress.mark(grows(progress, at, before, problem.start, nearness) & (at.f < halfway.f), Result.UNBOUNDED)
     return progress.solution(
         at.y, step_size=size, loss=at.f, **({} if nearness is None else {"step_norm": nearness.predicted})
     )
 
 
-def _grows(
+def grows(
     progress: Progress, at: Evaluation, before: Evaluation, start: Evaluation, nearness: Nearness | None
 ) -> Tensor:
     """Which problems did not end although their params still move away from the start by steps that do not shrink."""

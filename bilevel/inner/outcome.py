@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
+from ..linalg.operator import Operator, Restricted
 from ..problem import Problem
 from ..recording import recording
 from ..solution import Advice, Result, Solution, marked
@@ -21,10 +22,13 @@ RANDOM_ADVICE = (
 )
 
 
-def look_closer(problem: Problem, found: Solution) -> Solution[Tensor]:
+def look_closer(problem: Problem, found: Solution, kept: Tensor | None = None) -> Solution[Tensor]:
     """Give a start that is stationary, but no minimum, its result: nothing moves a solver from there.
 
     A few products with random vectors tell, and only where a solver found a gradient of zero or made no step.
+
+    Args:
+        kept: which params are free to move, ``[*batch, n]``; None: all.
     """
     if recording():
         return found
@@ -35,8 +39,11 @@ def look_closer(problem: Problem, found: Solution) -> Solution[Tensor]:
     at = problem.linearize(found.value.detach())
     if not any(residual.requires_grad for residual in at.residual):
         return found  # linear: no curvature at all
-    hessian = GraphJacobian(problem.raveler, at, symmetric=True)
-    curvature = MINRES(max_steps=min(PROBES, hessian.size)).solve(hessian, _random(found.value)).curvature
+    hessian: Operator = GraphJacobian(problem.raveler, at, symmetric=True)
+    probe = _random(found.value)
+    if kept is not None:
+        hessian, probe = Restricted(hessian, kept), torch.where(kept, probe, torch.zeros_like(probe))
+    curvature = MINRES(max_steps=min(PROBES, hessian.size)).solve(hessian, probe).curvature
     assert curvature is not None
     smallest, largest = curvature
     saddle = idle & (smallest < -(torch.finfo(hessian.dtype).eps ** 0.5) * torch.maximum(largest.abs(), smallest.abs()))
