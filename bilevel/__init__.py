@@ -1,10 +1,11 @@
 """Hyperparameter and bilevel optimization in PyTorch: hypergradients through the solution of an inner problem.
 
-The differentiable solves: `argmin`, `root`, `fixed_point`, `least_squares`, `quadratic_program`, which return a
-`Solution`.
+The differentiable solves: `argmin`, `root`, `fixed_point`, `least_squares`, `constrained`, `quadratic_program`, which
+return a `Solution`.
 Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `Steps` (`SGD`, `Adam`, `AdamW`, `RMSprop`), `ProximalGradient`
 (with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of least squares
-`LevenbergMarquardt`, `GaussNewtonCG`; of systems `Newton`, `ScipyRoot`, `Anderson`, `Picard`.
+`LevenbergMarquardt`, `GaussNewtonCG`; of systems `Newton`, `ScipyRoot`, `Bisection`,
+`Anderson`, `Picard`; under constraints `AugmentedLagrangian`.
 Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `ForwardMode`, `OneStep`, `FirstOrder`,
 `FiniteDifference`, `SAMA`, `Penalty`, `EvolutionStrategies`; on mini-batches `stochastic`.
 Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalCG`, `Cholesky`, `LU`, `LeastNorm`,
@@ -27,6 +28,7 @@ from . import compat, diagnostics, distributed, extending, files, nn, problems, 
 from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
+from .constrained import AugmentedLagrangian, ConstrainedSolution, constrained
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.evolution import EvolutionStrategies
 from .hypergrad.finite_difference import FiniteDifference
@@ -46,7 +48,7 @@ from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
 from .inner.proximal import ProximalGradient
-from .inner.roots import Newton, RootSolver, ScipyRoot
+from .inner.roots import Bisection, Newton, RootSolver, ScipyRoot
 from .inner.scipy import ScipyMinimize
 from .inner.steps import SGD, Adam, AdamW, RMSprop, Rule, Steps
 from .inner.torch_optim import TorchOptim
@@ -93,9 +95,12 @@ __all__ = [
     "AdamW",
     "Adaptive",
     "Anderson",
+    "AugmentedLagrangian",
     "BiCGSTAB",
+    "Bisection",
     "Captured",
     "Cholesky",
+    "ConstrainedSolution",
     "CurvlinopsOperator",
     "EmpiricalFisher",
     "Equilibrated",
@@ -149,6 +154,7 @@ __all__ = [
     "argmin",
     "capture",
     "compat",
+    "constrained",
     "custom_fixed_point",
     "custom_root",
     "diagnostics",

@@ -226,9 +226,13 @@ class RootProblem:
         with UNCOMPILED:
             return linearize_residual(self._residual, self.raveler.unravel(y))
 
-    def _residual(self, point: Sequence[Tensor]) -> list[Tensor]:
+    def under_rules(self, function: Callable[..., Tree], params: Tree) -> Tree:
+        """A function of unknowns and args, evaluated as the residual is."""
         with self.autocast.evaluating(), sparing(self.spared):
-            return leaves(self.residual(self.raveler.unflatten(point), *self.args))
+            return function(params, *self.args)
+
+    def _residual(self, point: Sequence[Tensor]) -> list[Tensor]:
+        return leaves(self.under_rules(self.residual, self.raveler.unflatten(point)))
 
 
 def linearize_residual(

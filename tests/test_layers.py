@@ -17,6 +17,7 @@ LAYERS = [
         "hypergrad",
         "argmin",
         "least_squares",
+        "constrained",
         "adaptive",
         "compat",
         "qp",
