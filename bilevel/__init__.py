@@ -11,6 +11,7 @@ Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `Forwa
 Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalCG`, `Cholesky`, `LU`, `LeastNorm`,
 `Nystrom`, `Identity`, `Equilibrated`; preconditioners `Jacobi`, `NystromPreconditioner`, `AdamPreconditioner`;
 operators `GaussNewton`, `EmpiricalFisher`. Tolerances: `Adaptive`.
+What each training example did to a prediction: `influence`.
 How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
 Many tasks: `stack`, `map_tasks`, `mean_over_tasks`, `losses_of_tasks`; layers made for Hessian products: `nn`.
 Recorded as a CUDA graph: `capture`.
@@ -41,6 +42,7 @@ from .hypergrad.sama import SAMA
 from .hypergrad.seen import ObjectiveChangedError
 from .hypergrad.truncated import Truncated
 from .hypergrad.unroll import Unroll
+from .influence import Influence, InfluenceScores, influence
 from .inner.external import External
 from .inner.fixed_point import Anderson, Picard
 from .inner.gradient_descent import GradientDescent
@@ -115,6 +117,8 @@ __all__ = [
     "Hypergrad",
     "Identity",
     "Implicit",
+    "Influence",
+    "InfluenceScores",
     "InnerSolver",
     "InversePreconditioner",
     "Jacobi",
@@ -162,6 +166,7 @@ __all__ = [
     "extending",
     "files",
     "fixed_point",
+    "influence",
     "least_squares",
     "losses_of_tasks",
     "map_tasks",

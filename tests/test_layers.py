@@ -18,6 +18,7 @@ LAYERS = [
         "argmin",
         "least_squares",
         "constrained",
+        "influence",
         "adaptive",
         "compat",
         "qp",
