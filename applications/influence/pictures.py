@@ -28,8 +28,8 @@ def speaking(
         guesses: the classes that were predicted. values: influences ``[q, n]``.
     """
     rows, columns = len(queries), 2 * EACH + 3
-    figure, axes = plt.subplots(rows, columns, figsize=(0.85 * columns, 1.02 * rows + 1.0), squeeze=False)
-    top = 1 - 0.95 / (1.02 * rows + 1.0)
+    figure, axes = plt.subplots(rows, columns, figsize=(0.85 * columns, 1.02 * rows + 0.75), squeeze=False)
+    top = 1 - 0.75 / (1.02 * rows + 0.75)
     figure.subplots_adjust(left=0.01, right=0.99, top=top, bottom=0.01, wspace=0.25, hspace=0.35)
     for row, (query, line) in enumerate(zip(queries, axes, strict=True)):
         right = bool(guesses[row] == query_labels[row])
@@ -42,7 +42,7 @@ def speaking(
                 show_image(place, images[index], f"{int(labels[index])}: {values[row, index]:+.1f}", colour)
         for gap in (line[1], line[2 + EACH]):
             gap.axis("off")
-    heights = axes[0][0].get_position().y1 + 0.32 / (1.02 * rows + 1.0)
+    heights = axes[0][0].get_position().y1 + 0.24 / (1.02 * rows + 0.75)
     for column, text in (
         (0, "test image"),
         (2 + EACH // 2, "speak for its label"),
