@@ -8,7 +8,9 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+import bilevel as bl
 from applications.frame.command import main
+from applications.frame.data import load, mislabel, split
 from applications.influence import scores
 from applications.influence.__main__ import Config, story, subsets
 from applications.influence.model import Model, losses
@@ -60,6 +62,21 @@ def test_bad_options(refused, arguments, words):
 
 def test_bad_files(refused, bad_file):
     refused(influence, "--data", bad_file)
+
+
+@pytest.mark.applications
+def test_wrong_labels_of_mnist(mnist_root):
+    """Softmax regression in float32: ranked by their influence on themselves, beside their losses."""
+    (part, _) = split(load("mnist", mnist_root), (400, 20), 0)
+    features, labels = part.tensors(torch.float32)
+    given = mislabel(labels, 10, 0.1, torch.Generator().manual_seed(0))
+    train, wrong, model = (features, given), given != labels, Model(784, 10, 0, 1e-2, seed=0)
+    params = model.fit(train, start={name: leaf.float() for name, leaf in model.start().items()})
+    settings = {"penalty": model.penalty, "linear_solver": bl.CG(rtol=1e-2), "query_chunk": 100}
+    own = bl.Influence(model.outputs, losses, params, train, **settings).of_themselves()
+    found = scores.area_under_curve(own, wrong)
+    assert found >= 0.97
+    assert found >= scores.area_under_curve(losses(model.outputs(params, train), train), wrong) - 0.005
 
 
 @pytest.mark.applications
