@@ -1,13 +1,17 @@
 """Hyperparameter and bilevel optimization in PyTorch: hypergradients through the solution of an inner problem.
 
-The differentiable solves: `argmin`, `root`, `fixed_point`, `quadratic_program`, which return a `Solution`.
+The differentiable solves: `argmin`, `root`, `fixed_point`, `least_squares`, `constrained`, `quadratic_program`, which
+return a `Solution`.
 Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `Steps` (`SGD`, `Adam`, `AdamW`, `RMSprop`), `ProximalGradient`
-(with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of systems `Newton`, `ScipyRoot`, `Anderson`, `Picard`.
+(with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of least squares
+`LevenbergMarquardt`, `GaussNewtonCG`; of systems `Newton`, `ScipyRoot`, `Bisection`,
+`Anderson`, `Picard`; under constraints `AugmentedLagrangian`.
 Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `ForwardMode`, `OneStep`, `FirstOrder`,
 `FiniteDifference`, `SAMA`, `Penalty`, `EvolutionStrategies`; on mini-batches `stochastic`.
 Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `NormalCG`, `ScipyGMRES`, `ScipyBiCGSTAB`, `LSMR`,
-`Cholesky`, `LU`, `LeastNorm`, `Nystrom`, `Identity`; preconditioners `Jacobi`, `NystromPreconditioner`,
+`Cholesky`, `LU`, `LeastNorm`, `Nystrom`, `Identity`, `Equilibrated`; preconditioners `Jacobi`, `NystromPreconditioner`,
 `AdamPreconditioner`; operators `GaussNewton`, `EmpiricalFisher`. Tolerances: `Adaptive`.
+What each training example did to a prediction: `influence`.
 How good it is: `diagnostics`. Truth: `problems`. Outcomes: `Result`, `SolveError`, `SolveWarning`.
 Many tasks: `stack`, `map_tasks`, `mean_over_tasks`, `losses_of_tasks`; layers made for Hessian products: `nn`.
 Recorded as a CUDA graph: `capture`.
@@ -25,6 +29,7 @@ from . import compat, diagnostics, distributed, extending, files, nn, problems, 
 from .adaptive import Adaptive
 from .argmin import argmin, fixed_point, root
 from .compat import custom_fixed_point, custom_root
+from .constrained import AugmentedLagrangian, ConstrainedSolution, constrained
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.evolution import EvolutionStrategies
 from .hypergrad.finite_difference import FiniteDifference
@@ -37,6 +42,7 @@ from .hypergrad.sama import SAMA
 from .hypergrad.seen import ObjectiveChangedError
 from .hypergrad.truncated import Truncated
 from .hypergrad.unroll import Unroll
+from .influence import Influence, InfluenceScores, influence
 from .inner.external import External
 from .inner.fixed_point import Anderson, Picard
 from .inner.gradient_descent import GradientDescent
@@ -44,10 +50,12 @@ from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
 from .inner.proximal import ProximalGradient
-from .inner.roots import Newton, RootSolver, ScipyRoot
+from .inner.roots import Bisection, Newton, RootSolver, ScipyRoot
 from .inner.scipy import ScipyMinimize
 from .inner.steps import SGD, Adam, AdamW, RMSprop, Rule, Steps
 from .inner.torch_optim import TorchOptim
+from .inner.trust_region import GaussNewtonCG, LevenbergMarquardt
+from .least_squares import least_squares
 from .linalg.bicgstab import BiCGSTAB
 from .linalg.cg import CG
 from .linalg.direct import LU, Cholesky, LeastNorm
@@ -62,6 +70,7 @@ from .linalg.normal import NormalCG
 from .linalg.nystrom import Nystrom, NystromPreconditioner
 from .linalg.operator import Operator
 from .linalg.preconditioners import AdamPreconditioner, InversePreconditioner, Jacobi
+from .linalg.scaled import Equilibrated
 from .linalg.scipy import LSMR, ScipyBiCGSTAB, ScipyGMRES
 from .linalg.solve import LinearSolver
 from .prox import Prox
@@ -90,24 +99,32 @@ __all__ = [
     "AdamW",
     "Adaptive",
     "Anderson",
+    "AugmentedLagrangian",
     "BiCGSTAB",
+    "Bisection",
     "Cholesky",
+    "ConstrainedSolution",
     "CurvlinopsOperator",
     "EmpiricalFisher",
+    "Equilibrated",
     "EvolutionStrategies",
     "External",
     "FiniteDifference",
     "FirstOrder",
     "ForwardMode",
     "GaussNewton",
+    "GaussNewtonCG",
     "GradientDescent",
     "Hypergrad",
     "Identity",
     "Implicit",
+    "Influence",
+    "InfluenceScores",
     "InnerSolver",
     "InversePreconditioner",
     "Jacobi",
     "LeastNorm",
+    "LevenbergMarquardt",
     "LinearSolver",
     "Neumann",
     "Newton",
@@ -145,6 +162,7 @@ __all__ = [
     "argmin",
     "capture",
     "compat",
+    "constrained",
     "custom_fixed_point",
     "custom_root",
     "diagnostics",
@@ -152,6 +170,8 @@ __all__ = [
     "extending",
     "files",
     "fixed_point",
+    "influence",
+    "least_squares",
     "losses_of_tasks",
     "map_tasks",
     "mean_over_tasks",

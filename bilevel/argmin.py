@@ -27,9 +27,10 @@ from .inner.lbfgs import LBFGS
 from .inner.minimize import INNER_ADVICE, InnerSolver
 from .inner.newton_cg import NewtonCG
 from .inner.outcome import advice_for, look_closer
-from .inner.proximal import ProximalGradient
+from .inner.proximal import look_of, own_stats_of, prox_of
 from .inner.roots import Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
+from .prox import Prox
 from .solution import Solution, Throw, check_throw
 from .tree import Raveler, Tree, leaves, tree_map
 
@@ -97,8 +98,9 @@ def argmin(
         return hypergrad.run(objective, init, args, solver, throw)
     reads_residual = isinstance(hypergrad, Implicit | Penalty) and torch.is_grad_enabled() and throw != "ignore"
     solver, objective = with_decay(solver, objective, init, warn=reads_residual)
-    if isinstance(solver, ProximalGradient):
-        return _composite(objective, init, args, solver, hypergrad, throw, warm_start)
+    prox = prox_of(solver, init)
+    if prox is not None:
+        return _composite(objective, init, args, solver, prox, hypergrad, throw, warm_start)
 
     search = Search(
         solver.minimize,
@@ -126,13 +128,13 @@ def _composite(
     objective: Objective,
     init: Tree,
     args: tuple[Any, ...],
-    solver: ProximalGradient,
+    solver: InnerSolver,
+    prox: Prox,
     hypergrad: Hypergrad | None,
     throw: Throw,
     warm_start: Solution | None,
 ) -> Solution:
     """``min objective + prox.value``, through the residual of its fixed point."""
-    prox = solver.prox
     pair = pytree.tree_structure((torch.empty(0), torch.empty(0)))
 
     def reached(params: Tree, *args: Any) -> Tensor:
@@ -156,7 +158,6 @@ def _composite(
         return CompositeStatement(replace(closure, fn=objective), shrink, prox.separable)
 
     advice = partial(advice_for, advice=COMPOSITE_ADVICE)
-    own = ("residual_norm",)  # at the solver's own step, as it was judged
     return differentiable_solve(
         statement,
         reached,
@@ -164,7 +165,14 @@ def _composite(
         args,
         build=build,
         batch_dims_of=_check_loss,
-        search=Search(solver.minimize, throw, "The inner solve", advice, own_stats=own),
+        search=Search(
+            solver.minimize,
+            throw,
+            "The inner solve",
+            advice,
+            look=None if throw == "ignore" else look_of(solver),
+            own_stats=own_stats_of(solver),
+        ),
         hypergrad=hypergrad,
         warm_start=warm_start,
     )

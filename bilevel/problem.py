@@ -112,6 +112,7 @@ class Problem:
         self.reach: Reach | None = None  # what the gradient of an unrolled solution reaches
         self.hparams: list[Tensor] = []  # the tensors among them that were found
         self.shrink: Shrink | None = None  # the prox of a composite problem
+        self.terms: Any = None  # the residuals of a problem of least squares
         self.init = init
         if free_looks(self.start.f):
             self.refuse_nonfinite()
@@ -142,6 +143,11 @@ class Problem:
         with torch.enable_grad():  # an objective may take gradients itself
             return self._loss(self.raveler.unravel(_stand_in(y))).detach().double()
 
+    @property
+    def tree(self) -> Tree:
+        """The start as the tree that it is, detached."""
+        return self.raveler.unflatten(self.raveler.unravel(self.start.y.detach()))
+
     def residual_at(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient at ``y``, whose norm says how far the solve came, and the losses; both without a graph."""
         at = self.evaluate(y).detach()
@@ -159,8 +165,12 @@ class Problem:
 
     def loss(self, params: Tree) -> Tensor:
         """The losses at a tree of params."""
+        return self.under_rules(self.objective, params)
+
+    def under_rules(self, function: Callable[..., Tensor], params: Tree) -> Tensor:
+        """A function of params and args, evaluated as the objective is."""
         with self.autocast.evaluating(), sparing(self.spared):
-            return self.objective(params, *self.args)
+            return function(params, *self.args)
 
     def _loss(self, point: Sequence[Tensor]) -> Tensor:
         return self.loss(self.raveler.unflatten(point))
@@ -237,9 +247,13 @@ class RootProblem:
         with UNCOMPILED:
             return linearize_residual(self._residual, self.raveler.unravel(y))
 
-    def _residual(self, point: Sequence[Tensor]) -> list[Tensor]:
+    def under_rules(self, function: Callable[..., Tree], params: Tree) -> Tree:
+        """A function of unknowns and args, evaluated as the residual is."""
         with self.autocast.evaluating(), sparing(self.spared):
-            return leaves(self.residual(self.raveler.unflatten(point), *self.args))
+            return function(params, *self.args)
+
+    def _residual(self, point: Sequence[Tensor]) -> list[Tensor]:
+        return leaves(self.under_rules(self.residual, self.raveler.unflatten(point)))
 
 
 def linearize_residual(

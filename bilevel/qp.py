@@ -122,7 +122,9 @@ def quadratic_program(
         tuple(data),
         build=build,
         batch_dims_of=lambda _, init: len(batch),
-        search=Search(method.find, throw, "The quadratic program", _advice, look=partial(_with_degenerate, warn=tells)),
+        search=Search(
+            method.find, throw, "The quadratic program", _advice, complete=partial(_with_degenerate, warn=tells)
+        ),
         hypergrad=hypergrad,
     )
     return found.with_value(QPSolution(*(part * unit for part, unit in zip(found.value, units, strict=True))))

@@ -13,7 +13,20 @@ ROOT = Path(bilevel.__file__).parent
 LAYERS = [
     *("extras", "_torch", "files", "tree", "recording", "reach", "solution", "checks", "context", "spared", "modules"),
     *("nn", "closure", "prox", "problem", "tasks", "linalg", "inner"),
-    *("hypergrad", "argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed"),
+    *(
+        "hypergrad",
+        "argmin",
+        "least_squares",
+        "constrained",
+        "influence",
+        "adaptive",
+        "compat",
+        "qp",
+        "problems",
+        "stochastic",
+        "diagnostics",
+        "distributed",
+    ),
     *("tuning", "sklearn", "extending", "testing"),
     *("doctor", "__init__"),
 ]

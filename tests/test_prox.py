@@ -8,7 +8,21 @@ import scipy.optimize
 import torch
 from hypothesis import given, settings
 
-from bilevel.prox import L1, Box, ElasticNet, GroupLasso, L2Ball, NonNegative, Simplex
+import bilevel as bl
+from bilevel.prox import (
+    L1,
+    Affine,
+    Box,
+    ElasticNet,
+    GroupLasso,
+    HalfSpace,
+    L1Ball,
+    L2Ball,
+    Leaves,
+    NonNegative,
+    Rows,
+    Simplex,
+)
 from tests.conformance import randn
 
 GROUPS = torch.tensor([0, 0, 1, 1, 2, 0])
@@ -22,6 +36,12 @@ CATALOGUE = [
     NonNegative(),
     Simplex(1.5),
     L2Ball(0.9),
+    L1Ball(1.2),
+    Affine(randn(2, 6, seed=8), randn(2, seed=9)),
+    HalfSpace(randn(6, seed=8), -0.3),
+    Rows(Simplex(), 3),
+    Rows(L2Ball(torch.tensor([[0.3], [0.8], [0.1]], dtype=torch.float64)), 2),
+    Leaves((L1(0.4), None, L1Ball(0.7)), (2, 1, 3)),
 ]
 
 
@@ -171,3 +191,70 @@ def test_equality_is_of_numbers_and_of_tensors_themselves():
 def test_groups_of_another_size():
     with pytest.raises(ValueError, match="groups names 6 coordinates: there are 5"):
         GroupLasso(GROUPS).prox(randn(5), 1.0)
+
+
+def test_the_l1_ball_and_affine_sets_are_what_a_solver_of_programs_finds():
+    A, b, y = randn(2, 5, seed=1), randn(2, seed=2), 2 * randn(5, seed=3)
+    ball = scipy.optimize.minimize(
+        lambda p: ((p[:5] - p[5:] - y.numpy()) ** 2).sum() / 2,
+        [0.1] * 10,
+        bounds=[(0, None)] * 10,
+        constraints={"type": "ineq", "fun": lambda p: 1.3 - p.sum()},
+        options={"ftol": 1e-15},
+    ).x
+    torch.testing.assert_close(L1Ball(1.3).prox(y, 1.0), torch.tensor(ball[:5] - ball[5:]), rtol=0, atol=1e-6)
+    z = Affine(A, b).prox(y, 1.0)
+    torch.testing.assert_close(A @ z, b)
+    torch.testing.assert_close(z - y, A.T @ torch.linalg.lstsq(A.T, (z - y)[:, None]).solution[:, 0])  # along its rows
+    a = A[0]
+    assert a @ HalfSpace(a, 0.2).prox(y + 10 * a, 1.0) == pytest.approx(0.2)
+    torch.testing.assert_close(HalfSpace(a, 0.2).prox(y - 10 * a, 1.0), y - 10 * a)
+
+
+def test_settings_of_the_new_sets_are_differentiable():
+    y, A = 2 * randn(3, 6, seed=3), randn(2, 6, seed=4)
+    inputs = [y, A, randn(2, seed=5), torch.tensor(0.9, dtype=torch.float64)]
+
+    def projected(y, A, b, size):
+        rows = Rows(L1Ball(size), 3).prox(y, 1.0)
+        return Affine(A, b).prox(y, 1.0), HalfSpace(A[0], size - 5).prox(y, 1.0), rows
+
+    assert torch.autograd.gradcheck(projected, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: L1Ball(-1.0), "radius"),
+        (lambda: Affine(torch.ones(2, 3), torch.ones(2)), "depend"),
+        (lambda: Affine(torch.eye(3), torch.ones(2)), "go together"),
+        (lambda: HalfSpace(torch.zeros(3)), "a is zero"),
+        (lambda: Rows(Simplex(), 0), "length"),
+        (lambda: Rows(Simplex(), 4).prox(torch.ones(6), 1.0), "does not divide"),
+    ],
+)
+def test_sets_that_make_no_sense(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_a_tree_of_them_is_the_sum_of_its_leaves():
+    """Batched and with a hyperparameter, against each leaf solved alone; the part without a prox is left alone."""
+    target = {"a": randn(3, 4, seed=1), "b": [randn(3, 2, 3, seed=2), randn(3, 1, seed=3)]}
+    strength = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    tree = {"a": L1(strength), "b": [Rows(Simplex(), 3), None]}
+
+    def objective(p, q=target):
+        pairs = [(p["a"], q["a"]), *zip(p["b"], q["b"], strict=True)]
+        return sum((x - y).square().flatten(1).sum(-1) for x, y in pairs) / 2
+
+    init = {"a": torch.zeros(3, 4).double(), "b": [torch.full((3, 2, 3), 1 / 3).double(), torch.zeros(3, 1).double()]}
+    fit = bl.argmin(objective, init, solver=bl.ProximalGradient(tree), throw="raise")
+    torch.testing.assert_close(fit.value["a"], L1(strength).prox(target["a"], 1.0))
+    torch.testing.assert_close(fit.value["b"][0], Simplex().prox(target["b"][0], 1.0))
+    torch.testing.assert_close(fit.value["b"][1], target["b"][1])
+    (grad,) = torch.autograd.grad(fit.value["a"].sum(), strength)
+    torch.testing.assert_close(grad, -fit.value["a"].detach().sign().sum())
+    for wrong in ({"a": L1()}, {"a": L1(), "b": 3}):
+        with pytest.raises((TypeError, ValueError), match="prox"):
+            bl.argmin(objective, init, solver=bl.ProximalGradient(wrong))

@@ -26,7 +26,8 @@ class Search:
         what: what has failed, as a message says it.
         advice: what to try; or what gives it, from the problem and what was found.
         fallback: the solver of ``throw="fallback"``, where the first failed.
-        look: gives what was found its last stats, from the problem and what was found; None: nothing is missing.
+        look: looks closer at what is `suspicious`, from the problem and what was found; None: nothing does.
+        complete: gives whatever was found its last stats, likewise; None: nothing is missing.
         own_stats: names of stats that the solver knows better than they can be measured.
     """
 
@@ -36,6 +37,7 @@ class Search:
     advice: Advice | Callable[[Any, Found], Advice]
     fallback: InnerSolver | None = None
     look: Callable[[Any, Found], Found] | None = None
+    complete: Callable[[Any, Found], Found] | None = None
     own_stats: tuple[str, ...] = ()
 
     def __call__(self, problem: Any, measure: Callable[[Found], Found]) -> Found:
@@ -47,7 +49,7 @@ class Search:
         solved = self.method(problem)
         found = measure(solved).with_stats(**{name: solved.stats[name] for name in self.own_stats})
         if self.throw == "ignore" or recording():
-            return found
+            return self._completed(problem, found)
         ok, odd = self._seen(found)
         if not ok:
             problem.refuse_nonfinite()
@@ -57,10 +59,14 @@ class Search:
             ok, odd = self._seen(found)
         if self.look is not None and odd:
             found = self.look(problem, found)
-        if odd or not ok:
+        found = self._completed(problem, found)
+        if odd or not ok or self.complete is not None:
             advice = self.advice(problem, found) if callable(self.advice) else self.advice
             settle(found, self.throw, self.what, advice)
         return found
+
+    def _completed(self, problem: Any, found: Found) -> Found:
+        return found if self.complete is None else self.complete(problem, found)
 
     def _seen(self, found: Found) -> tuple[bool, bool]:
         """Whether all problems are well, and whether one is odd enough to look closer: one look at the device."""

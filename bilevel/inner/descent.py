@@ -228,13 +228,13 @@ def descend(
             before, halfway = halfway, walk.at
         walk, going = walk.step(problem, free)
     progress, at, nearness = walk.progress, walk.at, walk.nearness
-    progress.mark(_grows(progress, at, before, start, nearness) & (at.f < halfway.f), Result.UNBOUNDED)
+    progress.mark(grows(progress, at, before, start, nearness) & (at.f < halfway.f), Result.UNBOUNDED)
     return progress.solution(
         at.y, step_size=walk.size, loss=at.f, **({} if nearness is None else {"step_norm": nearness.predicted})
     )
 
 
-def _grows(
+def grows(
     progress: Progress, at: Evaluation, before: Evaluation, start: Evaluation, nearness: Nearness | None
 ) -> Tensor:
     """Which problems did not end although their params still move away from the start by steps that do not shrink."""

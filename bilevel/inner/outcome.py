@@ -8,6 +8,7 @@ from torch import Tensor
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
 from ..linalg.noise import normal
+from ..linalg.operator import Operator, Restricted
 from ..problem import Problem
 from ..recording import recording
 from ..solution import Advice, Result, Solution, marked
@@ -28,17 +29,23 @@ def suspicious(found: Solution) -> Tensor:
     return ((stats["num_steps"] == 0) | (stats["residual_norm"] == 0)) & (stats["result"] <= int(Result.STEPS_DONE))
 
 
-def look_closer(problem: Problem, found: Solution) -> Solution[Tensor]:
+def look_closer(problem: Problem, found: Solution, kept: Tensor | None = None) -> Solution[Tensor]:
     """Give a start that is stationary, but no minimum, its result: nothing moves a solver from there.
 
     A few products with random vectors tell; only a solve that is `suspicious` is asked.
+
+    Args:
+        kept: which params are free to move, ``[*batch, n]``; None: all.
     """
     stats, idle = found.stats, suspicious(found)
     at = problem.linearize(found.value.detach())
     if not any(residual.requires_grad for residual in at.residual):
         return found  # linear: no curvature at all
-    hessian = GraphJacobian(problem.raveler, at, symmetric=True)
-    curvature = MINRES(max_steps=min(PROBES, hessian.size)).solve(hessian, _random(found.value)).curvature
+    hessian: Operator = GraphJacobian(problem.raveler, at, symmetric=True)
+    probe = _random(found.value)
+    if kept is not None:
+        hessian, probe = Restricted(hessian, kept), torch.where(kept, probe, torch.zeros_like(probe))
+    curvature = MINRES(max_steps=min(PROBES, hessian.size)).solve(hessian, probe).curvature
     assert curvature is not None
     smallest, largest = curvature
     saddle = idle & (smallest < -(torch.finfo(hessian.dtype).eps ** 0.5) * torch.maximum(largest.abs(), smallest.abs()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch import Tensor
 from ..linalg.solve import stop_now
 from ..problem import Evaluation, Problem, Shrink
 from ..prox import Prox
+from ..prox.parts import on_leaves
 from ..solution import Result, Solution
-from ..tree import axpy, dot, norm, scale
-from .minimize import Progress, check_tolerance, choose
+from ..tree import Tree, axpy, dot, norm, scale
+from .minimize import InnerSolver, Progress, check_tolerance, choose
 from .nearness import Goal
 
 
@@ -27,7 +29,7 @@ class ProximalGradient:
     theorem on ``y = prox(y - eta grad g(y), eta)``. T problems have each their step size, momentum and stopping.
 
     Args:
-        prox: of `bilevel.prox`.
+        prox: of `bilevel.prox`; or a tree like ``init`` with one, or None, for each leaf.
         step_size: eta to start with; None: ``1 / curvature`` at the start, one more gradient. Halved for a problem
             whenever its loss lies above the quadratic model.
         max_steps: steps at most, two gradients each (one without acceleration), and one for each halving.
@@ -37,22 +39,31 @@ class ProximalGradient:
         accelerated: Nesterov's extrapolation, started again where it points uphill (O'Donoghue and Candes 2015).
     """
 
-    prox: Prox
+    prox: Any
     step_size: float | None = None
     max_steps: int = 5000
     tol: float | None = None
     accelerated: bool = True
 
+    own_stats: ClassVar[tuple[str, ...]] = ("residual_norm",)
+    """At the solver's own step, as it was judged."""
+
     def __post_init__(self) -> None:
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
-        if not isinstance(self.prox, Prox):
-            raise TypeError(f"prox is {self.prox!r}: it is one of bilevel.prox, such as prox.L1(0.1).")
+        if not isinstance(self.prox, Prox | dict | list | tuple):
+            raise TypeError(
+                f"prox is {self.prox!r}: it is one of bilevel.prox, such as prox.L1(0.1), or a tree of them."
+            )
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size is {self.step_size}: it must be positive.")
 
+    def prox_for(self, init: Tree) -> Prox:
+        """What acts on the flat params."""
+        return on_leaves(self.prox, init)
+
     def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
-        shrink = problem.shrink or self.prox.prox
+        shrink = problem.shrink or self.prox_for(problem.tree).prox
         ahead = at = problem.start
         step = self._first_step(problem)
         t, r = torch.ones_like(step), residual(shrink, at, step)
@@ -105,6 +116,22 @@ class ProximalGradient:
         # Both terms of y - eta g are as accurate as rounding, and no less is asked for.
         terms, roundoff = norm(at.y) / step + norm(at.g), torch.finfo(at.g.dtype).eps
         return torch.maximum(0.1 * Goal.of(at.g.dtype).wanted / stretch, torch.full_like(step, 2 * roundoff)) * terms
+
+
+def prox_of(solver: InnerSolver, init: Tree) -> Prox | None:
+    """The prox of a solver of ``objective + prox.value``, on the flat params; None: its problems are smooth."""
+    made: Callable[[Tree], Prox | None] | None = getattr(solver, "prox_for", None)
+    return None if made is None else made(init)
+
+
+def look_of(solver: InnerSolver) -> Callable[[Problem, Solution], Solution[Tensor]] | None:
+    """What looks closer at the solutions of such a solver; None: nothing does."""
+    return getattr(solver, "look", None)
+
+
+def own_stats_of(solver: InnerSolver) -> tuple[str, ...]:
+    """Names of stats that a solver knows better than they can be measured."""
+    return getattr(solver, "own_stats", ())
 
 
 def residual(shrink: Shrink, at: Evaluation, step: Tensor) -> Tensor:

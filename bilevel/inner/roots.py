@@ -20,7 +20,7 @@ from ..problem import RootProblem
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import axpy, norm
 from .minimize import Ends, check_tolerance
-from .nearness import Nearness
+from .nearness import VANISHED, Nearness
 
 
 class RootSolver(Protocol):
@@ -84,9 +84,13 @@ class Newton:
                 break
             operator = GraphJacobian(problem.raveler, problem.linearize(y))
             wanted = torch.where(progress.active.unsqueeze(-1), -r, torch.zeros_like(r))
-            move, size = solver.solve(operator, wanted).value, norm(r)
+            solved, size = solver.solve(operator, wanted), norm(r)
+            move = solved.value
+            # A singular Jacobian has no step, which is not a short one.
+            steps = solved.stats.get("relative_residual", torch.zeros_like(size)) < NO_STEP
+            length = torch.where(steps, norm(move), torch.inf)
             if nearness is not None:
-                progress.end(nearness.look(norm(move), y), Result.CONVERGED)
+                progress.end(nearness.look(length, y), Result.CONVERGED)
             if step == self.max_steps:
                 break
             y, r, moved = _backtrack(problem, y, r, move, progress.active)
@@ -94,10 +98,14 @@ class Newton:
             progress.look(norm(r))
             if nearness is not None:
                 # The next step is as much smaller as the residual is.
-                arrived = nearness.reached(norm(move) * norm(r) / size, y)
+                arrived = nearness.reached(length * norm(r) / size, y)
                 progress.end(arrived | (~moved & nearness.acceptable), Result.CONVERGED)
             progress.end(~moved, Result.STAGNATED)
         return progress.solution(y, **({} if nearness is None else {"step_norm": nearness.predicted}))
+
+
+NO_STEP = 0.5
+"""The relative residual of a linear solve that says nothing of where the root is."""
 
 
 def _backtrack(
@@ -196,6 +204,63 @@ class ScipyRoot:
         solver = LU() if y.shape[-1] <= 512 else GMRES(rtol=1e-2)
         nearness = Nearness(y)
         return nearness.look(norm(solver.solve(operator, -problem.evaluate(y)).value), y) | nearness.near | (size == 0)
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """Halve a bracket until it has no inside: for equations of one unknown each that Newton cannot start.
+
+    Each unknown is an equation by itself: the i-th residual depends on the i-th unknown only, as it is elementwise. All
+    are halved at once, whatever the batch; the derivative is that of any root.
+
+    Args:
+        lower, upper: the first bracket: numbers, or tensors that broadcast to the flat unknowns ``[*batch, n]``. A
+            residual without a change of sign in it ends with `Result.STAGNATED`, as does a pole, where the sign changes
+            and the residual does not vanish.
+        max_steps: halvings at most; all of float64 takes about 60.
+    """
+
+    lower: float | Tensor
+    upper: float | Tensor
+    max_steps: int = 200
+
+    def __post_init__(self) -> None:
+        check_tolerance(max_steps=self.max_steps, tol=None)
+        if not bool((torch.as_tensor(self.lower) < torch.as_tensor(self.upper)).all()):
+            raise ValueError(f"lower is {self.lower} and upper {self.upper}: the bracket is empty.")
+
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
+        """Find a root; see `RootSolver`."""
+        low, high = (torch.as_tensor(b).to(problem.y).expand_as(problem.y) for b in (self.lower, self.upper))
+        at_low, at_high = problem.evaluate(low), problem.evaluate(high)
+        size = torch.maximum(at_low.abs(), at_high.abs())
+        bracketed = (at_low.sign() * at_high.sign() <= 0) & torch.isfinite(at_low) & torch.isfinite(at_high)
+        steps = torch.zeros(problem.y.shape[:-1], dtype=torch.int64, device=low.device)
+        y = torch.where(at_low.abs() <= at_high.abs(), low, high)
+        shortest = VANISHED * (high - low)
+        for _ in range(self.max_steps):
+            middle = low + (high - low) / 2
+            inside = bracketed & (middle != low) & (middle != high) & (high - low > shortest)
+            if not bool(inside.any()):
+                break
+            y = torch.where(inside, middle, y)
+            r = problem.evaluate(y)
+            left = r.sign() == at_low.sign()
+            low, high = torch.where(inside & left, middle, low), torch.where(inside & ~left, middle, high)
+            steps = steps + inside.any(-1)
+        # The end of the bracket that leaves less.
+        ends = torch.stack([low, high])
+        left_over = torch.stack([problem.evaluate(end).abs() for end in ends])
+        y = torch.where(bracketed, torch.where(left_over[0] <= left_over[1], low, high), y)
+        # Beside a root the residual is what rounding of the unknown makes of it; beside a pole it grows.
+        rounding = 4 * torch.finfo(y.dtype).eps * torch.maximum(low.abs(), high.abs())
+        narrow = high - low <= torch.maximum(rounding, shortest)
+        vanishes = bracketed & (left_over.amin(0) <= 1e-3 * size) & (narrow | (left_over.amin(0) == 0))
+        codes = make_codes(Result.STAGNATED, norm(y))
+        codes = marked(codes, (bracketed & ~narrow).any(-1) & bracketed.all(-1), Result.MAX_STEPS)
+        codes = marked(codes, vanishes.all(-1), Result.CONVERGED)
+        codes = marked(codes, ~torch.isfinite(left_over.amin(0)).all(-1), Result.NONFINITE)
+        return Solution(y, {"num_steps": steps, "result": codes})
 
 
 REFERENCES = 5

@@ -13,17 +13,21 @@ from torch import Tensor
 
 from ..linalg.cg import truncated_cg
 from ..linalg.jacobian import GraphJacobian
-from ..linalg.operator import to_numpy
+from ..linalg.operator import Operator, Restricted, to_numpy
 from ..problem import Evaluation, Problem
+from ..prox import Prox
+from ..prox.parts import within
 from ..solution import Result, Solution, make_codes, marked
-from ..tree import dot, norm
-from .lbfgs import Memory
+from ..tree import Tree, dot, norm, scale
+from .bounded import BoundedMemory, Bounds, box_of, check_bounds, look_closer_inside, snapped
 from .minimize import check_settings
 from .nearness import Nearness
+from .pairs import Memory
 
 DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 HESSIAN_METHODS = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
 DENSE_HESSIAN_METHODS = ("dogleg", "trust-exact")
+BOUNDED_METHODS = ("l-bfgs-b", "tnc", "slsqp", "trust-constr", "nelder-mead", "powell", "cobyla", "cobyqa")
 TOLERANCE_OPTIONS: dict[str, Callable[[float], dict[str, float]]] = {
     "l-bfgs-b": lambda gtol: {"gtol": gtol, "ftol": 0.0, "maxfun": 10**9},
     "tnc": lambda gtol: {"gtol": gtol, "ftol": 0.0, "xtol": 0.0},
@@ -48,23 +52,40 @@ class ScipyMinimize:
             Those that want a Hessian get its products, ``"dogleg"`` and ``"trust-exact"`` the matrices.
         max_steps: iterations at most.
         gtol: stop at this gradient norm; None: as in `LBFGS`.
+        bounds: as in `LBFGS`, of the methods that have them; interior ones (trust-constr) end beside a bound that holds
+            them, which counts as not converged.
     """
 
     method: str = "L-BFGS-B"
     max_steps: int = 1000
     gtol: float | None = None
+    bounds: tuple[Any, Any] | None = None
 
     def __post_init__(self) -> None:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
+        check_bounds(self.bounds)
+        if self.bounds is not None and self.method.lower() not in BOUNDED_METHODS:
+            raise ValueError(
+                f"{self.method} has no bounds in SciPy: take one of {', '.join(BOUNDED_METHODS)}, or LBFGS."
+            )
+
+    def prox_for(self, init: Tree) -> Prox | None:
+        """The bounds as a projection of the flat params; None: there are none."""
+        return None if self.bounds is None else within(self.bounds, init)
+
+    look = staticmethod(look_closer_inside)
 
     def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
         shape, start = problem.start.y, problem.start
+        box = None if self.bounds is None else box_of(problem, self.bounds)
+        if box is not None:
+            start = problem.evaluate(box.clip(start.y))
         method = self.method.lower()
         free = method in DERIVATIVE_FREE
-        latest, watch = start, _Watch(problem)
-        if self._done(start) or (self.gtol is None and not free and watch.arrived(start)):
-            return self._solution(problem, start, 0)
+        latest, watch = start, _Watch(problem, start, box)
+        if self._done(_free(start, box)) or (self.gtol is None and not free and watch.arrived(start)):
+            return self._solution(problem, start, 0, box)
 
         def tensor(x: np.ndarray) -> Tensor:
             return torch.from_numpy(np.array(x)).to(shape.device, shape.dtype).view_as(shape)
@@ -97,9 +118,13 @@ class ScipyMinimize:
             method=self.method,
             options=self._options(method, self.gtol or 0.0, start),
             callback=stop if self.gtol is None and not free else None,
+            bounds=None if box is None else scipy.optimize.Bounds(to_numpy(box.low), to_numpy(box.high)),
             **products,
         )
-        return self._solution(problem, problem.evaluate(tensor(outcome.x)), int(outcome.get("nit", outcome.nfev)))
+        at = problem.evaluate(tensor(outcome.x))
+        if box is not None:
+            at = problem.evaluate(snapped(box, at.y, at.g))
+        return self._solution(problem, at, int(outcome.get("nit", outcome.nfev)), box)
 
     def _done(self, at: Evaluation) -> bool:
         return bool((norm(at.g) <= (self.gtol or 0.0)).all())
@@ -111,9 +136,9 @@ class ScipyMinimize:
         tolerance = TOLERANCE_OPTIONS[method](entry) if method in TOLERANCE_OPTIONS else {"gtol": entry}
         return {**tolerance, limit: self.max_steps}
 
-    def _solution(self, problem: Problem, at: Evaluation, steps: int) -> Solution[Tensor]:
-        size = norm(at.g)
-        near = size <= self.gtol if self.gtol is not None else _near(problem, at)
+    def _solution(self, problem: Problem, at: Evaluation, steps: int, box: Bounds | None) -> Solution[Tensor]:
+        size = norm(_free(at, box).g)
+        near = size <= self.gtol if self.gtol is not None else _near(problem, at, box)
         codes = make_codes(Result.MAX_STEPS if steps >= self.max_steps else Result.STAGNATED, at.f)
         codes = marked(codes, near, Result.CONVERGED)
         codes = marked(codes, ~torch.isfinite(size), Result.NONFINITE)
@@ -123,20 +148,29 @@ class ScipyMinimize:
 class _Watch:
     """Judges SciPy's iterates by the step that L-BFGS would make of them."""
 
-    def __init__(self, problem: Problem):
-        self.memory, self.nearness = Memory(10, problem), Nearness(problem.start.y)
+    def __init__(self, problem: Problem, start: Evaluation, box: Bounds | None):
+        self.box, self.nearness = box, Nearness(start.y)
+        self.memory = Memory(10, problem) if box is None else BoundedMemory(problem, start, box, 10)
 
     def arrived(self, at: Evaluation) -> bool:
         """Whether all problems are near their solutions."""
         towards, first, known = self.memory(at, at.f)
-        decrement = first * dot(at.g, towards).abs()
-        predicted = torch.where(known | (decrement == 0), first * norm(towards), torch.inf)
+        move = scale(first, towards) if self.box is None else self.box.clip(at.y + towards) - at.y
+        decrement = dot(at.g, move).abs()
+        predicted = torch.where(known | (decrement == 0), norm(move), torch.inf)
         return bool(self.nearness.look(predicted, at.y, decrement, at.f).all())
 
 
-def _near(problem: Problem, at: Evaluation) -> Tensor:
+def _free(at: Evaluation, box: Bounds | None) -> Evaluation:
+    return at if box is None else box.free(at)
+
+
+def _near(problem: Problem, at: Evaluation, box: Bounds | None) -> Tensor:
     """Which problems are near their solutions, by Newton's step there."""
-    step = truncated_cg(_hessian_at(problem, at.y), at.g, torch.full_like(at.f, 0.1), 50)
+    hessian: Operator = _hessian_at(problem, at.y)
+    if box is not None:
+        hessian, at = Restricted(hessian, ~box.held(at)), box.free(at)
+    step = truncated_cg(hessian, at.g, torch.full_like(at.f, 0.1), 50)
     nearness = Nearness(at.y)
     return nearness.look(norm(step), at.y, dot(at.g, step).abs(), at.f) | nearness.acceptable
 

@@ -179,3 +179,20 @@ class Damped(Operator):
 
     def rmatvec(self, v: Tensor) -> Tensor:
         return self.operator.rmatvec(v) + (self.damping * v).to(v.dtype)
+
+
+class Restricted(Operator):
+    """``P A P`` with P the projection onto the unknowns of a mask ``[*batch, n]``; zero off it."""
+
+    def __init__(self, operator: Operator, kept: Tensor):
+        super().__init__(operator.batch_shape, operator.size, operator.dtype, operator.device, operator.symmetric)
+        self.operator, self.kept = operator, kept
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self._project(self.operator.matvec(self._project(v)))
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return self._project(self.operator.rmatvec(self._project(v)))
+
+    def _project(self, v: Tensor) -> Tensor:
+        return torch.where(self.kept, v, torch.zeros_like(v))

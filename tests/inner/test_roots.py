@@ -191,3 +191,11 @@ def test_methods_of_a_path_are_refused(method):
     for solve in (bl.fixed_point, bl.root):
         with pytest.raises(NotImplementedError, match=f"{type(method).__name__} differentiates the path"):
             solve(lambda y: y / 2 + x, torch.zeros(()), hypergrad=method)
+
+
+@pytest.mark.parametrize("start", [0.0, 1e-12])
+def test_a_singular_jacobian_is_no_root(start):
+    """Newton has no step there: ``y^2 + 1`` is far from zero."""
+    with pytest.warns(bl.SolveWarning):
+        fit = bl.root(lambda y: y**2 + 1, torch.tensor([start], dtype=torch.float64))
+    assert fit.result is bl.Result.STAGNATED

@@ -14,6 +14,7 @@ from bilevel.linalg.minres import MINRES
 from bilevel.linalg.neumann import Neumann, largest_eigenvalue
 from bilevel.linalg.normal import NormalCG
 from bilevel.linalg.operator import Dense, Operator
+from bilevel.linalg.scaled import Equilibrated
 from bilevel.linalg.scipy import LSMR, ScipyBiCGSTAB, ScipyGMRES
 from bilevel.solution import Result
 from tests.conformance import (
@@ -33,7 +34,15 @@ INCONSISTENT = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
 
 @pytest.mark.parametrize(
     "solver",
-    [Neumann(rtol=1e-9, max_steps=20000), NormalCG(), Cholesky(), LU(), LeastNorm(), *(s() for s in KRYLOV)],
+    [
+        Neumann(rtol=1e-9, max_steps=20000),
+        NormalCG(),
+        Cholesky(),
+        LU(),
+        LeastNorm(),
+        Equilibrated(Cholesky()),
+        *(s() for s in KRYLOV),
+    ],
     ids=repr,
 )
 def test_conforms(solver):
@@ -53,6 +62,19 @@ def test_indefinite_matrices_are_solved(solver):
     solution = solver.solve(Dense(SADDLE), b)
     assert solution.result is Result.CONVERGED
     torch.testing.assert_close(solution.value, torch.tensor([1.0, -2.0], dtype=torch.float64))
+
+
+def test_units_of_the_unknowns_do_not_matter_to_equilibrated():
+    """Of a batch whose unknowns differ by twenty orders of magnitude, where Cholesky alone has lost every digit."""
+    matrix, truth, units = spd(4, batch=(2,)), randn(2, 4), torch.logspace(-10, 10, 4, dtype=torch.float64)
+    operator = Dense(units[:, None] * matrix * units)
+    b = units * (matrix @ truth.unsqueeze(-1)).squeeze(-1)
+    solution = Equilibrated(Cholesky()).solve(operator, b)
+    assert solution.result is Result.CONVERGED
+    torch.testing.assert_close(units * solution.value, truth, rtol=1e-9, atol=1e-12)
+    assert Equilibrated(Cholesky()).solve(Dense(SADDLE), torch.ones(2, dtype=torch.float64)).result is (
+        Result.NEGATIVE_CURVATURE
+    )
 
 
 def test_cholesky_flags_an_indefinite_matrix_of_a_batch():

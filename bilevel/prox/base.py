@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._torch import is_functorch_wrapped_tensor
+from .._torch import is_functorch_wrapped_tensor
 
 Setting = float | Tensor
 

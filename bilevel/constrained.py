@@ -1,0 +1,244 @@
+"""`constrained`: minima under equality constraints, differentiable through the conditions of Lagrange."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Generic, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .argmin import Params
+from .checks import check_function, check_hypergrad, check_start
+from .closure import Closure, Tracer, VmappedClosure
+from .context import solves
+from .hypergrad.base import Hypergrad, PathMethod
+from .hypergrad.differentiate import differentiable_solve
+from .hypergrad.implicit import Implicit
+from .hypergrad.search import Search
+from .hypergrad.statement import SymmetricResidualStatement
+from .inner.lbfgs import LBFGS
+from .inner.minimize import InnerSolver
+from .inner.roots import Newton, RootSolver
+from .linalg.direct import LeastNorm
+from .linalg.jacobian import GraphJacobian
+from .linalg.scaled import SMALL
+from .problem import Problem, RootProblem, check_batch, check_init
+from .recording import recording
+from .solution import Result, Solution, SolveWarning, Throw, check_throw, marked
+from .tree import Tree, norm, scale, tree_map
+
+ADVICE: dict[Result | None, str] = {
+    None: (
+        "The hypergradient holds at a constrained minimum only: start closer to it, look whether any point meets all "
+        "constraints and whether their gradients are independent there, or raise max_steps"
+    ),
+    Result.NEGATIVE_CURVATURE: (
+        "The conditions of Lagrange hold, but at a saddle or maximum along the constraints: start elsewhere"
+    ),
+}
+
+
+DEGENERATE = (
+    "The constrained problem is degenerate: its constraints depend on each other, or its minimum is not isolated, so "
+    "that multipliers and derivatives are not unique. Drop constraints that say nothing new, penalise the objective, "
+    "or pass throw='ignore'."
+)
+
+
+class ConstrainedSolution(NamedTuple, Generic[Params]):
+    """The minimum, a tree like ``init``, and the multipliers, ``[*batch, m]``."""
+
+    params: Params
+    multipliers: Tensor
+
+
+@solves
+def constrained(
+    objective: Callable[..., Tensor],
+    constraints: Callable[..., Tensor],
+    init: Params,
+    *args: Any,
+    solver: RootSolver | None = None,
+    hypergrad: Hypergrad | None = Implicit(),  # noqa: B008 (frozen)
+    batched: bool = False,
+    throw: Throw = "warn",
+    warm_start: Solution | None = None,
+) -> Solution[ConstrainedSolution[Params]]:
+    """Minimise ``objective(params, *args)`` where ``constraints(params, *args) = 0``; the solution is differentiable.
+
+    It is the root of ``(grad f + J' nu, c)``, the gradient of the Lagrangian ``f + nu . c``, whose Jacobian is
+    symmetric and indefinite: the adjoint is solved by `MINRES`. Both parts of the solution are differentiable; a
+    multiplier is the price of its constraint, minus the slope of the minimum by the value that c is held at.
+
+    Args:
+        objective, constraints: a scalar, and a vector ``[m]`` of fewer constraints than params; both differentiable
+            twice, the constraints with independent gradients at the solution.
+        init: where to start; it need not meet the constraints.
+        solver: `AugmentedLagrangian` by default, which finds minima; `Newton` finds the nearest stationary point.
+        hypergrad: `Implicit` or another method that `root` takes.
+        batched: T problems: every leaf has T first, objective returns ``[T]`` and constraints ``[T, m]``.
+        args, throw, warm_start: as in `argmin`.
+
+    Returns:
+        A `Solution` whose value is a `ConstrainedSolution`. ``stats["residual_norm"]`` is that of the root. A
+        stationary point that is no minimum along the constraints has `Result.NEGATIVE_CURVATURE`, and
+        ``stats["degenerate"]`` says where neither the multipliers nor the derivative are unique, which warns; both are
+        looked at up to 512 unknowns.
+
+    Raises:
+        TypeError, ValueError: bad input. SolveError: as ``throw`` says.
+    """
+    check_throw(throw)
+    check_function("objective", objective, init, "constrained")
+    check_function("constraints", constraints, init, "constrained")
+    check_start(init)
+    check_init(init)
+    check_hypergrad(hypergrad)
+    if isinstance(hypergrad, PathMethod):
+        raise TypeError(f"hypergrad is {hypergrad!r}: a constrained problem takes Implicit(linear_solver), or None.")
+    dims = int(batched)
+    batch = check_batch(init, dims)
+    with torch.no_grad():
+        found = constraints(tree_map(torch.Tensor.detach, init), *args)
+    if not isinstance(found, Tensor) or found.shape[:-1] != batch or found.dim() != dims + 1:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"constraints returned {shape}: a vector [m], or [T, m] with batched=True, is needed.")
+    start = ConstrainedSolution(init, torch.zeros_like(found))
+
+    def stationarity(point: ConstrainedSolution[Tree], *args: Any) -> ConstrainedSolution[Tree]:
+        def lagrangian(params: Tree) -> tuple[Tensor, Tensor]:
+            gap = constraints(params, *args)
+            return objective(params, *args).sum() + (point.multipliers * gap).sum(), gap
+
+        slope, gap = torch.func.grad(lagrangian, has_aux=True)(point.params)
+        return ConstrainedSolution(slope, gap)
+
+    def build(tracer: Tracer) -> RootProblem:
+        problem = RootProblem(stationarity, start, args, batch_dims=dims, tracer=tracer)
+        problem.data = (
+            lambda point: problem.under_rules(objective, problem.raveler.unflatten(point).params),
+            lambda point: problem.under_rules(constraints, problem.raveler.unflatten(point).params),
+        )
+        return problem
+
+    method = solver or AugmentedLagrangian()
+    tells = throw != "ignore" and hypergrad is not None
+    return differentiable_solve(
+        lambda closure: LagrangianStatement(
+            closure,
+            replace(closure, fn=lambda point, *args: objective(point.params, *args)),
+            replace(closure, fn=lambda point, *args: constraints(point.params, *args)),
+        ),
+        stationarity,
+        start,
+        args,
+        build=build,
+        batch_dims_of=lambda _, __: dims,
+        search=Search(
+            method.find, throw, "The constrained solve", ADVICE, complete=partial(_look_at_curvature, warn=tells)
+        ),
+        hypergrad=hypergrad,
+        warm_start=warm_start,
+    )
+
+
+@dataclass(frozen=True)
+class LagrangianStatement(SymmetricResidualStatement):
+    """The conditions of Lagrange, with the two functions for the solver."""
+
+    objective: Closure | VmappedClosure
+    constraints: Closure | VmappedClosure
+
+    def problem(self, start: list[Tensor], hparams: Sequence[Tensor], batch_dims: int) -> RootProblem:
+        problem = super().problem(start, hparams, batch_dims)
+        problem.data = (lambda point: self.objective(point, hparams), lambda point: self.constraints(point, hparams))
+        return problem
+
+    def vmapped(self, in_dims: tuple[int | None, ...]) -> LagrangianStatement:
+        parts = (self.closure, self.objective, self.constraints)
+        return LagrangianStatement(*(VmappedClosure(part, in_dims) for part in parts))
+
+
+@dataclass(frozen=True)
+class AugmentedLagrangian:
+    """Minimise ``f + nu . c + mu ||c||^2 / 2``, set ``nu <- nu + mu c``, in turns (Hestenes 1969); then Newton's steps.
+
+    Args:
+        inner: what minimises. rounds: turns at most. strength: mu of the first one; tenfold where a turn does not take
+            three quarters off ``||c||``.
+        newton: makes the end accurate.
+    """
+
+    inner: InnerSolver = LBFGS(max_steps=200)  # noqa: RUF009 (frozen)
+    rounds: int = 12
+    strength: float = 10.0
+    newton: Newton = Newton(LeastNorm())  # noqa: RUF009 (frozen)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or not self.strength > 0:
+            raise ValueError(f"rounds is {self.rounds} and strength {self.strength}: both are positive.")
+
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
+        """Find a root that is a minimum; see `RootSolver`.
+
+        Raises:
+            TypeError: the system is not that of a Lagrangian.
+        """
+        if not isinstance(problem.data, tuple) or len(problem.data) != 2:
+            raise TypeError(
+                "AugmentedLagrangian serves bl.constrained, whose objective it needs; take Newton() for root."
+            )
+        near = copy.copy(problem)
+        near.y = self._near(problem)
+        near.r = problem.evaluate(near.y)
+        return self.newton.find(near)
+
+    def _near(self, problem: RootProblem) -> Tensor:
+        objective, constraints = problem.data
+        *params, multipliers = problem.raveler.unravel(problem.y)
+        mu = torch.full(problem.y.shape[:-1], self.strength, dtype=torch.float64, device=problem.y.device)
+        gap = first = None
+        for _ in range(self.rounds):
+
+            def augmented(params: list[Tensor], nu: Tensor = multipliers, mu: Tensor = mu) -> Tensor:
+                c = constraints([*params, nu])
+                found: Tensor = objective([*params, nu]) + (nu * c).sum(-1) + mu.to(c.dtype) / 2 * c.square().sum(-1)
+                return found
+
+            inner = Problem(augmented, params, max_batch_dims=mu.dim())
+            params = inner.raveler.unravel(self.inner.minimize(inner).value.detach())
+            with torch.no_grad():
+                c = constraints([*params, multipliers])
+            if not bool(torch.isfinite(c).all()):
+                return problem.y
+            multipliers = multipliers + scale(mu, c)
+            size = norm(c)
+            first = size if first is None else torch.maximum(first, size)
+            if bool((size <= 1e-4 * first).all()):
+                break
+            mu = torch.where(size > 0.25 * (first if gap is None else gap), 10 * mu, mu) if gap is not None else mu
+            gap = size
+        return problem.raveler.ravel([*params, multipliers])
+
+
+def _look_at_curvature(problem: RootProblem, found: Solution[Tensor], *, warn: bool) -> Solution[Tensor]:
+    """At a minimum the Jacobian has as many negative eigenvalues as there are constraints, and none that is zero."""
+    good = found.stats["result"] <= int(Result.STEPS_DONE)
+    flagged = found.with_stats(degenerate=torch.zeros_like(good))
+    if recording() or problem.raveler.size > SMALL or not bool(good.any()):
+        return flagged
+    jacobian = GraphJacobian(problem.raveler, problem.linearize(found.value.detach()), symmetric=True)
+    matrix = jacobian.to_dense().double().nan_to_num(0, 0, 0)
+    values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
+    rounding = torch.finfo(jacobian.dtype).eps ** 0.75 * values.abs().amax(-1, keepdim=True)
+    saddle = (values < -rounding).sum(-1) > problem.raveler.sizes[-1]
+    degenerate = good & (values.abs() <= rounding).any(-1)
+    if warn and bool(degenerate.any()):
+        warnings.warn(DEGENERATE, SolveWarning, stacklevel=3)
+    codes = marked(found.stats["result"], good & saddle, Result.NEGATIVE_CURVATURE)
+    return flagged.with_stats(result=codes, degenerate=degenerate)

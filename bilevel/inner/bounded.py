@@ -1,0 +1,182 @@
+"""Quasi-Newton descent inside bounds: steps that are projected, on the params that are free to move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Evaluation, Problem
+from ..prox.parts import within
+from ..recording import recording
+from ..solution import Result, Solution
+from ..tree import axpy, dot, norm, scale
+from .descent import MAX_TRIALS, SUFFICIENT_DECREASE, grows
+from .minimize import Progress, choose
+from .nearness import Nearness
+from .outcome import look_closer
+from .pairs import Pair, first_step, two_loops
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """``low <= y <= high``, both flat, ``[*batch, n]``."""
+
+    low: Tensor
+    high: Tensor
+
+    def clip(self, y: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(y, self.low), self.high)
+
+    def held(self, at: Evaluation, gap: Tensor | None = None) -> Tensor:
+        """Which params a bound holds against their slope; with a ``gap [*batch]`` those that are as near, too."""
+        slack = torch.zeros_like(at.y) if gap is None else scale(gap, torch.ones_like(at.y))
+        return ((at.y - self.low <= slack) & (at.g > 0)) | ((self.high - at.y <= slack) & (at.g < 0))
+
+    def slope(self, at: Evaluation) -> Tensor:
+        """The gradient of the params that are free to move, zero for those that are held."""
+        return torch.where(self.held(at), torch.zeros_like(at.g), at.g)
+
+    def free(self, at: Evaluation) -> Evaluation:
+        """The point with that gradient."""
+        return Evaluation(at.y, at.f, self.slope(at))
+
+
+def box_of(problem: Problem, bounds: tuple[Any, Any]) -> Bounds:
+    """The bounds as the solver of a problem sees them; those of the hyperparameters, where these are derived by."""
+    like = problem.start.y.detach()
+    shrink = problem.shrink or within(bounds, problem.tree).prox
+    one = torch.ones_like(problem.start.f)
+    with torch.no_grad():
+        return Bounds(*(shrink(torch.full_like(like, side), one) for side in (-torch.inf, torch.inf)))
+
+
+def check_bounds(bounds: Any) -> None:
+    """Refuse what is no pair of bounds."""
+    if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2):
+        raise ValueError(f"bounds is {bounds!r}: a pair (lower, upper) is needed, where None is no bound.")
+
+
+def descend_within(problem: Problem, box: Bounds, gtol: float | None, max_steps: int, history: int) -> Solution[Tensor]:
+    """Two-metric projection (Bertsekas 1982) with the inverse Hessian of L-BFGS on the free params."""
+    start = problem.start
+    inside = box.clip(start.y)
+    at = start if recording() or torch.equal(inside, start.y) else problem.evaluate(inside)
+    memory = BoundedMemory(problem, at, box, history)
+    halfway = before = begin = at
+    progress = Progress.begin(box.free(at), gtol)
+    nearness = Nearness(at.y) if gtol is None else None
+    if nearness is not None:
+        progress.mark(progress.active, Result.MAX_STEPS)
+    for step in range(max_steps + 1):
+        if not bool(progress.active.any()):
+            break
+        towards, _, known = memory(at, at.f)
+        near = None
+        if nearness is not None:
+            move = box.clip(at.y + towards) - at.y
+            decrement = dot(at.g, move).abs()
+            predicted = torch.where(known | (decrement == 0), norm(move), torch.inf)
+            progress.end(nearness.look(predicted, at.y, decrement, at.f), Result.CONVERGED)
+            near = nearness.acceptable
+        if step == max_steps:
+            break
+        if step & (step - 1) == 0:
+            before, halfway = halfway, at
+        at, moved = _search(problem, box, at, towards, progress.active, near)
+        progress.count()
+        progress.look(box.free(at))
+        if nearness is not None:
+            progress.end(~moved & nearness.acceptable, Result.CONVERGED)
+        progress.end(~moved, Result.STAGNATED)
+    unbounded = grows(progress, at, before, begin, nearness) & (at.f < halfway.f)
+    progress.mark(unbounded, Result.UNBOUNDED)
+    stats = {} if nearness is None else {"step_norm": nearness.predicted}
+    return progress.solution(at.y, loss=at.f, **stats)
+
+
+class BoundedMemory:
+    """Curvature pairs, of which each step takes the part of the params that are free there."""
+
+    def __init__(self, problem: Problem, at: Evaluation, box: Bounds, history: int):
+        self.box, self.history = box, history
+        size = norm(at.g)
+        self.unit = torch.where((size > 0) & torch.isfinite(size), 1 / size, torch.ones_like(size))
+        self.changes: list[tuple[Tensor, Tensor]] = []
+        self.previous: Evaluation | None = None
+        self.first = first_step(problem, at)
+        self.gap = torch.full_like(at.f, torch.inf)
+
+    def __call__(self, at: Evaluation, last: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
+        """As `pairs.Memory`; the direction is to be projected."""
+        if self.previous is None:
+            self.previous = at
+            downhill, length, curved = self.first
+            self.gamma = torch.where(length > 0, length, torch.ones_like(length))
+            return scale(length, downhill), torch.ones_like(length), curved
+        step = at.y - self.previous.y
+        self.changes = [*self.changes, (step, scale(self.unit, at.g - self.previous.g))][-self.history :]
+        self.previous = at
+        g = scale(self.unit, at.g)
+        # Params as near to their bound as a step along the gradient goes are held by it, with a metric of their own.
+        self.gap = torch.minimum(self.gap, norm(self.box.clip(at.y - scale(self.gamma, g)) - at.y))
+        held = self.box.held(at, self.gap)
+        pairs = [_among(~held, *change) for change in self.changes]
+        useful = pairs[-1][2] > 0
+        newest = dot(pairs[-1][1], pairs[-1][1])
+        self.gamma = torch.where(useful, 1 / (pairs[-1][2] * newest), self.gamma)
+        free = two_loops(pairs, self.gamma, torch.where(held, torch.zeros_like(g), g))
+        towards = -torch.where(held, scale(self.gamma, g), free)
+        return towards, torch.ones_like(at.f), useful | held.all(-1)
+
+
+def _among(free: Tensor, s: Tensor, y: Tensor) -> Pair:
+    s, y = (torch.where(free, part, torch.zeros_like(part)) for part in (s, y))
+    curvature = dot(s, y)
+    useful = curvature > torch.finfo(s.dtype).eps * norm(s) * norm(y)
+    return s, y, torch.where(useful, 1 / curvature, torch.zeros_like(curvature))
+
+
+def _search(
+    problem: Problem, box: Bounds, at: Evaluation, towards: Tensor, active: Tensor, near: Tensor | None
+) -> tuple[Evaluation, Tensor]:
+    """Backtracking along the projected arc, each problem by itself; near the solution judged by the slopes too.
+
+    Returns:
+        The points, and the mask of success.
+    """
+    step, pending, best = torch.ones_like(at.f), active, at
+    rounding = torch.finfo(at.g.dtype).eps ** 0.6 * at.f.abs()
+    for trials in range(2 * MAX_TRIALS):
+        if near is not None and trials == MAX_TRIALS // 6:
+            pending = pending & ~near
+        if not bool(pending.any()):
+            break
+        y = box.clip(axpy(torch.where(pending, step, torch.zeros_like(step)), towards, at.y))
+        trial = problem.evaluate(y)
+        slope = dot(at.g, y - at.y)
+        decreased = trial.f <= at.f + SUFFICIENT_DECREASE * slope
+        level = (trial.f <= at.f + rounding) & (dot(trial.g, y - at.y) <= (2 * SUFFICIENT_DECREASE - 1) * slope)
+        accepted = pending & (slope < 0) & (decreased | level)
+        best = choose(accepted, trial, best)
+        pending = pending & ~accepted
+        step = torch.where(pending, step / 2, step)
+    return best, active & ~pending & (best.y != at.y).any(-1)
+
+
+def look_closer_inside(problem: Problem, found: Solution) -> Solution[Tensor]:
+    """`look_closer` at the params that are free to move; a problem without bounds is none of its own."""
+    if problem.shrink is None or recording():
+        return found
+    at = problem.evaluate(found.value.detach())
+    return look_closer(problem, found, ~box_of(problem, (None, None)).held(at))
+
+
+def snapped(box: Bounds, y: Tensor, g: Tensor, slack: float = 1e-6) -> Tensor:
+    """Params that a solver left a little inside of the bound that holds them, on it."""
+    for bound, pulls in ((box.low, g > 0), (box.high, g < 0)):
+        close = (y - bound).abs() <= slack * bound.abs().clamp_min(1.0)
+        y = torch.where(close & pulls, bound, y)
+    return box.clip(y)

@@ -1,0 +1,169 @@
+"""`constrained` and `Bisection`: against closed forms, SciPy and differences; what is no minimum is told."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+
+import bilevel as bl
+from bilevel import Bisection, LeastNorm, Result
+from tests.conformance import randn, spd
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_a_quadratic_with_linear_constraints_is_a_quadratic_program():
+    """Values, multipliers and derivatives, of a batch."""
+    Q, c, A, b = spd(5, batch=(3,)), randn(3, 5), randn(3, 2, 5), randn(3, 2)
+    for x in (Q, c, A, b):
+        x.requires_grad_()
+
+    def objective(y):
+        return torch.einsum("ti,tij,tj->t", y, Q, y) / 2 + (c * y).sum(-1)
+
+    def gap(y):
+        return (A @ y.unsqueeze(-1)).squeeze(-1) - b
+
+    fit = bl.constrained(objective, gap, torch.zeros(3, 5, dtype=torch.float64), batched=True, throw="raise")
+    truth = bl.quadratic_program((Q + Q.mT) / 2, c, A, b)
+    torch.testing.assert_close(fit.value.params, truth.value.primal, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(fit.value.multipliers, truth.value.equality, rtol=1e-7, atol=1e-9)
+    weights = randn(3, 5, seed=4)
+    ours = torch.autograd.grad((weights * fit.value.params).sum() + fit.value.multipliers.sum(), (Q, c, A, b))
+    theirs = torch.autograd.grad((weights * truth.value.primal).sum() + truth.value.equality.sum(), (Q, c, A, b))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("start", [[1.0, 1.0], [-3.0, 0.1], [0.2, -5.0], [0.0, 0.0]])
+def test_a_curved_constraint_from_many_starts(start):
+    """The point of an ellipse that is nearest to a line's direction: closed form, with its slope by the axes."""
+    axes = tensor([2.0, 0.5]).requires_grad_()
+    direction = tensor([1.0, 3.0])
+
+    def ellipse(y):
+        return ((y / axes).square().sum() - 1).unsqueeze(0)
+
+    fit = bl.constrained(lambda y: direction @ y, ellipse, tensor(start), throw="raise")
+    size = (axes * direction).square().sum().sqrt()
+    torch.testing.assert_close(fit.value.params, -(axes**2) * direction / size, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(fit.value.multipliers, (size / 2).unsqueeze(0), rtol=1e-7, atol=0)
+    grads = [torch.autograd.grad(v, axes, retain_graph=True)[0] for v in (fit.value.params[0], -(axes[0] ** 2) / size)]
+    torch.testing.assert_close(*grads, rtol=1e-7, atol=1e-9)
+
+
+def test_a_nonconvex_program_is_scipys():
+    """Hock and Schittkowski's problem 26, with a hyperparameter; the derivative by differences."""
+
+    def parts(x):
+        return (
+            lambda y: (y[0] - y[1]).square() + (y[1] - x * y[2]).pow(4) + 0.1 * y.square().sum(),
+            lambda y: ((1 + y[1] ** 2) * y[0] + y[2] ** 4 - 3).unsqueeze(0),
+        )
+
+    def fitted(x):
+        return bl.constrained(*parts(x), tensor([-2.6, 2.0, 2.0]), throw="raise").value.params
+
+    x = tensor(1.2).requires_grad_()
+    f, c = parts(tensor(1.2))
+    theirs = scipy.optimize.minimize(
+        lambda y: f(torch.tensor(y)).item(), [-2.6, 2.0, 2.0], method="SLSQP", options={"ftol": 1e-15, "maxiter": 500},
+        constraints={"type": "eq", "fun": lambda y: c(torch.tensor(y)).numpy()},
+    )  # fmt: skip
+    np.testing.assert_allclose(fitted(x).detach().numpy(), theirs.x, atol=1e-5)
+    (slope,) = torch.autograd.grad(fitted(x)[2], x)
+    h = 1e-5
+    assert slope.item() == pytest.approx(
+        ((fitted(tensor(1.2 + h)) - fitted(tensor(1.2 - h)))[2] / (2 * h)).item(), rel=1e-6
+    )
+
+
+def test_transforms():
+    def price(radius):
+        circle = lambda y: (y.square().sum() - radius**2).unsqueeze(0)  # noqa: E731
+        return bl.constrained(lambda y: y[0] + 2 * y[1], circle, tensor([0.5, -1.0])).value.multipliers[0]
+
+    radii = tensor([0.5, 1.0, 2.0])
+    torch.testing.assert_close(torch.vmap(price)(radii), math.sqrt(5) / (2 * radii))
+    torch.testing.assert_close(torch.func.grad(price)(tensor(2.0)), tensor(-math.sqrt(5) / 8))
+
+
+def test_a_tree_of_params():
+    target = {"w": randn(2, 3), "b": randn(2)}
+    fit = bl.constrained(
+        lambda p: sum((p[k] - target[k]).square().sum() for k in p),
+        lambda p: p["w"].sum(1) + p["b"],
+        {"w": torch.zeros(2, 3).double(), "b": torch.zeros(2).double()},
+        throw="raise",
+    )
+    excess = (target["w"].sum(1) + target["b"]) / 4
+    torch.testing.assert_close(fit.value.params["w"], target["w"] - excess[:, None])
+    torch.testing.assert_close(fit.value.params["b"], target["b"] - excess)
+
+
+def test_a_maximum_a_set_that_is_empty_and_constraints_that_repeat_are_told():
+    circle = lambda y: (y.square().sum() - 1).unsqueeze(0)  # noqa: E731
+    with pytest.warns(bl.SolveWarning, match="Lagrange"):
+        fit = bl.constrained(lambda y: y[0], circle, tensor([0.9, 0.1]), solver=bl.Newton(LeastNorm()))
+    assert fit.result is Result.NEGATIVE_CURVATURE
+    with pytest.warns(bl.SolveWarning, match="constrained solve"):
+        bl.constrained(lambda y: y[0], lambda y: (y.square().sum() + 1).unsqueeze(0), tensor([0.9, 0.1]))
+    double = lambda y: torch.stack([y.sum() - 1, 2 * (y.sum() - 1)])  # noqa: E731
+    with pytest.warns(bl.SolveWarning, match="degenerate"):
+        fit = bl.constrained(lambda y: y.square().sum(), double, tensor([0.9, 0.1]))
+    torch.testing.assert_close(fit.value.params, tensor([0.5, 0.5]))
+    assert fit.stats["degenerate"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "words"),
+    [
+        ({"constraints": lambda y: y.sum()}, ValueError, "vector"),
+        ({"constraints": 3}, TypeError, "constraints is 3"),
+        ({"hypergrad": bl.Unroll()}, TypeError, "Implicit"),
+    ],
+)
+def test_bad_input(settings, error, words):
+    given = {"constraints": lambda y: y[:1], **settings}
+    with pytest.raises(error, match=words):
+        bl.constrained(lambda y: y.square().sum(), given.pop("constraints"), tensor([1.0, 2.0]), **given)
+    with pytest.raises(TypeError, match=r"bl\.constrained"):
+        bl.root(lambda y: y - 1, tensor([0.0]), solver=bl.AugmentedLagrangian())
+
+
+def test_bisection_of_a_batch_that_newton_cannot_start():
+    """Flat at the start and beyond; with the derivative of each root."""
+    level = tensor([0.1, 0.5, 0.999]).requires_grad_()
+    residual = lambda y: torch.tanh(20 * (y - 3)) - level  # noqa: E731
+    fit = bl.root(residual, torch.zeros(3, dtype=torch.float64), solver=Bisection(-10.0, 50.0), throw="raise")
+    truth = 3 + torch.atanh(level) / 20
+    torch.testing.assert_close(fit.value, truth, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(value.sum(), level, retain_graph=True)[0] for value in (fit.value, truth)]
+    torch.testing.assert_close(*grads, rtol=1e-7, atol=0)
+    each = bl.root(
+        lambda y: residual(y.squeeze(-1)).unsqueeze(-1),
+        torch.zeros(3, 1, dtype=torch.float64),
+        batched=True,
+        solver=Bisection(tensor([[0.0], [1.0], [2.0]]), 20.0),
+        throw="raise",
+    )
+    torch.testing.assert_close(each.value.squeeze(-1), truth, rtol=1e-12, atol=0)
+
+
+def test_bisection_tells_where_there_is_no_root():
+    for function in (lambda y: y.square() + 1, lambda y: 1 / (y - 0.3)):
+        with pytest.warns(bl.SolveWarning):
+            fit = bl.root(function, tensor([0.0]), solver=Bisection(-1.0, 2.0))
+        assert fit.result is Result.STAGNATED
+    with pytest.warns(bl.SolveWarning, match="step limit"):
+        bl.root(lambda y: y - 0.3, tensor([0.0]), solver=Bisection(-1.0, 2.0, max_steps=5))
+    at_zero = bl.root(lambda y: y.pow(3), tensor([0.5]), solver=Bisection(-1.0, 2.0), hypergrad=None, throw="raise")
+    assert abs(at_zero.value.item()) < 1e-29
+    with pytest.raises(ValueError, match="bracket"):
+        Bisection(1.0, 0.0)

@@ -1,0 +1,217 @@
+"""Influence against what it predicts: leave-one-out retraining, subsets of a small network, labels that are wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy
+
+import bilevel as bl
+from bilevel import Influence
+from tests.conformance import randn, relative_error
+
+NUM, FEATURES, CLASSES, RIDGE = 200, 5, 3, 0.02
+
+
+def blobs(count, seed):
+    labels = torch.arange(count) % CLASSES
+    centres = 1.2 * torch.eye(CLASSES, FEATURES, dtype=torch.float64)
+    return randn(count, FEATURES, seed=seed) + centres[labels], labels
+
+
+def each(outputs, batch):
+    return cross_entropy(outputs, batch[1], reduction="none")
+
+
+def linear(params, batch):
+    return batch[0] @ params["weight"] + params["bias"]
+
+
+def penalty(params):
+    return RIDGE / 2 * params["weight"].square().sum() + RIDGE / 2 * params["bias"].square().sum()
+
+
+TRAIN, QUERIES = blobs(NUM, 1), blobs(20, 2)
+START = {"weight": torch.zeros(FEATURES, CLASSES).double(), "bias": torch.zeros(CLASSES).double()}
+
+
+def fitted(model, start, weights, penalty=penalty, data=TRAIN):
+    """One fit for each row of weights ``[T, n]``, all at once."""
+
+    def objective(params):
+        logits = torch.vmap(lambda p: model(p, data))(params)
+        losses = torch.vmap(lambda out: each(out, data))(logits)
+        return (weights * losses).mean(-1) + torch.vmap(penalty)(params)
+
+    solver = bl.LBFGS(max_steps=2000)
+    return bl.argmin(objective, bl.stack(start, len(weights)), solver=solver, hypergrad=None, throw="ignore").value
+
+
+@pytest.fixture(scope="module")
+def logistic():
+    full = fitted(linear, START, torch.ones(1, NUM).double())
+    return {name: leaf[0] for name, leaf in full.items()}
+
+
+def losses_of(params):
+    return torch.vmap(lambda p: each(linear(p, QUERIES), QUERIES))(params)
+
+
+def test_leave_one_out_of_logistic_regression():
+    """Each of 400 examples left out, and fitted again: correlation 0.99 at least, magnitudes within 5 %."""
+    data, count = blobs(400, 1), 400
+    weights = torch.cat([torch.ones(1, count), 1 - torch.eye(count)]).double()
+    fits = fitted(linear, START, weights, data=data)
+    full = {name: leaf[0] for name, leaf in fits.items()}
+    losses = losses_of(fits)
+    truth = losses[1:] - losses[:1]
+    for curvature in ("gauss_newton", "full"):  # which are the same for logistic regression
+        scores = bl.influence(linear, each, full, data, QUERIES, penalty=penalty, curvature=curvature, throw="raise")
+        predicted = scores.left_out(torch.eye(count, dtype=torch.bool))
+        for query in range(len(QUERIES[1])):
+            assert np.corrcoef(predicted[:, query], truth[:, query])[0, 1] >= 0.99
+        slope = (predicted * truth).sum() / predicted.square().sum()
+        assert 0.95 <= slope.item() <= 1.05
+
+
+def exact(logistic, damping=0.0):
+    """By dense matrices of `torch.func`."""
+    flat = torch.cat([logistic["weight"].flatten(), logistic["bias"]])
+    tree = lambda y: {"weight": y[:-CLASSES].view(FEATURES, CLASSES), "bias": y[-CLASSES:]}  # noqa: E731
+    hessian = torch.func.hessian(lambda y: each(linear(tree(y), TRAIN), TRAIN).mean() + penalty(tree(y)))(flat)
+    g, q = (torch.func.jacrev(lambda y, d=d: each(linear(tree(y), d), d))(flat) for d in (TRAIN, QUERIES))
+    return -q @ torch.linalg.solve(hessian + damping * torch.eye(len(flat)).double(), g.T), g, hessian
+
+
+def test_values_chunks_and_errors_are_those_of_dense_matrices(logistic):
+    truth, g, hessian = exact(logistic)
+    settings = {"penalty": penalty, "throw": "ignore"}
+    for chunk, query_chunk in ((1024, 64), (67, 9)):
+        scores = bl.influence(linear, each, logistic, TRAIN, QUERIES, chunk=chunk, query_chunk=query_chunk, **settings)
+        torch.testing.assert_close(scores.values, truth, rtol=1e-7, atol=1e-9)
+    own = Influence(linear, each, logistic, TRAIN, query_chunk=33, **settings).of_themselves()
+    torch.testing.assert_close(own, (g * torch.linalg.solve(hessian, g.T).T).sum(1), rtol=1e-7, atol=1e-10)
+    loose = bl.influence(linear, each, logistic, TRAIN, QUERIES, linear_solver=bl.CG(max_steps=3), **settings)
+    wrong = (loose.values - truth).square().mean(-1).sqrt()
+    assert (wrong > 1e-5).any()
+    assert ((loose.error / wrong - 1).abs() < 0.3).all()
+    damped = bl.influence(linear, each, logistic, TRAIN, QUERIES, damping=0.1, **settings)
+    torch.testing.assert_close(damped.values, exact(logistic, 0.1)[0], rtol=1e-7, atol=1e-9)
+    inverse = torch.linalg.inv(hessian)
+    given = bl.influence(linear, each, logistic, TRAIN, QUERIES, inverse=inverse, **settings)
+    torch.testing.assert_close(given.values, truth, rtol=1e-7, atol=1e-9)
+    assert given.stats["relative_residual"].max() < 1e-10
+
+
+def test_neumann_is_lissa_and_a_part_of_the_params_holds_the_rest(logistic):
+    truth = exact(logistic)[0]
+    solver = bl.Neumann(alpha=1.5, max_steps=500)
+    scores = bl.influence(linear, each, logistic, TRAIN, QUERIES, penalty=penalty, linear_solver=solver)
+    torch.testing.assert_close(scores.values, truth, rtol=1e-5, atol=1e-7)
+    last = {"bias": logistic["bias"]}
+    model = lambda p, batch: linear({"weight": logistic["weight"], **p}, batch)  # noqa: E731
+    part = bl.influence(model, each, last, TRAIN, QUERIES, damping=0.0)
+    logits = torch.softmax(linear(logistic, TRAIN), -1)
+    curvature = torch.diag(logits.mean(0)) - logits.T @ logits / NUM
+    slopes = [torch.softmax(linear(logistic, d), -1) - torch.eye(CLASSES).double()[d[1]] for d in (QUERIES, TRAIN)]
+    torch.testing.assert_close(
+        part.values, -slopes[0] @ torch.linalg.pinv(curvature) @ slopes[1].T, rtol=1e-6, atol=1e-8
+    )
+
+
+def network(params, batch):
+    return torch.tanh(batch[0] @ params["first"]) @ params["second"]
+
+
+def decay(params):
+    return 0.005 * sum(leaf.square().sum() for leaf in params.values())
+
+
+def test_linear_datamodeling_score_of_a_small_network():
+    """Half of the examples left out, a hundred times, and the network trained again from where it stood."""
+    start = {"first": randn(FEATURES, 8, seed=3) / 2, "second": randn(8, CLASSES, seed=4) / 3}
+    full = {name: leaf[0] for name, leaf in fitted(network, start, torch.ones(1, NUM).double(), decay).items()}
+    generator = torch.Generator().manual_seed(5)
+    out = torch.stack([torch.randperm(NUM, generator=generator) < NUM // 5 for _ in range(100)])
+    again = fitted(network, full, (~out).double(), decay)
+    truth = torch.vmap(lambda p: each(network(p, QUERIES), QUERIES))(again) - each(network(full, QUERIES), QUERIES)
+    scores = bl.influence(network, each, full, TRAIN, QUERIES, penalty=decay)
+    predicted = scores.left_out(out)
+    score = np.mean([spearmanr(predicted[:, q], truth[:, q]).statistic for q in range(len(QUERIES[1]))])
+    assert score >= 0.8
+    # What the inverse curvature is worth: products of gradients alone predict less.
+    plain = bl.influence(network, each, full, TRAIN, QUERIES, inverse=torch.eye(8 * (FEATURES + CLASSES)).double())
+    alone = np.mean([spearmanr(plain.left_out(out)[:, q], truth[:, q]).statistic for q in range(len(QUERIES[1]))])
+    assert alone < score - 0.02
+
+
+def test_wrong_labels_are_the_ones_that_speak_for_themselves():
+    """Digits, a tenth of them mislabelled: self-influence ranks them first."""
+    images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    images, given = images[:600] / 16, labels[:600].clone()
+    wrong = torch.rand(600, generator=torch.Generator().manual_seed(0)) < 0.1
+    given[wrong] = (given[wrong] + 1 + torch.arange(int(wrong.sum())) % 9) % 10
+    data, ridge = (images, given), lambda w: 5e-3 * w.square().sum()
+    softmax = lambda w, batch: batch[0] @ w  # noqa: E731
+    loss = lambda w: each(softmax(w, data), data).mean() + ridge(w)  # noqa: E731
+    weight = bl.argmin(loss, torch.zeros(64, 10).double(), hypergrad=None).value
+    own = Influence(softmax, each, weight, data, penalty=ridge, linear_solver=bl.CG(rtol=1e-3)).of_themselves()
+    first = own.argsort(descending=True)[: int(wrong.sum())]
+    assert wrong[first].double().mean() >= 0.75
+
+
+def test_a_file_goes_on_where_it_was_cut_off(logistic, tmp_path):
+    file, calls = tmp_path / "scores.pt", []
+    all_of_them = bl.influence(linear, each, logistic, TRAIN, QUERIES, penalty=penalty)
+
+    class Stops(Exception):
+        pass
+
+    class Counted(bl.CG):
+        def solve(self, operator, b, state=None):
+            calls.append(len(b))
+            if len(calls) == 3:
+                raise Stops
+            return super().solve(operator, b, state)
+
+    made = Influence(linear, each, logistic, TRAIN, penalty=penalty, query_chunk=4, linear_solver=Counted())
+    with pytest.raises(Stops):
+        made.of(QUERIES, file=file)
+    scores = made.of(QUERIES, file=file)
+    assert calls == [4] * 6
+    torch.testing.assert_close(scores.values, all_of_them.values)
+    with pytest.raises(ValueError, match="other"):
+        made.of(tuple(part.flip(0) for part in QUERIES), file=file)
+
+
+def test_what_is_wrong_is_told(logistic):
+    settings = {"penalty": penalty}
+    with pytest.warns(bl.SolveWarning, match="influences"):
+        bl.influence(linear, each, logistic, TRAIN, QUERIES, linear_solver=bl.CG(rtol=1e-10, max_steps=2), **settings)
+    assert Influence(linear, each, logistic, TRAIN, **settings).distance < 1e-8
+    away = {name: leaf + 0.3 for name, leaf in logistic.items()}
+    assert Influence(linear, each, away, TRAIN, **settings).distance > 0.1
+    unfinished = {"first": randn(FEATURES, 8, seed=3), "second": randn(8, CLASSES, seed=4)}
+    with pytest.warns(bl.SolveWarning, match="no minimum"):
+        bl.influence(network, each, unfinished, TRAIN, QUERIES, curvature="full", damping=0.0)
+    for change, words in (
+        ({"curvature": "none"}, "gauss_newton"),
+        ({"damping": -1.0}, "negative"),
+        ({"chunk": 0}, "chunk"),
+        ({"losses": lambda o, b: cross_entropy(o, b[1])}, "one loss for each"),
+        ({"train": (TRAIN[0], TRAIN[1][:3])}, "first dimension"),
+    ):
+        given = {"losses": each, "train": TRAIN, **change}
+        with pytest.raises(ValueError, match=words):
+            Influence(linear, given.pop("losses"), logistic, given.pop("train"), **given)
+    scores = bl.influence(linear, each, logistic, TRAIN, QUERIES, **settings)
+    assert dataclasses.is_dataclass(scores)
+    assert scores.result is bl.Result.CONVERGED
+    assert relative_error(scores.left_out(torch.ones(1, NUM, dtype=torch.bool)), -scores.values.mean(1)[None]) < 1e-12
+    with pytest.raises(ValueError, match="masks"):
+        scores.left_out(torch.ones(NUM))
