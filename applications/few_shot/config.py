@@ -111,6 +111,7 @@ class Config(SolverKnobs):
     """Meta-steps between validations (100 tasks of the validation classes); 0 for none."""
 
     solver_settings = ("solver", "hypergrad", "strength")
+    names_code = ("model",)
 
     def check(self) -> None:
         counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "width", "eval_steps")

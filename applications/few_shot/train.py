@@ -19,6 +19,7 @@ from applications.few_shot.config import Config
 from applications.few_shot.episodes import Sampler
 from applications.few_shot.methods import Learner, meta_step
 from applications.few_shot.models import build
+from applications.frame.checkpoint import restore_optimizer
 from applications.frame.device import select_device
 from applications.frame.errors import UserError
 from applications.frame.run import Row, Run
@@ -104,9 +105,9 @@ class Session:
                 param.copy_(state["meta"][name])
             for name, value in self.learner.log_strength.items():
                 value.copy_(state["log_strength"][name])
-            self.average.restore(state.get("average"))
-        self.clipping.running = state.get("running_norm", 0.0)
-        self.optimizer.load_state_dict(state["optimizer"])
+            self.average.restore(state["average"])
+        self.clipping.running = state["running_norm"]
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
 
     def sampler(self, stream: str) -> Sampler:
@@ -161,7 +162,7 @@ def meta_train(session: Session) -> Iterator[dict[str, Any]]:
         session.step += 1
         elapsed = time.perf_counter() - begin
         session.seconds += elapsed if config.minutes is None else bl.distributed.from_first(elapsed)
-        skipped = skipped + 1 if record.pop("skipped") else 0
+        skipped = skipped + 1 if record.get("skipped") else 0
         if skipped == MAX_SKIPPED:
             raise UserError(
                 f"No finite meta-gradient in {MAX_SKIPPED} steps, at step {session.step}: the adaptation diverges. "
@@ -211,7 +212,7 @@ def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
         optimizer.step()
         session.average.update(session.step + 1)
     record: dict[str, Any] = {
-        "skipped": not finite,
+        **({} if finite else {"skipped": True}),
         "loss": loss / max(kept_by_all, 1),
         "accuracy": accuracy / max(kept_by_all, 1),
         "meta_gradient_norm": size,

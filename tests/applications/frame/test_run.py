@@ -120,8 +120,26 @@ def test_bad_input_ends_with_2_and_writes_nothing(tmp_path, capsys):
     assert walk("--out", str(tmp_path / "run")) == 0
     assert walk("--out", str(tmp_path / "run")) == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert walk("--resume", str(tmp_path / "run"), "--steps", "9") == 2
-    assert "--steps is 9, but the run to resume has 6" in capsys.readouterr().err
+    for option, value, kept in (("--seed", "1", "0"), ("--steps", "5", "6"), ("--threads", "2", "1")):
+        assert walk("--resume", str(tmp_path / "run"), option, value) == 2
+        assert f"{option} is {value}, but the run to resume has {kept}" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_the_default_is_a_change_too(tmp_path, capsys):
+    assert walk("--out", str(tmp_path / "run"), "--seed", "3") == 0
+    assert walk("--resume", str(tmp_path / "run"), "--seed", "0") == 2
+    assert "--seed is 0, but the run to resume has 3" in capsys.readouterr().err
+
+
+def test_a_run_may_become_longer_and_is_then_the_long_one(tmp_path):
+    assert walk("--out", str(tmp_path / "whole"), "--steps", "9") == 0
+    assert walk("--out", str(tmp_path / "run")) == 0
+    assert walk("--resume", str(tmp_path / "run"), "--steps", "9") == 0
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+    tables = [RunFolder(tmp_path / name).results()["tables"] for name in ("run", "whole")]
+    assert tables[0] == tables[1]
+    assert walk("--resume", str(tmp_path / "run")) == 0  # the new length is that of the run
+    assert len(comparable(tmp_path / "run")) == 9
 
 
 def test_a_checkpoint_of_other_settings_is_told(tmp_path, capsys):
@@ -213,7 +231,7 @@ def test_subcommands_have_their_words_and_a_line_in_the_help(capsys):
 def test_knobs_survive_the_file():
     knobs = Walk(seed=3, data=Path("a/b"), sizes=(4, 5))
     assert Walk.from_json(json.loads(json.dumps(knobs.to_json()))) == knobs
-    with pytest.raises(UserError, match="another application or version: pace"):
+    with pytest.raises(UserError, match="another application or version: it has the unknown 'pace'"):
         Walk.from_json({**knobs.to_json(), "pace": 1})
 
 
