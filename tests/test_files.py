@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
-import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -140,7 +140,8 @@ def test_what_killed_processes_began_is_removed_by_the_next_and_that_of_the_livi
     script = (
         "import os, pathlib, sys, time\n"
         "from bilevel.files import write_atomically\n"
-        "write_atomically(pathlib.Path(sys.argv[1]), lambda file: (file.write(b'half'), print('.', flush=True), time.sleep(99)))"
+        "def half(file): file.write(b'half'), print('.', flush=True), time.sleep(99)\n"
+        "write_atomically(pathlib.Path(sys.argv[1]), half)"
     )
     path = tmp_path / "file"
     killed, living = (

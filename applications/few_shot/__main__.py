@@ -33,7 +33,8 @@ def story(config: Config, run: Run) -> None:
     if config.head == "zero" and not fixed_at_zero(config, session.learner.meta):
         run.say(train.NO_HEAD.format(model=config.model))
     show = ("loss", "accuracy")
-    run.train(TRAINING, session, show, lambda: train.validation(session), config.validate_every)
+    file = train.checkpoint_file(run.folder)
+    run.train(TRAINING, session, show, lambda: train.validation(session), config.validate_every, file)
     if run.leads:
         records = run.metrics(TRAINING)
         run.picture("learning_curve.png", plots.learning_curve(records, title))

@@ -22,7 +22,8 @@ from applications.few_shot.models import build
 from applications.frame.checkpoint import restore_optimizer
 from applications.frame.device import select_device
 from applications.frame.errors import UserError
-from applications.frame.run import Row, Run
+from applications.frame.run import Row, Run, checkpoint_of
+from applications.frame.run_folder import RunFolder
 
 METHOD_NAMES = {
     "imaml": "implicit MAML",
@@ -40,6 +41,9 @@ NO_HEAD = (
 
 TRAINING = "meta-training"
 """The part of a run whose checkpoint has the network."""
+
+CHECKPOINT, EARLIER = "checkpoint.pt", checkpoint_of(TRAINING)
+"""Its file, and what runs of earlier versions called it."""
 
 MAX_SKIPPED = 20
 """Meta-steps in a row without a finite meta-gradient, after which training gives up."""
@@ -115,6 +119,11 @@ class Session:
         config = self.config
         queries = config.queries if stream == "train" else config.eval_queries
         return create_sampler(config, getattr(self.splits, stream), stream, queries, self.device)
+
+
+def checkpoint_file(folder: RunFolder) -> str:
+    """The name of the checkpoint in the folder of a run."""
+    return EARLIER if folder.has_checkpoint(EARLIER) else CHECKPOINT
 
 
 def set_up_device(config: Config) -> torch.device:

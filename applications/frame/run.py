@@ -88,12 +88,14 @@ class Run:
         show: Sequence[str] = ("loss",),
         validate: Callable[[], Row] | None = None,
         validate_every: int = 0,
+        file: str | None = None,
     ) -> float:
         """Bring a training to its end, from its checkpoint where there is one; the seconds that its steps took.
 
         Args:
             show: entries of the records for the progress bar.
             validate: what joins the record of every ``validate_every``-th step, off the clock; 0: of none.
+            file: of the checkpoint; by default ``checkpoint-NAME.pt``.
 
         Raises:
             Interrupted: a signal asked to stop.
@@ -101,8 +103,8 @@ class Run:
                 is of before.
         """
         self._begin()
-        file = checkpoint_of(name)
-        step, seconds = restore(self.folder, name, training) if self.folder.has_checkpoint(file) else (0, 0.0)
+        file = file or checkpoint_of(name)
+        step, seconds = restore(self.folder, file, training) if self.folder.has_checkpoint(file) else (0, 0.0)
         self.folder.rewind_metrics(step, name)
         finished, kept, complete = step >= training.steps, step, True
 
@@ -212,13 +214,12 @@ class Run:
         self.folder.write_json("results.json", self._results)
 
 
-def restore(folder: RunFolder, name: str, training: Training) -> tuple[int, float]:
+def restore(folder: RunFolder, file: str, training: Training) -> tuple[int, float]:
     """Put a training back to its checkpoint in a run's folder; the steps and seconds that it has behind it.
 
     Raises:
         UserError: there is none, it is damaged, or what it holds is not, to the bit, a state of this training.
     """
-    file = checkpoint_of(name)
     saved = folder.load_checkpoint(torch.device("cpu"), file)
     schema.check(saved, schema.Checkpoint, folder.path / file, "checkpoint of a training")
     try:
