@@ -94,7 +94,7 @@ class Trained:
         folder = RunFolder.open(path)
         config = Config.from_json(folder.read_json("config.json"))
         file = checkpoint_file(folder)
-        state = folder.load_checkpoint(torch.device("cpu"), file).get("training")
+        state: Any = folder.load_checkpoint(torch.device("cpu"), file).get("training")
         schema.check(state, State, path / file, "checkpoint of a few-shot training")
         meta, log_strength = (_part(state["average"], part) for part in ("meta", "log_strength"))
         origin = {

@@ -252,7 +252,8 @@ def _resumed(given: Callable[[K | None], K], folder: RunFolder, name: str) -> tu
         folder.hold()
     kind = type(given(None))
     saved = kind.from_json(folder.read_json("config.json"))
-    asked = given(dataclasses.replace(saved, **{code: "" for code in saved.names_code if names_code(saved, code)}))
+    unsaid: dict[str, Any] = {code: "" for code in saved.names_code if names_code(saved, code)}
+    asked = given(dataclasses.replace(saved, **unsaid))
     refuse_changes(asked, saved)
     if longer(asked, saved):
         _prepare(asked)

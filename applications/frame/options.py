@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import bilevel as bl
 from applications.frame.errors import UserError
-from bilevel.tuning.failures import of_a_trial
 
 LARGEST = 10**9
 """Of whole numbers: counts and seeds; what is larger is a slip, and overflows somewhere."""
@@ -79,7 +79,7 @@ def settings_told(options: Any) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not (of_a_trial(error) or _of_a_size(error)):
+        if not (bl.tuning.of_a_trial(error) or _of_a_size(error)):
             raise
         reason = str(error).partition("\n")[0][:300]
         raise UserError(

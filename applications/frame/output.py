@@ -48,7 +48,7 @@ class _Forgiving:
 def forgiving() -> Iterator[None]:
     """Within it, what cannot be printed is not printed, and nothing is raised."""
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Forgiving(sys.stdout, "standard output"), _Forgiving(sys.stderr, "standard error")  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Forgiving(sys.stdout, "standard output"), _Forgiving(sys.stderr, "standard error")
     try:
         yield
         sys.stdout.flush()

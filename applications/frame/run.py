@@ -18,7 +18,6 @@ from applications.frame.checkpoint import differences, not_finite
 from applications.frame.errors import UserError
 from applications.frame.interruption import Interruption, Stopped
 from applications.frame.run_folder import ReadOnly, RunFolder
-from bilevel.tuning.failures import of_a_trial
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -145,7 +144,7 @@ class Run:
                     save()
                 raise Interrupted(interruption.exit_code or 128 + signal.SIGTERM) from stopped
             except Exception as error:
-                if not (of_a_trial(error) or isinstance(error, ArithmeticError)):
+                if not (bl.tuning.of_a_trial(error) or isinstance(error, ArithmeticError)):
                     raise
                 raise UserError(_ended(name, step, error, kept)) from error
         return seconds
