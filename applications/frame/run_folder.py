@@ -121,7 +121,13 @@ class RunFolder:
 
     def rewind_metrics(self, step: int, part: str) -> None:
         """Drop the records of a part after a step: a resumed run makes them again."""
-        records = (record for record in self.metrics() if record.get("part") != part or record["step"] <= step)
+        records = [record for record in self.metrics() if record.get("part") != part or record["step"] <= step]
+        last = max((record["step"] for record in records if record.get("part") == part), default=0)
+        if last < step:
+            raise UserError(
+                f"{self.path / 'metrics.jsonl'} is damaged: the records of {part!r} end at step {last}, and its "
+                f"checkpoint is that of step {step}. Restore it from a copy."
+            )
         kept = [json.dumps(record) + "\n" for record in records]
         self.write_bytes("metrics.jsonl", "".join(kept).encode())
 
@@ -131,6 +137,7 @@ class RunFolder:
         The checkpoint before it is kept too, and whenever the process ends one of the two is whole.
         """
         path = self.path / name
+        self._sync_metrics()  # a checkpoint is never ahead of its records
         new, content = path.with_name(f"{name}.next"), checkpoint.to_bytes(state)
         with _told(f"{path} could not be written; its earlier version is untouched"):
             files.write_atomically(new, lambda file: file.write(content))
@@ -160,6 +167,10 @@ class RunFolder:
         if reasons:
             raise UserError(f"{'; '.join(reasons)}. Restore it from a copy, or start a new run.")
         raise UserError(f"{self.path} has no checkpoint yet: the run ended before its first one. Start it anew.")
+
+    def _sync_metrics(self) -> None:
+        with contextlib.suppress(FileNotFoundError), (self.path / "metrics.jsonl").open("rb") as file:
+            os.fsync(file.fileno())
 
     def has_checkpoint(self, name: str) -> bool:
         return any(path.is_file() for path in (self.path / name, before(self.path / name)))
