@@ -200,6 +200,7 @@ class _Preset:
 def _run(given: Callable[[K | None], K], story: Callable[[K, Run], None], call: str, name: str) -> int:
     """``given``: the knobs as the options change those that they start from."""
     knobs = given(None)
+    check_values(knobs)
     solver: Path | None = getattr(knobs, "solver", None)
     folder = _new_folder(knobs, name) if knobs.resume is None else RunFolder.open(knobs.resume)
     try:
@@ -231,7 +232,6 @@ def _told(
 
 def _new_folder(knobs: Knobs, name: str) -> RunFolder:
     """That of a new run, which the first rank begins; after a rank had died, of the run that all go on with."""
-    check_values(knobs)
     check_folder(knobs.out, "out")
     path = knobs.out or Path("runs") / name.rpartition(".")[2] / (ranks.launch_name() or time.strftime("%Y%m%d-%H%M%S"))
     folder = RunFolder(path)

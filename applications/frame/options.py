@@ -91,15 +91,15 @@ PLACES = ("out", "resume", "worker")
 
 
 def changed(options: Any) -> str:
-    """The options that are not at their defaults, as what to look at."""
-    default = type(options)()
-    given = [
-        f"{option(field.name)} {_shortened(getattr(options, field.name))}"
-        for field in dataclasses.fields(options)
-        if getattr(options, field.name) != getattr(default, field.name)
-        and field.name not in ("out", "resume", "worker")
-    ]
-    return f"Look at {', '.join(given)}." if given else "All options are at their defaults."
+    """The options that are not at their defaults, the farthest from them first, as what to look at."""
+    default, given = type(options)(), []
+    for field in dataclasses.fields(options):
+        value, usual = getattr(options, field.name), getattr(default, field.name)
+        if value != usual and field.name not in PLACES:
+            numbers = all(isinstance(number, int | float) for number in (value, usual))
+            given.append((value / usual if numbers and usual else 0.0, f"{option(field.name)} {_shortened(value)}"))
+    told = ", ".join(text for _, text in sorted(given, key=lambda one: -one[0]))
+    return f"Look at {told}." if given else "All options are at their defaults."
 
 
 SIZES = (
