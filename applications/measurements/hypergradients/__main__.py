@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,7 +114,9 @@ def of_peers(python: str, problems: dict[str, dict[str, np.ndarray]]) -> dict[st
     """
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder) / "problems.npz", Path(folder) / "found.npz"
-        flat = {f"{name}.{part}": value for name, values in problems.items() for part, value in values.items()}
+        flat: dict[str, Any] = {
+            f"{name}.{part}": value for name, values in problems.items() for part, value in values.items()
+        }
         np.savez(given, **flat)
         command = [python, str(Path(__file__).with_name("peers.py")), str(given), str(found)]
         try:
