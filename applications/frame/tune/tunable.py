@@ -83,9 +83,9 @@ def read_settings(path: Path, names: Collection[str], application: str) -> Setti
             f"`python -m applications.{application} tune` writes such a file."
         )
     for name, value in settings.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if name not in ("solver", "hypergrad") and not number:
-            raise UserError(f"--solver {path}: {name!r} is {value!r}, and a positive number is expected.")
+            raise UserError(f"--solver {path}: {name!r} is {value!r}, and a number is expected.")
     return settings
 
 
