@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -132,3 +134,28 @@ def test_file_and_folder_reach_the_disk(tmp_path, monkeypatch):
     put(tmp_path / "a" / "b" / "file", b"new")
     assert calls[0].suffix == ".partial"
     assert calls[1:] == ["replace", tmp_path / "a" / "b", tmp_path / "a", tmp_path]
+
+
+def test_what_killed_processes_began_is_removed_by_the_next_and_that_of_the_living_is_not(tmp_path):
+    script = (
+        "import os, pathlib, sys, time\n"
+        "from bilevel.files import write_atomically\n"
+        "def half(file): file.write(b'half'), print('.', flush=True), time.sleep(99)\n"
+        "write_atomically(pathlib.Path(sys.argv[1]), half)"
+    )
+    path = tmp_path / "file"
+    killed, living = (
+        subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE) for _ in range(2)
+    )
+    try:
+        assert killed.stdout.read(1) == living.stdout.read(1) == b"."
+        killed.kill()
+        killed.wait()
+        assert len(list(tmp_path.glob(".file.*.partial"))) == 2
+        put(path, b"new")
+        (left,) = tmp_path.glob("*.partial")
+        assert f"-{living.pid}-" in left.name
+        assert path.read_bytes() == b"new"
+    finally:
+        living.kill()
+        living.wait()

@@ -14,6 +14,7 @@ import bilevel as bl
 from applications.data_cleaning.model import SOLVER, Model, Params, mean_loss
 from applications.data_cleaning.scores import detection
 from applications.data_cleaning.task import Task
+from applications.frame.checkpoint import restore_optimizer
 from applications.frame.run import Row
 
 SETTINGS: dict[str, Any] = {"solver": SOLVER, "hypergrad": bl.Implicit(bl.CG(rtol=1e-2, max_steps=40))}
@@ -100,4 +101,4 @@ class Cleaning:
         self.step, self.params = state["step"], state["params"]
         with torch.no_grad():
             self.logits.copy_(state["logits"])
-        self.outer.load_state_dict(state["outer"])
+        restore_optimizer(self.outer, state["outer"])

@@ -15,6 +15,7 @@ import bilevel as bl
 from applications.distillation.data import Images, Parts
 from applications.distillation.inner import Inner
 from applications.distillation.networks import Params, accuracy, initial, outputs
+from applications.frame.checkpoint import restore_optimizer
 from applications.frame.run import Row
 
 FIRST_NETWORK = 1_000_000
@@ -113,6 +114,6 @@ class Distillation:
     def restore(self, state: dict[str, Any]) -> None:
         with torch.no_grad():
             self.images.copy_(state["images"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.generator.set_state(state["generator"])
         self.warm, self.step = state["warm"], state["step"]

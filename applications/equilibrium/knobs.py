@@ -55,6 +55,8 @@ class Config(SolverKnobs):
     device: Literal["cpu", "cuda", "auto"] = "cpu"
     """Where to compute."""
 
+    length = "epochs"
+
     def check(self) -> None:
         require_at_least_one(self, "width", "runs", "epochs", "batch_size", "max_iterations", "unrolled", "max_train")
         require(self.history >= 0, f"--history is {self.history}: it cannot be negative; 0 is the plain iteration.")

@@ -13,6 +13,7 @@ import bilevel as bl
 from applications.equilibrium.knobs import Config, Parts
 from applications.equilibrium.methods import Method, hidden
 from applications.equilibrium.network import Network
+from applications.frame.checkpoint import restore_optimizer
 from applications.frame.run import Row
 
 
@@ -71,7 +72,7 @@ class Fitting:
     def restore(self, state: dict[str, Any]) -> None:
         """See `Training`."""
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.step = state["step"]
 
     def _batch(self) -> Tensor:

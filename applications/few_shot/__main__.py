@@ -27,13 +27,16 @@ def story(config: Config, run: Run) -> None:
     """Train, draw how it went, and evaluate on held-out tasks."""
     ranks = bl.distributed.world_size()
     require(config.tasks >= ranks, f"--tasks is {config.tasks} for {ranks} ranks: each needs a task. Start fewer.")
+    strength = run.settings.get("strength", config.strength)
+    require(strength > 0, f"--solver has a strength of {strength}: a positive number is needed.")
     session = Session.create(config, run.settings)
     title, many = train.describe(config), f", {ranks} ranks" if ranks > 1 else ""
     run.say(f"{title}: {config.tasks} tasks a step on {session.device}{many}; run folder {run.folder.path}")
     if config.head == "zero" and not fixed_at_zero(config, session.learner.meta):
         run.say(train.NO_HEAD.format(model=config.model))
     show = ("loss", "accuracy")
-    run.train(TRAINING, session, show, lambda: train.validation(session), config.validate_every)
+    file = train.checkpoint_file(run.folder)
+    run.train(TRAINING, session, show, lambda: train.validation(session), config.validate_every, file)
     if run.leads:
         rows = run.metrics(TRAINING)
         run.picture("learning_curve.png", plots.learning_curve(rows, title))

@@ -28,10 +28,10 @@ class Average:
         for name, value in self._current().items():
             self.values[name].lerp_(value.detach(), weight)
 
-    def restore(self, values: dict[str, Tensor] | None) -> None:
-        """The average of a checkpoint; the parameters themselves where it is of a version that kept none."""
-        for name, value in self._current().items():
-            self.values[name].copy_((value if values is None else values[name]).detach())
+    def restore(self, values: dict[str, Tensor]) -> None:
+        """The average of a checkpoint."""
+        for name, value in self.values.items():
+            value.copy_(values[name])
 
     def averaged(self) -> Learner:
         """The learner with the averages in place of its parameters, for evaluation."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,20 @@ class FewShot:
         self.trained, self.device = trained, torch.device(device)
 
     @classmethod
-    def load(cls, source: str | Path, device: str = "auto") -> FewShot:
+    def load(
+        cls, source: str | Path, device: str = "auto", model: str | None = None, backbone: str | None = None
+    ) -> FewShot:
         """Load a shipped network by its name, a file that ``export`` wrote, or the last checkpoint of a run's folder.
 
         Args:
             source: name or path.
             device: ``"auto"`` (the GPU where there is one), ``"cpu"`` or ``"cuda"``.
+            model, backbone: the import paths of code of your own, as in its training: a file alone runs none.
 
         Raises:
             UserError: there is no such network, the file is damaged, or there is no GPU.
         """
-        return cls(Trained.load(source), select_device(device))
+        return cls(replace(Trained.load(source), trusted=(model, backbone)), select_device(device))
 
     def adapt(self, images: Images, labels: Sequence[Hashable] | np.ndarray | Tensor) -> Classifier:
         """Adapt to the classes of some labelled images, as in an evaluation: with its number of steps.

@@ -126,6 +126,7 @@ class Config(SolverKnobs):
     """Meta-steps between validations (100 tasks of the validation classes); 0 for none."""
 
     solver_settings = ("solver", "hypergrad", "strength")
+    names_code = ("model", "backbone")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

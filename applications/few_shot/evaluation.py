@@ -16,6 +16,7 @@ from applications.few_shot.train import METHOD_NAMES, create_learner, create_sam
 from applications.few_shot.trained import SHIPPED, Trained
 from applications.frame.command import parse, require
 from applications.frame.errors import UserError
+from applications.frame.options import check_folder, check_values, settings_told
 from applications.frame.run import SOLVER
 from applications.frame.run_folder import RunFolder
 from applications.frame.tune import read_settings
@@ -48,6 +49,13 @@ class What:
 
 
 @dataclass(frozen=True)
+class _Said:
+    """Code that may be run, since the command names it."""
+
+    model: str | None = None
+
+
+@dataclass(frozen=True)
 class Options(Config, What):
     """Evaluate a network on held-out tasks. The defaults are those of its training."""
 
@@ -61,9 +69,11 @@ def command(arguments: list[str]) -> int:
     require(bool(arguments), f"{call} needs the folder of a run as its first word, or --trained NAME.")
     run, rest = (None, arguments) if arguments[0].startswith("-") else (Path(arguments[0]), arguments[1:])
     what, _ = tyro.cli(What, args=rest, return_unknown_args=True, add_help=False)
+    said, _ = tyro.cli(_Said, args=rest, return_unknown_args=True, add_help=False)
     if (run is None) == (what.trained is None):
         raise UserError(f"{call} takes the folder of a run or --trained NAME: one of them.")
     trained = Trained.from_run(run) if run is not None else Trained.load(what.trained or "")
+    trained = replace(trained, trusted=(said.model, said.backbone))
     start = replace(trained.config, threads=None)
     if run is None:
         queries = Config().eval_queries if start.data in data.NAMES else start.eval_queries
@@ -72,10 +82,13 @@ def command(arguments: list[str]) -> int:
     config = Config(**{field.name: getattr(parsed, field.name) for field in fields(Config)})
     same = config.preset == start.preset and config.resume is None
     require(same, "evaluate has no --preset and no --resume: give the settings that are to change by themselves.")
+    check_values(config)
     config.check()
+    check_folder(config.out, "out")
     if config.solver:
         trained = replace(trained, chosen=read_settings(config.solver, config.solver_settings, "few_shot"))
-    found = figures(trained, config, what)
+    with settings_told(config):
+        found = figures(trained, config, what)
     tell(found, config)
     place = config.out or run
     if place is not None:

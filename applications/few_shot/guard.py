@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.frame.interruption import stop_if_asked
 
 LEFT_OUT = "left_out"
 """Name in the stats of an adjoint: whether the task is left out, bool ``[T]``."""
@@ -41,13 +42,28 @@ class Guarded:
 
     def solve(self, operator: Any, b: Tensor, state: Any = None) -> bl.Solution:
         """``b [*batch, n]``; see the linear solvers of `bilevel`."""
-        solved = self.solver.solve(operator, b, state)
+        solved = self.solver.solve(_Stoppable(operator), b, state)
         gain = self.strength * torch.linalg.vector_norm(solved.value, dim=-1) / torch.linalg.vector_norm(b, dim=-1)
         # A solver that measures no residual, such as Identity, has NaN there, and is not meant.
         bad = (solved.stats["relative_residual"] > 1) & (gain > LIMIT)
         bad |= (solved.stats["result"] == bl.Result.NONFINITE) | ~torch.isfinite(solved.value).all(-1)
         value = torch.where(bad.unsqueeze(-1), torch.zeros_like(solved.value), solved.value)
         return replace(solved, value=value, stats={**solved.stats, LEFT_OUT: bad})
+
+
+class _Stoppable(bl.Operator):
+    """The same operator; its products are the longest part of a meta-step, and a signal need not wait for them all."""
+
+    def __init__(self, operator: bl.Operator):
+        super().__init__(operator.batch_shape, operator.size, operator.dtype, operator.device, operator.symmetric)
+        self.operator = operator
+
+    def matvec(self, v: Tensor) -> Tensor:
+        stop_if_asked()
+        return self.operator.matvec(v)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return self.operator.rmatvec(v)
 
 
 def guarded(hypergrad: Any, strength: Tensor) -> Any:

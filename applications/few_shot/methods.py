@@ -22,6 +22,7 @@ from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes
 from applications.few_shot.guard import LEFT_OUT, guarded
 from applications.frame.errors import UserError
+from applications.frame.interruption import stop_if_asked
 
 Params = dict[str, Tensor]
 
@@ -130,7 +131,11 @@ class Learner:
         return {"chunk_size": self.config.chunk_size or self.tasks_at_once(x, beside), "num_threads": threads}
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
-        """Logits ``[n, ways]`` of one task's images ``[n, channels, size, size]``; with T in front, of T tasks."""
+        """Logits ``[n, ways]`` of one task's images ``[n, channels, size, size]``; with T in front, of T tasks.
+
+        A meta-step calls it many times, so that a signal need not wait for its end.
+        """
+        stop_if_asked()
         call: Callable[..., Tensor] = partial(bl.nn.functional_call, self.net)
         if x.dim() == 5 and not getattr(self.net, "takes_tasks", False):
             call = torch.vmap(call)

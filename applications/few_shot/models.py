@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import itertools
 from collections.abc import Iterator
@@ -205,7 +206,7 @@ def build(name: str, channels: int, image_size: int, ways: int, **conv4: int | s
         return FullyConnected(channels, image_size, ways)
     if name == "head":
         return FeatureHead(channels * image_size**2, ways)
-    net = imported("--model", name)(channels, image_size, ways)
+    net = _made(name, channels, image_size, ways)
     for module in net.modules():
         if getattr(module, "track_running_stats", False):
             raise UserError(
@@ -213,6 +214,29 @@ def build(name: str, channels: int, image_size: int, ways: int, **conv4: int | s
                 "by task. Build it with track_running_stats=False, or with "
                 "applications.few_shot.models:BatchStatNorm."
             )
+    return net
+
+
+def _made(name: str, channels: int, image_size: int, ways: int) -> nn.Module:
+    """What the user's factory makes, tried on two images.
+
+    Raises:
+        UserError: it makes no network for such images and classes.
+    """
+    factory = imported("--model", name)
+    try:
+        net = factory(channels, image_size, ways)
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"it returned {type(net).__name__}, which is no torch.nn.Module")
+        with torch.no_grad():
+            shape = list(copy.deepcopy(net)(torch.zeros(2, channels, image_size, image_size)).shape)
+        if shape != [2, ways]:
+            raise ValueError(f"its network gives {shape} for two images, and [2, {ways}] is needed")
+    except (Exception, SystemExit) as error:  # it is the user's code
+        raise UserError(
+            f"--model {name} makes no network for images [n, {channels}, {image_size}, {image_size}] and {ways} "
+            f"classes ({type(error).__name__}: {error}). It is called with (channels, image size, ways)."
+        ) from error
     return net
 
 
@@ -228,5 +252,5 @@ def imported(option: str, name: str):  # type: ignore[no-untyped-def]
         raise UserError(f"{option} {name} is {known} an import path 'package.module:factory'.")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{option} {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error

@@ -19,9 +19,11 @@ from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes, Sampler
 from applications.few_shot.methods import Learner, meta_step
 from applications.few_shot.models import build
+from applications.frame.checkpoint import restore_optimizer
 from applications.frame.device import select_device
 from applications.frame.errors import UserError
-from applications.frame.run import Row, Run
+from applications.frame.run import Row, Run, checkpoint_of
+from applications.frame.run_folder import RunFolder
 
 METHOD_NAMES = {
     "imaml": "implicit MAML",
@@ -40,6 +42,9 @@ NO_HEAD = (
 
 TRAINING = "meta-training"
 """The part of a run whose checkpoint has the network."""
+
+CHECKPOINT, EARLIER = "checkpoint.pt", checkpoint_of(TRAINING)
+"""Its file, and what runs of earlier versions called it."""
 
 MAX_SKIPPED = 20
 """Meta-steps in a row without a finite meta-gradient, after which training gives up."""
@@ -108,9 +113,9 @@ class Session:
                 param.copy_(state["meta"][name])
             for name, value in self.learner.log_strength.items():
                 value.copy_(state["log_strength"][name])
-            self.average.restore(state.get("average"))
-        self.clipping.running = state.get("running_norm", 0.0)
-        self.optimizer.load_state_dict(state["optimizer"])
+            self.average.restore(state["average"])
+        self.clipping.running = state["running_norm"]
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.step, self.seconds = state["step"], state["seconds"]
 
     def sampler(self, stream: str) -> Sampler:
@@ -118,6 +123,11 @@ class Session:
         config = self.config
         queries = config.queries if stream == "train" else config.eval_queries
         return create_sampler(config, getattr(self.splits, stream), stream, queries, self.device)
+
+
+def checkpoint_file(folder: RunFolder) -> str:
+    """The name of the checkpoint in the folder of a run."""
+    return EARLIER if folder.has_checkpoint(EARLIER) else CHECKPOINT
 
 
 def set_up_device(config: Config) -> torch.device:
@@ -165,7 +175,7 @@ def meta_train(session: Session) -> Iterator[dict[str, Any]]:
         session.step += 1
         elapsed = time.perf_counter() - begin
         session.seconds += elapsed if config.minutes is None else bl.distributed.from_first(elapsed)
-        skipped = skipped + 1 if row.pop("skipped") else 0
+        skipped = skipped + 1 if row.get("skipped") else 0
         if skipped == MAX_SKIPPED:
             raise UserError(
                 f"No finite meta-gradient in {MAX_SKIPPED} steps, at step {session.step}: the adaptation diverges. "
@@ -216,7 +226,7 @@ def one_step(session: Session, sampler: Sampler, lr: float) -> dict[str, Any]:
         optimizer.step()
         session.average.update(session.step + 1)
     row: dict[str, Any] = {
-        "skipped": not finite,
+        **({} if finite else {"skipped": True}),
         "loss": loss / max(kept_by_all, 1),
         "accuracy": accuracy / max(kept_by_all, 1),
         "meta_gradient_norm": size,

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 import bilevel as bl
 from applications.few_shot import backbone
 from applications.few_shot.config import Config
 from applications.few_shot.methods import Learner, fixed_at_zero
 from applications.few_shot.models import build
-from applications.few_shot.train import TRAINING
+from applications.few_shot.train import checkpoint_file
+from applications.frame import schema
+from applications.frame.command import names_code, refuse_code
 from applications.frame.errors import UserError
-from applications.frame.run import checkpoint_of
 from applications.frame.run_folder import RunFolder
 from applications.frame.tune import read_settings
 
@@ -30,6 +32,19 @@ SHIPPED = Path(__file__).parent / "trained"
 """Folder of the networks that come with the project, ``NAME.pt`` each."""
 
 FORMAT = 1
+
+
+class State(TypedDict):
+    """What `Session.state` gives."""
+
+    meta: dict[str, Tensor]
+    log_strength: dict[str, Tensor]
+    average: dict[str, Tensor]
+    running_norm: float
+    optimizer: dict[str, Any]
+    step: int
+    seconds: float
+
 
 SETTINGS = ("solver", "hypergrad", "strength")
 """What a file of solver settings may hold."""
@@ -45,6 +60,8 @@ class Trained:
         origin: ``command``, ``hours``, ``steps``, ``seed``, and ``validation`` where it was measured: the accuracy in
             percent on tasks of the validation classes when the file was made.
         chosen: solver settings of a tuned run, in place of those of the configuration.
+        trusted: what may be imported, each a ``package.module:factory``, where the configuration says that the network
+            or its backbone is made by it; a file or a folder alone runs no code.
     """
 
     config: Config
@@ -52,6 +69,7 @@ class Trained:
     log_strength: dict[str, Tensor]
     origin: dict[str, Any]
     chosen: dict[str, Any] = field(default_factory=dict)
+    trusted: tuple[str | None, ...] = ()
 
     @classmethod
     def load(cls, source: str | Path) -> Trained:
@@ -77,9 +95,10 @@ class Trained:
         """What a run evaluates: the moving average of its last checkpoint."""
         folder = RunFolder.open(path)
         config = Config.from_json(folder.read_json("config.json"))
-        state = folder.load_checkpoint(torch.device("cpu"), checkpoint_of(TRAINING))["training"]
-        average = state.get("average")
-        meta, log_strength = (_part(average, part) if average else state[part] for part in ("meta", "log_strength"))
+        file = checkpoint_file(folder)
+        state: Any = folder.load_checkpoint(torch.device("cpu"), file).get("training")
+        schema.check(state, State, path / file, "checkpoint of a few-shot training")
+        meta, log_strength = (_part(state["average"], part) for part in ("meta", "log_strength"))
         origin = {
             "command": command(config if config.schedule == "cosine" else replace(config, steps=state["step"])),
             "hours": round(state["seconds"] / 3600, 3),
@@ -107,8 +126,13 @@ class Trained:
         """The network with its parameters, for tasks of ``ways`` classes; None: as many as in training.
 
         Raises:
-            UserError: the head was learned, for another number of classes; the network's code is another one now.
+            UserError: the head was learned, for another number of classes; the network's code is another one now, or
+                is not `trusted`.
         """
+        for name in self.config.names_code:
+            value = getattr(self.config, name)
+            if names_code(self.config, name) and value not in self.trusted:
+                refuse_code(value, name, "The trained network")
         ways = ways or self.config.ways
         config = replace(self.config, ways=ways)
         learner = Learner.create(config, bare_network(config).to(torch.device(device), config.dtype), self.chosen)
@@ -195,16 +219,20 @@ def bare_network(config: Config) -> torch.nn.Module:
 
 
 def put(params: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    """Copy values into parameters of the same names and shapes.
+    """Copy values into parameters of the same names, shapes and dtypes.
 
     Raises:
-        UserError: a name or a shape is another one.
+        UserError: one of them is another one.
     """
+    if unknown := set(values) - set(params):
+        raise UserError(f"The file has {', '.join(sorted(unknown))}, and the network has not: not of one make.")
     for name, param in params.items():
-        if name not in values or values[name].shape != param.shape:
-            shape = list(values[name].shape) if name in values else "missing"
+        found = values.get(name)
+        if found is None or (found.shape, found.dtype) != (param.shape, param.dtype):
+            has = "missing" if found is None else f"{list(found.shape)} of {found.dtype}"
             raise UserError(
-                f"The network has {name} {list(param.shape)}, and the file has it {shape}: not of one make."
+                f"The network has {name} {list(param.shape)} of {param.dtype}, and the file has it {has}: not of one "
+                "make."
             )
         with torch.no_grad():
             param.copy_(values[name])

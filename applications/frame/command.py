@@ -20,8 +20,10 @@ import tyro
 from typing_extensions import Self
 
 import bilevel as bl
-from applications.frame import ranks, tune
+from applications.frame import ranks, schema, tune
 from applications.frame.errors import UserError, exit_code
+from applications.frame.options import check_folder, check_values, option, settings_told
+from applications.frame.output import forgiving
 from applications.frame.run import SOLVER, Interrupted, Run
 from applications.frame.run_folder import RunFolder
 
@@ -41,6 +43,11 @@ class Knobs:
     """Seed of everything random."""
     threads: int | None = 1
     """Threads of PyTorch on a CPU; None: all cores. One is fastest for small data, with the same numbers everywhere."""
+
+    length: ClassVar[str] = "steps"
+    """The knob that a resumed run may raise, where there is one: the run becomes longer, and no other."""
+    names_code: ClassVar[Collection[str]] = ()
+    """Knobs that may name code of the user's, as ``package.module:name``; a run folder alone never makes it run."""
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is.
@@ -62,16 +69,22 @@ class Knobs:
             UserError: the values are not those of this application.
         """
         hints = typing.get_type_hints(cls)
-        plain = {f.name for f in dataclasses.fields(cls)} - set(PLACE)
-        if set(values) != plain:
-            wrong = ", ".join(sorted(set(values) ^ plain))
+        plain = [f.name for f in dataclasses.fields(cls) if f.name not in PLACE]
+        wrong = (
+            "" if isinstance(values, dict) else f"it is {type(values).__name__}, where names and values are expected"
+        )
+        if wrong or (wrong := schema.unknown_and_missing(list(values), plain)):
             raise UserError(f"The run's config.json is of another application or version: {wrong}. Start a new run.")
 
         def typed(name: str, value: Any) -> Any:
             if isinstance(value, list):
-                return tuple(value)
-            path = isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name]))
-            return Path(value) if path else value
+                value = tuple(value)
+            elif isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name])):
+                value = Path(value)
+            reason = schema.fits(value, hints[name])
+            if reason is not None:
+                raise UserError(f"The run's config.json is damaged: {name!r} is {value!r}: {reason}.")
+            return value
 
         return cls(**{name: typed(name, value) for name, value in values.items()})
 
@@ -137,7 +150,11 @@ def main(
         others["tune [options]"] = "an Optuna study over its solver settings"
     help = _help(kind, command, others)
     call = f"{command} {shlex.join(arguments)}".strip()
-    return exit_code(lambda: _run(parse(kind, arguments, command, help, presets), story, call, name))
+
+    def given(start: K | None) -> K:
+        return parse(kind, arguments, command, help, presets, start)
+
+    return exit_code(lambda: _run(given, story, call, name))
 
 
 def _help(kind: type[Knobs], command: str, others: Mapping[str, str]) -> str:
@@ -180,14 +197,25 @@ class _Preset:
     preset: str = "default"
 
 
-def _run(knobs: K, story: Callable[[K, Run], None], call: str, name: str) -> int:
+def _run(given: Callable[[K | None], K], story: Callable[[K, Run], None], call: str, name: str) -> int:
+    """``given``: the knobs as the options change those that they start from."""
+    knobs = given(None)
+    check_values(knobs)
     solver: Path | None = getattr(knobs, "solver", None)
-    if knobs.resume is None:
-        folder = _new_folder(knobs, name)
-    else:
-        folder, knobs, solver = _resumed(knobs, knobs.resume, name)
+    folder = _new_folder(knobs, name) if knobs.resume is None else RunFolder.open(knobs.resume)
+    try:
+        if knobs.resume is not None:
+            knobs, solver = _resumed(given, folder, name)
+        return _told(knobs, folder, solver, story, call, name)
+    finally:
+        folder.release()
+
+
+def _told(
+    knobs: K, folder: RunFolder, solver: Path | None, story: Callable[[K, Run], None], call: str, name: str
+) -> int:
     _prepare(knobs)
-    with ranks.process_group():
+    with ranks.process_group(), forgiving(), settings_told(knobs):
         run = Run(folder, knobs.to_json(), call)
         if solver is not None and isinstance(knobs, SolverKnobs):
             run.settings = tune.read_settings(solver, knobs.solver_settings, name)
@@ -204,6 +232,7 @@ def _run(knobs: K, story: Callable[[K, Run], None], call: str, name: str) -> int
 
 def _new_folder(knobs: Knobs, name: str) -> RunFolder:
     """That of a new run, which the first rank begins; after a rank had died, of the run that all go on with."""
+    check_folder(knobs.out, "out")
     path = knobs.out or Path("runs") / name.rpartition(".")[2] / (ranks.launch_name() or time.strftime("%Y%m%d-%H%M%S"))
     folder = RunFolder(path)
     if ranks.restarted() and (path / "config.json").is_file():
@@ -213,43 +242,83 @@ def _new_folder(knobs: Knobs, name: str) -> RunFolder:
     return RunFolder.new(path) if ranks.leads() else folder
 
 
-def _resumed(given: K, path: Path, name: str) -> tuple[RunFolder, K, Path | None]:
-    """The folder of the run, its knobs, and the file of its solver settings."""
-    folder = RunFolder.open(path)
-    knobs = type(given).from_json(folder.read_json("config.json"))
-    refuse_changes(given, knobs)
+def _resumed(given: Callable[[K | None], K], folder: RunFolder, name: str) -> tuple[K, Path | None]:
+    """The knobs of the run, and the file of its solver settings.
+
+    A run keeps its settings: half a run of each would be neither. It may become longer; what was computed from the
+    shorter one is computed again.
+    """
+    if ranks.leads():
+        folder.hold()
+    kind = type(given(None))
+    saved = kind.from_json(folder.read_json("config.json"))
+    unsaid: dict[str, Any] = {code: "" for code in saved.names_code if names_code(saved, code)}
+    asked = given(dataclasses.replace(saved, **unsaid))
+    refuse_changes(asked, saved)
+    if longer(asked, saved):
+        _prepare(asked)
+        saved = dataclasses.replace(saved, **{kind.length: getattr(asked, kind.length)})
+        if ranks.leads():
+            folder.forget_results()
     kept = folder.path / SOLVER if (folder.path / SOLVER).is_file() else None
-    if isinstance(given, SolverKnobs) and given.solver is not None:
-        settings = tune.read_settings(given.solver, given.solver_settings, name)
+    if isinstance(asked, SolverKnobs) and asked.solver is not None:
+        settings = tune.read_settings(asked.solver, asked.solver_settings, name)
         if kept is None or settings != bl.tuning.load(kept):
             raise UserError("--solver has other settings than the run to resume. Leave it out, or start a new run.")
-    return folder, knobs, kept
+    return saved, kept
 
 
 def _to_tune(knobs: K) -> K:
     """Knobs of a study: what the search does not choose stays as they say."""
-    given = [option for option in ("resume", "solver") if getattr(knobs, option, None) is not None]
+    given = [name for name in ("resume", "solver") if getattr(knobs, name, None) is not None]
     require(not given, f"tune has no --{' and no --'.join(given)}: the same command goes on, from the same settings.")
     _prepare(knobs)
     return knobs
 
 
 def _prepare(knobs: Knobs) -> None:
+    check_values(knobs)
     require_at_least_one(knobs, "threads")
     knobs.check()
     if knobs.threads is not None:
         torch.set_num_threads(knobs.threads)
 
 
-def refuse_changes(given: Knobs, saved: Knobs) -> None:
-    """A resumed run keeps its settings: half a run of each would be neither."""
-    default, kept = type(given)().to_json(), saved.to_json()
-    for name, value in given.to_json().items():
-        if value not in (default[name], kept[name]):
-            raise UserError(
-                f"--{name.replace('_', '-')} is {value}, but the run to resume has {kept[name]}. "
-                "Leave it out, or start a new run with --out."
-            )
+def names_code(knobs: Knobs, name: str) -> bool:
+    """Whether a knob names code that is not the project's own."""
+    value = str(getattr(knobs, name))
+    return name in knobs.names_code and ":" in value and not value.startswith("applications.")
+
+
+def refuse_code(value: str, name: str, place: object) -> None:
+    """Code that a folder or a file names is not imported because of that.
+
+    Raises:
+        UserError: with what to say for it to be.
+    """
+    raise UserError(
+        f"{place} names code of its own, {value!r}, which would be run. Nothing of it was. Where you trust it, say so "
+        f"by giving the option again: {option(name)} {value}"
+    )
+
+
+def refuse_changes(asked: Knobs, saved: Knobs) -> None:
+    """What is asked for, from the settings of the run on, must be these settings; steps may be more."""
+    kept = saved.to_json()
+    for name, value in asked.to_json().items():
+        if value == kept[name] or (name == saved.length and longer(asked, saved)):
+            continue
+        if value == "" and names_code(saved, name):
+            refuse_code(kept[name], name, "The run to resume")
+        raise UserError(
+            f"{option(name)} is {value}, but the run to resume has {kept[name]}. Leave it out, or start a new run with "
+            f"--out.{' It may only be raised.' if name == saved.length else ''}"
+        )
+
+
+def longer(asked: Knobs, saved: Knobs) -> bool:
+    """Whether a longer run is asked for; a length of 0 is the application's own."""
+    return 0 < getattr(saved, saved.length, 0) < getattr(asked, saved.length, 0)
 
 
 def require_at_least_one(knobs: Any, *names: str) -> None:
@@ -260,7 +329,7 @@ def require_at_least_one(knobs: Any, *names: str) -> None:
     """
     for name in names:
         value = getattr(knobs, name)
-        require(value is None or value >= 1, f"--{name.replace('_', '-')} is {value}: at least 1 is needed.")
+        require(value is None or value >= 1, f"{option(name)} is {value}: at least 1 is needed.")
 
 
 def require_positive(knobs: Any, *names: str) -> None:
@@ -271,7 +340,7 @@ def require_positive(knobs: Any, *names: str) -> None:
     """
     for name in names:
         value = getattr(knobs, name)
-        require(0 < value < math.inf, f"--{name.replace('_', '-')} is {value}: a positive number is needed.")
+        require(0 < value < math.inf, f"{option(name)} is {value}: a positive number is needed.")
 
 
 def require(condition: bool, message: str) -> None:

@@ -6,10 +6,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 
 class UserError(Exception):
     """What happened, what it means and what to try: printed as it is, exit code 2."""
+
+
+def note(text: str) -> None:
+    """What a user should know of a run that goes on, on standard error."""
+    with suppress(OSError, ValueError, AttributeError):  # closed, full, or none at all
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted; what was saved is complete.") -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import signal
 import time
@@ -12,9 +13,11 @@ import torch
 from tqdm import tqdm
 
 import bilevel as bl
-from applications.frame import ranks
+from applications.frame import ranks, schema
+from applications.frame.checkpoint import differences, not_finite
 from applications.frame.errors import UserError
-from applications.frame.run_folder import Interruption, ReadOnly, RunFolder
+from applications.frame.interruption import Interruption, Stopped
+from applications.frame.run_folder import ReadOnly, RunFolder
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -33,13 +36,17 @@ class Training(Protocol):
         """All that it makes, as far as it is known where the training stands: the clock may end it earlier."""
 
     def rows(self) -> Iterator[Row]:
-        """From where it stands to its end: a step, then its plain numbers, with the ``"step"`` that is done, from 1."""
+        """From where it stands to its end: a step, then its plain numbers, with the ``"step"`` that is done, from 1.
+
+        A long step may call `stop_if_asked` as long as it has changed nothing that `state` holds. A row of a step
+        without finite numbers has ``"skipped"`` where the training goes on all the same.
+        """
 
     def state(self) -> dict[str, Any]:
         """Tensors, numbers and strings in dicts and lists, all that decides the steps to come (random state too)."""
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`, to the bit."""
 
 
 class Interrupted(Exception):
@@ -70,8 +77,7 @@ class Run:
             self.folder, self.quiet = ReadOnly(folder.path), True
         self.settings: dict[str, Any] = {}
         self._config = config
-        exists = (folder.path / "results.json").is_file()
-        self._results: Row = folder.read_json("results.json") if exists else {"parts": {}, "tables": {}}
+        self._results = folder.results()
         self._begun = False
 
     def train(
@@ -81,45 +87,66 @@ class Run:
         show: Sequence[str] = ("loss",),
         validate: Callable[[], Row] | None = None,
         validate_every: int = 0,
+        file: str | None = None,
     ) -> float:
         """Bring a training to its end, from its checkpoint where there is one; the seconds that its steps took.
 
         Args:
             show: entries of the rows for the progress bar.
             validate: what joins the row of every ``validate_every``-th step, off the clock; 0: of none.
+            file: of the checkpoint; by default ``checkpoint-NAME.pt``.
+
+        Raises:
+            Interrupted: a signal asked to stop.
+            UserError: the training came to numbers that are not finite, or to a solve that fails: the last checkpoint
+                is of before.
         """
         self._begin()
-        file = checkpoint_of(name)
-        exists = (self.folder.path / file).is_file()
-        step, seconds = restore(self.folder, name, training) if exists else (0, 0.0)
+        file = file or checkpoint_of(name)
+        step, seconds = restore(self.folder, file, training) if self.folder.has_checkpoint(file) else (0, 0.0)
         self.folder.rewind_metrics(step, name)
-        finished, interrupted = step >= training.steps, False
+        finished, kept, complete = step >= training.steps, step, True
 
         def save() -> None:
-            self.folder.save_checkpoint({"training": training.state(), "step": step, "seconds": seconds}, file)
+            nonlocal kept
+            state = training.state()
+            if bad := next(not_finite(state), None):
+                raise ArithmeticError(f"{bad} is not finite any more")
+            self.folder.save_checkpoint({"training": state, "step": step, "seconds": seconds}, file)
+            kept = step
 
-        with Interruption() as interruption, self._bar(name, training.steps, step, hidden=finished) as bar:
+        alone = bl.distributed.world_size() == 1
+        with Interruption(alone) as interruption, self._bar(name, training.steps, step, hidden=finished) as bar:
             saved_at = begin = time.perf_counter()
-            for row in training.rows():
-                seconds += time.perf_counter() - begin
-                step = row["step"]
-                if validate is not None and validate_every and step % validate_every == 0 and self.leads:
-                    row = {**row, **self._told(step, validate())}
-                self.folder.append_metrics({"part": name, **row, "seconds": round(seconds, 3)})
-                bar.total = training.steps
-                bar.update()
-                bar.set_postfix({key: f"{row[key]:.4g}" for key in show if key in row})
-                interrupted = ranks.anywhere(interruption.exit_code is not None)
-                if interrupted:
-                    break
-                if time.perf_counter() - saved_at > CHECKPOINT_SECONDS:
+            try:
+                for row in training.rows():
+                    seconds += time.perf_counter() - begin
+                    step = row["step"]
+                    _refuse_nonfinite(row, show)
+                    if validate is not None and validate_every and step % validate_every == 0 and self.leads:
+                        complete = False
+                        row = {**row, **self._told(step, validate())}
+                        complete = True
+                    self.folder.append_metrics({"part": name, **row, "seconds": round(seconds, 3)})
+                    bar.total = training.steps
+                    bar.update()
+                    bar.set_postfix({key: f"{row[key]:.4g}" for key in show if key in row})
+                    if ranks.anywhere(interruption.exit_code is not None):
+                        raise Stopped
+                    if time.perf_counter() - saved_at > CHECKPOINT_SECONDS:
+                        save()
+                        saved_at = time.perf_counter()
+                    begin = time.perf_counter()
+                if not finished:
                     save()
-                    saved_at = time.perf_counter()
-                begin = time.perf_counter()
-        if not finished:
-            save()
-        if interrupted:
-            raise Interrupted(interruption.exit_code or 128 + signal.SIGTERM)
+            except Stopped as stopped:
+                if complete:  # else the row is still to be made, from the last checkpoint
+                    save()
+                raise Interrupted(interruption.exit_code or 128 + signal.SIGTERM) from stopped
+            except Exception as error:
+                if not (bl.tuning.of_a_trial(error) or isinstance(error, ArithmeticError)):
+                    raise
+                raise UserError(_ended(name, step, error, kept)) from error
         return seconds
 
     def _bar(self, name: str, steps: int, done: int, hidden: bool) -> tqdm:
@@ -186,22 +213,40 @@ class Run:
         self.folder.write_json("results.json", self._results)
 
 
-def restore(folder: RunFolder, name: str, training: Training) -> tuple[int, float]:
+def restore(folder: RunFolder, file: str, training: Training) -> tuple[int, float]:
     """Put a training back to its checkpoint in a run's folder; the steps and seconds that it has behind it.
 
     Raises:
-        UserError: there is none, it is damaged, or it is of another training.
+        UserError: there is none, it is damaged, or what it holds is not, to the bit, a state of this training.
     """
-    file = checkpoint_of(name)
     saved = folder.load_checkpoint(torch.device("cpu"), file)
+    schema.check(saved, schema.Checkpoint, folder.path / file, "checkpoint of a training")
     try:
         training.restore(saved["training"])
-        return saved["step"], saved["seconds"]
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        wrong = next(differences(saved["training"], training.state()), None)
+    except Exception as error:  # a state of another make can raise anything
+        wrong = str(error).partition("\n")[0] or type(error).__name__
+    if wrong is not None:
         raise UserError(
-            f"{folder.path / file} does not fit this training ({str(error).splitlines()[0]}): it is of other settings "
-            "or another version. Start a new run."
-        ) from error
+            f"{folder.path / file} does not fit this training ({wrong}): it is of other settings or another version. "
+            "Start a new run."
+        )
+    return saved["step"], saved["seconds"]
+
+
+def _refuse_nonfinite(row: Row, show: Sequence[str]) -> None:
+    bad = [key for key in show if isinstance(row.get(key), float) and not math.isfinite(row[key])]
+    if bad and not row.get("skipped"):
+        raise ArithmeticError(f"{bad[0]} is {row[bad[0]]}")
+
+
+def _ended(name: str, step: int, error: Exception, kept: int) -> str:
+    reason = str(error).partition("\n")[0]
+    last = f"The last good checkpoint is that of step {kept}." if kept else "There was no good checkpoint yet."
+    return (
+        f"The training {name!r} cannot go on after step {step}: {type(error).__name__}: {reason}. {last} Lower the "
+        "step sizes (--lr and its relatives), or look at the data."
+    )
 
 
 def checkpoint_of(name: str) -> str:

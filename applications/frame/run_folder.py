@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import errno
 import json
-import pickle
-import signal
-import types
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from applications.frame.errors import UserError
+from applications.frame import checkpoint, schema
+from applications.frame.checkpoint import Damaged
+from applications.frame.errors import UserError, note
+from applications.frame.lock import Lock
 from bilevel import files
 
 
@@ -27,19 +28,16 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self._new = False
+        self._lock: Lock | None = None
 
     @classmethod
     def new(cls, path: Path) -> RunFolder:
         """A folder to `begin`; one that holds a run already is refused, never overwritten."""
-        if (path / "config.json").exists():
-            raise UserError(f"{path} holds a run already. Go on with it by --resume {path}, or take another --out.")
-        return cls(path)
-
-    def begin(self, config: dict[str, Any]) -> None:
-        """Make the folder and write the configuration."""
-        with _told(f"The run folder {self.path} cannot be made"):
-            self.path.mkdir(parents=True, exist_ok=True)
-        self.write_json("config.json", config)
+        folder = cls(path)
+        folder._new = True
+        folder._refuse_a_run()
+        return folder
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
@@ -48,12 +46,47 @@ class RunFolder:
             raise UserError(f"{path} is not the folder of a run: it has no config.json. Is the path right?")
         return cls(path)
 
+    def begin(self, config: dict[str, Any]) -> None:
+        """Make the folder, keep other writers out of it, and write the configuration."""
+        self.hold()
+        if self._new:
+            self._refuse_a_run()  # of a process that was faster
+            self._new = False
+        self.write_json("config.json", config)
+
+    def hold(self) -> None:
+        """Be the one writer to the folder until `release`, and remove what killed writers left half written."""
+        if self._lock is None:
+            with _told(f"The run folder {self.path} cannot be made"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = Lock(self.path)
+                for left in (*self.path.glob(".*.partial"), *self.path.glob("*.next")):
+                    left.unlink()
+
+    def release(self) -> None:
+        """Let other writers in."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
     def read_json(self, name: str) -> Any:
         with _told(f"{self.path / name} cannot be read"):
             try:
                 return json.loads((self.path / name).read_text())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{self.path / name} is damaged: {error}. Restore it from a copy.") from error
+
+    def results(self) -> schema.Results:
+        """``results.json``; empty before the first part."""
+        if not (self.path / "results.json").is_file():
+            return {"parts": {}, "tables": {}}
+        found: schema.Results = self.read_json("results.json")
+        schema.check(found, schema.Results, self.path / "results.json", "file of results")
+        return found
+
+    def forget_results(self) -> None:
+        """They were of a shorter run."""
+        (self.path / "results.json").unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, (json.dumps(value, indent=2) + "\n").encode())
@@ -74,38 +107,84 @@ class RunFolder:
     def metrics(self) -> list[dict[str, Any]]:
         """The rows so far; a last line that a crash cut short is left out."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
+        with _told(f"{path} cannot be read"):
+            *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
         rows = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}, line {number}, is damaged: {error}. Restore it from a copy.") from error
+            schema.check_record(row, path, number)
+            rows.append(row)
         return rows
 
     def rewind_metrics(self, step: int, part: str) -> None:
         """Drop the rows of a part after a step: a resumed run makes them again."""
-        rows = (row for row in self.metrics() if row.get("part") != part or row["step"] <= step)
+        rows = [row for row in self.metrics() if row.get("part") != part or row["step"] <= step]
+        last = max((row["step"] for row in rows if row.get("part") == part), default=0)
+        if last < step:
+            raise UserError(
+                f"{self.path / 'metrics.jsonl'} is damaged: the rows of {part!r} end at step {last}, and its "
+                f"checkpoint is that of step {step}. Restore it from a copy."
+            )
         kept = [json.dumps(row) + "\n" for row in rows]
         self.write_bytes("metrics.jsonl", "".join(kept).encode())
 
     def save_checkpoint(self, state: dict[str, Any], name: str) -> None:
-        """Tensors, numbers and strings in dicts and lists; nothing that would need code to load."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self.write_bytes(name, buffer.getvalue())
+        """Tensors, numbers and strings in dicts and lists; nothing that would need code to load.
+
+        The checkpoint before it is kept too, and whenever the process ends one of the two is whole.
+        """
+        path = self.path / name
+        self._sync_metrics()  # a checkpoint is never ahead of its rows
+        new, content = path.with_name(f"{name}.next"), checkpoint.to_bytes(state)
+        with _told(f"{path} could not be written; its earlier version is untouched"):
+            files.write_atomically(new, lambda file: file.write(content))
+            if path.exists():
+                os.replace(path, before(path))
+            os.replace(new, path)
 
     def load_checkpoint(self, device: torch.device, name: str) -> dict[str, Any]:
-        """Load without executing anything (``weights_only``): a malicious file raises."""
+        """The last checkpoint, or where it is damaged the one before, which is told; nothing in it is executed."""
         path = self.path / name
-        if not path.is_file():
-            raise UserError(f"{self.path} has no checkpoint yet: the run ended before its first one. Start it anew.")
-        with _told(f"{path} cannot be read"):
+        reasons = []
+        for one in (path, before(path)):
+            if not one.is_file():
+                continue
+            with _told(f"{one} cannot be read"):
+                content = one.read_bytes()
             try:
-                return torch.load(path, map_location=device, weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-                raise UserError(
-                    f"{path} is damaged or holds more than tensors and numbers, so it is not loaded: "
-                    f"{str(error).splitlines()[0]}. Restore it from a copy, or start a new run."
-                ) from error
+                state, hashed = checkpoint.from_bytes(content, device)
+            except Damaged as reason:
+                reasons.append(f"{one} is damaged, so it is not loaded: {reason}")
+                continue
+            if not hashed:
+                note(f"{one} carries no hash, as earlier versions wrote it: it is taken as it is.")
+            if one != path:
+                note(f"{'; '.join(reasons) or f'{path} is missing'}. The checkpoint before it serves: {one}.")
+            return state
+        if reasons:
+            raise UserError(f"{'; '.join(reasons)}. Restore it from a copy, or start a new run.")
+        raise UserError(f"{self.path} has no checkpoint yet: the run ended before its first one. Start it anew.")
+
+    def _sync_metrics(self) -> None:
+        with contextlib.suppress(FileNotFoundError), (self.path / "metrics.jsonl").open("rb") as file:
+            os.fsync(file.fileno())
+
+    def has_checkpoint(self, name: str) -> bool:
+        return any(path.is_file() for path in (self.path / name, before(self.path / name)))
+
+    def _refuse_a_run(self) -> None:
+        if (self.path / "config.json").exists():
+            raise UserError(
+                f"{self.path} holds a run already. Go on with it by --resume {self.path}, or take another --out."
+            )
+
+
+def before(path: Path) -> Path:
+    """Where the checkpoint before the last one lies."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 
 class ReadOnly(RunFolder):
@@ -113,9 +192,16 @@ class ReadOnly(RunFolder):
 
     def begin(self, config: dict[str, Any]) -> None: ...
 
+    def hold(self) -> None: ...
+
+    def save_checkpoint(self, state: dict[str, Any], name: str) -> None: ...
+
     def write_bytes(self, name: str, content: bytes) -> None: ...
 
     def append_metrics(self, row: dict[str, Any]) -> None: ...
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager
@@ -123,30 +209,5 @@ def _told(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"{what}: {error.strerror or error}. Free space or choose another folder, then --resume."
-        ) from error
-
-
-class Interruption:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one is obeyed at once.
-
-    Use as a context manager; ``exit_code`` is None until a signal came, then 128 + its number.
-    """
-
-    exit_code: int | None = None
-
-    def __enter__(self) -> Interruption:
-        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: types.FrameType | None) -> None:
-        self.exit_code = 128 + number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        hint = "Free space or choose another folder, then --resume." if error.errno in FULL else "Is the path right?"
+        raise UserError(f"{what}: {error.strerror or error}. {hint}") from error

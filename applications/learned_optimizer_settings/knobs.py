@@ -45,6 +45,8 @@ class Config(SolverKnobs):
 
     solver_settings = ("hypergrad", "outer_lr")
 
+    length = "outer_steps"
+
     def check(self) -> None:
         """See `SolverKnobs`."""
         require_at_least_one(self, "hidden", "batch", "outer_steps", "networks")

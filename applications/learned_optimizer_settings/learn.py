@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.frame.checkpoint import restore_optimizer
 from applications.frame.command import require
 from applications.learned_optimizer_settings.networks import Networks, seed_of
 from applications.learned_optimizer_settings.settings import Settings
@@ -130,7 +131,7 @@ class Learning:
         with torch.no_grad():
             self.settings.log_lr.copy_(state["log_lr"])
             self.settings.logit.copy_(state["logit"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.step = state["step"]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
+from applications.frame.checkpoint import restore_optimizer
 from applications.frame.run import Row
 
 Params = dict[str, Tensor]
@@ -85,7 +86,7 @@ class Search:
             if state["params"][name].shape != p.shape:
                 raise ValueError(f"{name} is {tuple(state['params'][name].shape)}, not {tuple(p.shape)}")
         self.step, self.params = state["step"], state["params"]
-        self._adam.load_state_dict(state["adam"])
+        restore_optimizer(self._adam, state["adam"])
 
 
 def accuracy(logits: Tensor, targets: Tensor) -> float:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bilevel as bl
+from applications.frame.checkpoint import restore_optimizer
 from applications.reweighting.drawing import Drawn
 from applications.reweighting.networks import Params, stacked
 from applications.reweighting.weighting import (
@@ -210,8 +211,8 @@ class ClassifierTraining:
             if self.net is not None:
                 for name, value in self.net.params.items():
                     value.copy_(state["net"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore_optimizer(self.optimizer, state["optimizer"])
         if self.net is not None:
-            self.meta_optimizer.load_state_dict(state["meta_optimizer"])
+            restore_optimizer(self.meta_optimizer, state["meta_optimizer"])
         self.step, self.best_validation = state["step"], state["best_validation"]
         self.generator.set_state(state["generator"])

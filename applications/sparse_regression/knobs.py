@@ -29,6 +29,8 @@ class Config(SolverKnobs):
 
     solver_settings = ("hypergrad",)
 
+    length = "evaluations"
+
     def check(self) -> None:
         require(len(self.data) > 0, "--data names no data set: give diabetes, synthetic, sparse-ho or a file.")
         require(len(set(self.data)) == len(self.data), f"--data names one twice: {' '.join(self.data)}.")

@@ -2,10 +2,12 @@
 
 The study stays Optuna's own. `suggest_inner_solver`, `suggest_linear_solver`, `suggest_hypergrad` turn a trial into
 settings; `report`, `limit`, `loss_within`, `hypergradient_error` measure it; `guard` keeps one trial from ending the
-study; `create_study` opens a storage that a killed process may have left in disorder; `solver_from_trial`, `save`,
+study, and `of_a_trial` says what its settings can bring about; `create_study` opens a storage that a killed process may
+have left in disorder, and `sweep` takes up the trials of processes that died meanwhile; `solver_from_trial`, `save`,
 `load` and `expression` take the winner back into a program.
 """
 
+from .failures import of_a_trial
 from .reports import best_trial, hypergradient_error, limit, loss_within, report, within_limits
 from .settings import expression, from_json, load, save, to_json
 from .spaces import (
@@ -19,7 +21,7 @@ from .spaces import (
     suggest_inner_solver,
     suggest_linear_solver,
 )
-from .studies import create_study, guard, open_storage
+from .studies import create_study, guard, open_storage, sweep
 
 __all__ = [
     "FIXED_POINT_SOLVERS",
@@ -36,6 +38,7 @@ __all__ = [
     "limit",
     "load",
     "loss_within",
+    "of_a_trial",
     "open_storage",
     "report",
     "save",
@@ -43,6 +46,7 @@ __all__ = [
     "suggest_hypergrad",
     "suggest_inner_solver",
     "suggest_linear_solver",
+    "sweep",
     "to_json",
     "within_limits",
 ]

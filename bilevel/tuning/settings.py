@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import json
 import math
+import types
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,19 +45,23 @@ from ..linalg.normal import NormalCG
 from ..linalg.nystrom import Nystrom, NystromPreconditioner
 from ..linalg.preconditioners import Jacobi
 from ..linalg.scipy import LSMR
+from ..linalg.solve import LinearSolver
+
+RULES = (SGD, Adam, AdamW, RMSprop)
+INNER = (GradientDescent, LBFGS, NewtonCG, ScipyMinimize, Steps, TorchOptim, Newton, ScipyRoot, Anderson, Picard)
+METHODS = (Implicit, Unroll, Truncated, ForwardMode, OneStep, FirstOrder, FiniteDifference, SAMA, Penalty)
+LINEAR = (CG, MINRES, Neumann, GMRES, BiCGSTAB, LSMR, NormalCG, Cholesky, LU, Nystrom, Identity)
+PRECONDITIONERS = (Jacobi, NystromPreconditioner)
 
 TYPES: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        *(GradientDescent, LBFGS, NewtonCG, ScipyMinimize, Steps, SGD, Adam, AdamW, RMSprop, TorchOptim),
-        *(Newton, ScipyRoot, Anderson, Picard),
-        *(Implicit, Unroll, Truncated, ForwardMode, OneStep, FirstOrder, FiniteDifference, SAMA, Penalty),
-        EvolutionStrategies,
-        *(CG, MINRES, Neumann, GMRES, BiCGSTAB, LSMR, NormalCG, Cholesky, LU, Nystrom, Identity),
-        *(Jacobi, NystromPreconditioner),
-    )
+    kind.__name__: kind for kind in (*RULES, *INNER, *METHODS, EvolutionStrategies, *LINEAR, *PRECONDITIONERS)
 }
 """What a file may name. Nothing else is ever made from one, so that a file cannot run code."""
+
+ROLES: dict[str, tuple[type, ...]] = {"solver": INNER, "hypergrad": (*METHODS, EvolutionStrategies)}
+"""What these names of a file stand for; other names are the program's own."""
+
+OPERATORS = ("graph", "func")
 
 KEY = "type"
 
@@ -96,7 +103,7 @@ def from_json(values: Any) -> Any:
     """The inverse of `to_json`: an equal object.
 
     Raises:
-        ValueError: an unknown type or setting, or a value that the type refuses.
+        ValueError: an unknown type or setting, or a value of another type than is declared, or that is refused.
     """
     if isinstance(values, list):
         return tuple(from_json(value) for value in values)
@@ -104,17 +111,66 @@ def from_json(values: Any) -> Any:
         return values
     name = values.get(KEY)
     if name == "float":
+        if not isinstance(values.get("value"), str):
+            raise ValueError(f"{values} is no number: 'inf', '-inf' or 'nan' is expected as its value.")
         return float(values["value"])
-    if name not in TYPES:
+    if not isinstance(name, str) or name not in TYPES:
         raise ValueError(f"{name!r} is no type of setting. There are {', '.join(sorted(TYPES))}.")
     given = {key: value for key, value in values.items() if key != KEY}
     try:
         if name == "TorchOptim":
-            settings = {key: from_json(value) for key, value in given.pop("settings").items()}
-            return TorchOptim(getattr(torch.optim, given.pop("optimizer")), **given, **settings)
-        return TYPES[name](**{key: from_json(value) for key, value in given.items()})
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
+            return _torch_optim(**given)
+        kind, found = TYPES[name], {key: from_json(value) for key, value in given.items()}
+        _check_types(kind, found)
+        return kind(**found)
+    except (TypeError, KeyError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"{name} cannot be made of {given}: {error}") from error
+
+
+def _torch_optim(optimizer: Any, max_steps: Any, gtol: Any = None, settings: Any = None) -> TorchOptim:
+    """One of PyTorch's own optimizers, made once to see that it takes its settings."""
+    kind = getattr(torch.optim, optimizer, None) if isinstance(optimizer, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or kind is torch.optim.Optimizer:
+        raise ValueError(f"{optimizer!r} is no optimizer of torch.optim")
+    for name, value, hint in (("max_steps", max_steps, int), ("gtol", gtol, float | None)):
+        if not _fits(value, hint):
+            raise TypeError(f"{name} is {value!r}, which is no {hint}")
+    found = {key: from_json(value) for key, value in settings.items()}
+    kind([torch.zeros(1, requires_grad=True)], **found)
+    return TorchOptim(kind, max_steps=max_steps, gtol=gtol, **found)
+
+
+def _check_types(kind: type, values: Mapping[str, Any]) -> None:
+    """Raise a TypeError for a value that is not of the type that the class declares."""
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name == "operator" and value not in OPERATORS:
+            raise TypeError(f"operator is {value!r}, and a file knows {' and '.join(map(repr, OPERATORS))}")
+        if name in hints and not _fits(value, hints[name]):
+            raise TypeError(f"{name} is {value!r}, which is no {hints[name]}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a file is of a declared type; a truth value is no number, and a whole number is one."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is typing.Literal:
+        return value in args
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        every = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        return len(value) == len(every) and all(map(_fits, value, every))
+    if origin is collections.abc.Callable:
+        return isinstance(value, PRECONDITIONERS) or value in OPERATORS
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is LinearSolver:
+        return isinstance(value, LINEAR)
+    return isinstance(value, hint)
 
 
 def expression(setting: Any) -> str:
@@ -163,14 +219,19 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(Path(path).read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no file of solver settings: {error}.") from error
     if not isinstance(values, dict) or KEY in values:
         raise ValueError(f"{path} is no file of solver settings: names such as 'solver' and 'hypergrad' are expected.")
     try:
-        return {name: from_json(setting) for name, setting in values.items()}
-    except ValueError as error:
+        found = {name: from_json(setting) for name, setting in values.items()}
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error
+    for name, setting in found.items():
+        if name in ROLES and not isinstance(setting, ROLES[name]):
+            known = ", ".join(kind.__name__ for kind in ROLES[name])
+            raise ValueError(f"{path}: {name!r} is {setting!r}, and one of {known} is expected.")
+    return found
 
 
 def _odd(value: float) -> bool:

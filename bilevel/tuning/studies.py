@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..extras import require
 from .failures import of_a_trial
-from .resumed import refuse_unused, tell_other_ranges
+from .resumed import FIXED, refuse_unused, tell_other_ranges
 
 if TYPE_CHECKING:
     import optuna
@@ -28,6 +28,8 @@ Objective = Callable[["optuna.Trial"], "float | Sequence[float]"]
 
 PROCESS = "process"
 """User attribute: who runs a trial."""
+RETRIED = "retry of"
+"""User attribute: the number of the trial that is tried again, since its process died."""
 JOURNAL_SUFFIXES = (".log", ".journal")
 GRACE_SECONDS = 60
 """After which a trial that nobody vouches for has been left behind."""
@@ -145,7 +147,7 @@ def repair_journal(path: Path) -> int:
 
 
 def sweep(study: optuna.Study, grace_seconds: float = GRACE_SECONDS) -> int:
-    """Fail the running trials whose process is gone; their number.
+    """Fail the running trials whose process is gone, and try each once more; their number.
 
     A trial under `guard` names its process. Of a process on another machine nothing is known; a trial without a name is
     left to the storage's heartbeat, or, where there is none, failed after its grace. A database retries what its
@@ -167,10 +169,20 @@ def sweep(study: optuna.Study, grace_seconds: float = GRACE_SECONDS) -> int:
             gone = _is_gone(process)
         if gone:
             try:
-                swept += study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
+                failed = study._storage.set_trial_state_values(trial._trial_id, state=TrialState.FAIL)
             except UpdateFinishedTrialError:  # another process swept it first
                 continue
+            swept += failed
+            if failed and process is not None and RETRIED not in trial.user_attrs:
+                _retry(study, trial)
     return swept
+
+
+def _retry(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Put its parameters in front once more."""
+    params = {**trial.system_attrs.get(FIXED, {}), **trial.params}
+    kept = {name: value for name, value in trial.user_attrs.items() if name == "default"}
+    study.enqueue_trial(params, user_attrs={**kept, RETRIED: trial.number})
 
 
 def guard(objective: Objective) -> Objective:

@@ -243,7 +243,7 @@ def test_a_short_horizon_is_judged_by_whole_runs():
     [
         ('{"outer_lr": -1.0}', "outer_lr of -1.0"),
         ('{"hypergrad": {"type": "OneStep"}}', "Unroll, Truncated or ForwardMode"),
-        ('{"solver": 1}', "'hypergrad', 'outer_lr' are expected"),
+        ('{"solver": 1}', "'solver' is 1"),
     ],
 )
 def test_bad_solver_settings_end_with_2(content, message, tmp_path, refused):

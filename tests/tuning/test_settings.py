@@ -83,6 +83,11 @@ def test_what_a_file_cannot_hold(setting, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def torch_optim(optimizer, max_steps, settings):
+    given = f'"optimizer": "{optimizer}", "max_steps": {max_steps}, "settings": {settings}'
+    return f'{{"solver": {{"type": "TorchOptim", {given}}}}}'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -92,7 +97,46 @@ def test_what_a_file_cannot_hold(setting, message, tmp_path):
         ('{"solver": {"type": "CG", "max_steps": -1}}', "CG cannot be made"),
         ('{"solver": {"type": "CG", "steps": 1}}', "CG cannot be made"),
         ('{"solver": {"type": "TorchOptim", "optimizer": "Nothing", "settings": {}}}', "TorchOptim cannot be made"),
+        ("[]", "names such as 'solver'"),
+        ("null", "names such as 'solver'"),
+        ('{"solver": 3}', "'solver' is 3"),
+        ('{"solver": null}', "'solver' is None"),
+        ('{"solver": {"type": "CG"}}', "'solver' is CG"),
+        ('{"hypergrad": {"type": "GradientDescent"}}', "'hypergrad' is GradientDescent"),
+        ('{"solver": {"type": ["CG"]}}', "is no type of setting"),
+        ('{"solver": {"type": "float", "value": 3}}', "is no number"),
+        ('{"solver": {"type": "float"}}', "is no number"),
+        ('{"solver": {"type": "GradientDescent", "max_steps": "many"}}', "max_steps is 'many'"),
+        ('{"solver": {"type": "GradientDescent", "max_steps": 1.5}}', "max_steps is 1.5"),
+        ('{"solver": {"type": "GradientDescent", "max_steps": true}}', "max_steps is True"),
+        ('{"solver": {"type": "GradientDescent", "lr": null}}', "lr is None"),
+        ('{"solver": {"type": "GradientDescent", "lr": [0.1, "x"]}}', "lr is"),
+        ('{"solver": {"type": "GradientDescent", "safeguard": 1}}', "safeguard is 1"),
+        ('{"solver": {"type": "Steps", "rule": {"type": "CG"}}}', "rule is CG"),
+        ('{"hypergrad": {"type": "Implicit", "linear_solver": {"type": "SGD"}}}', "linear_solver is SGD"),
+        ('{"hypergrad": {"type": "Implicit", "linear_solver": "CG"}}', "linear_solver is 'CG'"),
+        ('{"hypergrad": {"type": "Implicit", "operator": "os:system"}}', "operator is 'os:system'"),
+        ('{"hypergrad": {"type": "Implicit", "damping": "1"}}', "damping is '1'"),
+        (
+            '{"solver": {"type": "TorchOptim", "optimizer": "lr_scheduler", "max_steps": 1, "settings": {}}}',
+            "no optimizer",
+        ),
+        (
+            '{"solver": {"type": "TorchOptim", "optimizer": "Optimizer", "max_steps": 1, "settings": {}}}',
+            "no optimizer",
+        ),
+        (
+            '{"solver": {"type": "TorchOptim", "optimizer": "SGD", "max_steps": "1", "settings": {}}}',
+            "max_steps is '1'",
+        ),
+        (
+            '{"solver": {"type": "TorchOptim", "optimizer": "SGD", "max_steps": 1, "settings": {"lr": "x"}}}',
+            "SGD|TorchOptim",
+        ),
+        (torch_optim("SGD", "1", "3"), "TorchOptim cannot"),
+        ('{"solver": ' * 3000 + "1" + "}" * 3000, "is no file of solver settings|recursion"),
     ],
+    ids=range(32),
 )
 def test_bad_files(tmp_path, text, message):
     (tmp_path / "best.json").write_text(text)

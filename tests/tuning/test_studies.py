@@ -186,9 +186,12 @@ def test_a_trial_whose_process_was_killed_is_swept_from_a_journal(tmp_path):
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     study = create_study("bowl", path)
-    assert [trial.state for trial in study.trials] == [TrialState.FAIL]
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, TrialState.WAITING]  # it is tried again
     study.optimize(guard(bowl), n_trials=2)
-    assert [trial.state.name for trial in create_study("bowl", path).trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    trials = create_study("bowl", path).trials
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert trials[1].user_attrs["retry of"] == 0
+    assert trials[1].params == {**trials[1].params, **trials[0].params}
 
 
 def test_a_running_trial_of_this_process_is_not_swept():

@@ -13,6 +13,7 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
+from applications.frame.data import newsgroups
 from applications.frame.data.files import data_root, torchvision_datasets, unusable
 from applications.frame.errors import UserError
 
@@ -72,7 +73,7 @@ def load(name: str, root: str | Path | None = None, *, task: Task = "classificat
 
     Args:
         name: one of `EMBEDDED`, ``"mnist"`` or ``"cifar10"`` (training images, then test images, of torchvision's
-            files), ``"20newsgroups"`` (scikit-learn's files, sparse); or a path: ``.npz`` with ``features`` [n, d] and
+            files), ``"20newsgroups"`` (its text archive, sparse); or a path: ``.npz`` with ``features`` [n, d] and
             ``targets`` [n], or ``.svm``, ``.svmlight``, ``.libsvm`` in that sparse format.
         root: the folder of data sets, for the three that are not embedded; by default $BILEVEL_DATA, else
             ``~/.cache/bilevel``.
@@ -228,16 +229,8 @@ def _cifar10(root: Path) -> Examples:
 
 
 def _newsgroups(root: Path) -> Examples:
-    from sklearn.datasets import fetch_20newsgroups_vectorized
-
-    try:
-        found = fetch_20newsgroups_vectorized(subset="all", data_home=str(root), download_if_missing=False)
-    except OSError as error:
-        raise UserError(
-            f"20 newsgroups is not in {root} ({error}). scikit-learn's cache is looked up there: set --data-root or "
-            "$BILEVEL_DATA, or fetch it by sklearn.datasets.fetch_20newsgroups_vectorized(subset='all', data_home=...)."
-        ) from error
-    return Examples("20newsgroups", scipy.sparse.csr_array(found.data).astype(float), found.target.astype(np.int64), 20)
+    features, targets = newsgroups.load(root)
+    return Examples("20newsgroups", features, targets, newsgroups.NUM_CLASSES)
 
 
 def _file(path: Path, task: Task) -> Examples:

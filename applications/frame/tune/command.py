@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,11 +24,20 @@ from tqdm import tqdm
 import bilevel as bl
 from applications.frame import memory
 from applications.frame.device import select_device
-from applications.frame.errors import UserError, exit_code
-from applications.frame.run import Run
+from applications.frame.errors import UserError, exit_code, note
+from applications.frame.interruption import Interruption
+from applications.frame.options import check_folder, check_values, settings_told
+from applications.frame.output import forgiving
+from applications.frame.run import Interrupted, Run
 from applications.frame.run_folder import RunFolder
 from applications.frame.tune import hooks, report
+from applications.frame.tune.storage import password, without_password
 from applications.frame.tune.tunable import Tunable, score_after, score_within
+
+KEPT = "Interrupted; the study is kept. The same command goes on with it."
+
+RESTARTS = 3
+"""Of a worker that is killed; where memory runs out, it is killed again."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -82,25 +93,41 @@ def main(name: str, arguments: list[str], rest: Callable[[list[str]], Tunable]) 
     options, left = tyro.cli(
         Options, args=arguments, prog=f"python -m applications.{name} tune", return_unknown_args=True
     )
-    kept = "Interrupted; the study is kept. The same command goes on with it."
-    return exit_code(lambda: run(name, options, arguments, rest(left)), kept)
+    return exit_code(lambda: _begun(name, options, arguments, lambda: rest(left)), KEPT)
 
 
-def run(name: str, options: Options, arguments: list[str], tunable: Tunable) -> int:
-    """The study, and unless this is one of several workers, what it found."""
+def _begun(name: str, options: Options, arguments: list[str], tunable: Callable[[], Tunable]) -> int:
+    """The study under the lock of its folder, which the workers leave to the process that started them."""
     check(options)
-    out = options.out or Path("runs") / name / "tune"
+    folder = RunFolder(options.out or Path("runs") / name / "tune")
+    with settings_told(options), forgiving():
+        found = tunable()
+        try:
+            if options.worker is None:
+                folder.hold()
+            return run(name, options, arguments, found, folder)
+        except Interrupted as interrupted:
+            print(KEPT, file=sys.stderr)
+            return interrupted.exit_code
+        finally:
+            folder.release()
+
+
+def run(name: str, options: Options, arguments: list[str], tunable: Tunable, folder: RunFolder) -> int:
+    """The study, and unless this is one of several workers, what it found."""
     trials = options.trials or tunable.trials
     seconds = options.seconds or tunable.seconds
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = open_study(name, options, tunable, out)
+    study = open_study(name, options, tunable, folder.path)
     if options.worker is not None:
         warm_up(tunable, options.seed)
         work(study, options, tunable, trials, seconds)
         return 0
-    folder = RunFolder(out)
     config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
-    output = Run(folder, config, f"python -m applications.{name} tune {' '.join(arguments)}".strip())
+    if options.storage is not None:
+        config["storage"] = without_password(options.storage, options.storage)
+    call = without_password(f"python -m applications.{name} tune {' '.join(arguments)}".strip(), options.storage)
+    output = Run(folder, config, call)
     warm_up(tunable, options.seed)
     with bar(study, trials, tunable) as update:
         if options.workers > 1:
@@ -109,13 +136,18 @@ def run(name: str, options: Options, arguments: list[str], tunable: Tunable) -> 
             work(study, options, tunable, trials, seconds, update)
     report.write(output, study, tunable, seconds, options.confirm, options.seed)
     if options.artifacts is not None:
-        names = hooks.keep(study, out, options.artifacts)
+        names = hooks.keep(study, folder.path, options.artifacts)
         output.say(f"{len(names)} files are new in the artifact store {options.artifacts}")
     return 0
 
 
 def check(options: Options) -> None:
     """Refuse what cannot be run, before anything is."""
+    if password(options.storage) is None:  # else a message would show it
+        check_values(options)
+    else:
+        check_values(replace(options, storage=None))
+    check_folder(options.out, "out")
     for option in ("trials", "timeout", "seconds", "limit_mib", "limit_step_seconds", "workers"):
         value = getattr(options, option)
         if value is not None and not value > 0:
@@ -133,7 +165,6 @@ def open_study(name: str, options: Options, tunable: Tunable, out: Path) -> optu
     """The study in its storage, with the settings in use today as its first trial."""
     storage = options.storage
     if storage is None:
-        out.mkdir(parents=True, exist_ok=True)
         parallel = options.workers > 1 or (out / "study.log").exists()
         storage = str(out / "study.log") if parallel else f"sqlite:///{out / 'study.db'}"
     directions = [tunable.direction, "minimize", "minimize"] if options.objective == "pareto" else tunable.direction
@@ -147,27 +178,32 @@ def open_study(name: str, options: Options, tunable: Tunable, out: Path) -> optu
             worker=options.worker or 0,
             defaults=tunable.default,
         )
-    except (ValueError, OSError, optuna.exceptions.OptunaError, ImportError) as error:
-        raise UserError(f"--storage {storage} cannot be opened: {error}") from error
+    except (ValueError, OSError, KeyError, TypeError, optuna.exceptions.OptunaError, ImportError) as error:
+        raise _unusable(storage, error) from None  # its traceback may have the password
     except Exception as error:
         if "sqlalchemy" in type(error).__module__:
-            raise UserError(
-                f"--storage {storage} cannot be opened: {str(error).splitlines()[0]}. Is the address right?"
-            ) from error
+            raise _unusable(storage, error) from None
         raise
     same = {"seconds": options.seconds or tunable.seconds, "score": tunable.score}
     if options.worker is None:
         earlier = study.user_attrs.get("settings")
         if earlier not in (None, same):
+            where = without_password(storage, storage)
             raise UserError(
-                f"The study in {storage} measured {earlier}, and now {same} is asked for: its trials cannot be "
-                "compared. Take another --out or --storage."
+                f"The study in {where} measured {earlier}, and now {same} is asked for: its trials cannot be compared. "
+                "Take another --out or --storage."
             )
         study.set_user_attr("settings", same)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([tunable.score, "seconds", "peak MiB"][: len(study.directions)])  # for a dashboard
     return study
+
+
+def _unusable(storage: str, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+    told = f"--storage {storage} cannot be opened: {reason}. Is the address right, or the file damaged?"
+    return UserError(without_password(told, storage))
 
 
 def warm_up(tunable: Tunable, seed: int) -> None:
@@ -198,9 +234,12 @@ def work(
         limits(trial, options, peak, trial.user_attrs["seconds"] / max(1, trial.user_attrs["steps"]))
         return value
 
+    parent = os.getppid()
+
     def after(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         update()
-        if finished(study) >= trials:
+        alone = options.worker is not None and os.getppid() != parent
+        if finished(study) >= trials or alone:
             study.stop()
 
     if finished(study) < trials:
@@ -243,28 +282,42 @@ def bar(study: optuna.Study, trials: int, tunable: Tunable) -> Iterator[Callable
 def with_workers(
     name: str, options: Options, arguments: list[str], study: optuna.Study, trials: int, update: Callable[[], None]
 ) -> None:
-    """Start the processes, follow the study, and end them with it; one that dies is told, and the others go on."""
+    """Start the processes, follow the study, and end them with it.
+
+    One that is killed is told, and another goes on in its place with its trial; one that ends with an error is told at
+    the end.
+    """
     threads = max(1, (os.cpu_count() or 1) // options.workers)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    processes = [
-        subprocess.Popen(
+
+    def start(number: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
             [sys.executable, "-m", f"applications.{name}", "tune", *arguments, "--worker", str(number)],
-            env=environment,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches this process, which ends them in order
         )
-        for number in range(options.workers)
-    ]
-    try:
-        while any(process.poll() is None for process in processes):
-            time.sleep(1.0)
-            update()
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        for process in processes:
-            process.wait()
+
+    with Interruption() as interruption:
+        processes = [start(number) for number in range(options.workers)]
+        restarts = Counter[int]()
+        try:
+            while interruption.exit_code is None and any(process.poll() is None for process in processes):
+                time.sleep(0.5)
+                update()
+                for number, process in enumerate(processes):
+                    if process.poll() is not None and process.returncode < 0 and restarts[number] < RESTARTS:
+                        restarts[number] += 1
+                        bl.tuning.sweep(study)
+                        note(f"Worker {number} was killed ({_signal(process)}); another goes on with its trial.")
+                        processes[number] = start(number)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.terminate()
+            for process in processes:
+                process.wait()
+    if interruption.exit_code is not None:
+        raise Interrupted(interruption.exit_code)
     update()
     dead = [number for number, process in enumerate(processes) if process.returncode != 0]
     if dead and finished(study) < trials:
@@ -272,3 +325,10 @@ def with_workers(
             f"Workers {', '.join(map(str, dead))} ended with an error, and {finished(study)} of {trials} trials are "
             "done. What they printed above says why; the same command goes on."
         )
+
+
+def _signal(process: subprocess.Popen[bytes]) -> str:
+    try:
+        return signal.Signals(-process.returncode).name
+    except ValueError:
+        return f"signal {-process.returncode}"

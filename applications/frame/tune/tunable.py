@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -81,6 +82,10 @@ def read_settings(path: Path, names: Collection[str], application: str) -> Setti
             f"--solver {path} has {', '.join(settings) or 'nothing'}: {', '.join(map(repr, names))} are expected. "
             f"`python -m applications.{application} tune` writes such a file."
         )
+    for name, value in settings.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if name not in ("solver", "hypergrad") and not number:
+            raise UserError(f"--solver {path}: {name!r} is {value!r}, and a number is expected.")
     return settings
 
 

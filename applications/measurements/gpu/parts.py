@@ -20,7 +20,7 @@ from applications.few_shot.methods import meta_step
 from applications.few_shot.train import create_learner, create_sampler, set_up_device
 from applications.frame import memory
 from applications.measurements.benchmarks.meta_step import MetaStep
-from bilevel.linalg.operator import Dense
+from bilevel.extending import Dense
 
 Rows = Iterator[dict[str, Any]]
 

@@ -35,10 +35,9 @@ class SaddleInTask:
         return bl.CG(max_steps=1).solve(_Saddle(operator, b, self.task), b, state)
 
 
-class Diagonal:
-    symmetric = True
-
+class Diagonal(bl.Operator):
     def __init__(self, diagonal):
+        super().__init__((), len(diagonal), diagonal.dtype, diagonal.device)
         self.diagonal = diagonal
 
     def matvec(self, v):
@@ -90,7 +89,7 @@ class TestAnAdjointThatExplodes:
         broken = session(CHOSEN)
         row = one_step(broken, broken.sampler("train"), 1e-2)
         assert row["left_out"] == 1
-        assert not row["skipped"]
+        assert "skipped" not in row
         assert row["adjoint_relative_residual"] > 100  # what was found is told
         sound = session({"hypergrad": bl.Implicit(bl.CG(max_steps=1))})
         episodes = sound.sampler("train").episodes(4, 0)
@@ -193,10 +192,3 @@ class TestAverage:
             assert {**one, "seconds": 0} == {**two, "seconds": 0}
         assert resumed.clipping == whole.clipping
         assert all(torch.equal(value, whole.average.values[name]) for name, value in resumed.average.values.items())
-
-    def test_the_checkpoint_of_a_version_without_them(self, session):
-        old, new = session(), session()
-        list(meta_train(old))
-        state = {name: value for name, value in old.state().items() if name not in ("average", "running_norm")}
-        new.restore(state)
-        assert all(torch.equal(param, new.average.averaged().meta[name]) for name, param in old.learner.meta.items())

@@ -30,7 +30,7 @@ from tests.applications.few_shot.conftest import QUICK
 from tests.applications.runs import comparable
 
 ROOT = Path(__file__).parents[3]
-CHECKPOINT = "checkpoint-meta-training.pt"
+CHECKPOINT = "checkpoint.pt"
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +189,7 @@ class TestResume:
 
     @pytest.mark.parametrize(
         ("option", "value", "kept"),
-        [("--steps", "9", "8"), ("--width", "16", "8"), ("--preset", "paper-omniglot-5way-1shot", "default")],
+        [("--steps", "7", "8"), ("--width", "16", "8"), ("--preset", "paper-omniglot-5way-1shot", "default")],
     )
     def test_other_settings_are_refused(self, option, value, kept, finished, capsys):
         before = comparable(finished)
@@ -318,7 +318,7 @@ class TestBadInput:
         folder.mkdir()
         (folder / "config.json").write_bytes((finished / "config.json").read_bytes())
         torch.save({"training": Malicious()}, folder / CHECKPOINT)
-        assert "is damaged or holds more than tensors" in refused("evaluate", folder)
+        assert "is cut short, or holds more than tensors" in refused("evaluate", folder)
         assert not (tmp_path / "executed").exists()
 
     def test_truncated_checkpoint(self, refused, finished, tmp_path):
@@ -444,14 +444,14 @@ class TestHead:
     """Networks of one's own, by import path, with and without a layer called head."""
 
     def train(self, model, glyph_root, folder):
-        small = ["--model", f"tests.applications.few_shot.test_train:{model}", "--tasks", "2", "--inner-steps", "2"]
+        small = [*own(model), "--tasks", "2", "--inner-steps", "2"]
         rest = ["--steps", "2", "--eval-tasks", "2", "--data-root", str(glyph_root), "--out", str(folder)]
         assert main([*small, *rest]) == 0
 
     def test_a_network_without_one_is_told(self, glyph_root, tmp_path, capsys):
         self.train("headless", glyph_root, tmp_path / "run")
         assert "has no layer called head, so --head zero keeps nothing at zero" in capsys.readouterr().out
-        assert main(["evaluate", str(tmp_path / "run"), "--ways", "3"]) == 2
+        assert main(["evaluate", str(tmp_path / "run"), *own("headless"), "--ways", "3"]) == 2
         assert "with a last layer that is learned" in capsys.readouterr().err
 
     def test_one_that_starts_elsewhere_is_set_to_zero(self, glyph_root, tmp_path, capsys):
@@ -459,7 +459,7 @@ class TestHead:
         assert "no layer called head" not in capsys.readouterr().out
         state = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"), CHECKPOINT)["training"]
         assert not state["meta"]["head.weight"].any()
-        assert main(["evaluate", str(tmp_path / "run"), "--ways", "3", "--eval-tasks", "2"]) == 0
+        assert main(["evaluate", str(tmp_path / "run"), *own("headed"), "--ways", "3", "--eval-tasks", "2"]) == 0
 
     def test_nothing_but_a_head(self, glyph_root, tmp_path, capsys):
         model = ["--model", "tests.applications.few_shot.test_train:nothing_but_a_head", "--data-root", str(glyph_root)]
@@ -470,10 +470,15 @@ class TestHead:
         folder = tmp_path / "run"
         self.train("headed", glyph_root, folder)
         before = (folder / "evaluation.json").read_bytes()
-        assert main(["train", "--resume", str(folder)]) == 0
-        assert main(["evaluate", str(folder), "--eval-tasks", "3"]) == 0
+        assert main(["train", "--resume", str(folder), *own("headed")]) == 0
+        assert main(["evaluate", str(folder), *own("headed"), "--eval-tasks", "3"]) == 0
         assert (folder / "evaluation.json").read_bytes() == before
         assert len(list(folder.glob("evaluation-step-2-*.json"))) == 1
+
+
+def own(model):
+    """The option of a network of one's own, which a run that has one needs again."""
+    return ["--model", f"tests.applications.few_shot.test_train:{model}"]
 
 
 def headless(channels, size, ways):

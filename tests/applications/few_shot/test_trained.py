@@ -13,10 +13,9 @@ import bilevel as bl
 from applications.few_shot import evaluation, trained
 from applications.few_shot.__main__ import main
 from applications.few_shot.config import Config
-from applications.few_shot.train import TRAINING
+from applications.few_shot.train import CHECKPOINT
 from applications.few_shot.trained import Trained
 from applications.frame.errors import UserError
-from applications.frame.run import checkpoint_of
 from applications.frame.run_folder import RunFolder
 
 
@@ -36,7 +35,7 @@ def file(run, tmp_path):
 class TestFile:
     def test_it_holds_the_average_and_its_origin(self, run, file):
         found = Trained.load(file)
-        state = RunFolder(run).load_checkpoint(torch.device("cpu"), checkpoint_of(TRAINING))["training"]
+        state = RunFolder(run).load_checkpoint(torch.device("cpu"), CHECKPOINT)["training"]
         assert found.meta
         assert not any(name.startswith("head.") for name in found.meta)
         for name, value in found.meta.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import torch
 
 from applications.frame.command import Knobs, Subcommand, main, require
 from applications.frame.errors import UserError
+from applications.frame.interruption import Interruption, stop_if_asked
 from applications.frame.run import Run, aligned, markdown, slug
 from applications.frame.run_folder import RunFolder
 from tests.applications.runs import comparable
@@ -120,8 +122,26 @@ def test_bad_input_ends_with_2_and_writes_nothing(tmp_path, capsys):
     assert walk("--out", str(tmp_path / "run")) == 0
     assert walk("--out", str(tmp_path / "run")) == 2
     assert "holds a run already" in capsys.readouterr().err
-    assert walk("--resume", str(tmp_path / "run"), "--steps", "9") == 2
-    assert "--steps is 9, but the run to resume has 6" in capsys.readouterr().err
+    for option, value, kept in (("--seed", "1", "0"), ("--steps", "5", "6"), ("--threads", "2", "1")):
+        assert walk("--resume", str(tmp_path / "run"), option, value) == 2
+        assert f"{option} is {value}, but the run to resume has {kept}" in capsys.readouterr().err
+
+
+def test_a_setting_that_is_the_default_is_a_change_too(tmp_path, capsys):
+    assert walk("--out", str(tmp_path / "run"), "--seed", "3") == 0
+    assert walk("--resume", str(tmp_path / "run"), "--seed", "0") == 2
+    assert "--seed is 0, but the run to resume has 3" in capsys.readouterr().err
+
+
+def test_a_run_may_become_longer_and_is_then_the_long_one(tmp_path):
+    assert walk("--out", str(tmp_path / "whole"), "--steps", "9") == 0
+    assert walk("--out", str(tmp_path / "run")) == 0
+    assert walk("--resume", str(tmp_path / "run"), "--steps", "9") == 0
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+    tables = [RunFolder(tmp_path / name).results()["tables"] for name in ("run", "whole")]
+    assert tables[0] == tables[1]
+    assert walk("--resume", str(tmp_path / "run")) == 0  # the new length is that of the run
+    assert len(comparable(tmp_path / "run")) == 9
 
 
 def test_a_checkpoint_of_other_settings_is_told(tmp_path, capsys):
@@ -213,7 +233,7 @@ def test_subcommands_have_their_words_and_a_line_in_the_help(capsys):
 def test_knobs_survive_the_file():
     knobs = Walk(seed=3, data=Path("a/b"), sizes=(4, 5))
     assert Walk.from_json(json.loads(json.dumps(knobs.to_json()))) == knobs
-    with pytest.raises(UserError, match="another application or version: pace"):
+    with pytest.raises(UserError, match="another application or version: it has the unknown 'pace'"):
         Walk.from_json({**knobs.to_json(), "pace": 1})
 
 
@@ -229,3 +249,75 @@ def test_a_reader_that_goes_is_no_traceback(tmp_path):
     command = f"{program} --sizes 1 --seconds 0.5 --out {tmp_path / 'run'} | head -c 1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr
+
+
+class Endless(Walking):
+    """Its fourth step asks for a signal, and takes a minute unless it is stopped within."""
+
+    def rows(self):
+        for record in super().rows():
+            yield record
+            if self.step == 3 and STOP["after"]:
+                os.kill(os.getpid(), STOP["after"])
+                deadline = time.monotonic() + 60
+                while time.monotonic() < deadline:
+                    stop_if_asked()
+                    time.sleep(0.01)
+
+
+def long_story(knobs: Walk, run: Run) -> None:
+    run.train("the walk", Endless(knobs))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_does_not_wait_for_a_long_step_which_is_made_again(number, tmp_path):
+    STOP["after"], begun = number, time.monotonic()
+    assert main("walk", ["--out", str(tmp_path / "run")], Walk, long_story) == 128 + number
+    assert time.monotonic() - begun < 5
+    STOP["after"] = 0
+    assert main("walk", ["--out", str(tmp_path / "whole")], Walk, long_story) == 0
+    assert main("walk", ["--resume", str(tmp_path / "run")], Walk, long_story) == 0
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
+
+
+def test_a_hangup_that_the_process_ignores_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interruption.exit_code is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("what", ["loss", "state", "solve"])
+def test_numbers_that_are_not_finite_end_a_training_with_the_last_good_checkpoint(what, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("applications.frame.run.CHECKPOINT_SECONDS", 0.0)
+
+    class Spoilt(Walking):
+        def rows(self):
+            for record in super().rows():
+                if self.step == 5 and what == "solve":
+                    raise torch.linalg.LinAlgError("the matrix is singular")
+                if self.step == 5 and what == "state":
+                    self.place = self.place * math.inf
+                yield {**record, "loss": math.nan} if self.step == 5 and what == "loss" else record
+
+    def story(knobs: Walk, run: Run) -> None:
+        run.train("the walk", Spoilt(knobs))
+
+    assert main("walk", ["--out", str(tmp_path / "run")], Walk, story) == 2
+    told = capsys.readouterr().err
+    assert "The training 'the walk' cannot go on after step" in told
+    assert "The last good checkpoint is that of step 4" in told
+    state = RunFolder(tmp_path / "run").load_checkpoint(torch.device("cpu"), "checkpoint-the-walk.pt")
+    assert state["step"] == 4
+    assert torch.isfinite(state["training"]["place"]).all()
+
+
+def test_metrics_that_end_before_their_checkpoint_are_damaged(tmp_path, capsys):
+    assert walk("--out", str(tmp_path / "run")) == 0
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])
+    assert walk("--resume", str(tmp_path / "run")) == 2
+    assert "the records of 'the walk' end at step 5, and its checkpoint is that of step 6" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -18,6 +19,7 @@ import torch
 import bilevel as bl
 from applications.few_shot.__main__ import main as few_shot
 from applications.frame import tune
+from applications.frame.run_folder import RunFolder
 from applications.frame.tune.report import interval
 from bilevel.problems import Ridge
 from tests.applications.refusals import refusals
@@ -149,6 +151,57 @@ def test_bad_options(tmp_path, capsys, arguments, message):
     code = tune.main("ridge", ["--out", str(tmp_path / "out"), *arguments], ridge)
     assert code == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_password_of_a_storage_is_nowhere(tmp_path, capsys, monkeypatch):
+    """Neither where it cannot be opened, nor in what a study writes."""
+    address = "postgresql+psycopg2://nobody:s3cret@127.0.0.1:1/none"
+    arguments = ["--out", str(tmp_path), "--confirm", "2", "--trials", "2", "--storage", address]
+    assert tune.main("ridge", arguments, ridge) == 2
+    said = capsys.readouterr()
+    assert "nobody:***@127.0.0.1" in said.err
+    create = bl.tuning.create_study
+    monkeypatch.setattr(bl.tuning, "create_study", lambda name, storage, **rest: create(name, None, **rest))
+    assert tune.main("ridge", arguments, ridge) == 0
+    said = said.out + said.err + "".join(capsys.readouterr())
+    assert "s3cret" not in said
+    for path in tmp_path.iterdir():
+        assert b"s3cret" not in path.read_bytes(), path
+    assert "***" in (tmp_path / "config.json").read_text()
+
+
+def test_of_two_studies_in_one_folder_one_is_refused(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    folder.hold()
+    assert run(tmp_path) == 2
+    assert "is in use by process" in capsys.readouterr().err
+    folder.release()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_told_and_its_trial_tried_again(tmp_path, glyph_root):
+    command = [sys.executable, "-m", "applications.few_shot", "tune", "--workers", "2", "--seconds", "1.5"]
+    command += ["--trials", "6", "--confirm", "2", "--out", str(tmp_path), "--data-root", str(glyph_root), *QUICK]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    storage, deadline, running = str(tmp_path / "study.log"), time.monotonic() + 180, []
+    while not running:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.3)
+        if (tmp_path / "study.log").exists():
+            opened = bl.tuning.open_storage(storage)
+            with contextlib.suppress(KeyError):  # the study is not there yet
+                found = optuna.load_study(study_name="few_shot score", storage=opened).trials
+                running = [t for t in found if t.state.name == "RUNNING" and t.params and "process" in t.user_attrs]
+    victim = running[0]
+    os.kill(int(victim.user_attrs["process"].split()[1]), signal.SIGKILL)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    assert "was killed (SIGKILL); another goes on with its trial" in printed
+    study = optuna.load_study(study_name="few_shot score", storage=bl.tuning.open_storage(storage))
+    (again,) = [trial for trial in study.trials if "retry of" in trial.user_attrs]
+    assert again.user_attrs["retry of"] == victim.number
+    assert again.params.items() >= victim.params.items()
 
 
 def test_interval_is_students():

@@ -1,0 +1,121 @@
+"""What any value of any option must be, and what is told where a value asks for more than there is."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import bilevel as bl
+from applications.frame.errors import UserError
+
+LARGEST = 10**9
+"""Of whole numbers: counts and seeds; what is larger is a slip, and overflows somewhere."""
+LONGEST = 255
+"""Bytes of a name in a path, as file systems have it."""
+
+
+def check_values(options: Any) -> None:
+    """Refuse numbers that are negative, infinite, not a number or huge, and names that no file can have.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for field in dataclasses.fields(options):
+        values = getattr(options, field.name)
+        for value in values if isinstance(values, tuple) else (values,):
+            reason = _refused(field.name, value)
+            if reason is not None:
+                raise UserError(f"{option(field.name)} is {_shortened(value)}: {reason}.")
+
+
+def option(name: str) -> str:
+    """The option of a knob."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _refused(name: str, value: Any) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number is needed"
+    if isinstance(value, int | float) and value < 0:
+        return "it cannot be negative"
+    if name == "threads" and value is not None and value > most_threads():
+        return f"more than {most_threads()} threads are of no use on this machine"
+    if isinstance(value, int) and value > LARGEST:
+        return f"at most {LARGEST:,} makes sense"
+    if isinstance(value, str | Path):
+        parts = os.fsencode(value).split(b"/") if "\0" not in str(value) else [b""]
+        if "\0" in str(value) or max(map(len, parts)) > LONGEST or sum(map(len, parts)) > 4000:
+            return f"no file can have this name, a part of it is longer than {LONGEST} bytes or has a NUL"
+    return None
+
+
+def most_threads() -> int:
+    return max(64, 4 * (os.cpu_count() or 1))
+
+
+def check_folder(path: Path | None, name: str) -> None:
+    """Refuse a folder to write into that is a file, or lies below one.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for place in () if path is None else (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{option(name)} is {path}, and {place} is a file: a folder is needed. Take another.")
+
+
+@contextmanager
+def settings_told(options: Any) -> Iterator[None]:
+    """What the values of options bring about, such as too little memory or a solve that fails, names these options.
+
+    Raises:
+        UserError: it was such an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not (bl.tuning.of_a_trial(error) or _of_a_size(error)):
+            raise
+        reason = str(error).partition("\n")[0][:300]
+        raise UserError(
+            f"These settings cannot be run ({type(error).__name__}: {reason}). {changed(options)}"
+        ) from error
+
+
+PLACES = ("out", "resume", "worker")
+
+
+def changed(options: Any) -> str:
+    """The options that are not at their defaults, the farthest from them first, as what to look at."""
+    default, given = type(options)(), []
+    for field in dataclasses.fields(options):
+        value, usual = getattr(options, field.name), getattr(default, field.name)
+        if value != usual and field.name not in PLACES:
+            numbers = all(isinstance(number, int | float) for number in (value, usual))
+            given.append((value / usual if numbers and usual else 0.0, f"{option(field.name)} {_shortened(value)}"))
+    told = ", ".join(text for _, text in sorted(given, key=lambda one: -one[0]))
+    return f"Look at {told}." if given else "All options are at their defaults."
+
+
+SIZES = (
+    "negative dimension",
+    "overflow",
+    "array is too big",
+    "maximum allowed dimension",
+    "invalid shape",
+    "too large",
+)
+
+
+def _of_a_size(error: Exception) -> bool:
+    return isinstance(error, RuntimeError | ValueError) and any(text in str(error).lower() for text in SIZES)
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:40]!r}... ({len(text)} characters)"

@@ -1,0 +1,145 @@
+"""Bad command lines and damaged run folders of every kind: exit code 2, one message, no traceback, no code run."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+
+from applications.few_shot.__main__ import main
+from applications.few_shot.classifier import FewShot
+from applications.few_shot.trained import Trained
+from applications.frame.errors import UserError
+
+TINY = ["--steps", "2", "--tasks", "2", "--eval-tasks", "2", "--validate-every", "0", "--width", "8", "--queries", "1"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--seed", "-1", "--seed is -1"),
+        ("--ways", "-1", "--ways is -1"),
+        ("--lr", "inf", "--lr is inf"),
+        ("--lr", "1e308", "cannot go on after step 1"),
+        ("--strength", "inf", "--strength is inf"),
+        ("--threads", "100000", "--threads is 100000"),
+        ("--width", "100000", "Look at --width 100000, "),
+        ("--tasks", "100000000000", "--tasks is 100000000000"),
+        ("--model", "os:system", "--model os:system makes no network"),
+        ("--model", "json:loads", "--model json:loads makes no network"),
+        ("--model", "torch.nn:Linear", "--model torch.nn:Linear makes no network"),
+        ("--out", "x" * 300, "--out is 'xxx"),
+        ("--resume", "x" * 300, "--resume is 'xxx"),
+    ],
+)
+def test_values(option, value, told, glyph_root, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*TINY, "--data-root", str(glyph_root), f"{option}={value}"]) == 2
+    message = capsys.readouterr().err
+    assert re.search(told, message), message
+
+
+@pytest.mark.parametrize("name", ["few_shot", "data_cleaning", "search", "sparse_regression"])
+def test_a_study_in_a_file(name, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    module = importlib.import_module(f"applications.{name}.__main__")
+    arguments = ["tune", "--trials", "1", "--out", str(tmp_path / "file")]
+    kinds = () if name == "few_shot" else (module.Config, module.story, module.tunable)
+    assert (module.main(name, arguments, *kinds) if kinds else module.main(arguments)) == 2
+    assert f"--out is {tmp_path / 'file'}" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="session")
+def finished(glyph_root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged") / "run"
+    assert main([*TINY, "--data-root", str(glyph_root), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the folder of a run."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def changed(**values):
+    return lambda folder: (folder / "config.json").write_text(
+        json.dumps({**json.loads((folder / "config.json").read_text()), **values})
+    )
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def checkpoint(value):
+    return lambda folder: torch.save(value, folder / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (written("checkpoint.pt", b""), "checkpoint.pt is damaged, so it is not loaded: it is empty"),
+        (written("checkpoint.pt", b"PK\x03\x04"), "checkpoint.pt is damaged"),
+        (checkpoint([1]), "it holds a list"),
+        (checkpoint(torch.ones(3)), "it holds a Tensor"),
+        (checkpoint({"state_dict": {}}), "is no checkpoint of a training"),
+        (checkpoint({"training": {}, "step": 2, "seconds": 0.1}), "does not fit this training"),
+        (written("config.json", b"null"), "config.json is of another application or version"),
+        (written("config.json", b"[]"), "config.json is of another application or version"),
+        (written("config.json", b"{"), "config.json is damaged"),
+        (written("config.json", b"[" * 100_000), "config.json is damaged"),
+        (written("config.json", b'{"seed": 0, "threads": 1}'), "it lacks"),
+        (changed(colour=1), "it has the unknown 'colour'"),
+        (changed(steps="many"), "'steps' is 'many'"),
+        (changed(steps=None), "'steps' is None"),
+        (changed(steps=True), "'steps' is True"),
+        (changed(steps=-1), "--steps is -1"),
+        (changed(split="letters"), "'split' is 'letters'"),
+        (changed(held_out=[0.1]), "'held_out' is"),
+        (written("metrics.jsonl", b"null\n"), "metrics.jsonl, line 1, is no record"),
+        (written("metrics.jsonl", b'{"step": "1"}\n'), "metrics.jsonl, line 1, is no record"),
+        (written("metrics.jsonl", bytes(range(256))), "metrics.jsonl, line 1, is damaged"),
+        (written("metrics.jsonl", b""), "metrics.jsonl is damaged"),
+        (written("results.json", b"null"), "results.json is no file of results"),
+        (written("results.json", b'{"parts": {"a": 1}, "tables": {}}'), "results.json is no file of results"),
+    ],
+)
+def test_run_folders(damage, told, run, capsys):
+    damage(run)
+    assert main(["train", "--resume", str(run)]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.fixture
+def foreign(run, monkeypatch):
+    """A run folder from elsewhere, which names code of its own."""
+    (run / "payload.py").write_text(
+        "from pathlib import Path\nPath(__file__).with_name('RAN').touch()\n\ndef factory(*a):\n    raise SystemExit\n"
+    )
+    changed(model="payload:factory")(run)
+    monkeypatch.syspath_prepend(str(run))
+    yield run
+    sys.modules.pop("payload", None)
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["train", "--resume"]])
+def test_code_that_a_folder_names_does_not_run_until_the_command_names_it_too(words, foreign, capsys):
+    assert main([*words, str(foreign)]) == 2
+    assert "giving the option again: --model payload:factory" in capsys.readouterr().err
+    assert not (foreign / "RAN").exists()
+    assert main([*words, str(foreign), "--model", "payload:factory"]) == 2  # what it makes is no network
+    assert (foreign / "RAN").exists()
+
+
+def test_code_that_a_file_names_does_not_run_either(foreign, tmp_path):
+    Trained.from_run(foreign).save(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="names code of its own"):
+        FewShot.load(tmp_path / "x.pt").trained.learner()
+    assert not (foreign / "RAN").exists()

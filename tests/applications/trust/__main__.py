@@ -1,0 +1,60 @@
+"""``python -m tests.applications.trust [NAME ...] [--part 0.1]``: what is promised of runs and files, tried in full.
+
+    kills  studies  flips  cuts  options  memory  writers
+
+By default all of them, in the sizes of docs/quality.md; ``--part`` makes each so much smaller.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch counts its threads: children are forks
+
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from tests.applications.trust import trials
+from tests.applications.trust.trials import Found
+
+FULL: dict[str, Callable[[float, Path], Found]] = {
+    **{
+        f"kills of {name}": lambda part, folder, name=name: trials.kills(round(50 * part), folder, (name,))  # type: ignore[misc]
+        for name in trials.TINY
+    },
+    "studies": lambda part, folder: trials.studies(round(50 * part), folder),
+    "flips": lambda part, folder: trials.flips(round(1500 * part), folder),
+    "cuts": lambda part, folder: trials.cuts(round(200 * part), folder),
+    "options": lambda part, folder: trials.options(part, folder),
+    "memory": lambda part, folder: trials.memory(1800 * part, folder),
+    "writers": lambda part, folder: trials.writers(round(20 * part), folder),
+}
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="those whose name has one of these words")
+    parser.add_argument("--part", type=float, default=1.0)
+    given = parser.parse_args(arguments)
+    failed = 0
+    for name, run in FULL.items():
+        if given.names and not any(word in name for word in given.names):
+            continue
+        begun = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            os.environ["BILEVEL_DATA"] = folder
+            found = partial(run, given.part)(Path(folder))
+        print(f"{name}: {found} ({time.perf_counter() - begun:.0f} s)", flush=True)
+        failed += found.failed
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
