@@ -24,9 +24,9 @@ from .hypergrad.statement import ObjectiveStatement, ResidualStatement, Symmetri
 from .inner.decay import with_decay
 from .inner.fixed_point import Anderson
 from .inner.lbfgs import LBFGS
-from .inner.minimize import INNER_ADVICE, InnerSolver
+from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
-from .inner.outcome import advice_for, look_closer
+from .inner.outcome import RANDOM_ADVICE, inner_advice, is_random, look_closer
 from .inner.proximal import ProximalGradient
 from .inner.roots import Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
@@ -104,7 +104,7 @@ def argmin(
         solver.minimize,
         throw,
         "The inner solve",
-        partial(advice_for, advice=INNER_ADVICE),
+        partial(inner_advice, solver=solver),
         fallback=NewtonCG(),
         look=None if throw == "ignore" else look_closer,
     )
@@ -155,7 +155,9 @@ def _composite(
         shrink = replace(closure, fn=lambda pair, *_: prox.prox(*pair), spec=pair)
         return CompositeStatement(replace(closure, fn=objective), shrink, prox.separable)
 
-    advice = partial(advice_for, advice=COMPOSITE_ADVICE)
+    def advice(problem: Problem, found: Solution) -> str:
+        return RANDOM_ADVICE if is_random(problem, found) else COMPOSITE_ADVICE
+
     own = ("residual_norm",)  # at the solver's own step, as it was judged
     return differentiable_solve(
         statement,

@@ -115,6 +115,11 @@ class Problem:
         if not recording() and not bool(torch.isfinite(self.start.f).all()):
             raise NonFiniteError(blame_nonfinite("objective", init, args))
 
+    @property
+    def first_residual(self) -> Tensor:
+        """The gradient at the start, ``[*batch, n]``."""
+        return self.start.g
+
     def evaluate(self, y: Tensor) -> Evaluation:
         """Losses and gradients at ``y``; with a graph only for a differentiable (unrolled) problem."""
         with torch.enable_grad():
@@ -201,6 +206,11 @@ class RootProblem:
         self.r = self.raveler.ravel(leaves(found)).detach()
         if not recording() and not bool(torch.isfinite(self.r).all()):
             raise NonFiniteError(blame_nonfinite("residual", init, args))
+
+    @property
+    def first_residual(self) -> Tensor:
+        """The residual at the start, ``[*batch, n]``."""
+        return self.r
 
     def evaluate(self, y: Tensor) -> Tensor:
         """The residual at ``y``, both ``[*batch, n]``."""

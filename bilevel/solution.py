@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import types
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor
 
 from ._torch import pytree
+from .notices import Place, tell
 from .reach import Reach, Reached
 from .recording import recording
+from .tree import norm
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as DefaultTypeVar
@@ -228,29 +229,57 @@ def marked(codes: Tensor, where: Tensor, result: Result) -> Tensor:
     return torch.where(where, make_codes(result, codes), codes)
 
 
-Advice = str | Mapping[Result | None, str]
-"""What to try: one text, or one for each `Result`, and under None that for all others."""
+Advice = str | Mapping[Result | None, str] | Callable[[], str]
+"""What to try: one text, or one for each `Result`, and under None that for all others; or what finds it out."""
 
 
-def settle(solution: Solution, throw: Throw, what: str, advice: Advice) -> None:
+def settle(
+    solution: Solution,
+    throw: Throw,
+    what: str,
+    advice: Advice,
+    *,
+    start: Tensor | None = None,
+    place: Place | None = None,
+) -> None:
     """Let a failed solve be heard as ``throw`` says; a good one passes silently.
 
-    A non-finite solve always raises, but for ``throw="ignore"``: NaN gradients destroy a training run.
+    A non-finite solve always raises, but for ``throw="ignore"``: NaN gradients destroy a training run. A warning is
+    shown at the user's line, once for each result there.
+
+    Args:
+        start: the residual where the solve began, ``[*batch, n]``, to which the message relates that at its end.
+        place: the user's line, where the thread has none.
     """
     if throw == "ignore" or recording() or solution.result.ok:
         return
-    hint = advice if isinstance(advice, str) else advice.get(solution.result, advice[None])
-    message = f"{what}: {_describe(solution)}. {hint}"
+    message = f"{what}: {_describe(solution, start)}. {_hint(solution.result, advice)}"
     if throw == "raise" or solution.result is Result.NONFINITE:
         raise SolveError(message, solution)
-    warnings.warn(message, SolveWarning, stacklevel=3)
+    tell(message, SolveWarning, kind=(what, solution.result), place=place)
 
 
-def _describe(solution: Solution) -> str:
+def _hint(result: Result, advice: Advice) -> str:
+    if isinstance(advice, str):
+        return advice
+    return advice() if callable(advice) else advice.get(result, advice[None])
+
+
+def _describe(solution: Solution, start: Tensor | None) -> str:
     codes = solution.stats["result"]
     failed = codes > int(Result.STEPS_DONE)
-    residual = solution.stats["residual_norm"]
     tasks = f" in {int(failed.sum())} of {codes.numel()} problems" if codes.dim() else ""
-    largest = residual[failed].max().item() if codes.dim() else residual.item()
     tried = f" (after {', '.join(solution.recovered)})" if solution.recovered else ""
-    return f"{solution.result.help}{tasks}{tried}; residual norm {largest:.3g}"
+    size, kind = relative_residual(solution, start)
+    return f"{solution.result.help}{tasks}{tried}; {kind} {size[failed].max().item():.2g}"
+
+
+def relative_residual(solution: Solution, start: Tensor | None) -> tuple[Tensor, str]:
+    """The residual norms ``[*batch]`` relative to where the solve began, where that is known, and their name."""
+    if "relative_residual" in solution.stats:
+        return solution.stats["relative_residual"], "relative residual norm"
+    size = solution.stats["residual_norm"]
+    scale = None if start is None else norm(start)
+    if scale is None or scale.shape != size.shape or not bool((scale > 0).all()):
+        return size, "residual norm"
+    return size / scale, "relative residual norm"

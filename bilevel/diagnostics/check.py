@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..hypergrad.base import PathMethod
+from ..notices import tell
 from ..solution import SolveWarning, Throw
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
@@ -171,7 +171,7 @@ def _heard(report: HypergradientCheck, throw: Throw) -> HypergradientCheck:
         advice = (
             "" if report.random else " Give a reference_solver that is more accurate, a step, or a larger tolerance."
         )
-        warnings.warn(f"check_hypergradient: {report}.{advice}", SolveWarning, stacklevel=3)
+        tell(f"check_hypergradient: {report}.{advice}", SolveWarning, kind="check_hypergradient")
     return report
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from .._torch import after_backward, pytree
 from ..closure import Autocast, Closure, Recorder, Substitute, in_transform
 from ..inner.gradient_descent import GradientDescent
-from ..inner.minimize import INNER_ADVICE, InnerSolver, Progress
+from ..inner.minimize import InnerSolver, Progress
 from ..inner.steps import SGD, LastStep, State, Steps
 from ..linalg.curvature import fused_norm, has_layer_norm
 from ..problem import Objective, Problem, graph_nodes, refuse_hidden
@@ -22,8 +22,20 @@ from ..reach import Reach
 from ..recording import recording
 from ..solution import Result, Solution, SolveError, Throw, settle
 from ..tree import Tree
-from .call import ADJOINT_ADVICE, measured_at_solution
+from .advice import NONFINITE_ADVICE
+from .call import measured_at_solution
 from .statement import free_leaves
+
+PATH_ADVICE: dict[Result | None, str] = {
+    None: (
+        "The derivative is that of the steps that were made, wherever they ended: raise max_steps, take another step "
+        "size, or loosen gtol"
+    ),
+    Result.NONFINITE: (
+        "Lower the step size, start elsewhere, or look whether the loss falls without end (without a penalty it may "
+        "have no minimum)"
+    ),
+}
 
 
 class Path:
@@ -121,7 +133,7 @@ def finish(problem: Problem, found: Solution, throw: Throw, layer_norm: bool = F
         layer_norm: the objective uses one, so that second derivatives are refused.
     """
     found = measured_at_solution(problem, found)
-    settle(found, throw, "The inner solve", INNER_ADVICE)
+    settle(found, throw, "The inner solve", PATH_ADVICE, start=problem.first_residual)
     value = _FirstOrderOnly.apply(found.value) if layer_norm and found.value.requires_grad else found.value
     if throw != "ignore" and value.requires_grad and not recording():
         value = _Guarded.apply(value, problem.hparams, found.without_values())
@@ -172,7 +184,7 @@ class _Guarded(torch.autograd.Function):
         def check(grad: Tensor) -> None:
             if not bool(torch.isfinite(grad).all()):
                 remove()
-                raise SolveError(f"The hypergradient is NaN or infinite. {ADJOINT_ADVICE[Result.NONFINITE]}", ctx.found)
+                raise SolveError(f"The hypergradient is NaN or infinite. {NONFINITE_ADVICE}", ctx.found)
 
         hooks += [tensor.register_hook(check) for tensor in ctx.hparams if tensor.requires_grad]
         after_backward(remove)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..inner.minimize import InnerSolver
-from ..solution import Advice, Solution, Throw, settle
+from ..solution import Solution, Throw, settle
 
 Found = Solution[Tensor]
 
@@ -22,7 +23,7 @@ class Search:
         method: from a problem to what a solver found; `InnerSolver.minimize` or `RootSolver.find`.
         throw: as in `argmin`.
         what: what has failed, as a message says it.
-        advice: what to try; or what gives it, from the problem and what was found.
+        advice: what to try; or what says it, from the problem and what was found, where that failed.
         fallback: the solver of ``throw="fallback"``, where the first failed.
         look: gives what was found its last stats, from the problem and what was found; None: nothing is missing.
         own_stats: names of stats that the solver knows better than they can be measured.
@@ -31,7 +32,7 @@ class Search:
     method: Callable[[Any], Found]
     throw: Throw
     what: str
-    advice: Advice | Callable[[Any, Found], Advice]
+    advice: str | Callable[[Any, Found], str]
     fallback: InnerSolver | None = None
     look: Callable[[Any, Found], Found] | None = None
     own_stats: tuple[str, ...] = ()
@@ -50,6 +51,6 @@ class Search:
         if self.look is not None:
             found = self.look(problem, found)
         if self.throw != "ignore":
-            advice = self.advice(problem, found) if callable(self.advice) else self.advice
-            settle(found, self.throw, self.what, advice)
+            advice = partial(self.advice, problem, found) if callable(self.advice) else self.advice
+            settle(found, self.throw, self.what, advice, start=None if self.own_stats else problem.first_residual)
         return found

@@ -1,4 +1,4 @@
-"""A second look at what an inner solver found: saddles that it did not leave, objectives that are random."""
+"""A second look at what an inner solver found: saddles that it did not leave, objectives that are random; advice."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
 from ..problem import Problem
 from ..recording import recording
-from ..solution import Advice, Result, Solution, marked
+from ..solution import Result, Solution, marked
+from .minimize import InnerSolver
 
 PROBES = 5
 """Products that the look at the curvature of a stationary start costs."""
+
+ENOUGH_STEPS = 50
+"""Steps beside which as many products that look at the curvature where they ended are a fair price."""
 
 RANDOM_ADVICE = (
     "The objective gives another value each time that it is evaluated at the same params: it is random (dropout, "
@@ -32,25 +36,99 @@ def look_closer(problem: Problem, found: Solution) -> Solution[Tensor]:
     idle = ((stats["num_steps"] == 0) | (stats["residual_norm"] == 0)) & (stats["result"] <= int(Result.STEPS_DONE))
     if not bool(idle.any()):
         return found
-    at = problem.linearize(found.value.detach())
-    if not any(residual.requires_grad for residual in at.residual):
-        return found  # linear: no curvature at all
-    hessian = GraphJacobian(problem.raveler, at, symmetric=True)
-    curvature = MINRES(max_steps=min(PROBES, hessian.size)).solve(hessian, _random(found.value)).curvature
-    assert curvature is not None
-    smallest, largest = curvature
-    saddle = idle & (smallest < -(torch.finfo(hessian.dtype).eps ** 0.5) * torch.maximum(largest.abs(), smallest.abs()))
+    saddle = idle & _bends_down(problem, found.value, PROBES, torch.finfo(found.value.dtype).eps ** 0.5)
     codes = marked(stats["result"], saddle, Result.NEGATIVE_CURVATURE)
     return found.with_stats(result=codes)
 
 
-def advice_for(problem: Problem, found: Solution, advice: Advice) -> Advice:
-    """What to try after a solve that failed; an objective that is random explains most of it."""
-    if recording() or found.result.ok or not bool(torch.isfinite(found.value).all()):
-        return advice
+def _bends_down(problem: Problem, y: Tensor, products: int, resolved: float) -> Tensor:
+    """In which problems some products see negative curvature at ``y``, beyond a part ``resolved`` of the largest."""
+    at = problem.linearize(y.detach())
+    if not any(residual.requires_grad for residual in at.residual):  # linear: no curvature at all
+        return torch.zeros_like(problem.start.f, dtype=torch.bool)
+    hessian = GraphJacobian(problem.raveler, at, symmetric=True)
+    curvature = MINRES(max_steps=min(products, hessian.size)).solve(hessian, _random(y)).curvature
+    assert curvature is not None
+    smallest, largest = curvature
+    return smallest < -resolved * torch.maximum(largest.abs(), smallest.abs())
+
+
+def is_random(problem: Problem, found: Solution) -> bool:
+    """Whether the objective gives another value when it is evaluated again where a solve ended."""
+    if not bool(torch.isfinite(found.value).all()):
+        return False
     first, second = (problem.evaluate(found.value.detach()) for _ in range(2))
     apart = (first.f - second.f).abs() > torch.finfo(first.g.dtype).eps ** 0.75 * first.f.abs()
-    return RANDOM_ADVICE if bool(apart.any()) else advice
+    return bool(apart.any())
+
+
+def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) -> str:
+    """What to try where ``solver`` failed, from its own settings and what is seen where it ended.
+
+    An objective that is random explains most failures.
+
+    Args:
+        solver: None: a solver that is not known.
+    """
+    result, name = found.result, type(solver).__name__
+    if is_random(problem, found):
+        return RANDOM_ADVICE
+    if result is Result.NEGATIVE_CURVATURE:
+        return (
+            "The gradient vanishes at a maximum or saddle, which is no minimum: start elsewhere, for instance at "
+            "random params"
+        )
+    if result is Result.UNBOUNDED:
+        return (
+            "Without a minimum there is no hypergradient: add a penalty on the params (separable classes need one), or "
+            f"raise max_steps{_now(solver, 'max_steps')} if you know that there is one"
+        )
+    if result is Result.NONFINITE:
+        smaller = "" if name in LINE_SEARCHES else "Lower the step size, start elsewhere, or look"
+        return (
+            f"{smaller or 'Start elsewhere, or look'} whether the loss falls without end (without a penalty it may "
+            "have no minimum)"
+        )
+    what = "The hypergradient holds at a minimum only"
+    loosen = f"loosen gtol{_now(solver, 'gtol')}" if getattr(solver, "gtol", None) else ""
+    if result is Result.STAGNATED:
+        enough = f"{loosen or 'give a gtol of your own'} if this accuracy is enough"
+        return f"{what}: " + _joined("scale the params or the data", "take float64", _other(name), enough)
+    if name in LINE_SEARCHES and int(found.stats["num_steps"].max()) >= ENOUGH_STEPS:
+        down = _bends_down(problem, found.value, ENOUGH_STEPS, 100 * torch.finfo(found.value.dtype).eps)
+        if bool((down & (found.stats["result"] == int(Result.MAX_STEPS))).any()):
+            return f"{what}, and the Hessian still has negative curvature here. {NETWORK_ADVICE}"
+    steps = f"raise max_steps{_now(solver, 'max_steps')}"
+    rate = "" if name in LINE_SEARCHES else "take another step size"
+    return f"{what}: " + _joined(steps, rate, loosen, _other(name))
+
+
+NETWORK_ADVICE = (
+    "For a network, go on from this solution in the next outer step (init=fit.value), by "
+    "solver=Steps(Adam(lr=1e-2), max_steps=100) or LBFGS(max_steps=50), and take a matrix that is never indefinite: "
+    "hypergrad=Implicit(CG(max_steps=20), operator=GaussNewton.of(module, loss), damping=1e-2)"
+)
+LINE_SEARCHES = ("LBFGS", "NewtonCG", "ScipyMinimize")
+"""Solvers that find their own step sizes."""
+
+
+def _other(name: str) -> str:
+    """The solvers of `LINE_SEARCHES` of this library that are not in use."""
+    others = [other for other in ("LBFGS", "NewtonCG") if other != name]
+    fallback = " (throw='fallback' does that)" if "NewtonCG" in others else ""
+    return f"take {' or '.join(f'{other}()' for other in others)}{fallback}"
+
+
+def _now(solver: object, setting: str) -> str:
+    """The value of a setting, in brackets, where there is one."""
+    value = getattr(solver, setting, None)
+    return "" if value is None else f" (now {value:g})"
+
+
+def _joined(*parts: str) -> str:
+    """Alternatives as one enumeration; empty ones are left out."""
+    *first, last = [part for part in parts if part]
+    return f"{', '.join(first)}, or {last}" if first else last
 
 
 def _random(like: Tensor) -> Tensor:

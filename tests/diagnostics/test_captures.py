@@ -54,7 +54,9 @@ def test_every_diagnostic_takes_functions_that_captured_their_hyperparameters():
 def test_other_hyperparameters_stand_in_for_the_captured_ones():
     ridge = Ridge()
     captured = ridge.hparams.clone().requires_grad_()
-    closed = BilevelProblem(lambda y: ridge.inner(y, captured), lambda y: ridge.outer(y, captured), ridge.init, captured)
+    closed = BilevelProblem(
+        lambda y: ridge.inner(y, captured), lambda y: ridge.outer(y, captured), ridge.init, captured
+    )
     elsewhere = ridge.hparams + 0.7
     found = hypergradient(closed, elsewhere, solver=EXACT).value
     torch.testing.assert_close(found, ridge.hypergradient(elsewhere), rtol=1e-9, atol=0.0)
