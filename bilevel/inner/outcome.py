@@ -79,10 +79,11 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
             "random params"
         )
     if result is Result.UNBOUNDED:
-        return (
+        text = (
             "Without a minimum there is no hypergradient: add a penalty on the params (separable classes need one), or "
             f"raise max_steps{_now(solver, 'max_steps')} if you know that there is one"
         )
+        return f"{text}. {NETWORK_ADVICE}" if _still_bends_down(problem, found) else text
     if result is Result.NONFINITE:
         smaller = "" if name in LINE_SEARCHES else "Lower the step size, start elsewhere, or look"
         return (
@@ -94,13 +95,20 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
     if result is Result.STAGNATED:
         enough = f"{loosen or 'give a gtol of your own'} if this accuracy is enough"
         return f"{what}: " + _joined("scale the params or the data", "take float64", _other(name), enough)
-    if name in LINE_SEARCHES and int(found.stats["num_steps"].max()) >= ENOUGH_STEPS:
-        down = _bends_down(problem, found.value, ENOUGH_STEPS, 100 * torch.finfo(found.value.dtype).eps)
-        if bool((down & (found.stats["result"] == int(Result.MAX_STEPS))).any()):
-            return f"{what}, and the Hessian still has negative curvature here. {NETWORK_ADVICE}"
+    if name in LINE_SEARCHES and _still_bends_down(problem, found):
+        return f"{what}, and the Hessian still has negative curvature here. {NETWORK_ADVICE}"
     steps = f"raise max_steps{_now(solver, 'max_steps')}"
     rate = "" if name in LINE_SEARCHES else "take another step size"
     return f"{what}: " + _joined(steps, rate, loosen, _other(name))
+
+
+def _still_bends_down(problem: Problem, found: Solution) -> bool:
+    """Whether a problem that failed after many steps has negative curvature, as networks have."""
+    failed, steps = ~(found.stats["result"] <= int(Result.STEPS_DONE)), found.stats["num_steps"]
+    if not bool((failed & (steps >= ENOUGH_STEPS)).any()):
+        return False
+    down = _bends_down(problem, found.value, ENOUGH_STEPS, 100 * torch.finfo(found.value.dtype).eps)
+    return bool((down & failed).any())
 
 
 NETWORK_ADVICE = (
