@@ -91,6 +91,8 @@ class Implicit:
             problem = _problem(point)
             if point.seen is not None:
                 point.seen.check_loss(problem.start.f)
+            if isinstance(problem.objective, Decayed):
+                problem.objective = problem.objective.objective  # its decay is added below
             return _with_decay(point, self.operator(problem, at))
         if self.operator == "graph" or not point.statement.has_objective:
             return point.statement.operator(raveler, at)
