@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import html
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -157,6 +158,16 @@ class Solution(Generic[Value]):
         adjoint = None if self.adjoint is None else self.adjoint.without_values()
         return Solution(None, self.stats, self.recovered, adjoint_cell=AdjointCell(adjoint))
 
+    def summary(self) -> str:
+        """How both solves went, in three lines: what was found, the inner solve, and the adjoint solve."""
+        return "\n".join(" ".join(line) for line in summary_of(self))
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        cells = [[html.escape(cell) for cell in line] for line in summary_of(self)]
+        rows = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in cells)
+        return f"<table>{rows}</table>"
+
     @property
     def captured(self) -> tuple[Reached, ...]:
         """The tensors that the gradient of ``value`` reaches, with their shapes, dtypes and, where known, names.
@@ -180,6 +191,44 @@ class Solution(Generic[Value]):
     def adjoint(self) -> Solution | None:
         """The linear solve of the last backward pass; None before it. Its ``value`` is the tree u of H u = g."""
         return self.adjoint_cell.solution
+
+
+NAMED = 4
+"""Hyperparameters that a summary names at most."""
+
+
+def summary_of(solution: Solution) -> list[tuple[str, str]]:
+    """The lines of `Solution.summary`, each with its name."""
+    found = [leaf for leaf in pytree.tree_leaves(solution.value) if isinstance(leaf, Tensor)]
+    codes = solution.stats["result"]
+    count = f"{codes.numel()} problems, " if codes.dim() else ""
+    size = f"{sum(leaf.numel() for leaf in found)} numbers" if found else "the value is not kept"
+    shown = [f"{one.name or 'a tensor'} {tuple(one.shape)}" for one in solution.captured[:NAMED]]
+    more = [f"{len(solution.captured) - NAMED} more"] if len(solution.captured) > NAMED else []
+    reached = f"; its gradient reaches {', '.join(shown + more)}" if shown else ""
+    inner = told_of(solution)
+    if "loss" in solution.stats:
+        inner += f", loss: {_range(solution.stats['loss'])}"
+    adjoint = solution.adjoint
+    backward = "there was no backward pass yet" if adjoint is None else told_of(adjoint)
+    return [("solution:", f"{count}{size}{reached}"), ("inner solve:", inner), ("adjoint solve:", backward)]
+
+
+def told_of(solution: Solution) -> str:
+    """One solve in words: its result, its steps, its residual."""
+    stats, codes = solution.stats, solution.stats["result"]
+    failed = int((codes > int(Result.STEPS_DONE)).sum())
+    tasks = f" in {failed} of {codes.numel()} problems" if codes.dim() and failed else ""
+    tried = f", after {', '.join(solution.recovered)}" if solution.recovered else ""
+    size, kind = relative_residual(solution, None)
+    words = f"{solution.result.name}{tasks} ({solution.result.help}){tried}"
+    return f"{words}; steps: {_range(stats['num_steps'])}, {kind}: {_range(size)}"
+
+
+def _range(numbers: Tensor) -> str:
+    """One number, or the least and the largest of a batch."""
+    low, high = float(numbers.detach().min()), float(numbers.detach().max())
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
 
 
 def _flatten(solution: Solution) -> tuple[list[Any], Any]:
