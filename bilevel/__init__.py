@@ -3,6 +3,7 @@
 The differentiable solves: `argmin`, `root`, `fixed_point`, `quadratic_program`, which return a `Solution`.
 Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `Steps` (`SGD`, `Adam`, `AdamW`, `RMSprop`), `ProximalGradient`
 (with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of systems `Newton`, `ScipyRoot`, `Anderson`, `Picard`.
+Watched by `History`, `ProgressBar` or a function of `InnerStep`.
 Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `ForwardMode`, `OneStep`, `FirstOrder`,
 `FiniteDifference`, `SAMA`, `Penalty`, `EvolutionStrategies`; on mini-batches `stochastic`.
 Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `LSMR`, `NormalCG`, `Cholesky`, `LU`, `LeastNorm`,
@@ -48,6 +49,7 @@ from .inner.roots import Newton, RootSolver, ScipyRoot
 from .inner.scipy import ScipyMinimize
 from .inner.steps import SGD, Adam, AdamW, RMSprop, Rule, Steps
 from .inner.torch_optim import TorchOptim
+from .inner.watch import History, InnerStep, ProgressBar
 from .linalg.cg import CG
 from .linalg.direct import LU, Cholesky, LeastNorm
 from .linalg.empirical_fisher import EmpiricalFisher
@@ -100,10 +102,12 @@ __all__ = [
     "ForwardMode",
     "GaussNewton",
     "GradientDescent",
+    "History",
     "Hypergrad",
     "Identity",
     "Implicit",
     "InnerSolver",
+    "InnerStep",
     "InversePreconditioner",
     "Jacobi",
     "LeastNorm",
@@ -121,6 +125,7 @@ __all__ = [
     "PathMethod",
     "Penalty",
     "Picard",
+    "ProgressBar",
     "Prox",
     "ProximalGradient",
     "QPSolution",

@@ -111,7 +111,7 @@ def unrollable(solver: InnerSolver, method: str) -> Steps:
         return solver
     if isinstance(solver, GradientDescent) and not solver.line_search:
         lr = torch.tensor(solver.lr, dtype=torch.float64).unsqueeze(-1) if isinstance(solver.lr, tuple) else solver.lr
-        return Steps(SGD(lr, solver.momentum), solver.max_steps, solver.gtol)
+        return Steps(SGD(lr, solver.momentum), solver.max_steps, solver.gtol, callback=solver.callback)
     raise TypeError(
         f"hypergrad={method}(...) cannot differentiate {solver!r}: it needs Steps(rule, ...), or GradientDescent "
         "without line_search. Every solver works with hypergrad=Implicit()."
@@ -123,6 +123,11 @@ def fixed_steps(solver: InnerSolver, method: str) -> Steps:
     steps = unrollable(solver, method)
     if steps.gtol is not None or (isinstance(solver, GradientDescent) and solver.safeguard):
         raise TypeError(f"hypergrad={method}(...) needs a fixed number of steps: leave gtol and safeguard away.")
+    if steps.callback is not None:
+        raise TypeError(
+            f"hypergrad={method}(...) makes its steps anew in parts, which no callback sees: leave callback away, or "
+            "take Unroll() or Implicit()."
+        )
     return steps
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from ..solution import Solution
 from ..tree import axpy, dot, norm, scale
 from .minimize import check_settings, descend
 from .nearness import Nearness
+from .watch import Callbacks, watch
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class LBFGS:
         gtol: stop a problem at this gradient norm; None: where the next step is at most 1e-9 (float64) or 3e-5
             (float32) times the norm of the params, whatever the scales of loss, params and start; see `Nearness`.
         history: curvature pairs kept, two vectors each.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
     """
 
     max_steps: int = 500
     gtol: float | None = None
     history: int = 10
+    callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
@@ -40,7 +43,7 @@ class LBFGS:
         """Minimise; see `InnerSolver`."""
         memory = Memory(self.history, problem, probe=self.gtol is None)
         nearness = Nearness(problem.start.y) if self.gtol is None else None
-        return descend(problem, self.gtol, self.max_steps, memory.direction, nearness)
+        return descend(problem, self.gtol, self.max_steps, memory.direction, nearness, watch(self, problem))
 
 
 def first_step(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ from ..problem import Evaluation, Problem
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import axpy, dot, norm
 from .nearness import Nearness
+from .watch import Watch
 
 
 class InnerSolver(Protocol):
@@ -56,6 +57,10 @@ class Ends:
         """End the active problems of a mask with this result."""
         self.codes = marked(self.codes, self.active & where, result)
         self.active = self.active & ~where
+
+    def stop(self) -> None:
+        """End all active problems, as a callback wishes: what was made is what was ordered."""
+        self.end(self.active, Result.STEPS_DONE)
 
     def mark(self, where: Tensor, result: Result) -> None:
         """Give the problems of a mask this result, whether they have ended or not."""
@@ -166,13 +171,14 @@ def descend(
     max_steps: int,
     direction: Direction,
     nearness: Nearness | None = None,
+    watch: Watch | None = None,
 ) -> Solution[Tensor]:
     """Line-search descent.
 
     Args:
         direction: from the point and the last step sizes (0 at first) to directions ``[*batch, n]``, the step sizes to
             try first, and where such a step, made of positive curvature, predicts the solution.
-        nearness: the rule that ends it, in place of ``gtol``.
+        nearness: the rule that ends it, in place of ``gtol``. watch: who is told of each step.
     """
     at = halfway = before = problem.start
     progress = Progress.begin(at, gtol)
@@ -180,16 +186,20 @@ def descend(
         progress.mark(progress.active, Result.MAX_STEPS)
     size = torch.zeros_like(at.f)
     for step in range(max_steps + 1):
-        if not bool(progress.active.any()):
-            break
-        towards, first, known = direction(at, size)
+        going = bool(progress.active.any())
         near = None
-        if nearness is not None:
+        if going:
+            towards, first, known = direction(at, size)
+        if going and nearness is not None:
             predicted, decrement = first * norm(towards), first * dot(at.g, towards).abs()
             predicted = torch.where(known | (decrement == 0), predicted, torch.inf)
             progress.end(nearness.look(predicted, at.y, decrement, at.f), Result.CONVERGED)
             near = nearness.acceptable
-        if step == max_steps:
+            going = bool(progress.active.any())
+        if watch is not None and watch(step, at.y, at.g, at.f, progress.active):
+            progress.stop()
+            break
+        if not going or step == max_steps:
             break
         if step & (step - 1) == 0:  # 0, 1, 2, 4, 8, ...
             before, halfway = halfway, at

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..tree import dot, norm
 from .lbfgs import Memory
 from .minimize import check_settings
 from .nearness import Nearness
+from .watch import Callbacks, watch
 
 DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 HESSIAN_METHODS = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
@@ -47,11 +48,14 @@ class ScipyMinimize:
             Those that want a Hessian get its products, ``"dogleg"`` and ``"trust-exact"`` the matrices.
         max_steps: iterations at most.
         gtol: stop at this gradient norm; None: as in `LBFGS`.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them. COBYLA,
+            SLSQP and TNC cannot be ended. Whether a step is the last one is not known of most methods.
     """
 
     method: str = "L-BFGS-B"
     max_steps: int = 1000
     gtol: float | None = None
+    callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
@@ -61,9 +65,10 @@ class ScipyMinimize:
         shape, start = problem.start.y, problem.start
         method = self.method.lower()
         free = method in DERIVATIVE_FREE
-        latest, watch = start, _Watch(problem)
-        if self._done(start) or (self.gtol is None and not free and watch.arrived(start)):
-            return self._solution(problem, start, 0)
+        latest, judge, told = start, _Judge(problem), watch(self, problem)
+        calls, stopped = 0, told is not None and told(0, start.y, start.g, start.f, torch.ones_like(start.f))
+        if stopped or self._done(start) or (self.gtol is None and not free and judge.arrived(start)):
+            return self._solution(problem, start, 0, stopped)
 
         def tensor(x: np.ndarray) -> Tensor:
             return torch.from_numpy(np.array(x)).to(shape.device, shape.dtype).view_as(shape)
@@ -80,9 +85,13 @@ class ScipyMinimize:
             blocks = _hessian_at(problem, tensor(x)).to_dense()
             return torch.block_diag(*blocks.reshape(-1, *blocks.shape[-2:]).double().cpu()).numpy()
 
-        def stop(x: np.ndarray) -> None:
-            y = tensor(x)
-            if watch.arrived(latest if torch.equal(latest.y, y) else problem.evaluate(y)):
+        def after_step(x: np.ndarray) -> None:
+            nonlocal calls, stopped
+            y, calls = tensor(x), calls + 1
+            at = latest if torch.equal(latest.y, y) else problem.evaluate(y)
+            arrived = self.gtol is None and not free and judge.arrived(at)
+            stopped = told is not None and told(calls, at.y, at.g, at.f, torch.full_like(at.f, not arrived))
+            if arrived or stopped:
                 raise StopIteration
 
         products: dict[str, Any] = {"hessp": hessp} if method in HESSIAN_METHODS else {}
@@ -94,10 +103,11 @@ class ScipyMinimize:
             jac=None if free else True,
             method=self.method,
             options=self._options(method, self.gtol or 0.0, start),
-            callback=stop if self.gtol is None and not free else None,
+            callback=after_step if told is not None or (self.gtol is None and not free) else None,
             **products,
         )
-        return self._solution(problem, problem.evaluate(tensor(outcome.x)), int(outcome.get("nit", outcome.nfev)))
+        steps = int(outcome.get("nit", outcome.nfev))
+        return self._solution(problem, problem.evaluate(tensor(outcome.x)), steps, stopped)
 
     def _done(self, at: Evaluation) -> bool:
         return bool((norm(at.g) <= (self.gtol or 0.0)).all())
@@ -109,16 +119,17 @@ class ScipyMinimize:
         limit = "maxfun" if method == "tnc" else "maxiter"  # TNC counts evaluations only
         return {**tolerance(entry), limit: self.max_steps}
 
-    def _solution(self, problem: Problem, at: Evaluation, steps: int) -> Solution[Tensor]:
+    def _solution(self, problem: Problem, at: Evaluation, steps: int, stopped: bool) -> Solution[Tensor]:
         size = norm(at.g)
         near = size <= self.gtol if self.gtol is not None else _near(problem, at)
         codes = make_codes(Result.MAX_STEPS if steps >= self.max_steps else Result.STAGNATED, at.f)
+        codes = make_codes(Result.STEPS_DONE, at.f) if stopped else codes
         codes = marked(codes, near, Result.CONVERGED)
         codes = marked(codes, ~torch.isfinite(size), Result.NONFINITE)
         return Solution(at.y, {"num_steps": torch.full_like(codes, steps, dtype=torch.int64), "result": codes})
 
 
-class _Watch:
+class _Judge:
     """Judges SciPy's iterates by the step that L-BFGS would make of them."""
 
     def __init__(self, problem: Problem):
