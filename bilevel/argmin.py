@@ -14,6 +14,7 @@ from ._torch import pytree
 from .checks import check_argmin, check_root
 from .closure import Closure, Recorder
 from .context import solves
+from .has_aux import WithoutAux, with_aux
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.composite import CompositeStatement
 from .hypergrad.differentiate import differentiable_solve
@@ -52,6 +53,7 @@ def argmin(
     *args: Any,
     solver: InnerSolver | None = None,
     hypergrad: Hypergrad | PathMethod | None = Implicit(),  # noqa: B008 (frozen)
+    has_aux: bool = False,
     throw: Throw = "warn",
     warm_start: Solution | None = None,
 ) -> Solution[Params]:
@@ -74,6 +76,10 @@ def argmin(
             `ProximalGradient` the minimum is that of ``objective + prox.value``.
         hypergrad: `Implicit` by default; `Unroll` and the others of ``docs/methods.md``, of which some give first
             derivatives in reverse mode only, and say so; None: the value is detached.
+        has_aux: the objective returns a pair, the loss and anything else: logits, single terms, the updated state of
+            a norm. ``solution.aux`` is the latter at the solution, from one more evaluation there, as a function of the
+            solution and of the hyperparameters, through which gradients flow. A function under `torch.vmap` may return
+            such pairs, too.
         throw: what a failed solve does, here and in the backward pass: ``"raise"`` a `SolveError`, ``"warn"``
             (a `SolveWarning`; non-finite solves still raise), ``"fallback"`` (retry with `NewtonCG`, and MINRES
             or damped CG, then warn), ``"ignore"`` (the stats alone tell).
@@ -92,6 +98,10 @@ def argmin(
     """
     check_throw(throw)
     check_argmin(objective, init, solver, hypergrad, warm_start)
+    if has_aux:
+        plain = WithoutAux(objective)
+        fit = argmin(plain, init, *args, solver=solver, hypergrad=hypergrad, throw=throw, warm_start=warm_start)
+        return with_aux(fit, plain, args, hypergrad is not None)
     solver = LBFGS() if solver is None else solver
     if isinstance(hypergrad, PathMethod):
         return hypergrad.run(objective, init, args, solver, throw)
@@ -181,6 +191,7 @@ def root(
     hypergrad: Hypergrad | None = Implicit(),  # noqa: B008 (frozen)
     batched: bool = False,
     symmetric: bool = False,
+    has_aux: bool = False,
     throw: Throw = "warn",
     warm_start: Solution | None = None,
 ) -> Solution[Params]:
@@ -195,12 +206,18 @@ def root(
         batched: the first dimension of every leaf counts T independent problems, each with its own stopping; the
             t-th residual then depends on the t-th unknowns only.
         symmetric: the Jacobian is symmetric, as that of a gradient is: `CG`, `MINRES` and `Cholesky` may be used.
+        has_aux: ``residual`` returns a pair, of which the second part becomes ``solution.aux``, as in `argmin`.
         init, args, hypergrad, throw, warm_start: as in `argmin`; ``throw="fallback"`` retries the adjoint solve.
 
     Returns:
         As `argmin`; ``stats["residual_norm"]`` is ``||residual||`` at the solution.
     """
     check_root("residual", residual, init, solver, hypergrad, warm_start)
+    if has_aux:
+        plain = WithoutAux(residual)
+        settings: dict[str, Any] = {"solver": solver, "hypergrad": hypergrad, "throw": throw, "warm_start": warm_start}
+        fit = root(plain, init, *args, batched=batched, symmetric=symmetric, **settings)
+        return with_aux(fit, plain, args, hypergrad is not None)
     kind = SymmetricResidualStatement if symmetric else ResidualStatement
     return _root(kind, residual, init, args, solver or Newton(), hypergrad, batched, throw, warm_start)
 
@@ -213,6 +230,7 @@ def fixed_point(
     solver: RootSolver | None = None,
     hypergrad: Hypergrad | None = Implicit(),  # noqa: B008 (frozen)
     batched: bool = False,
+    has_aux: bool = False,
     throw: Throw = "warn",
     warm_start: Solution | None = None,
 ) -> Solution[Params]:
@@ -225,13 +243,18 @@ def fixed_point(
     Args:
         map: returns a tree of the structure and shapes of ``init``.
         solver: `Anderson` by default; `Picard`, and every solver of `root`.
-        init, args, hypergrad, batched, throw, warm_start: as in `root`.
+        init, args, hypergrad, batched, has_aux, throw, warm_start: as in `root`.
 
     Returns:
         As `root`; ``stats["residual_norm"]`` is ``||y - map(y)||``.
     """
-
     check_root("map", map, init, solver, hypergrad, warm_start)
+    if has_aux:
+        plain = WithoutAux(map)
+        settings: dict[str, Any] = {"solver": solver, "hypergrad": hypergrad, "throw": throw, "warm_start": warm_start}
+        return with_aux(
+            fixed_point(plain, init, *args, batched=batched, **settings), plain, args, hypergrad is not None
+        )
 
     def residual(y: Tree, *args: Any) -> Tree:
         found = map(y, *args)

@@ -106,6 +106,7 @@ class Solution(Generic[Value]):
             predicts it.
         recovered: names of the fallbacks that were used, in order.
         state: what a later solve can start from; None where the solver keeps nothing.
+        aux: what the function returned beside at the solution, with ``has_aux=True``; gradients flow through it too.
     """
 
     value: Value
@@ -114,6 +115,7 @@ class Solution(Generic[Value]):
     state: Any = field(default=None, repr=False)
     adjoint_cell: AdjointCell = field(default_factory=AdjointCell, repr=False)
     reach: Reach | None = field(default=None, repr=False)
+    aux: Any = field(default=None, repr=False)
 
     @property
     def result(self) -> Result:
@@ -132,17 +134,23 @@ class Solution(Generic[Value]):
 
     @classmethod
     def joined(cls, parts: Sequence[Solution]) -> Solution:
-        """Batches of problems as one batch: values (detached), stats and adjoints, in order; states are dropped."""
+        """Batches of problems as one batch, in order: values and aux (detached), stats, adjoints; states are dropped.
+
+        Tensors of aux have the problems in front, as a vmapped function returns them; of what is no tensor the first
+        one stays.
+        """
         adjoints = [part.adjoint for part in parts]
         known = [adjoint for adjoint in adjoints if adjoint is not None]
+
+        def join(*leaves: Any) -> Any:
+            return torch.cat(leaves).detach() if isinstance(leaves[0], Tensor) else leaves[0]
+
         return cls(
-            pytree.tree_map(
-                lambda *leaves: None if leaves[0] is None else torch.cat(leaves).detach(),
-                *(part.value for part in parts),
-            ),
+            pytree.tree_map(join, *(part.value for part in parts)),
             {name: torch.cat([part.stats[name] for part in parts]) for name in parts[0].stats},
             tuple(dict.fromkeys(name for part in parts for name in part.recovered)),
             adjoint_cell=AdjointCell(cls.joined(known) if len(known) == len(parts) else None),
+            aux=pytree.tree_map(join, *(part.aux for part in parts)),
         )
 
     def with_stats(self, **stats: Tensor) -> Solution[Value]:
@@ -151,7 +159,7 @@ class Solution(Generic[Value]):
 
     def with_value(self, value: NewValue) -> Solution[NewValue]:
         """The same with another value."""
-        return Solution(value, self.stats, self.recovered, self.state, self.adjoint_cell, self.reach)
+        return Solution(value, self.stats, self.recovered, self.state, self.adjoint_cell, self.reach, self.aux)
 
     def without_values(self) -> Solution[None]:
         """The stats, and those of the adjoint: what to keep of many solves, whose values are large; they are None."""
@@ -232,12 +240,12 @@ def _range(numbers: Tensor) -> str:
 
 
 def _flatten(solution: Solution) -> tuple[list[Any], Any]:
-    return [solution.value, solution.stats, solution.adjoint], solution.recovered
+    return [solution.value, solution.stats, solution.adjoint, solution.aux], solution.recovered
 
 
 def _unflatten(parts: Iterable[Any], recovered: Any) -> Solution:
-    value, stats, adjoint = parts
-    return Solution(value, stats, recovered, adjoint_cell=AdjointCell(adjoint))
+    value, stats, adjoint, aux = parts
+    return Solution(value, stats, recovered, adjoint_cell=AdjointCell(adjoint), aux=aux)
 
 
 pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="bilevel.Solution")

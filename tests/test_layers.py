@@ -26,7 +26,7 @@ LAYERS = [
         "modules",
     ),
     *("nn", "closure", "prox", "problem", "tasks", "linalg", "inner"),
-    *("hypergrad", "argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed"),
+    *("hypergrad", "has_aux", "argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed"),
     *("tuning", "sklearn", "extending", "testing"),
     *("doctor", "__init__"),
 ]
