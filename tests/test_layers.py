@@ -26,7 +26,8 @@ LAYERS = [
         "modules",
     ),
     *("nn", "closure", "prox", "problem", "tasks", "linalg", "inner"),
-    *("hypergrad", "has_aux", "argmin", "adaptive", "compat", "qp", "problems", "stochastic", "diagnostics", "distributed"),
+    *("hypergrad", "has_aux", "argmin", "adaptive", "compat", "qp", "problems", "stochastic"),
+    *("diagnostics", "distributed"),
     *("tuning", "sklearn", "extending", "testing"),
     *("doctor", "__init__"),
 ]
