@@ -23,8 +23,8 @@ from .hypergrad.penalty import Penalty
 from .hypergrad.search import Search
 from .hypergrad.statement import ObjectiveStatement, ResidualStatement, SymmetricResidualStatement
 from .inner.decay import with_decay
+from .inner.default import DefaultLBFGS
 from .inner.fixed_point import Anderson
-from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
 from .inner.outcome import RANDOM_ADVICE, inner_advice, is_random, look_closer
@@ -72,8 +72,10 @@ def argmin(
         objective: differentiable twice; written with ``params``, its first argument.
         init: where to start: any tree of floating-point tensors. With `Implicit`, no gradient flows to it.
         args: passed on to the objective.
-        solver: `LBFGS` by default; `GradientDescent`, `NewtonCG`, `TorchOptim`, `ScipyMinimize`, `Steps`; with
-            `ProximalGradient` the minimum is that of ``objective + prox.value``.
+        solver: `LBFGS` by default, which gives up a network that is far from a minimum (1,000 unknowns and more,
+            negative curvature after 100 steps), as one that is named does not; `GradientDescent`, `NewtonCG`,
+            `TorchOptim`, `ScipyMinimize`, `Steps`; with `ProximalGradient` the minimum is that of
+            ``objective + prox.value``.
         hypergrad: `Implicit` by default; `Unroll` and the others of ``docs/methods.md``, of which some give first
             derivatives in reverse mode only, and say so; None: the value is detached.
         has_aux: the objective returns a pair, the loss and anything else: logits, single terms, the updated state of
@@ -102,7 +104,7 @@ def argmin(
         plain = WithoutAux(objective)
         fit = argmin(plain, init, *args, solver=solver, hypergrad=hypergrad, throw=throw, warm_start=warm_start)
         return with_aux(fit, plain, args, hypergrad is not None)
-    solver = LBFGS() if solver is None else solver
+    solver = DefaultLBFGS() if solver is None else solver
     if isinstance(hypergrad, PathMethod):
         return hypergrad.run(objective, init, args, solver, throw)
     reads_residual = isinstance(hypergrad, Implicit | Penalty) and torch.is_grad_enabled() and throw != "ignore"

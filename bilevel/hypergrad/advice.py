@@ -19,7 +19,7 @@ INACCURATE_ADVICE = (
     "this precision: scale the params or the data, take float64, NewtonCG(), or a tolerance of your own (gtol, rtol) "
     "if this accuracy is enough"
 )
-GAUSS_NEWTON_ADVICE = "Implicit(CG(max_steps=20), operator=GaussNewton.of(module, loss), damping=1e-2)"
+GAUSS_NEWTON_ADVICE = "Implicit(CG(max_steps=10), operator=GaussNewton.of(module, loss), damping=1e-2)"
 
 
 def solver_in_use(hypergrad: object, statement: Statement, symmetric: bool) -> LinearSolver:

@@ -36,12 +36,12 @@ def look_closer(problem: Problem, found: Solution) -> Solution[Tensor]:
     idle = ((stats["num_steps"] == 0) | (stats["residual_norm"] == 0)) & (stats["result"] <= int(Result.STEPS_DONE))
     if not bool(idle.any()):
         return found
-    saddle = idle & _bends_down(problem, found.value, PROBES, torch.finfo(found.value.dtype).eps ** 0.5)
+    saddle = idle & bends_down(problem, found.value, PROBES, torch.finfo(found.value.dtype).eps ** 0.5)
     codes = marked(stats["result"], saddle, Result.NEGATIVE_CURVATURE)
     return found.with_stats(result=codes)
 
 
-def _bends_down(problem: Problem, y: Tensor, products: int, resolved: float) -> Tensor:
+def bends_down(problem: Problem, y: Tensor, products: int, resolved: float) -> Tensor:
     """In which problems some products see negative curvature at ``y``, beyond a part ``resolved`` of the largest."""
     at = problem.linearize(y.detach())
     if not any(residual.requires_grad for residual in at.residual):  # linear: no curvature at all
@@ -70,9 +70,14 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
     Args:
         solver: None: a solver that is not known.
     """
-    result, name = found.result, type(solver).__name__
+    result, name = found.result, _name(solver)
     if is_random(problem, found):
         return RANDOM_ADVICE
+    if result is Result.NEGATIVE_CURVATURE and bool((found.stats["num_steps"] >= ENOUGH_STEPS).any()):
+        return (
+            "The params are no minimum, and one may be thousands of steps away, so the default solver ended. "
+            f"{NETWORK_ADVICE}; or name the solver: LBFGS(max_steps=500) goes on"
+        )
     if result is Result.NEGATIVE_CURVATURE:
         return (
             "The gradient vanishes at a maximum or saddle, which is no minimum: start elsewhere, for instance at "
@@ -107,17 +112,23 @@ def _still_bends_down(problem: Problem, found: Solution) -> bool:
     failed, steps = ~(found.stats["result"] <= int(Result.STEPS_DONE)), found.stats["num_steps"]
     if not bool((failed & (steps >= ENOUGH_STEPS)).any()):
         return False
-    down = _bends_down(problem, found.value, ENOUGH_STEPS, 100 * torch.finfo(found.value.dtype).eps)
+    down = bends_down(problem, found.value, ENOUGH_STEPS, 100 * torch.finfo(found.value.dtype).eps)
     return bool((down & failed).any())
 
 
 NETWORK_ADVICE = (
-    "For a network, go on from this solution in the next outer step (init=fit.value), by "
-    "solver=Steps(Adam(lr=1e-2), max_steps=100) or LBFGS(max_steps=50), and take a matrix that is never indefinite: "
-    "hypergrad=Implicit(CG(max_steps=20), operator=GaussNewton.of(module, loss), damping=1e-2)"
+    "For a network take solver=Steps(Adam(lr=1e-2), max_steps=30), go on from fit.value in the next outer step, and "
+    "take a matrix that is never indefinite: hypergrad=Implicit(CG(max_steps=10), operator=GaussNewton.of(module, "
+    "loss), damping=1e-2)"
 )
 LINE_SEARCHES = ("LBFGS", "NewtonCG", "ScipyMinimize")
 """Solvers that find their own step sizes."""
+
+
+def _name(solver: object) -> str:
+    """The name of the class, or of that which it is made of."""
+    names = [kind.__name__ for kind in type(solver).__mro__]
+    return next((name for name in LINE_SEARCHES if name in names), names[0])
 
 
 def _other(name: str) -> str:

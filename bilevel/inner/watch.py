@@ -23,6 +23,7 @@ class InnerStep:
         loss: of each problem, ``[*batch]`` float64; None of a system.
         residual_norm: of the gradient, or of the residual of a system, ``[*batch]`` float64.
         last: no step follows.
+        flat: the params there as vectors, ``[*batch, n]``.
     """
 
     step: int
@@ -31,7 +32,7 @@ class InnerStep:
     residual_norm: Tensor
     last: bool
     _raveler: Raveler = field(repr=False)
-    _y: Tensor = field(repr=False)
+    flat: Tensor = field(repr=False)
 
     @property
     def gradient_norm(self) -> Tensor:
@@ -41,7 +42,7 @@ class InnerStep:
     @property
     def params(self) -> Tree:
         """The params there, a tree like ``init``."""
-        return self._raveler.unflatten(self._raveler.unravel(self._y))
+        return self._raveler.unflatten(self._raveler.unravel(self.flat))
 
 
 Callback = Callable[[InnerStep], Any]

@@ -136,3 +136,30 @@ class TestAdvice:
         ]
         assert messages[0] == messages[1]
         assert "relative residual norm 0." in messages[0]
+
+
+class TestTheDefaultSolver:
+    def test_it_gives_up_a_large_network_after_a_hundred_steps_and_a_named_one_goes_on(self):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.ReLU(), torch.nn.Linear(40, 1))
+        a, b = torch.randn(200, 30), torch.randn(200, 1)
+
+        def inner(params):
+            fit = (torch.func.functional_call(net, params, (a,)) - b).square().mean()
+            return fit + 1e-4 * sum(p.square().sum() for p in params.values())
+
+        params = dict(net.named_parameters())
+        with pytest.warns(bl.SolveWarning, match="so the default solver ended") as heard:
+            fit = bl.argmin(inner, params, hypergrad=None)
+        assert fit.result is bl.Result.NEGATIVE_CURVATURE
+        assert int(fit.stats["num_steps"]) == 100
+        assert "GaussNewton.of(module, loss)" in str(heard[0].message)
+        named = bl.argmin(inner, params, solver=bl.LBFGS(max_steps=130), hypergrad=None, throw="ignore")
+        assert int(named.stats["num_steps"]) == 130
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_large_convex_problem_is_solved_however_long_it_takes(self, dtype):
+        curvature = torch.logspace(0, 4, 1500, dtype=dtype)
+        fit = bl.argmin(lambda y: (curvature * (y - 1).square()).sum(), torch.zeros(1500, dtype=dtype), hypergrad=None)
+        assert fit.result is bl.Result.CONVERGED
+        assert int(fit.stats["num_steps"]) > 100
