@@ -159,7 +159,7 @@ class TestTheDefaultSolver:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_a_large_convex_problem_is_solved_however_long_it_takes(self, dtype):
-        curvature = torch.logspace(0, 4, 1500, dtype=dtype)
+        curvature = torch.logspace(0, 3.3, 1500, dtype=dtype)
         fit = bl.argmin(lambda y: (curvature * (y - 1).square()).sum(), torch.zeros(1500, dtype=dtype), hypergrad=None)
         assert fit.result is bl.Result.CONVERGED
         assert int(fit.stats["num_steps"]) > 100
