@@ -15,13 +15,13 @@ from .watch import InnerStep
 
 LARGE = 1000
 """Unknowns from which on a problem that does not converge is looked at, as networks have them."""
-FIRST_LOOK, PRODUCTS = 50, 50
-"""Steps after which it is, and the products that this costs."""
+LOOKS, PRODUCTS = (50, 100, 200, 400), 50
+"""Steps after which it is, and the products that each look costs."""
 
 
 @dataclass(frozen=True)
 class DefaultLBFGS(LBFGS):
-    """`LBFGS`, which gives up a large problem that is not solved in 50 steps and whose Hessian is indefinite there.
+    """`LBFGS`, which gives up a large problem whose Hessian is indefinite after 50, 100, 200 or 400 steps.
 
     A network is thousands of steps away from a minimum to the accuracy of the default, and warm starts from one outer
     step to the next come nearer at a fifth of the price. A solver that was named makes the steps that it was given.
@@ -33,7 +33,7 @@ class DefaultLBFGS(LBFGS):
             return super().minimize(problem)
 
         def hopeless(seen: InnerStep) -> bool:
-            if seen.step != FIRST_LOOK or seen.last:
+            if seen.step not in LOOKS or seen.last:
                 return False
             y = seen.flat
             down = bends_down(problem, y, products=PRODUCTS, resolved=100 * torch.finfo(y.dtype).eps)
