@@ -3,9 +3,9 @@
 The differentiable solves: `argmin`, `root`, `fixed_point`, `least_squares`, `constrained`, `quadratic_program`, which
 return a `Solution`.
 Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `Steps` (`SGD`, `Adam`, `AdamW`, `RMSprop`), `ProximalGradient`
-(with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of least squares
-`LevenbergMarquardt`, `GaussNewtonCG`; of systems `Newton`, `ScipyRoot`, `Bisection`,
-`Anderson`, `Picard`; under constraints `AugmentedLagrangian`.
+(with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of least squares `LevenbergMarquardt`, `GaussNewtonCG`; of
+systems `Newton`, `ScipyRoot`, `Bisection`, `Anderson`, `Picard`; under constraints `AugmentedLagrangian`. Watched by
+`History`, `ProgressBar` or a function of `InnerStep`.
 Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `ForwardMode`, `OneStep`, `FirstOrder`,
 `FiniteDifference`, `SAMA`, `Penalty`, `EvolutionStrategies`; on mini-batches `stochastic`.
 Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `NormalCG`, `ScipyGMRES`, `ScipyBiCGSTAB`, `LSMR`,
@@ -55,6 +55,7 @@ from .inner.scipy import ScipyMinimize
 from .inner.steps import SGD, Adam, AdamW, RMSprop, Rule, Steps
 from .inner.torch_optim import TorchOptim
 from .inner.trust_region import GaussNewtonCG, LevenbergMarquardt
+from .inner.watch import History, InnerStep, ProgressBar
 from .least_squares import least_squares
 from .linalg.bicgstab import BiCGSTAB
 from .linalg.cg import CG
@@ -115,12 +116,14 @@ __all__ = [
     "GaussNewton",
     "GaussNewtonCG",
     "GradientDescent",
+    "History",
     "Hypergrad",
     "Identity",
     "Implicit",
     "Influence",
     "InfluenceScores",
     "InnerSolver",
+    "InnerStep",
     "InversePreconditioner",
     "Jacobi",
     "LeastNorm",
@@ -139,6 +142,7 @@ __all__ = [
     "PathMethod",
     "Penalty",
     "Picard",
+    "ProgressBar",
     "Prox",
     "ProximalGradient",
     "QPSolution",

@@ -14,6 +14,7 @@ from ._torch import pytree
 from .checks import check_argmin, check_root
 from .closure import Closure, Tracer
 from .context import solves
+from .has_aux import WithoutAux, with_aux
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.composite import CompositeStatement
 from .hypergrad.differentiate import differentiable_solve
@@ -22,11 +23,11 @@ from .hypergrad.penalty import Penalty
 from .hypergrad.search import Search
 from .hypergrad.statement import ObjectiveStatement, ResidualStatement, SymmetricResidualStatement
 from .inner.decay import with_decay
+from .inner.default import DefaultLBFGS
 from .inner.fixed_point import Anderson
-from .inner.lbfgs import LBFGS
-from .inner.minimize import INNER_ADVICE, InnerSolver
+from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
-from .inner.outcome import advice_for, look_closer
+from .inner.outcome import RANDOM_ADVICE, inner_advice, is_random, look_closer
 from .inner.proximal import look_of, own_stats_of, prox_of
 from .inner.roots import Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
@@ -53,6 +54,7 @@ def argmin(
     *args: Any,
     solver: InnerSolver | None = None,
     hypergrad: Hypergrad | PathMethod | None = Implicit(),  # noqa: B008 (frozen)
+    has_aux: bool = False,
     throw: Throw = "warn",
     warm_start: Solution | None = None,
 ) -> Solution[Params]:
@@ -71,10 +73,16 @@ def argmin(
         objective: differentiable twice; written with ``params``, its first argument.
         init: where to start: any tree of floating-point tensors. With `Implicit`, no gradient flows to it.
         args: passed on to the objective.
-        solver: `LBFGS` by default; `GradientDescent`, `NewtonCG`, `TorchOptim`, `ScipyMinimize`, `Steps`; with
-            `ProximalGradient` the minimum is that of ``objective + prox.value``.
+        solver: `LBFGS` by default, which gives up a network that is far from a minimum (1,000 unknowns and more,
+            negative curvature after 50 steps or more), as one that is named does not; `GradientDescent`, `NewtonCG`,
+            `TorchOptim`, `ScipyMinimize`, `Steps`; with `ProximalGradient` the minimum is that of
+            ``objective + prox.value``.
         hypergrad: `Implicit` by default; `Unroll` and the others of ``docs/methods.md``, of which some give first
             derivatives in reverse mode only, and say so; None: the value is detached.
+        has_aux: the objective returns a pair, the loss and anything else: logits, single terms, the updated state of
+            a norm. ``solution.aux`` is the latter at the solution, from one more evaluation there, as a function of the
+            solution and of the hyperparameters, through which gradients flow. A function under `torch.vmap` may return
+            such pairs, too.
         throw: what a failed solve does, here and in the backward pass: ``"raise"`` a `SolveError`, ``"warn"``
             (a `SolveWarning`; non-finite solves still raise), ``"fallback"`` (retry with `NewtonCG`, and MINRES
             or damped CG, then warn), ``"ignore"`` (the stats alone tell).
@@ -93,7 +101,11 @@ def argmin(
     """
     check_throw(throw)
     check_argmin(objective, init, solver, hypergrad, warm_start)
-    solver = LBFGS() if solver is None else solver
+    if has_aux:
+        plain = WithoutAux(objective)
+        fit = argmin(plain, init, *args, solver=solver, hypergrad=hypergrad, throw=throw, warm_start=warm_start)
+        return with_aux(fit, plain, args, hypergrad is not None)
+    solver = DefaultLBFGS() if solver is None else solver
     if isinstance(hypergrad, PathMethod):
         return hypergrad.run(objective, init, args, solver, throw)
     reads_residual = isinstance(hypergrad, Implicit | Penalty) and torch.is_grad_enabled() and throw != "ignore"
@@ -106,7 +118,7 @@ def argmin(
         solver.minimize,
         throw,
         "The inner solve",
-        partial(advice_for, advice=INNER_ADVICE),
+        partial(inner_advice, solver=solver),
         fallback=NewtonCG(),
         look=None if throw == "ignore" else look_closer,
     )
@@ -157,7 +169,9 @@ def _composite(
         shrink = replace(closure, fn=lambda pair, *_: prox.prox(*pair), spec=pair)
         return CompositeStatement(replace(closure, fn=objective), shrink, prox.separable)
 
-    advice = partial(advice_for, advice=COMPOSITE_ADVICE)
+    def advice(problem: Problem, found: Solution) -> str:
+        return RANDOM_ADVICE if is_random(problem, found) else COMPOSITE_ADVICE
+
     return differentiable_solve(
         statement,
         reached,
@@ -187,6 +201,7 @@ def root(
     hypergrad: Hypergrad | None = Implicit(),  # noqa: B008 (frozen)
     batched: bool = False,
     symmetric: bool = False,
+    has_aux: bool = False,
     throw: Throw = "warn",
     warm_start: Solution | None = None,
 ) -> Solution[Params]:
@@ -201,12 +216,18 @@ def root(
         batched: the first dimension of every leaf counts T independent problems, each with its own stopping; the
             t-th residual then depends on the t-th unknowns only.
         symmetric: the Jacobian is symmetric, as that of a gradient is: `CG`, `MINRES` and `Cholesky` may be used.
+        has_aux: ``residual`` returns a pair, of which the second part becomes ``solution.aux``, as in `argmin`.
         init, args, hypergrad, throw, warm_start: as in `argmin`; ``throw="fallback"`` retries the adjoint solve.
 
     Returns:
         As `argmin`; ``stats["residual_norm"]`` is ``||residual||`` at the solution.
     """
     check_root("residual", residual, init, solver, hypergrad, warm_start)
+    if has_aux:
+        plain = WithoutAux(residual)
+        settings: dict[str, Any] = {"solver": solver, "hypergrad": hypergrad, "throw": throw, "warm_start": warm_start}
+        fit = root(plain, init, *args, batched=batched, symmetric=symmetric, **settings)
+        return with_aux(fit, plain, args, hypergrad is not None)
     kind = SymmetricResidualStatement if symmetric else ResidualStatement
     return _root(kind, residual, init, args, solver or Newton(), hypergrad, batched, throw, warm_start)
 
@@ -219,6 +240,7 @@ def fixed_point(
     solver: RootSolver | None = None,
     hypergrad: Hypergrad | None = Implicit(),  # noqa: B008 (frozen)
     batched: bool = False,
+    has_aux: bool = False,
     throw: Throw = "warn",
     warm_start: Solution | None = None,
 ) -> Solution[Params]:
@@ -231,13 +253,18 @@ def fixed_point(
     Args:
         map: returns a tree of the structure and shapes of ``init``.
         solver: `Anderson` by default; `Picard`, and every solver of `root`.
-        init, args, hypergrad, batched, throw, warm_start: as in `root`.
+        init, args, hypergrad, batched, has_aux, throw, warm_start: as in `root`.
 
     Returns:
         As `root`; ``stats["residual_norm"]`` is ``||y - map(y)||``.
     """
-
     check_root("map", map, init, solver, hypergrad, warm_start)
+    if has_aux:
+        plain = WithoutAux(map)
+        settings: dict[str, Any] = {"solver": solver, "hypergrad": hypergrad, "throw": throw, "warm_start": warm_start}
+        return with_aux(
+            fixed_point(plain, init, *args, batched=batched, **settings), plain, args, hypergrad is not None
+        )
 
     def residual(y: Tree, *args: Any) -> Tree:
         found = map(y, *args)

@@ -130,6 +130,10 @@ class Tracer(_UncompiledMode):
     def captured(self) -> list[Tensor]:
         return list(self.found.values())
 
+    def has_read(self, tensor: Tensor) -> bool:
+        """Whether an operation read this very tensor, which none of them made."""
+        return id(tensor) in self._outside
+
     @property
     def resolved(self) -> list[Tensor]:
         """What stands for the captured tensors here: other tensors where an outer `Substitute` put them."""

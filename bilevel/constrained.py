@@ -32,16 +32,11 @@ from .recording import recording
 from .solution import Result, Solution, SolveWarning, Throw, check_throw, marked
 from .tree import Tree, norm, scale, tree_map
 
-ADVICE: dict[Result | None, str] = {
-    None: (
-        "The hypergradient holds at a constrained minimum only: start closer to it, look whether any point meets all "
-        "constraints and whether their gradients are independent there, or raise max_steps"
-    ),
-    Result.NEGATIVE_CURVATURE: (
-        "The conditions of Lagrange hold, but at a saddle or maximum along the constraints: start elsewhere"
-    ),
-}
-
+ADVICE = (
+    "The hypergradient holds at a constrained minimum only: start closer to it, look whether any point meets all "
+    "constraints and whether their gradients are independent there, or raise max_steps"
+)
+SADDLE = "The conditions of Lagrange hold, but at a saddle or maximum along the constraints: start elsewhere"
 
 DEGENERATE = (
     "The constrained problem is degenerate: its constraints depend on each other, or its minimum is not isolated, so "
@@ -140,7 +135,7 @@ def constrained(
         build=build,
         batch_dims_of=lambda _, __: dims,
         search=Search(
-            method.find, throw, "The constrained solve", ADVICE, complete=partial(_look_at_curvature, warn=tells)
+            method.find, throw, "The constrained solve", _advice, complete=partial(_look_at_curvature, warn=tells)
         ),
         hypergrad=hypergrad,
         warm_start=warm_start,
@@ -224,6 +219,10 @@ class AugmentedLagrangian:
             mu = torch.where(size > 0.25 * (first if gap is None else gap), 10 * mu, mu) if gap is not None else mu
             gap = size
         return problem.raveler.ravel([*params, multipliers])
+
+
+def _advice(_: RootProblem, found: Solution[Tensor]) -> str:
+    return SADDLE if found.result is Result.NEGATIVE_CURVATURE else ADVICE
 
 
 def _look_at_curvature(problem: RootProblem, found: Solution[Tensor], *, warn: bool) -> Solution[Tensor]:

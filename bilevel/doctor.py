@@ -22,6 +22,7 @@ from .problems import collection
 USES = {
     "tuning": "bl.tuning, Optuna studies",
     "sklearn": "bl.sklearn, BilevelSearchCV",
+    "progress": "bl.ProgressBar",
     "applications": "python -m applications.few_shot and the others; pictures",
     "test": "pytest and lint",
     "docs": "the site: guides, gallery, reference",

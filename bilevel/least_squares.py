@@ -20,8 +20,8 @@ from .hypergrad.implicit import Implicit
 from .hypergrad.search import Search
 from .hypergrad.statement import ObjectiveStatement
 from .inner.lbfgs import LBFGS
-from .inner.minimize import INNER_ADVICE, InnerSolver
-from .inner.outcome import advice_for
+from .inner.minimize import InnerSolver
+from .inner.outcome import inner_advice
 from .inner.trust_region import LevenbergMarquardt, Loss, Rho, Terms
 from .linalg.cg import CG
 from .linalg.direct import Cholesky
@@ -135,7 +135,7 @@ def least_squares(
             method.minimize,
             throw,
             "The fit",
-            partial(advice_for, advice=INNER_ADVICE),
+            partial(inner_advice, solver=method),
             fallback=LBFGS(),
             complete=None if throw == "ignore" else _look_at_curvature,
         ),

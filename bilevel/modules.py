@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -14,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
 from ._torch import get_unwrapped, is_functorch_wrapped_tensor, pytree, saved_tensors_hooks
+from .notices import tell
 from .tree import Tree
 
 _CALL = nn.Module._call_impl.__code__
@@ -75,7 +75,7 @@ class ModuleReads:
         with torch.no_grad(), uses:
             evaluate()
         if any(places and places.isdisjoint(uses.found) for places in read.values()):
-            warnings.warn(FORGOTTEN, UserWarning, stacklevel=2)
+            tell(FORGOTTEN, UserWarning)
 
 
 CHECKPOINT = (

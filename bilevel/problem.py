@@ -126,6 +126,11 @@ class Problem:
         if not bool(torch.isfinite(self.start.f).all()):
             raise NonFiniteError(blame_nonfinite("objective", self.init, self.args))
 
+    @property
+    def first_residual(self) -> Tensor:
+        """The gradient at the start, ``[*batch, n]``."""
+        return self.start.g
+
     def evaluate(self, y: Tensor) -> Evaluation:
         """Losses and gradients at ``y``; with a graph only for a differentiable (unrolled) problem."""
         with torch.enable_grad():
@@ -232,6 +237,11 @@ class RootProblem:
         """Look whether the residual at the start is finite; as `Problem.refuse_nonfinite`."""
         if not bool(torch.isfinite(self.r).all()):
             raise NonFiniteError(blame_nonfinite("residual", self.init, self.args))
+
+    @property
+    def first_residual(self) -> Tensor:
+        """The residual at the start, ``[*batch, n]``."""
+        return self.r
 
     def evaluate(self, y: Tensor) -> Tensor:
         """The residual at ``y``, both ``[*batch, n]``."""

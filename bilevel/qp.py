@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +22,7 @@ from .hypergrad.statement import ResidualStatement
 from .inner.interior_point import SINGULAR, InteriorPoint, mul, scaled
 from .inner.nearness import Goal
 from .linalg.direct import LeastNorm, is_singular
+from .notices import tell
 from .problem import RootProblem
 from .solution import Result, Solution, SolveWarning, Throw, check_throw
 
@@ -151,7 +151,7 @@ def _with_degenerate(problem: RootProblem, found: Solution[Tensor], *, warn: boo
     dependent, ambiguous = _dependent(found.value, problem.data)
     unsure = found.stats["degenerate"] | (solved & ambiguous)
     if warn and bool(unsure.any()):
-        warnings.warn(DEGENERATE, SolveWarning, stacklevel=3)
+        tell(DEGENERATE, SolveWarning)
     return found.with_stats(degenerate=unsure | (solved & dependent))
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import enum
+import html
 import types
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ._torch import pytree
+from .notices import Place, tell
 from .reach import Reach, Reached
 from .recording import recording
+from .tree import norm
 
 if TYPE_CHECKING:
     from typing_extensions import TypeVar as DefaultTypeVar
@@ -104,6 +106,7 @@ class Solution(Generic[Value]):
             predicts it.
         recovered: names of the fallbacks that were used, in order.
         state: what a later solve can start from; None where the solver keeps nothing.
+        aux: what the function returned beside at the solution, with ``has_aux=True``; gradients flow through it too.
     """
 
     value: Value
@@ -112,6 +115,7 @@ class Solution(Generic[Value]):
     state: Any = field(default=None, repr=False)
     adjoint_cell: AdjointCell = field(default_factory=AdjointCell, repr=False)
     reach: Reach | None = field(default=None, repr=False)
+    aux: Any = field(default=None, repr=False)
 
     @property
     def result(self) -> Result:
@@ -130,17 +134,23 @@ class Solution(Generic[Value]):
 
     @classmethod
     def joined(cls, parts: Sequence[Solution]) -> Solution:
-        """Batches of problems as one batch: values (detached), stats and adjoints, in order; states are dropped."""
+        """Batches of problems as one batch, in order: values and aux (detached), stats, adjoints; states are dropped.
+
+        Tensors of aux have the problems in front, as a vmapped function returns them; of what is no tensor the first
+        one stays.
+        """
         adjoints = [part.adjoint for part in parts]
         known = [adjoint for adjoint in adjoints if adjoint is not None]
+
+        def join(*leaves: Any) -> Any:
+            return torch.cat(leaves).detach() if isinstance(leaves[0], Tensor) else leaves[0]
+
         return cls(
-            pytree.tree_map(
-                lambda *leaves: None if leaves[0] is None else torch.cat(leaves).detach(),
-                *(part.value for part in parts),
-            ),
+            pytree.tree_map(join, *(part.value for part in parts)),
             {name: torch.cat([part.stats[name] for part in parts]) for name in parts[0].stats},
             tuple(dict.fromkeys(name for part in parts for name in part.recovered)),
             adjoint_cell=AdjointCell(cls.joined(known) if len(known) == len(parts) else None),
+            aux=pytree.tree_map(join, *(part.aux for part in parts)),
         )
 
     def with_stats(self, **stats: Tensor) -> Solution[Value]:
@@ -149,12 +159,22 @@ class Solution(Generic[Value]):
 
     def with_value(self, value: NewValue) -> Solution[NewValue]:
         """The same with another value."""
-        return Solution(value, self.stats, self.recovered, self.state, self.adjoint_cell, self.reach)
+        return Solution(value, self.stats, self.recovered, self.state, self.adjoint_cell, self.reach, self.aux)
 
     def without_values(self) -> Solution[None]:
         """The stats, and those of the adjoint: what to keep of many solves, whose values are large; they are None."""
         adjoint = None if self.adjoint is None else self.adjoint.without_values()
         return Solution(None, self.stats, self.recovered, adjoint_cell=AdjointCell(adjoint))
+
+    def summary(self) -> str:
+        """How both solves went, in three lines: what was found, the inner solve, and the adjoint solve."""
+        return "\n".join(" ".join(line) for line in summary_of(self))
+
+    def _repr_html_(self) -> str:
+        """The same as a table, for notebooks."""
+        cells = [[html.escape(cell) for cell in line] for line in summary_of(self)]
+        rows = "".join(f"<tr><th>{name}</th><td>{text}</td></tr>" for name, text in cells)
+        return f"<table>{rows}</table>"
 
     @property
     def captured(self) -> tuple[Reached, ...]:
@@ -181,13 +201,51 @@ class Solution(Generic[Value]):
         return self.adjoint_cell.solution
 
 
+NAMED = 4
+"""Hyperparameters that a summary names at most."""
+
+
+def summary_of(solution: Solution) -> list[tuple[str, str]]:
+    """The lines of `Solution.summary`, each with its name."""
+    found = [leaf for leaf in pytree.tree_leaves(solution.value) if isinstance(leaf, Tensor)]
+    codes = solution.stats["result"]
+    count = f"{codes.numel()} problems, " if codes.dim() else ""
+    size = f"{sum(leaf.numel() for leaf in found)} numbers" if found else "the value is not kept"
+    shown = [f"{one.name or 'a tensor'} {tuple(one.shape)}" for one in solution.captured[:NAMED]]
+    more = [f"{len(solution.captured) - NAMED} more"] if len(solution.captured) > NAMED else []
+    reached = f"; its gradient reaches {', '.join(shown + more)}" if shown else ""
+    inner = told_of(solution)
+    if "loss" in solution.stats:
+        inner += f", loss: {_range(solution.stats['loss'])}"
+    adjoint = solution.adjoint
+    backward = "there was no backward pass yet" if adjoint is None else told_of(adjoint)
+    return [("solution:", f"{count}{size}{reached}"), ("inner solve:", inner), ("adjoint solve:", backward)]
+
+
+def told_of(solution: Solution) -> str:
+    """One solve in words: its result, its steps, its residual."""
+    stats, codes = solution.stats, solution.stats["result"]
+    failed = int((codes > int(Result.STEPS_DONE)).sum())
+    tasks = f" in {failed} of {codes.numel()} problems" if codes.dim() and failed else ""
+    tried = f", after {', '.join(solution.recovered)}" if solution.recovered else ""
+    size, kind = relative_residual(solution, None)
+    words = f"{solution.result.name}{tasks} ({solution.result.help}){tried}"
+    return f"{words}; steps: {_range(stats['num_steps'])}, {kind}: {_range(size)}"
+
+
+def _range(numbers: Tensor) -> str:
+    """One number, or the least and the largest of a batch."""
+    low, high = float(numbers.detach().min()), float(numbers.detach().max())
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
 def _flatten(solution: Solution) -> tuple[list[Any], Any]:
-    return [solution.value, solution.stats, solution.adjoint], solution.recovered
+    return [solution.value, solution.stats, solution.adjoint, solution.aux], solution.recovered
 
 
 def _unflatten(parts: Iterable[Any], recovered: Any) -> Solution:
-    value, stats, adjoint = parts
-    return Solution(value, stats, recovered, adjoint_cell=AdjointCell(adjoint))
+    value, stats, adjoint, aux = parts
+    return Solution(value, stats, recovered, adjoint_cell=AdjointCell(adjoint), aux=aux)
 
 
 pytree.register_pytree_node(Solution, _flatten, _unflatten, serialized_type_name="bilevel.Solution")
@@ -228,29 +286,57 @@ def marked(codes: Tensor, where: Tensor, result: Result) -> Tensor:
     return torch.where(where, make_codes(result, codes), codes)
 
 
-Advice = str | Mapping[Result | None, str]
-"""What to try: one text, or one for each `Result`, and under None that for all others."""
+Advice = str | Mapping[Result | None, str] | Callable[[], str]
+"""What to try: one text, or one for each `Result`, and under None that for all others; or what finds it out."""
 
 
-def settle(solution: Solution, throw: Throw, what: str, advice: Advice) -> None:
+def settle(
+    solution: Solution,
+    throw: Throw,
+    what: str,
+    advice: Advice,
+    *,
+    start: Tensor | None = None,
+    place: Place | None = None,
+) -> None:
     """Let a failed solve be heard as ``throw`` says; a good one passes silently.
 
-    A non-finite solve always raises, but for ``throw="ignore"``: NaN gradients destroy a training run.
+    A non-finite solve always raises, but for ``throw="ignore"``: NaN gradients destroy a training run. A warning is
+    shown at the user's line, once for each result there.
+
+    Args:
+        start: the residual where the solve began, ``[*batch, n]``, to which the message relates that at its end.
+        place: the user's line, where the thread has none.
     """
     if throw == "ignore" or recording() or solution.result.ok:
         return
-    hint = advice if isinstance(advice, str) else advice.get(solution.result, advice[None])
-    message = f"{what}: {_describe(solution)}. {hint}"
+    message = f"{what}: {_describe(solution, start)}. {_hint(solution.result, advice)}"
     if throw == "raise" or solution.result is Result.NONFINITE:
         raise SolveError(message, solution)
-    warnings.warn(message, SolveWarning, stacklevel=3)
+    tell(message, SolveWarning, kind=(what, solution.result), place=place)
 
 
-def _describe(solution: Solution) -> str:
+def _hint(result: Result, advice: Advice) -> str:
+    if isinstance(advice, str):
+        return advice
+    return advice() if callable(advice) else advice.get(result, advice[None])
+
+
+def _describe(solution: Solution, start: Tensor | None) -> str:
     codes = solution.stats["result"]
     failed = codes > int(Result.STEPS_DONE)
-    residual = solution.stats["residual_norm"]
     tasks = f" in {int(failed.sum())} of {codes.numel()} problems" if codes.dim() else ""
-    largest = residual[failed].max().item() if codes.dim() else residual.item()
     tried = f" (after {', '.join(solution.recovered)})" if solution.recovered else ""
-    return f"{solution.result.help}{tasks}{tried}; residual norm {largest:.3g}"
+    size, kind = relative_residual(solution, start)
+    return f"{solution.result.help}{tasks}{tried}; {kind} {size[failed].max().item():.2g}"
+
+
+def relative_residual(solution: Solution, start: Tensor | None) -> tuple[Tensor, str]:
+    """The residual norms ``[*batch]`` relative to where the solve began, where that is known, and their name."""
+    if "relative_residual" in solution.stats:
+        return solution.stats["relative_residual"], "relative residual norm"
+    size = solution.stats["residual_norm"]
+    scale = None if start is None else norm(start)
+    if scale is None or scale.shape != size.shape or not bool((scale > 0).all()):
+        return size, "residual norm"
+    return size / scale, "relative residual norm"

@@ -148,7 +148,7 @@ def test_composite_problems(prox):
         (bl.fixed_point, bl.Anderson(max_steps=4)),
         (bl.fixed_point, bl.Picard(max_steps=4)),
     ],
-    ids=repr,
+    ids=lambda value: getattr(value, "__name__", repr(value)),
 )
 def test_systems(solve, solver):
     with fake_device(going=True):

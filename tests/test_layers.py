@@ -11,10 +11,24 @@ import bilevel
 
 ROOT = Path(bilevel.__file__).parent
 LAYERS = [
-    *("extras", "_torch", "files", "tree", "recording", "reach", "solution", "checks", "context", "spared", "modules"),
+    *(
+        "extras",
+        "_torch",
+        "files",
+        "notices",
+        "tree",
+        "recording",
+        "reach",
+        "solution",
+        "checks",
+        "context",
+        "spared",
+        "modules",
+    ),
     *("nn", "closure", "prox", "problem", "tasks", "linalg", "inner"),
     *(
         "hypergrad",
+        "has_aux",
         "argmin",
         "least_squares",
         "constrained",

@@ -152,3 +152,36 @@ def test_a_solution_stays_as_it_was_made():
     assert fit.stats == before
     assert other.value is fit.value
     assert {fit: "kept"}[fit] == "kept"  # by what it is: tensors do not compare
+
+
+class TestSummary:
+    def test_three_lines_tell_of_both_solves(self):
+        fit = SOLVES["default"]()
+        assert fit.summary().splitlines()[2] == "adjoint solve: there was no backward pass yet"
+        fit.value.sum().backward()
+        value, inner, adjoint = fit.summary().splitlines()
+        assert value == "solution: 2 numbers; its gradient reaches LAM ()"
+        assert inner.startswith("inner solve: CONVERGED (the tolerance was met); steps: ")
+        assert inner.endswith(", loss: 0")
+        assert adjoint.startswith(
+            "adjoint solve: CONVERGED (the tolerance was met); steps: 1, relative residual norm: "
+        )
+
+    def test_of_a_batch_the_failed_ones_are_counted_and_the_numbers_have_a_range(self):
+        start = torch.tensor([[0.5], [3.0]], dtype=torch.float64)
+        fit = bl.argmin(
+            lambda y: ((y - LAM) ** 4).sum(-1), start, solver=bl.LBFGS(max_steps=2), hypergrad=None, throw="ignore"
+        )
+        value, inner, _ = fit.summary().splitlines()
+        assert value == "solution: 2 problems, 2 numbers"
+        assert inner.startswith("inner solve: MAX_STEPS in 1 of 2 problems (the step limit")
+        assert "steps: 0 to 2, residual norm: 0 to " in inner
+        assert fit.without_values().summary().startswith("solution: 2 problems, the value is not kept")
+
+    def test_a_notebook_shows_the_same(self):
+        fit = SOLVES["root"]()
+        fit.value.sum().backward()
+        page = fit._repr_html_()
+        assert page.count("<tr>") == 3
+        assert "its gradient reaches LAM ()" in page
+        assert "<" not in page.replace("<t", "").replace("</t", "")  # what it says is escaped

@@ -53,6 +53,7 @@ class _Said:
     """Code that may be run, since the command names it."""
 
     model: str | None = None
+    backbone: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,20 @@
-"""Which hypergradient method to take: measured on the problem itself, in a few products."""
+"""What to take for a problem: inner solver, hypergradient and outer scheme, by a look at the problem itself."""
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..adaptive import Adaptive
 from ..hypergrad.base import Point
 from ..hypergrad.implicit import Implicit
+from ..inner.fixed_point import Anderson
+from ..inner.lbfgs import LBFGS
+from ..inner.roots import Newton
 from ..linalg.cg import CG
 from ..linalg.direct import LU, Cholesky
 from ..linalg.gmres import GMRES
@@ -17,12 +22,15 @@ from ..linalg.minres import MINRES
 from ..linalg.operator import Operator
 from ..linalg.solve import LinearSolver
 from ..solution import Result, Solution
-from ..tree import Tree, leaves
+from ..tree import Tree, leaves, norm
 from .checked import corrected_hypergradient, distance, outer_gradients
 from .compare import LARGEST_DENSE
 from .cost import median_seconds
+from .differences import OuterLoss
+from .network import PRODUCTS, find_network, first_order_solver, fresh, left_by_few_products, network_hypergrad
 from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of, with_decay_outside
 from .spectrum import Spectrum, look
+from .written import written
 
 
 @dataclass(frozen=True)
@@ -40,16 +48,22 @@ class Advice:
     """What `advise` recommends; ``str()`` says it in words.
 
     Attributes:
-        hypergrad: to be passed on.
-        predicted_error: relative error of the hypergradient by it, at the inner solution that ``solver`` finds: the
-            largest of ``asked`` (what the linear solve is set to), ``rounding`` (that of the params' precision times
-            the condition number that was seen) and ``measured`` (from an estimate as `hypergradient` makes it, inner
-            error included; inf where no solution is near).
-        predicted_products, predicted_seconds: of one backward pass.
-        inner, inner_residual: how the inner solve ended, and its largest residual norm.
+        solver: the inner solver. hypergrad: to be passed on with it.
+        tolerance: where it is not None, ``**tolerance.settings()`` take the place of both in an outer loop, and
+            ``tolerance = tolerance.after(loss)`` follows each outer step.
+        why: the reason. random: in words, which function is; the rest is then not measured. None: none is.
+        num_params, num_hparams: how many there are.
+        predicted_error: relative error of the hypergradient by ``hypergrad``, at the inner solution that ``solver``
+            finds: the largest of ``asked`` (what the linear solve is set to), ``rounding`` (that of the params'
+            precision times the condition number that was seen) and ``measured`` (from an estimate as `hypergradient`
+            makes it, inner error included; inf where no solution is near). Of a network, whose params are no minimum:
+            what many more products would change.
+        predicted_products, predicted_seconds: of one backward pass. inner_seconds: of one inner solve from ``init``.
+        inner, inner_residual: how the inner solve by ``solver``, or by the default one where none was given, ended, and
+            its largest residual norm.
         spectrum: None where the Jacobian is not symmetric. condition: the number that was seen, a lower bound unless
             all eigenvalues were; None where it is not known. product_seconds, gradient_seconds: measured.
-        candidates: all that were considered, cheapest first.
+        candidates: all linear solvers that were considered, cheapest first.
     """
 
     hypergrad: Implicit
@@ -65,17 +79,45 @@ class Advice:
     product_seconds: float
     gradient_seconds: float
     candidates: list[Candidate]
+    solver: Solver | None = None
+    tolerance: Adaptive | None = None
+    why: str = ""
+    entry: str = "argmin"
+    random: str | None = None
+    num_params: int = 0
+    num_hparams: int = 0
+    inner_seconds: float = math.nan
 
     @property
     def predicted_error(self) -> float:
         return max(self.asked, self.rounding, self.measured)
 
+    @property
+    def expression(self) -> str:
+        """An outer step that can be pasted; ``fit`` is None before the first one, and ``params`` where it starts."""
+        if self.random is not None:
+            return (
+                "method = bl.stochastic.SOBA(params, hparams, train_loss, val_loss, inner_lr=bl.stochastic.Decay(0.1), "
+                "outer_lr=bl.stochastic.Decay(0.1)); method.step(train_batch, val_batch)"
+            )
+        settings = f"solver={written(self.solver)}, hypergrad={written(self.hypergrad)}"
+        if self.tolerance is not None:
+            settings = "**tolerance.settings()"
+        call = f"fit = bl.{self.entry}(inner, params, {settings}, warm_start=fit); params = fit.value"
+        if self.tolerance is None:
+            return call
+        return f"{call}  # begin with tolerance = {written(self.tolerance)}; then tolerance = tolerance.after(loss)"
+
     def __str__(self) -> str:
+        if self.random is not None:
+            return f"Take a stochastic method, since {self.random}. In each step: {self.expression}"
+        ratio = self.product_seconds / self.gradient_seconds
         return (
-            f"Take {self.hypergrad!r}: {self.candidates[0].why}. {self._solved()} {self._curvature()}; one product "
-            f"costs {self.product_seconds / self.gradient_seconds:.1f} gradients. Predicted: relative error "
-            f"{self.predicted_error:.0e}{self._limit()} with {self.predicted_products} products in "
-            f"{self.predicted_seconds:.3g} s."
+            f"Take {self.hypergrad!r}: {self.why}. In each outer step: {self.expression}. {self._solved()} "
+            f"{self._curvature()}; one product costs {ratio:.1f} gradients, with {self.num_params} params and "
+            f"{self.num_hparams} hyperparameters. Predicted: relative error {self.predicted_error:.0e}{self._limit()} "
+            f"with {self.predicted_products} products in {self.predicted_seconds:.3g} s, after an inner solve of "
+            f"{self.inner_seconds:.3g} s."
         )
 
     def _solved(self) -> str:
@@ -96,6 +138,8 @@ class Advice:
 
     def _limit(self) -> str:
         """What keeps the error above the one that was asked for."""
+        if self.asked == 0.0:
+            return " beside many more products"
         if max(self.rounding, self.measured) <= self.asked:
             return ""
         if self.rounding >= self.measured:
@@ -111,13 +155,15 @@ def advise(
     accuracy: float | None = None,
     num_steps: int = 30,
 ) -> Advice:
-    """Measure products, the spectrum and one hypergradient, then name the method and predict its error and cost.
+    """Look at a problem, then name an inner solver, a hypergradient, and how to go from one outer step to the next.
 
-    It costs an inner solve, up to 512 products for the spectrum and about two hypergradients.
+    It looks whether the functions are random, whether the inner problem was solved, at the curvature, the numbers of
+    params and hyperparameters, and at what an evaluation and a product cost. That takes an inner solve, up to 512
+    products for the spectrum, and about two hypergradients; of a network about 200 gradients.
 
     Args:
         problem: with both levels; see `Bilevel`.
-        hparams: where; the problem's own by default. solver: of the inner problem.
+        hparams: where; the problem's own by default. solver: of the inner problem; None: one is named.
         accuracy: relative error of the hypergradient that is wanted; None: 1e-6 in float64, 1e-4 in float32.
         num_steps: Lanczos steps spent on the spectrum where there are more than 512 unknowns.
 
@@ -140,7 +186,20 @@ def advise(
             "be asked for."
         )
     problem, solver = with_decay_outside(problem, solver)
+    random = OuterLoss(problem, x, solver, "ignore").randomness(problem.init)
+    if random is not None:
+        return _for_random(random, problem, x)
+    begin = time.perf_counter()
     fit = solve(problem, x, solver=solver, hypergrad=Implicit(), throw="ignore")
+    seconds = time.perf_counter() - begin
+    network, ended = None, fit
+    if solver is None and problem.kind == "argmin" and fit.result is Result.NEGATIVE_CURVATURE:
+        network = find_network(problem, x)
+    if network is not None:
+        solver = first_order_solver(problem, x)
+        begin = time.perf_counter()
+        fit = solve(problem, x, solver=solver, hypergrad=Implicit(), throw="ignore")
+        seconds = time.perf_counter() - begin
     statement, flat = statement_of(problem, x)
     params = [leaf.detach() for leaf in leaves(fit.value)]
     point = Point(statement, params, [t.detach() for t in flat], fit.stats["num_steps"].dim(), "ignore")
@@ -151,22 +210,96 @@ def advise(
     spectrum, condition = look(operator, b, num_steps)
     candidates = sorted(_candidates(operator, spectrum, accuracy, product_seconds), key=lambda c: c.seconds)
     best = candidates[0]
-    hypergrad = Implicit(best.linear_solver)
+    tolerance, why = None, ""
+    hypergrad, asked, rounding = Implicit(best.linear_solver), accuracy, torch.finfo(dtype).eps * (condition or 1.0)
+    products, price = best.products, best.seconds
+    if network is not None:
+        hypergrad, asked, rounding, why = network_hypergrad(network), 0.0, 0.0, NETWORK_REASON
+        cotangent = point.raveler.ravel(outer_gradients(problem, fit.value, x)[2])
+        begin = time.perf_counter()
+        hypergrad.pull(fresh(point), cotangent)
+        products, price = PRODUCTS, time.perf_counter() - begin
+        measured = left_by_few_products(hypergrad, point, cotangent)
+    else:
+        measured = _measured(problem, fit, x, point, hypergrad)
+        if solver is None and _definite(spectrum) and fit.result.ok and problem.kind == "argmin":
+            tolerance = _tolerance(problem, x)
+            why = f"{best.why}; from one outer step to the next, Adaptive makes both solves as accurate as they help"
     return Advice(
-        hypergrad,
-        accuracy,
-        torch.finfo(dtype).eps * (condition or 1.0),
-        _measured(problem, fit, x, point, hypergrad),
-        best.products,
-        best.seconds,
-        fit.result,
-        float(fit.stats["residual_norm"].max()),
-        spectrum,
-        condition,
-        product_seconds,
-        gradient_seconds,
-        candidates,
+        hypergrad=hypergrad,
+        asked=asked,
+        rounding=rounding,
+        measured=measured,
+        predicted_products=products,
+        predicted_seconds=price,
+        inner=ended.result,
+        inner_residual=float(ended.stats["residual_norm"].max()),
+        spectrum=spectrum,
+        condition=condition,
+        product_seconds=product_seconds,
+        gradient_seconds=gradient_seconds,
+        candidates=candidates,
+        solver=_named(problem) if solver is None else solver,
+        tolerance=tolerance,
+        why=why or best.why,
+        entry=problem.kind,
+        num_params=_count(problem.init),
+        num_hparams=_count(x),
+        inner_seconds=seconds,
     )
+
+
+NETWORK_REASON = (
+    "the Hessian of a network is indefinite away from a minimum, and a minimum is too far to be paid for in each outer "
+    "step; a few steps of Adam from where the last one ended, and the Gauss-Newton matrix, serve instead"
+)
+
+
+def _for_random(random: str, problem: Bilevel, x: Tree) -> Advice:
+    """The advice where nothing else can be measured."""
+    unknown = math.nan
+    return Advice(
+        hypergrad=Implicit(),
+        asked=unknown,
+        rounding=unknown,
+        measured=math.inf,
+        predicted_products=0,
+        predicted_seconds=unknown,
+        inner=Result.STAGNATED,
+        inner_residual=unknown,
+        spectrum=None,
+        condition=None,
+        product_seconds=unknown,
+        gradient_seconds=unknown,
+        candidates=[],
+        entry=problem.kind,
+        random=random,
+        num_params=_count(problem.init),
+        num_hparams=_count(x),
+    )
+
+
+def _count(tree: Tree) -> int:
+    return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def _named(problem: Bilevel) -> Solver:
+    """The default solver of a kind of problem, by its name."""
+    solvers: dict[str, Solver] = {"argmin": LBFGS(), "root": Newton(), "fixed_point": Anderson()}
+    return solvers[problem.kind]
+
+
+def _definite(spectrum: Spectrum | None) -> bool:
+    return spectrum is not None and spectrum.smallest > 0 and not spectrum.singular
+
+
+def _tolerance(problem: Bilevel, x: Tree) -> Adaptive:
+    """In units of the inner gradient at the start."""
+    params = leaf_copies(problem.init)
+    with torch.enable_grad():
+        grads = torch.autograd.grad(problem.inner(params, x).sum(), leaves(params), allow_unused=True)
+    size = float(norm(torch.cat([grad.reshape(-1) for grad in grads if grad is not None])))
+    return Adaptive(scale=float(f"{size:.2g}")) if size > 0 else Adaptive()
 
 
 def _random_vector(operator: Operator) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..hypergrad.base import PathMethod
+from ..notices import tell
 from ..solution import SolveWarning, Throw
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
@@ -32,7 +32,9 @@ class HypergradientCheck:
     Attributes:
         finite_difference: for each direction, the slope of the outer loss by central differences.
         slope: for each direction, that of the hypergradient.
-        relative_error: ``||slope - finite_difference|| / ||finite_difference||`` over the directions.
+        relative_error: ``||slope - finite_difference|| / ||finite_difference||`` over the directions. Near an optimum,
+            where slopes vanish, all errors are relative to a hundredth of what the slopes become at a distance of
+            ``1 + ||hparams||``.
         uncertainty: of the finite differences themselves, relative: the largest of what another step size, more
             accurate inner solutions, a second solve, and rounding change about them.
         exact_error: relative error against the problem's own closed form; None where it has none.
@@ -40,6 +42,7 @@ class HypergradientCheck:
         doubts: why the differences are uncertain by more than the tolerance, in words; empty where they are not.
         missing: the leaves of hparams, by number, whose gradient is zero or None while the outer loss depends on them.
         random: in words, which function is; None: none is.
+        optimum: the slopes nearly vanish.
     """
 
     finite_difference: Tensor
@@ -51,6 +54,7 @@ class HypergradientCheck:
     doubts: tuple[str, ...] = ()
     missing: tuple[int, ...] = ()
     random: str | None = None
+    optimum: bool = False
 
     @property
     def verdict(self) -> Verdict:
@@ -82,8 +86,9 @@ class HypergradientCheck:
         lost = "".join(f"; the gradient of leaf {index} of hparams is missing" for index in self.missing)
         why = (self.random,) if self.random else self.doubts
         doubts = f". Not certain: {'; '.join(why)}" if self.verdict == "inconclusive" and why else ""
+        optimum = " (near an optimum, so relative to slopes around it)" if self.optimum else ""
         return (
-            f"{verdict}: relative error from finite differences {self.relative_error:.2e} "
+            f"{verdict}: relative error from finite differences {self.relative_error:.2e}{optimum} "
             f"(they are certain to {self.uncertainty:.1e}){exact}{lost}; tolerance {self.tolerance:.0e}{doubts}"
         )
 
@@ -148,11 +153,12 @@ def check_hypergradient(
         slope,
         _relative(float((slope - seen.near).norm()), seen),
         _relative(seen.uncertainty, seen),
-        _exact_error(problem, x, found),
+        _exact_error(problem, x, found, seen.scale if seen.vanishing else 0.0),
         tolerance,
         _doubts(seen, tolerance),
         _missing(outer, found, seen.step),
         outer.randomness(fit.value),
+        seen.vanishing,
     )
     if raise_exception and report.verdict == "wrong":
         raise HypergradientError(
@@ -171,7 +177,7 @@ def _heard(report: HypergradientCheck, throw: Throw) -> HypergradientCheck:
         advice = (
             "" if report.random else " Give a reference_solver that is more accurate, a step, or a larger tolerance."
         )
-        warnings.warn(f"check_hypergradient: {report}.{advice}", SolveWarning, stacklevel=3)
+        tell(f"check_hypergradient: {report}.{advice}", SolveWarning, kind="check_hypergradient")
     return report
 
 
@@ -210,8 +216,8 @@ def _differences(outer: OuterLoss, directions: list[list[Tensor]], step: float |
 
 
 def _relative(size: float, seen: Differences) -> float:
-    """Relative to the slopes; infinite where these vanish and it does not."""
-    scale = float(seen.near.norm())
+    """Relative to the slopes or, near an optimum, to those around it; infinite where all vanish and it does not."""
+    scale = seen.scale
     return size / scale if scale else (0.0 if size == 0 else math.inf)
 
 
@@ -235,12 +241,12 @@ def _missing(outer: OuterLoss, found: list[Tensor], step: float) -> tuple[int, .
     return tuple(missing)
 
 
-def _exact_error(problem: Bilevel, x: Tree, found: list[Tensor]) -> float | None:
-    """The relative error from the problem's own hypergradient."""
+def _exact_error(problem: Bilevel, x: Tree, found: list[Tensor], least: float) -> float | None:
+    """The error from the problem's own hypergradient, relative to it or to ``least``, where that is larger."""
     if not hasattr(problem, "hypergradient"):
         return None
     exact = leaves(problem.hypergradient(tree_map(torch.detach, x)))
-    size, error = _length(exact), float(distance(found, exact))
+    size, error = max(_length(exact), least), float(distance(found, exact))
     return error / size if size else error
 
 

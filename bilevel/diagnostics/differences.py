@@ -16,6 +16,9 @@ from .checked import refined
 from .precision import as_double, in_double
 from .problem import SOLVED_KINDS, Bilevel, Solver, solve
 
+SMALL = 0.01
+"""Slopes below this part of their change over the size of the hyperparameters count as those of an optimum."""
+
 NOISE = 1e3
 """Two evaluations at one point that differ by more roundings than this are of a random function."""
 
@@ -29,6 +32,8 @@ class Differences:
             solutions better; the same as ``near`` where there are none to make.
         rounding: what rounding alone may do to a slope. noise: what a second solve at one point does to one.
         result: the worst of the inner solves. rootless: some had no solution near.
+        change: by how much the slopes change over a distance of ``1 + ||hparams||``, as their curvature says; 0 where
+            noise hides it.
     """
 
     near: Tensor
@@ -39,6 +44,21 @@ class Differences:
     noise: float
     result: Result
     rootless: bool
+    change: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """What an error is measured against: the slopes, or a hundredth of their change, where they nearly vanish.
+
+        At an optimum the slopes are zero but for rounding and for how far it is missed, and nothing is small beside
+        them.
+        """
+        return max(float(self.near.norm()), SMALL * self.change)
+
+    @property
+    def vanishing(self) -> bool:
+        """Whether the slopes are so small."""
+        return self.scale > float(self.near.norm())
 
     @property
     def doubts(self) -> dict[str, float]:
@@ -75,6 +95,7 @@ class OuterLoss:
         self.solver, self.throw, self.path = solver, throw, path
         self.dtype = leaves(self.x)[0].dtype
         self.eps = torch.finfo(self.dtype).eps
+        self.size = float(torch.cat([leaf.reshape(-1).double() for leaf in leaves(self.x)]).norm())
 
     @property
     def solvable(self) -> bool:
@@ -104,6 +125,7 @@ class OuterLoss:
             abs(first - second) / step,
             worst,
             rootless,
+            (1 + self.size) * _curvature(table[:, [0, 2, 4, 6]] - first, step),
         )
 
     def randomness(self, params: Tree) -> str | None:
@@ -139,3 +161,14 @@ class OuterLoss:
         with torch.no_grad():
             params = pytree.tree_unflatten(point.params, pytree.tree_structure(fit.value))
             return loss, float(self.problem.outer(params, moved)), fit, solved
+
+
+def _curvature(rises: Tensor, step: float) -> float:
+    """The norm of the second derivatives along some directions; 0 where those by two step sizes disagree.
+
+    Args:
+        rises: the loss less that at the centre, at ``step, -step, 2 step, -2 step``: ``[D, 4]``.
+    """
+    near, far = rises[:, :2].sum(1) / step**2, rises[:, 2:].sum(1) / (2 * step) ** 2
+    agree = float((near - far).norm()) <= 0.5 * float(far.norm())
+    return float(far.norm()) if agree else 0.0

@@ -19,6 +19,7 @@ from ..inner.minimize import InnerSolver
 from ..inner.roots import RootSolver
 from ..solution import Solution, Throw
 from ..tree import Tree, leaves, tree_map
+from .captures import Opened, captured_hparams, takes_params_only
 
 Kind = Literal["argmin", "root", "fixed_point"]
 Solver = InnerSolver | RootSolver
@@ -58,23 +59,34 @@ class Bilevel(Protocol):
 class BilevelProblem:
     """``min over hparams of outer(y, hparams)`` where y solves the inner problem.
 
+    Functions of the params alone are taken as `argmin` takes them: the hyperparameters are tensors that they captured,
+    and wherever the problem is evaluated at other hyperparameters, those stand in for them.
+
     Args:
-        inner: ``inner(params, hparams)``, as ``kind`` says; see `Bilevel`.
-        outer: ``outer(params, hparams)``, a scalar.
+        inner: ``inner(params, hparams)``, or ``inner(params)``, as ``kind`` says; see `Bilevel`.
+        outer: ``outer(params, hparams)``, or ``outer(params)``, a scalar.
         init: where the inner solve starts.
-        hparams: a tree of real tensors, where the hypergradient is wanted.
+        hparams: a tree of real tensors, where the hypergradient is wanted; None: the tuple of all tensors that require
+            grad and were captured by ``inner``, then by ``outer``.
 
     Raises:
-        TypeError: ``hparams`` holds complex tensors.
+        TypeError: ``hparams`` holds complex tensors, or is missing although ``inner`` takes it as an argument.
+        ValueError: functions of the params alone use no tensor that requires grad, or not one of ``hparams``.
     """
 
-    inner: Callable[[Tree, Tree], Any]
-    outer: Callable[[Tree, Tree], Tensor]
+    inner: Callable[..., Any]
+    outer: Callable[..., Tensor]
     init: Tree
-    hparams: Tree
+    hparams: Tree = None
     kind: Kind = "argmin"
 
     def __post_init__(self) -> None:
+        functions = {"inner": self.inner, "outer": self.outer}
+        captures = {name: fn for name, fn in functions.items() if takes_params_only(fn)}
+        hparams = captured_hparams(list(captures.values()), self.init, self.hparams, complete=len(captures) == 2)
+        object.__setattr__(self, "hparams", hparams)
+        for name, fn in captures.items():
+            object.__setattr__(self, name, Opened(fn, leaves(hparams)))
         if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves(self.hparams)):
             raise TypeError(
                 "hparams contains a complex tensor: differences and norms are taken of real numbers. Pass "

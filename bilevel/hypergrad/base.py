@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from .._torch import pytree
-from ..inner.minimize import INNER_ADVICE, InnerSolver
+from ..inner.minimize import InnerSolver
+from ..inner.outcome import inner_advice
 from ..problem import Linearization, Objective, Problem
 from ..solution import Solution, Throw, settle
 from ..tree import Raveler, Tree, leaves
@@ -79,7 +81,7 @@ class Point:
         found = self.minimize(problem)
         if "residual_norm" not in found.stats:
             found = found.with_stats(residual_norm=torch.full(self.raveler.batch_shape, torch.nan))
-        settle(found, self.throw, what, INNER_ADVICE)
+        settle(found, self.throw, what, partial(inner_advice, problem, found, None), start=problem.first_residual)
         return found.value.detach()
 
     def loss_gradient(self, params: Sequence[Tensor], weights: Tensor | None = None) -> list[Tensor | None]:

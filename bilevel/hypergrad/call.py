@@ -13,37 +13,16 @@ from torch import Tensor
 
 from .._torch import pytree
 from ..linalg.curvature import fused_norm, has_layer_norm
+from ..notices import Place
 from ..problem import Linearization, Problem, RootProblem, graph_nodes, refuse_hidden
 from ..recording import recording
 from ..solution import AdjointCell, Result, Solution, SolveError, Throw, marked, settle
 from ..tree import norm
+from .advice import NONFINITE_ADVICE, adjoint_advice
 from .base import Hypergrad, Point, Pulled
 from .search import Search
 from .seen import Seen
 from .statement import Statement
-
-ADJOINT_ADVICE: dict[Result | None, str] = {
-    None: "The hypergradient is inexact: raise max_steps, loosen rtol, or give CG a preconditioner",
-    Result.INACCURATE: (
-        "The inner solution is farther from the minimum than its solver could see, or the matrix too ill-conditioned "
-        "for this precision: scale the params or the data, take float64, NewtonCG(), or a tolerance of your own (gtol, "
-        "rtol) if this accuracy is enough"
-    ),
-    Result.DAMPED: "The hypergradient is biased by the damping: a stronger regularizer would make the system regular",
-    Result.NEGATIVE_CURVATURE: (
-        "The params are no minimum, or not yet: start elsewhere or solve further; take MINRES, "
-        "Implicit(operator=GaussNewton(...)), a stronger regularizer, or Implicit(damping=...) (throw='fallback' tries "
-        "MINRES and damping)"
-    ),
-    Result.DIVERGED: (
-        "Its residual is larger than that of zero: the hypergradient is worse than none. Raise max_steps, or take "
-        "MINRES, whose residual never grows"
-    ),
-    Result.NONFINITE: (
-        "In the linear solve, or in the derivative by the hyperparameters: look for functions whose slope is infinite "
-        "there (sqrt or norm at zero, also behind torch.where), and for an outer loss that is not finite"
-    ),
-}
 
 
 def rounding_hint(device: str, dtype: torch.dtype) -> str:
@@ -83,6 +62,7 @@ class Call:
         search: how the problem is solved.
         problem: the problem, where it was built already (outside of transforms).
         linear_state: what the linear solve starts from.
+        place: the user's line of the solve, where the threads of the backward pass have none.
     """
 
     statement: Statement
@@ -93,6 +73,7 @@ class Call:
     problem: Any = None
     minimize: Callable[[Any], Solution[Tensor]] | None = None
     linear_state: Any = None
+    place: Place | None = None
     findings: Findings = field(default_factory=Findings)
 
     @property
@@ -128,9 +109,13 @@ class Call:
             cell = self.findings.adjoint_cell
             value = pytree.tree_unflatten(point.raveler.unravel(adjoint.value), self.spec)
             cell.solution = Solution(value, adjoint.stats, adjoint.recovered, state=adjoint.state)
+            found = self.findings.found
             hint = rounding_hint(point.params[0].device.type, point.params[0].dtype)
-            advice = {result: text + hint for result, text in ADJOINT_ADVICE.items()}
-            settle(adjoint, self.throw, "The adjoint solve of the hypergradient", advice)
+
+            def advice() -> str:
+                return adjoint_advice(self.hypergrad, self.statement, found, adjoint) + hint
+
+            settle(adjoint, self.throw, "The adjoint solve of the hypergradient", advice, place=self.place)
 
     def check_finite(self, pulled: Pulled) -> Pulled:
         """Mark, or where there is no linear solve refuse, a hypergradient that is not finite.
@@ -150,7 +135,7 @@ class Call:
             return dataclasses.replace(pulled, adjoint=adjoint)
         if not bool(finite):
             assert self.findings.found is not None
-            message = f"The hypergradient is NaN or infinite. {ADJOINT_ADVICE[Result.NONFINITE]}"
+            message = f"The hypergradient is NaN or infinite. {NONFINITE_ADVICE}"
             raise SolveError(message, self.findings.found)
         return pulled
 

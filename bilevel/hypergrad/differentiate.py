@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._torch import pytree
 from ..closure import Autocast, Closure, Tracer, in_transform
+from ..notices import place_of_user
 from ..reach import Reach
 from ..solution import Solution
 from ..tree import Tree
@@ -59,7 +60,9 @@ def differentiable_solve(
             batch_dims = batch_dims_of(fn(pytree.tree_unflatten(start, spec), *args), init)
     closure = Closure(fn, spec, args, tracer.captured, Autocast.current(flat[0].device), tracer.spared)
     method = hypergrad or Implicit()
-    call = Call(kind(closure), spec, batch_dims, method, search, problem, minimize, warm_start and _state(warm_start))
+    state = warm_start and _state(warm_start)
+    place = None if flat[0].device.type == "cpu" else place_of_user()
+    call = Call(kind(closure), spec, batch_dims, method, search, problem, minimize, state, place)
     start = flat if method.reaches_init else [leaf.detach() for leaf in flat]
     value, stats = solution(call, start, tracer.resolved)
     plain = call.findings.found

@@ -25,6 +25,7 @@ from ..linalg.solve import LinearSolver, LinearState, default_rtol, report
 from ..problem import Linearization, Problem
 from ..solution import Result, Solution, marked
 from ..tree import dot, norm
+from .advice import solver_in_use
 from .base import Point, Pulled
 
 OperatorFactory = Callable[[Problem, Linearization], Operator]
@@ -78,8 +79,7 @@ class Implicit:
         return self._doubted(point, b, solved)
 
     def _solve(self, point: Point, operator: Operator, b: Tensor) -> Solution[Tensor]:
-        symmetric = CG() if point.statement.definite else MINRES()
-        solver = self.linear_solver or (symmetric if operator.symmetric else GMRES())
+        solver = solver_in_use(self, point.statement, operator.symmetric)
         state = point.state if isinstance(point.state, LinearState) else None
         solved = solver.solve(self._damped(operator, 0.0), b, state)
         return self._recover(operator, b, solved) if point.throw == "fallback" else solved
@@ -91,6 +91,8 @@ class Implicit:
             problem = _problem(point)
             if point.seen is not None:
                 point.seen.check_loss(problem.start.f)
+            if isinstance(problem.objective, Decayed):
+                problem.objective = problem.objective.objective  # its decay is added below
             return _with_decay(point, self.operator(problem, at))
         if self.operator == "graph" or not point.statement.has_objective:
             return point.statement.operator(raveler, at)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from .._torch import after_backward, pytree
 from ..closure import Autocast, Closure, Substitute, Tracer, in_transform
 from ..inner.gradient_descent import GradientDescent
-from ..inner.minimize import INNER_ADVICE, InnerSolver, Progress
+from ..inner.minimize import InnerSolver, Progress
 from ..inner.steps import SGD, LastStep, State, Steps
 from ..linalg.curvature import fused_norm, has_layer_norm
 from ..problem import Objective, Problem, graph_nodes, refuse_hidden
@@ -22,8 +22,20 @@ from ..reach import Reach
 from ..recording import recording
 from ..solution import Result, Solution, SolveError, Throw, settle
 from ..tree import Tree
-from .call import ADJOINT_ADVICE, measured_at_solution
+from .advice import NONFINITE_ADVICE
+from .call import measured_at_solution
 from .statement import free_leaves
+
+PATH_ADVICE: dict[Result | None, str] = {
+    None: (
+        "The derivative is that of the steps that were made, wherever they ended: raise max_steps, take another step "
+        "size, or loosen gtol"
+    ),
+    Result.NONFINITE: (
+        "Lower the step size, start elsewhere, or look whether the loss falls without end (without a penalty it may "
+        "have no minimum)"
+    ),
+}
 
 
 class Path:
@@ -97,7 +109,7 @@ def unrollable(solver: InnerSolver, method: str) -> Steps:
         return solver
     if isinstance(solver, GradientDescent) and not solver.line_search:
         lr = torch.tensor(solver.lr, dtype=torch.float64).unsqueeze(-1) if isinstance(solver.lr, tuple) else solver.lr
-        return Steps(SGD(lr, solver.momentum), solver.max_steps, solver.gtol)
+        return Steps(SGD(lr, solver.momentum), solver.max_steps, solver.gtol, callback=solver.callback)
     raise TypeError(
         f"hypergrad={method}(...) cannot differentiate {solver!r}: it needs Steps(rule, ...), or GradientDescent "
         "without line_search. Every solver works with hypergrad=Implicit()."
@@ -109,6 +121,11 @@ def fixed_steps(solver: InnerSolver, method: str) -> Steps:
     steps = unrollable(solver, method)
     if steps.gtol is not None or (isinstance(solver, GradientDescent) and solver.safeguard):
         raise TypeError(f"hypergrad={method}(...) needs a fixed number of steps: leave gtol and safeguard away.")
+    if steps.callback is not None:
+        raise TypeError(
+            f"hypergrad={method}(...) makes its steps anew in parts, which no callback sees: leave callback away, or "
+            "take Unroll() or Implicit()."
+        )
     return steps
 
 
@@ -119,7 +136,7 @@ def finish(problem: Problem, found: Solution, throw: Throw, layer_norm: bool = F
         layer_norm: the objective uses one, so that second derivatives are refused.
     """
     found = measured_at_solution(problem, found)
-    settle(found, throw, "The inner solve", INNER_ADVICE)
+    settle(found, throw, "The inner solve", PATH_ADVICE, start=problem.first_residual)
     value = _FirstOrderOnly.apply(found.value) if layer_norm and found.value.requires_grad else found.value
     if throw != "ignore" and value.requires_grad and not recording():
         value = _Guarded.apply(value, problem.hparams, found.without_values())
@@ -170,7 +187,7 @@ class _Guarded(torch.autograd.Function):
         def check(grad: Tensor) -> None:
             if not bool(torch.isfinite(grad).all()):
                 remove()
-                raise SolveError(f"The hypergradient is NaN or infinite. {ADJOINT_ADVICE[Result.NONFINITE]}", ctx.found)
+                raise SolveError(f"The hypergradient is NaN or infinite. {NONFINITE_ADVICE}", ctx.found)
 
         hooks += [tensor.register_hook(check) for tensor in ctx.hparams if tensor.requires_grad]
         after_backward(remove)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..inner.minimize import InnerSolver
 from ..inner.outcome import suspicious
 from ..recording import recording
-from ..solution import Advice, Result, Solution, Throw, settle
+from ..solution import Result, Solution, Throw, settle
 
 Found = Solution[Tensor]
 
@@ -24,7 +25,7 @@ class Search:
         method: from a problem to what a solver found; `InnerSolver.minimize` or `RootSolver.find`.
         throw: as in `argmin`.
         what: what has failed, as a message says it.
-        advice: what to try; or what gives it, from the problem and what was found.
+        advice: what to try; or what says it, from the problem and what was found, where that failed.
         fallback: the solver of ``throw="fallback"``, where the first failed.
         look: looks closer at what is `suspicious`, from the problem and what was found; None: nothing does.
         complete: gives whatever was found its last stats, likewise; None: nothing is missing.
@@ -34,7 +35,7 @@ class Search:
     method: Callable[[Any], Found]
     throw: Throw
     what: str
-    advice: Advice | Callable[[Any, Found], Advice]
+    advice: str | Callable[[Any, Found], str]
     fallback: InnerSolver | None = None
     look: Callable[[Any, Found], Found] | None = None
     complete: Callable[[Any, Found], Found] | None = None
@@ -61,8 +62,8 @@ class Search:
             found = self.look(problem, found)
         found = self._completed(problem, found)
         if odd or not ok or self.complete is not None:
-            advice = self.advice(problem, found) if callable(self.advice) else self.advice
-            settle(found, self.throw, self.what, advice)
+            advice = partial(self.advice, problem, found) if callable(self.advice) else self.advice
+            settle(found, self.throw, self.what, advice, start=None if self.own_stats else problem.first_residual)
         return found
 
     def _completed(self, problem: Any, found: Found) -> Found:

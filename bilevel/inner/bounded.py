@@ -18,6 +18,7 @@ from .minimize import Progress, choose
 from .nearness import Nearness
 from .outcome import look_closer
 from .pairs import Pair, first_step, two_loops
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def check_bounds(bounds: Any) -> None:
         raise ValueError(f"bounds is {bounds!r}: a pair (lower, upper) is needed, where None is no bound.")
 
 
-def descend_within(problem: Problem, box: Bounds, gtol: float | None, max_steps: int, history: int) -> Solution[Tensor]:
+def descend_within(
+    problem: Problem, box: Bounds, gtol: float | None, max_steps: int, history: int, watch: Watch | None = None
+) -> Solution[Tensor]:
     """Two-metric projection (Bertsekas 1982) with the inverse Hessian of L-BFGS on the free params."""
     start = problem.start
     inside = box.clip(start.y)
@@ -81,7 +84,10 @@ def descend_within(problem: Problem, box: Bounds, gtol: float | None, max_steps:
             predicted = torch.where(known | (decrement == 0), norm(move), torch.inf)
             progress.end(nearness.look(predicted, at.y, decrement, at.f), Result.CONVERGED)
             near = nearness.acceptable
-        if step == max_steps:
+        if watch is not None and watch(step, at.y, box.slope(at), at.f, progress.active):
+            progress.stop()
+            break
+        if step == max_steps or not bool(progress.active.any()):
             break
         if step & (step - 1) == 0:
             before, halfway = halfway, at

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -10,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from ..notices import tell
 from ..problem import Objective, check_loss
 from ..solution import SolveWarning
 from ..tree import Raveler, Tree, leaves
@@ -75,7 +75,7 @@ def with_decay(
     plain, coefficient = solver.without_decay(init)
     if coefficient is None:
         if warn:
-            warnings.warn(DECOUPLED.format(solver=solver), SolveWarning, stacklevel=2)
+            tell(DECOUPLED.format(solver=solver), SolveWarning, kind=DECOUPLED)
         return solver, objective
     if not isinstance(coefficient, Tensor) and coefficient == 0:
         return solver, objective

@@ -15,6 +15,7 @@ from ..solution import Result, Solution
 from ..tree import axpy, dot, norm
 from .minimize import Progress, choose
 from .nearness import Nearness
+from .watch import Watch
 
 GROWTH, ENOUGH_STEPS = 1.5, 32
 """How much farther from the start the params are than when at most half of the steps were made, and how many steps it
@@ -205,12 +206,13 @@ def descend(
     direction: Direction,
     nearness: Nearness | None = None,
     *,
+    watch: Watch | None = None,
     cheap: bool = True,
 ) -> Solution[Tensor]:
     """Line-search descent.
 
     Args:
-        nearness: the rule that ends it, in place of ``gtol``.
+        nearness: the rule that ends it, in place of ``gtol``. watch: who is told of each step.
         cheap: finding a direction costs less than waiting for a value.
     """
     start = halfway = before = problem.start
@@ -221,8 +223,11 @@ def descend(
     going = walk.goes_on() if free else True
     if not free:
         walk.turn()
-    for step in range(max_steps):
-        if not going:
+    for step in range(max_steps + 1):
+        if watch is not None and watch(step, walk.at.y, walk.at.g, walk.at.f, walk.progress.active):
+            walk.progress.stop()
+            break
+        if not going or step == max_steps:
             break
         if step & (step - 1) == 0:  # 0, 1, 2, 4, 8, ...
             before, halfway = halfway, walk.at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..tree import norm
 from .minimize import check_tolerance
 from .nearness import Nearness
 from .roots import RootProgress
+from .watch import Callbacks, watch
 
 STRETCHES = 10
 """Steps over which the slowest contraction that was seen tells the distance to the fixed point."""
@@ -29,11 +30,13 @@ class Picard:
         max_steps: steps at most.
         tol: stop a problem at this norm of ``y - T(y)``; None: where the distance to the fixed point, as the
             contraction of the last step predicts it, is at most 1e-9 (float64) or 3e-5 (float32) times ``||y||``.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
     """
 
     damping: float = 1.0
     max_steps: int = 1000
     tol: float | None = None
+    callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
@@ -41,7 +44,10 @@ class Picard:
 
     def find(self, problem: RootProblem) -> Solution[Tensor]:
         """Iterate; see `RootSolver`."""
-        return Anderson(history=0, damping=self.damping, max_steps=self.max_steps, tol=self.tol).find(problem)
+        plain = Anderson(
+            history=0, damping=self.damping, max_steps=self.max_steps, tol=self.tol, callback=self.callback
+        )
+        return plain.find(problem)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Anderson:
         damping: in (0, 1], of the residual that is added.
         ridge: regularization of the least-squares weights, relative to the size of the residual differences.
         max_steps: steps at most, one evaluation of the map each.
-        tol: as in `Picard`.
+        tol, callback: as in `Picard`.
     """
 
     history: int = 5
@@ -64,6 +70,7 @@ class Anderson:
     ridge: float = 1e-10
     max_steps: int = 500
     tol: float | None = None
+    callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
@@ -84,8 +91,11 @@ class Anderson:
         steps_back: list[Tensor] = []
         changes: list[Tensor] = []
         stretches: deque[Tensor] = deque(maxlen=STRETCHES)
-        for step in range(self.max_steps):
-            if stop_now(progress.active, step):
+        told = watch(self, problem)
+        for step in range(self.max_steps + 1):
+            if told is not None and told(step, y, r, None, progress.active):
+                progress.stop()
+            if step == self.max_steps or stop_now(progress.active, step):
                 break
             move = -self.damping * r
             if changes:

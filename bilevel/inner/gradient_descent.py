@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..solution import Solution
 from ..tree import axpy
 from .descent import descend
 from .minimize import Progress, check_settings, choose
+from .watch import Callbacks, watch
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class GradientDescent:
             restart its momentum. One more evaluation in all, and no divergence.
         line_search: find step sizes by a weak Wolfe search, starting from ``lr`` and then from twice the last
             one, for each problem its own. Excludes momentum.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
     """
 
     lr: float | tuple[float, ...] = 0.1
@@ -38,6 +40,7 @@ class GradientDescent:
     momentum: float = 0.0
     safeguard: bool = False
     line_search: bool = False
+    callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
@@ -56,13 +59,17 @@ class GradientDescent:
     def _descend(self, problem: Problem, lr: Tensor) -> Solution[Tensor]:
         at, velocity = problem.start, torch.zeros_like(problem.start.g)
         progress = Progress.begin(at, self.gtol)
+        told = watch(self, problem)
         for step in range(self.max_steps):
+            if told is not None and told(step, at.y, at.g, at.f, progress.active):
+                progress.stop()
+                break
             if progress.done(step):
                 break
             velocity = self.momentum * velocity + at.g if self.momentum else at.g
             y = axpy(-lr, velocity, at.y)
             progress.count()
-            if self.gtol is None and step == self.max_steps - 1:
+            if self.gtol is None and told is None and step == self.max_steps - 1:
                 # Nothing asks for the last gradient, which argmin measures once: a safeguard asks for the loss.
                 new = Evaluation(y, problem.losses(y) if self.safeguard else at.f, at.g)
             else:
@@ -77,13 +84,15 @@ class GradientDescent:
             at = choose(progress.active, new, at) if self.gtol is not None else new
             if self.gtol is not None:
                 progress.look(at)
+        if told is not None and bool(progress.steps.max() == self.max_steps):
+            told(self.max_steps, at.y, at.g, at.f, progress.active)
         return progress.solution(at.y, step_size=lr)
 
     def _search(self, problem: Problem, lr: Tensor) -> Solution[Tensor]:
         def direction(at: Evaluation, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return -at.g, torch.where(last > 0, 2 * last, lr), last > 0
 
-        return descend(problem, self.gtol, self.max_steps, direction)
+        return descend(problem, self.gtol, self.max_steps, direction, watch=watch(self, problem))
 
     def _step_sizes(self, at: Evaluation) -> Tensor:
         if not isinstance(self.lr, tuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from .descent import descend
 from .minimize import check_settings
 from .nearness import Nearness
 from .pairs import Memory
+from .watch import Callbacks, watch
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class LBFGS:
         bounds: ``(lower, upper)`` of the params: None, a number, a tensor, or a tree like ``init`` of these. The steps
             are then projected (Bertsekas 1982), ``gtol`` is for the gradient of the params that are free to move, and
             the hypergradient holds those at a bound that pulls them; it reaches bounds that require grad.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
     """
 
     max_steps: int = 500
     gtol: float | None = None
     history: int = 10
     bounds: tuple[Any, Any] | None = None
+    callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
@@ -55,7 +58,8 @@ class LBFGS:
     def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
         if self.bounds is not None:
-            return descend_within(problem, box_of(problem, self.bounds), self.gtol, self.max_steps, self.history)
+            box, told = box_of(problem, self.bounds), watch(self, problem)
+            return descend_within(problem, box, self.gtol, self.max_steps, self.history, told)
         memory = Memory(self.history, problem, probe=self.gtol is None)
         nearness = Nearness(problem.start.y) if self.gtol is None else None
-        return descend(problem, self.gtol, self.max_steps, memory, nearness)
+        return descend(problem, self.gtol, self.max_steps, memory, nearness, watch=watch(self, problem))

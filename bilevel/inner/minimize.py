@@ -13,29 +13,6 @@ from ..problem import Evaluation, Problem
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
 
-INNER_ADVICE: dict[Result | None, str] = {
-    None: (
-        "The hypergradient holds at a minimum only: raise max_steps, lower the step size, loosen gtol, or take LBFGS "
-        "or NewtonCG (throw='fallback' does that)"
-    ),
-    Result.STAGNATED: (
-        "The hypergradient holds at a minimum only: scale the params or the data, take float64, NewtonCG "
-        "(throw='fallback' does that), or a gtol of your own if this accuracy is enough"
-    ),
-    Result.NEGATIVE_CURVATURE: (
-        "The gradient vanishes at a maximum or saddle, which is no minimum: start elsewhere, for instance at random "
-        "params"
-    ),
-    Result.UNBOUNDED: (
-        "Without a minimum there is no hypergradient: add a penalty on the params (separable classes need one), or "
-        "raise max_steps if you know that there is one"
-    ),
-    Result.NONFINITE: (
-        "Lower the step size, start elsewhere, or look whether the loss falls without end (without a penalty it may "
-        "have no minimum)"
-    ),
-}
-
 
 class InnerSolver(Protocol):
     """Minimises a `Problem`. Frozen settings only: the same object twice gives the same answer."""
@@ -77,6 +54,10 @@ class Ends:
         """End the active problems of a mask with this result."""
         self.codes = marked(self.codes, self.active & where, result)
         self.active = self.active & ~where
+
+    def stop(self) -> None:
+        """End all active problems, as a callback wishes: what was made is what was ordered."""
+        self.end(self.active, Result.STEPS_DONE)
 
     def mark(self, where: Tensor, result: Result) -> None:
         """Give the problems of a mask this result, whether they have ended or not."""

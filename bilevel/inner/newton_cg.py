@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..tree import norm
 from .descent import descend
 from .minimize import check_settings
 from .nearness import Nearness
+from .watch import Callbacks, watch
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,14 @@ class NewtonCG:
         gtol: stop a problem at this gradient norm; None: as in `LBFGS`, and 0 makes ``max_steps`` steps.
         cg_steps: products for each direction at most; the paper takes 5.
         operator: how products are made: ``"graph"`` or ``"func"``.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
     """
 
     max_steps: int = 200
     gtol: float | None = None
     cg_steps: int = 50
     operator: HessianMode = "graph"
+    callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
@@ -54,4 +57,5 @@ class NewtonCG:
             return -torch.where(unusable.unsqueeze(-1), at.g, steps), torch.ones_like(at.f), ~unusable
 
         nearness = Nearness(problem.start.y) if self.gtol is None else None
-        return descend(problem, self.gtol, self.max_steps, direction, nearness, cheap=False)
+        told = watch(self, problem)
+        return descend(problem, self.gtol, self.max_steps, direction, nearness, watch=told, cheap=False)

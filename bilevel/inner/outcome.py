@@ -1,4 +1,4 @@
-"""A second look at what an inner solver found: saddles that it did not leave, objectives that are random."""
+"""A second look at what an inner solver found: saddles that it did not leave, objectives that are random; advice."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from ..linalg.minres import MINRES
 from ..linalg.noise import normal
 from ..linalg.operator import Operator, Restricted
 from ..problem import Problem
-from ..recording import recording
-from ..solution import Advice, Result, Solution, marked
+from ..solution import Result, Solution, marked
+from .minimize import InnerSolver
 
 PROBES = 5
 """Products that the look at the curvature of a stationary start costs."""
+
+ENOUGH_STEPS = 50
+"""Steps beside which as many products that look at the curvature where they ended are a fair price."""
 
 RANDOM_ADVICE = (
     "The objective gives another value each time that it is evaluated at the same params: it is random (dropout, "
@@ -38,28 +41,126 @@ def look_closer(problem: Problem, found: Solution, kept: Tensor | None = None) -
         kept: which params are free to move, ``[*batch, n]``; None: all.
     """
     stats, idle = found.stats, suspicious(found)
-    at = problem.linearize(found.value.detach())
-    if not any(residual.requires_grad for residual in at.residual):
-        return found  # linear: no curvature at all
-    hessian: Operator = GraphJacobian(problem.raveler, at, symmetric=True)
-    probe = _random(found.value)
-    if kept is not None:
-        hessian, probe = Restricted(hessian, kept), torch.where(kept, probe, torch.zeros_like(probe))
-    curvature = MINRES(max_steps=min(PROBES, hessian.size)).solve(hessian, probe).curvature
-    assert curvature is not None
-    smallest, largest = curvature
-    saddle = idle & (smallest < -(torch.finfo(hessian.dtype).eps ** 0.5) * torch.maximum(largest.abs(), smallest.abs()))
+    resolved = torch.finfo(found.value.dtype).eps ** 0.5
+    saddle = idle & bends_down(problem, found.value, PROBES, resolved, kept)
     codes = marked(stats["result"], saddle, Result.NEGATIVE_CURVATURE)
     return found.with_stats(result=codes)
 
 
-def advice_for(problem: Problem, found: Solution, advice: Advice) -> Advice:
-    """What to try after a solve that failed; an objective that is random explains most of it."""
-    if recording() or found.result.ok or not bool(torch.isfinite(found.value).all()):
-        return advice
+def bends_down(problem: Problem, y: Tensor, products: int, resolved: float, kept: Tensor | None = None) -> Tensor:
+    """In which problems some products see negative curvature at ``y``, beyond a part ``resolved`` of the largest.
+
+    Args:
+        kept: as in `look_closer`.
+    """
+    at = problem.linearize(y.detach())
+    if not any(residual.requires_grad for residual in at.residual):  # linear: no curvature at all
+        return torch.zeros_like(problem.start.f, dtype=torch.bool)
+    hessian: Operator = GraphJacobian(problem.raveler, at, symmetric=True)
+    probe = _random(y)
+    if kept is not None:
+        hessian, probe = Restricted(hessian, kept), torch.where(kept, probe, torch.zeros_like(probe))
+    curvature = MINRES(max_steps=min(products, hessian.size)).solve(hessian, probe).curvature
+    assert curvature is not None
+    smallest, largest = curvature
+    return smallest < -resolved * torch.maximum(largest.abs(), smallest.abs())
+
+
+def is_random(problem: Problem, found: Solution) -> bool:
+    """Whether the objective gives another value when it is evaluated again where a solve ended."""
+    if not bool(torch.isfinite(found.value).all()):
+        return False
     first, second = (problem.evaluate(found.value.detach()) for _ in range(2))
     apart = (first.f - second.f).abs() > torch.finfo(first.g.dtype).eps ** 0.75 * first.f.abs()
-    return RANDOM_ADVICE if bool(apart.any()) else advice
+    return bool(apart.any())
+
+
+def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) -> str:
+    """What to try where ``solver`` failed, from its own settings and what is seen where it ended.
+
+    An objective that is random explains most failures.
+
+    Args:
+        solver: None: a solver that is not known.
+    """
+    result, name = found.result, _name(solver)
+    if is_random(problem, found):
+        return RANDOM_ADVICE
+    if result is Result.NEGATIVE_CURVATURE and bool((found.stats["num_steps"] >= ENOUGH_STEPS).any()):
+        return (
+            "The params are no minimum, and one may be thousands of steps away, so the default solver ended. "
+            f"{NETWORK_ADVICE}; or name the solver: LBFGS(max_steps=500) goes on"
+        )
+    if result is Result.NEGATIVE_CURVATURE:
+        return (
+            "The gradient vanishes at a maximum or saddle, which is no minimum: start elsewhere, for instance at "
+            "random params"
+        )
+    if result is Result.UNBOUNDED:
+        text = (
+            "Without a minimum there is no hypergradient: add a penalty on the params (separable classes need one), or "
+            f"raise max_steps{_now(solver, 'max_steps')} if you know that there is one"
+        )
+        return f"{text}. {NETWORK_ADVICE}" if _still_bends_down(problem, found) else text
+    if result is Result.NONFINITE:
+        smaller = "" if name in LINE_SEARCHES else "Lower the step size, start elsewhere, or look"
+        return (
+            f"{smaller or 'Start elsewhere, or look'} whether the loss falls without end (without a penalty it may "
+            "have no minimum)"
+        )
+    what = "The hypergradient holds at a minimum only"
+    loosen = f"loosen gtol{_now(solver, 'gtol')}" if getattr(solver, "gtol", None) else ""
+    if result is Result.STAGNATED:
+        enough = f"{loosen or 'give a gtol of your own'} if this accuracy is enough"
+        return f"{what}: " + _joined("scale the params or the data", "take float64", _other(name), enough)
+    if name in LINE_SEARCHES and _still_bends_down(problem, found):
+        return f"{what}, and the Hessian still has negative curvature here. {NETWORK_ADVICE}"
+    steps = f"raise max_steps{_now(solver, 'max_steps')}"
+    rate = "" if name in LINE_SEARCHES else "take another step size"
+    return f"{what}: " + _joined(steps, rate, loosen, _other(name))
+
+
+def _still_bends_down(problem: Problem, found: Solution) -> bool:
+    """Whether a problem that failed after many steps has negative curvature, as networks have."""
+    failed, steps = ~(found.stats["result"] <= int(Result.STEPS_DONE)), found.stats["num_steps"]
+    if not bool((failed & (steps >= ENOUGH_STEPS)).any()):
+        return False
+    down = bends_down(problem, found.value, ENOUGH_STEPS, 100 * torch.finfo(found.value.dtype).eps)
+    return bool((down & failed).any())
+
+
+NETWORK_ADVICE = (
+    "For a network take solver=Steps(Adam(lr=1e-2), max_steps=30), go on from fit.value in the next outer step, and "
+    "take a matrix that is never indefinite: hypergrad=Implicit(CG(max_steps=10), operator=GaussNewton.of(module, "
+    "loss), damping=1e-2)"
+)
+LINE_SEARCHES = ("LBFGS", "NewtonCG", "ScipyMinimize")
+"""Solvers that find their own step sizes."""
+
+
+def _name(solver: object) -> str:
+    """The name of the class, or of that which it is made of."""
+    names = [kind.__name__ for kind in type(solver).__mro__]
+    return next((name for name in LINE_SEARCHES if name in names), names[0])
+
+
+def _other(name: str) -> str:
+    """The solvers of `LINE_SEARCHES` of this library that are not in use."""
+    others = [other for other in ("LBFGS", "NewtonCG") if other != name]
+    fallback = " (throw='fallback' does that)" if "NewtonCG" in others else ""
+    return f"take {' or '.join(f'{other}()' for other in others)}{fallback}"
+
+
+def _now(solver: object, setting: str) -> str:
+    """The value of a setting, in brackets, where there is one."""
+    value = getattr(solver, setting, None)
+    return "" if value is None else f" (now {value:g})"
+
+
+def _joined(*parts: str) -> str:
+    """Alternatives as one enumeration; empty ones are left out."""
+    *first, last = [part for part in parts if part]
+    return f"{', '.join(first)}, or {last}" if first else last
 
 
 def _random(like: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from ..solution import Result, Solution
 from ..tree import Tree, axpy, dot, norm, scale
 from .minimize import InnerSolver, Progress, check_tolerance, choose
 from .nearness import Goal
+from .watch import Callbacks, watch
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ProximalGradient:
         tol: stop a problem at ``||y - prox(y - eta grad g(y), eta)|| / eta``; None: where the distance to the solution,
             as the contraction of the last steps predicts it, is at most 1e-9 (float64) or 3e-5 (float32) times
             ``||y|| + eta ||grad g||``.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
         accelerated: Nesterov's extrapolation, started again where it points uphill (O'Donoghue and Candes 2015).
     """
 
@@ -44,6 +46,7 @@ class ProximalGradient:
     max_steps: int = 5000
     tol: float | None = None
     accelerated: bool = True
+    callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     own_stats: ClassVar[tuple[str, ...]] = ("residual_norm",)
     """At the solver's own step, as it was judged."""
@@ -71,8 +74,11 @@ class ProximalGradient:
         progress = Progress.begin(at, None)
         progress.mark(progress.active, Result.MAX_STEPS)
         progress.end(size <= self._tolerance(at, step, stretch), Result.CONVERGED)
-        for index in range(self.max_steps):
-            if stop_now(progress.active, index):
+        told = watch(self, problem)
+        for index in range(self.max_steps + 1):
+            if told is not None and told(index, at.y, scale(1 / step, r), at.f, progress.active):
+                progress.stop()
+            if index == self.max_steps or stop_now(progress.active, index):
                 break
             new, step, moved = _step(problem, shrink, ahead, step, progress.active)
             progress.count()

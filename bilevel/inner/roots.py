@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from ..solution import Result, Solution, make_codes, marked
 from ..tree import axpy, norm
 from .minimize import Ends, check_tolerance
 from .nearness import VANISHED, Nearness
+from .watch import Callbacks, watch
 
 
 class RootSolver(Protocol):
@@ -63,11 +64,13 @@ class Newton:
         max_steps: Newton steps at most.
         tol: stop a problem at this residual norm; None: where the next step is at most 1e-9 (float64) or 3e-5
             (float32) times the norm of the unknowns, whatever their scale and that of the residual.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
     """
 
     linear_solver: LinearSolver | None = None
     max_steps: int = 100
     tol: float | None = None
+    callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_linear_solver(self.linear_solver)
@@ -79,7 +82,10 @@ class Newton:
         progress = RootProgress.begin(r, self.tol)
         nearness = Nearness(y) if self.tol is None else None
         solver = self.linear_solver or (LU() if y.shape[-1] <= 512 else GMRES(rtol=1e-6))
+        told = watch(self, problem)
         for step in range(self.max_steps + 1):
+            if told is not None and told(step, y, r, None, progress.active):
+                progress.stop()
             if not bool(progress.active.any()):
                 break
             operator = GraphJacobian(problem.raveler, problem.linearize(y))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from .bounded import BoundedMemory, Bounds, box_of, check_bounds, look_closer_in
 from .minimize import check_settings
 from .nearness import Nearness
 from .pairs import Memory
+from .watch import Callbacks, watch
 
 DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 HESSIAN_METHODS = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
@@ -54,12 +55,15 @@ class ScipyMinimize:
         gtol: stop at this gradient norm; None: as in `LBFGS`.
         bounds: as in `LBFGS`, of the methods that have them; interior ones (trust-constr) end beside a bound that holds
             them, which counts as not converged.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them. COBYLA,
+            SLSQP and TNC cannot be ended. Whether a step is the last one is not known of most methods.
     """
 
     method: str = "L-BFGS-B"
     max_steps: int = 1000
     gtol: float | None = None
     bounds: tuple[Any, Any] | None = None
+    callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
@@ -83,9 +87,11 @@ class ScipyMinimize:
             start = problem.evaluate(box.clip(start.y))
         method = self.method.lower()
         free = method in DERIVATIVE_FREE
-        latest, watch = start, _Watch(problem, start, box)
-        if self._done(_free(start, box)) or (self.gtol is None and not free and watch.arrived(start)):
-            return self._solution(problem, start, 0, box)
+        latest, judge, told = start, _Judge(problem, start, box), watch(self, problem)
+        slope = _free(start, box)
+        calls, stopped = 0, told is not None and told(0, start.y, slope.g, start.f, torch.ones_like(start.f))
+        if stopped or self._done(slope) or (self.gtol is None and not free and judge.arrived(start)):
+            return self._solution(problem, start, 0, stopped, box)
 
         def tensor(x: np.ndarray) -> Tensor:
             return torch.from_numpy(np.array(x)).to(shape.device, shape.dtype).view_as(shape)
@@ -103,9 +109,13 @@ class ScipyMinimize:
             dense: np.ndarray = torch.block_diag(*blocks.reshape(-1, *blocks.shape[-2:]).double().cpu()).numpy()
             return dense
 
-        def stop(x: np.ndarray) -> None:
-            y = tensor(x)
-            if watch.arrived(latest if torch.equal(latest.y, y) else problem.evaluate(y)):
+        def after_step(x: np.ndarray) -> None:
+            nonlocal calls, stopped
+            y, calls = tensor(x), calls + 1
+            at = latest if torch.equal(latest.y, y) else problem.evaluate(y)
+            arrived = self.gtol is None and not free and judge.arrived(at)
+            stopped = told is not None and told(calls, at.y, _free(at, box).g, at.f, torch.full_like(at.f, not arrived))
+            if arrived or stopped:
                 raise StopIteration
 
         products: dict[str, Any] = {"hessp": hessp} if method in HESSIAN_METHODS else {}
@@ -117,14 +127,14 @@ class ScipyMinimize:
             jac=None if free else True,
             method=self.method,
             options=self._options(method, self.gtol or 0.0, start),
-            callback=stop if self.gtol is None and not free else None,
+            callback=after_step if told is not None or (self.gtol is None and not free) else None,
             bounds=None if box is None else scipy.optimize.Bounds(to_numpy(box.low), to_numpy(box.high)),
             **products,
         )
         at = problem.evaluate(tensor(outcome.x))
         if box is not None:
             at = problem.evaluate(snapped(box, at.y, at.g))
-        return self._solution(problem, at, int(outcome.get("nit", outcome.nfev)), box)
+        return self._solution(problem, at, int(outcome.get("nit", outcome.nfev)), stopped, box)
 
     def _done(self, at: Evaluation) -> bool:
         return bool((norm(at.g) <= (self.gtol or 0.0)).all())
@@ -136,16 +146,19 @@ class ScipyMinimize:
         tolerance = TOLERANCE_OPTIONS[method](entry) if method in TOLERANCE_OPTIONS else {"gtol": entry}
         return {**tolerance, limit: self.max_steps}
 
-    def _solution(self, problem: Problem, at: Evaluation, steps: int, box: Bounds | None) -> Solution[Tensor]:
+    def _solution(
+        self, problem: Problem, at: Evaluation, steps: int, stopped: bool, box: Bounds | None
+    ) -> Solution[Tensor]:
         size = norm(_free(at, box).g)
         near = size <= self.gtol if self.gtol is not None else _near(problem, at, box)
         codes = make_codes(Result.MAX_STEPS if steps >= self.max_steps else Result.STAGNATED, at.f)
+        codes = make_codes(Result.STEPS_DONE, at.f) if stopped else codes
         codes = marked(codes, near, Result.CONVERGED)
         codes = marked(codes, ~torch.isfinite(size), Result.NONFINITE)
         return Solution(at.y, {"num_steps": torch.full_like(codes, steps, dtype=torch.int64), "result": codes})
 
 
-class _Watch:
+class _Judge:
     """Judges SciPy's iterates by the step that L-BFGS would make of them."""
 
     def __init__(self, problem: Problem, start: Evaluation, box: Bounds | None):

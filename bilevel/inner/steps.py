@@ -18,6 +18,7 @@ from ..problem import Evaluation, Problem
 from ..solution import Solution
 from ..tree import Tree
 from .minimize import Progress, check_settings, choose
+from .watch import Callbacks, watch
 
 Setting = float | Tensor
 State = dict[str, Tensor]
@@ -175,11 +176,13 @@ class Steps:
         rule: `SGD`, `Adam`, `AdamW`, `RMSprop`.
         max_steps: steps at most. Where ``gtol`` is None, exactly this many.
         gtol: stop a problem at this gradient norm; None: no check, no synchronisation with a GPU.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
     """
 
     rule: Rule
     max_steps: int = 100
     gtol: float | None = None
+    callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         check_rule(self.rule, Rule)
@@ -205,7 +208,11 @@ class Steps:
         """The steps from number ``first`` on, from a point of ``problem`` and a state."""
         last = LastStep(state, by=self.rule)
         progress = Progress.begin(at, self.gtol)
+        told = watch(self, problem)
         for index in range(first, self.max_steps):
+            if told is not None and told(index, at.y, at.g, at.f, progress.active):
+                progress.stop()
+                break
             if progress.done(index):
                 break
             y, state = self.rule.step(at.y, at.g, last.rule, index)
@@ -215,13 +222,15 @@ class Steps:
                 state = {name: torch.where(keep, new, last.rule[name]) for name, new in state.items()}
             last = LastStep(state, at.y, at.g, last.rule, index, self.rule)
             progress.count()
-            if self.gtol is None and index == self.max_steps - 1:
+            if self.gtol is None and told is None and index == self.max_steps - 1:
                 at = Evaluation(y, at.f, at.g)  # nothing asks for the last gradient: argmin measures it once
                 break
             new = problem.evaluate(y)
             at = choose(progress.active, new, at) if self.gtol is not None else new
             if self.gtol is not None:
                 progress.look(at)
+        if told is not None and bool(progress.steps.max() == self.max_steps - first):
+            told(self.max_steps, at.y, at.g, at.f, progress.active)
         return replace(progress.solution(at.y), state=last)
 
 

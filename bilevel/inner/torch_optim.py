@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..solution import Solution
 from ..tree import Tree, leaves
 from .decay import Coefficient
 from .minimize import Progress, check_settings
+from .watch import Callbacks, watch
 
 COUPLED = (
     *(torch.optim.SGD, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax),
@@ -35,6 +36,7 @@ class TorchOptim:
         optimizer: the class.
         max_steps: calls of ``step`` at most.
         gtol: stop a problem at this gradient norm; None: make ``max_steps`` steps.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
         settings: what the class takes, such as ``lr``.
     """
 
@@ -42,6 +44,7 @@ class TorchOptim:
     max_steps: int
     gtol: float | None
     settings: tuple[tuple[str, Any], ...]
+    callback: Callbacks = field(repr=False, compare=False)
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class TorchOptim:
         *,
         max_steps: int = 100,
         gtol: float | None = None,
+        callback: Callbacks = None,
         **settings: Any,
     ):
         check_optimizer(optimizer)
@@ -56,6 +60,7 @@ class TorchOptim:
         object.__setattr__(self, "optimizer", optimizer)
         object.__setattr__(self, "max_steps", max_steps)
         object.__setattr__(self, "gtol", gtol)
+        object.__setattr__(self, "callback", callback)
         object.__setattr__(self, "settings", tuple(settings.items()))
 
     def __repr__(self) -> str:
@@ -73,7 +78,13 @@ class TorchOptim:
         apart = any(group.get("decoupled_weight_decay") or group.get("maximize") for group in groups)
         if type(optimizer) not in COUPLED or apart:
             return self, None
-        plain = TorchOptim(_Undecayed(self.optimizer), max_steps=self.max_steps, gtol=self.gtol, **dict(self.settings))
+        plain = TorchOptim(
+            _Undecayed(self.optimizer),
+            max_steps=self.max_steps,
+            gtol=self.gtol,
+            callback=self.callback,
+            **dict(self.settings),
+        )
         by_param = {id(p): group.get("weight_decay", 0.0) for group in groups for p in group["params"]}
         return plain, tuple(float(by_param.get(id(p), 0.0)) for p in params)
 
@@ -92,7 +103,13 @@ class TorchOptim:
                 param.grad = grad.clone()
             return float(latest.f.sum())
 
+        told = watch(self, problem)
         for step in range(self.max_steps):
+            if told is not None:
+                at = problem.evaluate(raveler.ravel([param.detach().clone() for param in params]))
+                if told(step, at.y, at.g, at.f, progress.active):
+                    progress.stop()
+                    break
             if progress.done(step):
                 break
             before = raveler.ravel([param.detach() for param in params]).clone()
@@ -105,6 +122,9 @@ class TorchOptim:
         y = raveler.ravel([param.detach() for param in params])
         if self.gtol is not None:
             progress.look(problem.evaluate(y))
+        if told is not None and bool(progress.steps.max() == self.max_steps):
+            at = problem.evaluate(y)
+            told(self.max_steps, y, at.g, at.f, progress.active)
         return progress.solution(y)
 
     @staticmethod

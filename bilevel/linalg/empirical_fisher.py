@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..closure import Tracer
 from ..problem import Linearization, Objective, Problem
-from .gauss_newton import Sandwich, check_outputs, free_leaves
+from .gauss_newton import Sandwich, check_outputs, free_leaves, hessian_of
 from .operator import Operator
 
 
@@ -45,4 +45,5 @@ class EmpiricalFisher:
                 f"losses returned a tensor of shape {tuple(losses.shape)}: one loss for each example is needed, in "
                 f"{expected} dimensions. Take reduction='none'."
             )
-        return Sandwich(problem, free, losses, lambda tangent: tangent / losses.shape[-1], self.rest)
+        rest = None if self.rest is None else hessian_of(problem, free, self.rest)
+        return Sandwich(problem, free, [losses], lambda tangents: [tangents[0] / losses.shape[-1]], rest)

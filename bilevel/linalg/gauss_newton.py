@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..closure import Tracer
 from ..problem import Linearization, Objective, Problem, linearize_objective
 from ..tree import Tree
+from .cut import Cut
 from .jacobian import GraphJacobian, pull_back, transposed
 from .operator import Operator
 
-Middle = Callable[[Tensor], Tensor]
-"""The symmetric matrix between the two Jacobians: a product on tensors of the shape of the outputs."""
+Middle = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""The symmetric matrix between the two Jacobians: a product on tensors of the shapes of the outputs."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class GaussNewton:
     ``J`` is the Jacobian of ``outputs`` and ``H_loss`` the Hessian of ``loss`` with respect to them. What is left out,
     the curvature of the outputs weighted by the slope of the loss, vanishes where the model fits its data or is linear
     in its parameters; elsewhere the hypergradient is biased. The objective must be ``loss(outputs) + rest``. A product
-    runs over retained graphs and costs about as much as one with the Hessian; no matrix is formed.
+    runs over retained graphs and costs about as much as one with the Hessian; no matrix is formed. Where the objective
+    calls a module, `GaussNewton.of` finds outputs, loss and rest in it.
 
     Args:
         outputs: ``outputs(params, *args)``, a tensor such as logits; of T problems its first dimension is T.
@@ -57,32 +60,98 @@ class GaussNewton:
                 )
             slope = torch.autograd.grad(loss.sum(), point, create_graph=True)[0]
 
-        def middle(tangent: Tensor) -> Tensor:
-            return pull_back([slope], [point], [tangent])[0]
+        rest = None if self.rest is None else hessian_of(problem, free, self.rest)
+        return Sandwich(problem, free, [outputs], curvature([slope], [point]), rest)
 
-        return Sandwich(problem, free, outputs, middle, self.rest)
+    @staticmethod
+    def of(module: nn.Module, loss: Callable[..., Any] | None = None) -> OfModule:
+        """The Gauss-Newton matrix of an objective that calls ``module``; nothing else of it has to be told.
+
+        The objective may weigh examples and add a penalty, whose Hessian is kept exactly::
+
+            hypergrad=Implicit(CG(max_steps=20), operator=GaussNewton.of(model, cross_entropy), damping=1e-2)
+
+        Args:
+            loss: a function of `torch.nn.functional`, or a module, that the objective calls on the outputs: the matrix
+                is positive semi-definite where it is convex in its first argument. None, or a function of your own:
+                the outputs are what ``module`` returns, and what follows should be convex in them.
+        """
+        return OfModule(module, loss)
+
+
+@dataclass(frozen=True)
+class OfModule:
+    """See `GaussNewton.of`. The objective is evaluated once, cut where the outputs enter the loss.
+
+    Raises, at the call:
+        ValueError: the objective calls neither ``loss`` nor ``module``, or not with the params that it is given.
+        NotImplementedError: it calls them under `torch.vmap`.
+    """
+
+    module: nn.Module
+    loss: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.module, nn.Module):
+            raise TypeError(f"module is a {type(self.module).__name__}: the module that the objective calls is needed.")
+
+    def __repr__(self) -> str:
+        loss = "" if self.loss is None else f", {getattr(self.loss, '__name__', self.loss)}"
+        return f"GaussNewton.of({type(self.module).__name__}(...){loss})"
+
+    def __call__(self, problem: Problem, at: Linearization) -> Operator:
+        free = free_leaves(at)
+        named = f"{type(self.module).__name__}(...)"
+        cuts = [Cut.before(self.loss), Cut.after(getattr(self.module, "_orig_mod", self.module))]
+        for cut in cuts:
+            with torch.enable_grad(), problem.autocast.evaluating(), Tracer(differentiable=False), cut:
+                losses = problem.objective(problem.raveler.unflatten(free), *problem.args)
+            if cut.outputs:
+                break
+        else:
+            raise ValueError(
+                f"GaussNewton.of({named}): the objective calls neither this module nor this loss on anything that "
+                "depends on the params that it is given. Pass the module that it calls by functional_call(module, "
+                "params, ...), or write GaussNewton(outputs, loss, rest)."
+            )
+        with torch.enable_grad():
+            slopes = torch.autograd.grad(losses.sum(), cut.points, create_graph=True, materialize_grads=True)
+            grads = torch.autograd.grad(losses.sum(), free, create_graph=True, materialize_grads=True)
+        linear = not any(grad.requires_grad for grad in grads)
+        rest = Linearization(free, losses, list(grads))
+        hessian = None if linear else GraphJacobian(problem.raveler, rest, symmetric=True)
+        return Sandwich(problem, free, cut.outputs, curvature(slopes, cut.points), hessian)
+
+
+def curvature(slopes: Sequence[Tensor], points: Sequence[Tensor]) -> Middle:
+    """The Hessian of a loss by ``points``, from its gradient there with the graph."""
+    return lambda tangents: pull_back(slopes, points, tangents)
 
 
 class Sandwich(Operator):
     """``J^T M J + H_rest``, with the Jacobian J of ``outputs`` over their retained graph and a symmetric ``M``.
 
     Args:
-        free: the leaves that ``outputs`` was computed from.
-        middle: ``M``.
+        free: the leaves that ``outputs`` were computed from.
+        middle: ``M``. rest: ``H_rest``.
     """
 
     def __init__(
-        self, problem: Problem, free: list[Tensor], outputs: Tensor, middle: Middle, rest: Objective | None = None
+        self,
+        problem: Problem,
+        free: list[Tensor],
+        outputs: Sequence[Tensor],
+        middle: Middle,
+        rest: Operator | None = None,
     ):
         raveler = problem.raveler
         super().__init__(raveler.batch_shape, raveler.size, raveler.dtype, raveler.device)
-        self.raveler, self.free, self.outputs, self.middle = raveler, free, outputs, middle
-        self.rest = None if rest is None else _hessian(problem, free, rest)
-        self.weights, self.pulled = transposed([outputs], free)
+        self.raveler, self.free, self.outputs, self.middle, self.rest = raveler, free, outputs, middle, rest
+        self.weights, self.pulled = transposed(outputs, free)
 
     def matvec(self, v: Tensor) -> Tensor:
-        tangent = pull_back(self.pulled, self.weights, self.raveler.unravel(v))[0]
-        product = self.raveler.ravel(pull_back([self.outputs], self.free, [self.middle(tangent)]))
+        tangents = pull_back(self.pulled, self.weights, self.raveler.unravel(v))
+        product = self.raveler.ravel(pull_back(self.outputs, self.free, self.middle(tangents)))
         return product if self.rest is None else product + self.rest.matvec(v)
 
 
@@ -103,7 +172,9 @@ def check_outputs(name: str, found: Tensor, problem: Problem) -> None:
         raise ValueError(f"{name} does not depend on the params that it is given: compute it from its argument.")
 
 
-def _hessian(problem: Problem, free: Sequence[Tensor], rest: Objective) -> Operator | None:
+def hessian_of(problem: Problem, free: Sequence[Tensor], rest: Objective) -> Operator | None:
+    """That of a part of the objective; None where it has no curvature at all."""
+
     def loss_at(point: Sequence[Tensor]) -> Tree:
         with problem.autocast.evaluating(), Tracer(differentiable=False):
             return rest(problem.raveler.unflatten(list(point)), *problem.args)

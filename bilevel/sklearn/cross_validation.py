@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,6 +11,7 @@ import scipy.optimize
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
+from ..notices import tell
 from .folds import Folds
 from .models import Predict
 from .space import Space
@@ -96,11 +96,8 @@ class CrossValidation:
             },
         )
         if found.nit >= max_iter:
-            warnings.warn(
-                f"The search made {found.nit} steps (max_iter) without converging. Raise max_iter or tol.",
-                ConvergenceWarning,
-                stacklevel=3,
-            )
+            message = f"The search made {found.nit} steps (max_iter) without converging. Raise max_iter or tol."
+            tell(message, ConvergenceWarning)
         return int(found.nit)
 
     def norm(self, evaluation: Evaluation) -> float:

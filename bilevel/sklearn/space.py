@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..notices import tell
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,10 @@ def make_space(given: Mapping[str, Any], known: Mapping[str, tuple[int | None, b
                 f"param_space[{name!r}] is {bounds!r}: bounds (low, high) are needed, between which all is searched."
             ) from error
         if not isinstance(bounds, tuple):
-            warnings.warn(
+            tell(
                 f"param_space[{name!r}] is {bounds!r}, which is searched from {low:g} to {high:g}, not a grid of two "
                 f"values (that is GridSearchCV). Write bounds as a tuple: ({low:g}, {high:g}).",
                 UserWarning,
-                stacklevel=4,
             )
         inside = (low > 0 if logarithmic else low >= 0 and high <= 1) and low < high < np.inf
         if not inside:

@@ -5,7 +5,7 @@
         record = method.step(inner_batch, outer_batch)
 
 Start with `SOBA`; `SABA` or `SRBA` where the data is a finite set and high accuracy counts; `F2SA` where second
-derivatives fail. `Stochastic` says what they share.
+derivatives fail. `step_sizes` measures step sizes that survive. `Stochastic` says what all share.
 """
 
 from .amigo import AmIGO
@@ -18,6 +18,7 @@ from .mrbo import MRBO
 from .oracles import Draws
 from .saba import SABA
 from .schedule import Decay, TorchSchedule
+from .sizes import step_sizes
 from .soba import SOBA
 from .srba import SRBA
 from .stocbio import StocBiO
@@ -44,4 +45,5 @@ __all__ = [
     "StocBiO",
     "Stochastic",
     "TorchSchedule",
+    "step_sizes",
 ]

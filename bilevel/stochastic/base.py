@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from ..tree import Raveler, Tree, named_leaves, norm
 from .divergence import Growth, Seen, complaints
 from .oracles import Loss, Oracles, batches_of, supply
 from .params import check_params, copies, copy_into
-from .schedule import StepSize, size_at
+from .schedule import StepSize, check_positive, size_at
 from .state import Layout, blank, check_state
 
 State = dict[str, Tensor]
@@ -81,7 +81,11 @@ class Stochastic(ABC):
         inner_params, outer_params: y and x: trees of leaf tensors that require grad.
         inner_loss, outer_loss: ``loss(params, hparams, batch)``, a scalar; twice differentiable where the method
             takes Hessian products.
-        inner_lr, outer_lr: step sizes, 0 or more: numbers, or functions of the step number such as `Decay`.
+        inner_lr, outer_lr: step sizes, 0 or more: numbers, or functions of the step number such as `Decay`. Where
+            nothing is known of the problem, those of `step_sizes`.
+        longest_move: how far one step may move a level, relative to one plus its norm; a step that would move one
+            farther is shortened, for both levels and the adjoint alike. None: as far as it goes. With it a step that is
+            too long, or an adjoint that grows by negative curvature, throws no iterate away.
 
     Attributes:
         num_steps: steps made.
@@ -98,6 +102,7 @@ class Stochastic(ABC):
     outer_loss: Loss
     inner_lr: StepSize = field(kw_only=True)
     outer_lr: StepSize = field(kw_only=True)
+    longest_move: float | None = field(kw_only=True, default=None)
     num_steps: int = field(init=False, default=0)
 
     _kept: ClassVar[tuple[str, ...]] = ()
@@ -121,6 +126,8 @@ class Stochastic(ABC):
                 )
         ravelers = Raveler(self.inner_params), Raveler(self.outer_params)
         self._oracles = Oracles(*ravelers, self.inner_loss, self.outer_loss, own)
+        if self.longest_move is not None:
+            check_positive("longest_move", self.longest_move)
         self._state: State = {}
         self._memory: State = {}
         self._growth = Growth({})
@@ -159,7 +166,7 @@ class Stochastic(ABC):
                     "inner": oracles.inner.ravel(self._inner).detach().clone(),
                     "outer": oracles.outer.ravel(self._outer).detach().clone(),
                 }
-                found = self._advance(now, supply(inner_batch), supply(outer_batch))
+                found = self._shortened(now, self._advance(now, supply(inner_batch), supply(outer_batch)))
                 gradients, products = oracles.gradients - costs[0], oracles.products - costs[1]
                 record = _record(found, gradients, products)
                 growth = self._judge(now, found, record, batches_of(inner_batch), batches_of(outer_batch))
@@ -175,6 +182,20 @@ class Stochastic(ABC):
     @abstractmethod
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         """The step of the paper: from the state to the next, drawing batches; changes nothing."""
+
+    def _shortened(self, now: State, found: Advance) -> Advance:
+        """The same, or where it moves a level too far a part of it, with as much less of the adjoint."""
+        if self.longest_move is None:
+            return found
+        moves = {name: found.state[name] - now[name] for name in ("inner", "outer")}
+        part = torch.ones((), dtype=torch.float64, device=moves["inner"].device)
+        for name, move in moves.items():
+            part = torch.minimum(part, self.longest_move * (1 + norm(now[name])) / norm(move))
+        part = part.nan_to_num(1.0)  # no move at all
+        state = {**found.state, **{name: now[name] + part.to(move.dtype) * move for name, move in moves.items()}}
+        if "adjoint" in state:
+            state["adjoint"] = part.to(state["adjoint"].dtype) * state["adjoint"]
+        return replace(found, state=state)
 
     def _lr(self, name: str) -> float:
         """The step size of this name now; ``linear_lr`` is that of the inner level where none was given."""
@@ -234,7 +255,7 @@ class Stochastic(ABC):
 
     def _failure(self, found: Advance, bad: list[str], growth: Growth | None = None) -> SolveError:
         sizes = ", ".join(f"{name} = {size:.4g}" for name, size in self._step_sizes().items())
-        advice = f"the steps are too long ({sizes}): lower them, or give a Decay"
+        advice = f"the steps are too long ({sizes}): lower them, give a Decay, or take what step_sizes(...) measures"
         kind, number = type(self).__name__, self.num_steps
         if growth:
             message = f"{kind} diverges at step {number}: {growth}, and {advice}. The params hold the step before."

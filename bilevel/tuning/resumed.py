@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from typing import TYPE_CHECKING, Any
+
+from ..notices import tell
 
 if TYPE_CHECKING:
     import optuna
@@ -99,9 +100,8 @@ def tell_other_ranges(trial: optuna.trial.BaseTrial) -> None:
     for name, now in trial.distributions.items():
         before = earlier(trial, name)
         if before is not None and before != now:
-            warnings.warn(
+            tell(
                 f"The study was begun with {before} for {name!r}, and this run has {now}: its sampler learns from "
                 "both. Take another name for a study of its own.",
                 UserWarning,
-                stacklevel=3,
             )

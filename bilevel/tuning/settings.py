@@ -95,7 +95,9 @@ def to_json(setting: Any) -> Any:
             f"{setting!r} cannot be written: a file holds {', '.join(sorted(TYPES))}, and numbers. Functions, and "
             "operators made of them such as GaussNewton, stay in the program."
         )
-    fields = dataclasses.fields(kind)
+    if getattr(setting, "callback", None) is not None:
+        raise TypeError(f"{setting!r} has a callback: a file holds numbers only. Functions stay in the program.")
+    fields = [field for field in dataclasses.fields(kind) if field.repr]
     return {KEY: kind.__name__, **{field.name: to_json(getattr(setting, field.name)) for field in fields}}
 
 

@@ -7,12 +7,13 @@ choice with the trial, so that `solver_from_trial` makes an equal object without
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..hypergrad.finite_difference import FiniteDifference
 from ..hypergrad.first_order import FirstOrder
-from ..hypergrad.implicit import Implicit
+from ..hypergrad.implicit import Implicit, OperatorFactory
 from ..hypergrad.one_step import OneStep
 from ..hypergrad.penalty import Penalty
 from ..hypergrad.truncated import Truncated
@@ -50,6 +51,9 @@ FIXED_POINT_SOLVERS = ("Anderson", "Picard")
 HYPERGRADS = ("Implicit", "OneStep", "FirstOrder", "FiniteDifference", "Penalty", "Unroll", "Truncated")
 ANY_SOLVER = ("Implicit", "OneStep", "FiniteDifference")
 """Methods that do with any inner solver and tell hyperparameters from the start."""
+
+HESSIAN = "hessian"
+"""The name of the Hessian itself among the operators."""
 
 KEPT = "settings."
 """Prefix of the user attributes that hold what was chosen."""
@@ -158,13 +162,14 @@ def suggest_hypergrad(
     linear: tuple[str, ...] = LINEAR_SOLVERS,
     max_steps: int = 64,
     rtol: tuple[float, float] | None = None,
+    operators: Mapping[str, OperatorFactory] | None = None,
 ) -> Any:
     """Let a trial choose a hypergradient method, the linear solver of `Implicit`, and the settings of either.
 
     Args:
-        trial: its parameters are ``hypergrad``, then ``hypergrad.damped`` and ``hypergrad.damping`` with those of
-            `suggest_linear_solver`, or ``hypergrad.step_size``, ``hypergrad.lr``, ``hypergrad.strength``,
-            ``hypergrad.last``.
+        trial: its parameters are ``hypergrad``, then ``hypergrad.damped``, ``hypergrad.damping`` and
+            ``hypergrad.operator`` with those of `suggest_linear_solver`, or ``hypergrad.step_size``, ``hypergrad.lr``,
+            ``hypergrad.strength``, ``hypergrad.last``.
         name: the prefix of those. Under another name than ``hypergrad``, for a second method in one trial, the linear
             solver is ``NAME.linear``, so that the two share nothing.
         choices: methods to choose from, of `HYPERGRADS`. The default ones do with any inner solver; ``Unroll`` and
@@ -173,6 +178,9 @@ def suggest_hypergrad(
         linear: the choices of the linear solver.
         max_steps: upper end of its steps, and of ``Truncated``.
         rtol: ends of its relative residual, see `suggest_linear_solver`.
+        operators: matrices that `Implicit` may take in place of the Hessian, by name, such as
+            ``{"gauss-newton": GaussNewton.of(model, loss)}`` for networks; the trial chooses as
+            ``hypergrad.operator``, with ``"hessian"`` for the Hessian itself.
 
     Raises:
         ValueError: an unknown choice, other choices than those that the study was begun with, or a misspelt default.
@@ -185,6 +193,10 @@ def suggest_hypergrad(
         damped = trial.suggest_categorical(f"{name}.damped", [False, True])
         damping = trial.suggest_float(f"{name}.damping", 1e-4, 1e2, log=True) if damped else 0.0
         hypergrad = Implicit(solver, damping=damping)
+        if operators:
+            operator = suggest_choice(trial, f"{name}.operator", [HESSIAN, *operators])
+            trial.set_user_attr(f"{KEPT}{name}.operator", operator)
+            return with_operator(_kept(trial, name, hypergrad), operator, operators)
     elif choice == "OneStep":
         hypergrad = OneStep(trial.suggest_float(f"{name}.step_size", 1e-3, 1e2, log=True))
     elif choice == "FiniteDifference":
@@ -198,20 +210,46 @@ def suggest_hypergrad(
     return _kept(trial, name, hypergrad)
 
 
-def solver_from_trial(trial: optuna.trial.FrozenTrial | optuna.trial.BaseTrial, name: str = "hypergrad") -> Any:
+def with_operator(hypergrad: Implicit, name: str, operators: Mapping[str, OperatorFactory]) -> Implicit:
+    """The same with the matrix of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name == HESSIAN:
+        return hypergrad
+    if name not in operators:
+        raise ValueError(
+            f"The trial chose the operator {name!r}, which is a function and stays in the program: pass operators="
+            f"{{{name!r}: ...}} as the search space had it."
+        )
+    return replace(hypergrad, operator=operators[name])
+
+
+def solver_from_trial(
+    trial: optuna.trial.FrozenTrial | optuna.trial.BaseTrial,
+    name: str = "hypergrad",
+    operators: Mapping[str, OperatorFactory] | None = None,
+) -> Any:
     """The object that a trial chose under this prefix (``"inner"``, ``"linear"``, ``"hypergrad"``), made anew.
 
-    It works on trials of any storage, long after the study, and does not need the search space.
+    It works on trials of any storage, long after the study, and does not need the search space, but for its operators.
+
+    Args:
+        operators: those of `suggest_hypergrad`.
 
     Raises:
         KeyError: the trial chose nothing under this name.
+        ValueError: it chose an operator that is not one of ``operators``.
     """
     kept = trial.user_attrs.get(KEPT + name)
     if kept is None:
         found = [key.removeprefix(KEPT) for key in trial.user_attrs if key.startswith(KEPT)]
         number = getattr(trial, "number", "?")
         raise KeyError(f"Trial {number} chose nothing under {name!r}: it has {', '.join(found) or 'no settings'}.")
-    return from_json(json.loads(kept))
+    chosen = from_json(json.loads(kept))
+    operator = trial.user_attrs.get(f"{KEPT}{name}.operator", HESSIAN)
+    return chosen if operator == HESSIAN else with_operator(chosen, operator, operators or {})
 
 
 def _choose(trial: optuna.trial.BaseTrial, name: str, choices: tuple[str, ...], known: Iterable[str]) -> str:

@@ -121,3 +121,55 @@ def test_the_advice_for_a_singular_matrix_factorises_nothing():
 def test_an_impossible_accuracy():
     with pytest.raises(ValueError, match=r"accuracy is 1e-09: in torch.float32"):
         advise(Ridge(dtype=torch.float32), accuracy=1e-9)
+
+
+def network(dropout=0.0):
+    """A network of 1,281 params that no default solve brings to a minimum."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(30, 40), torch.nn.Dropout(dropout), torch.nn.ReLU(), torch.nn.Linear(40, 1)
+    )
+    a, b = torch.randn(200, 30), torch.randn(200, 1)
+    log_decay = torch.tensor(-9.0, requires_grad=True)
+
+    def inner(params):
+        out = torch.func.functional_call(net, params, (a,))
+        penalty = sum(p.square().sum() for p in params.values())
+        return torch.nn.functional.mse_loss(out, b) + log_decay.exp() * penalty
+
+    def outer(params):
+        return (torch.func.functional_call(net, params, (a[:50],)) - b[:50] / 2).square().mean()
+
+    return net, BilevelProblem(inner, outer, dict(net.named_parameters()))
+
+
+def test_a_network_gets_first_order_steps_and_a_matrix_that_is_never_indefinite():
+    net, problem = network()
+    advice = advise(problem)
+    assert "The inner problem was NOT solved" in str(advice)
+    assert isinstance(advice.solver, bl.Steps)
+    assert advice.hypergrad.operator == bl.GaussNewton.of(net, torch.nn.functional.mse_loss)
+    assert "bl.GaussNewton.of(model, mse_loss)" in advice.expression
+    names = {"bl": bl, "inner": problem.inner, "params": problem.init, "fit": None, "model": net}
+    names |= {"mse_loss": torch.nn.functional.mse_loss}
+    program = advice.expression.replace("inner, params", "lambda p: inner(p, hparams), params")
+    exec(program, names | {"hparams": problem.hparams})
+
+
+def test_a_random_problem_gets_a_stochastic_method():
+    _, problem = network(dropout=0.5)
+    advice = advise(problem)
+    assert "the inner function is random" in advice.random
+    assert str(advice).startswith("Take a stochastic method")
+    assert "bl.stochastic.SOBA" in advice.expression
+
+
+def test_a_definite_problem_gets_tolerances_that_follow_the_outer_loss():
+    problem = Ridge(per_feature=True)
+    advice = advise(problem)
+    names = {"bl": bl, "inner": lambda y: problem.inner(y, problem.hparams), "params": problem.init, "fit": None}
+    exec(advice.expression, names | {"tolerance": advice.tolerance})
+    assert isinstance(advice.tolerance, bl.Adaptive)
+    assert advice.predicted_seconds > 0
+    assert advice.inner_seconds > 0
+    assert (advice.num_params, advice.num_hparams) == (10, 10)

@@ -203,3 +203,33 @@ def test_complex_hyperparameters_are_refused_in_words():
     c = torch.ones(2, dtype=torch.complex128)
     with pytest.raises(TypeError, match="hparams contains a complex tensor"):
         BilevelProblem(lambda y, c: (y * c).abs().square().sum(), lambda y, c: y.sum(), init=torch.zeros(2), hparams=c)
+
+
+class TestAtAnOptimum:
+    """Where the gradient vanishes nothing is small beside it, and a report must not contradict itself."""
+
+    @staticmethod
+    def ridge(distance):
+        """One penalty, at a distance from the best one."""
+        ridge, low, high = Ridge(), torch.tensor(-4.0).double(), torch.tensor(4.0).double()
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (low, middle) if ridge.hypergradient(middle) > 0 else (middle, high)
+        return BilevelProblem(ridge.inner, ridge.outer, ridge.init, low + distance)
+
+    @pytest.mark.parametrize("distance", [0.0, 1e-9, 1e-7, 1e-5, 0.3])
+    @pytest.mark.parametrize("solver", [EXACT, bl.LBFGS()])
+    def test_a_right_one_is_right(self, distance, solver):
+        report = check_hypergradient(self.ridge(distance), solver=solver)
+        assert report.verdict == "right"
+        assert report.relative_error <= report.tolerance
+        assert report.optimum == (distance <= 1e-5)
+        assert ("near an optimum" in str(report)) == report.optimum
+
+    @pytest.mark.parametrize("distance", [1e-4, 1e-3, 1e-2])
+    def test_a_wrong_one_is_wrong_there_too(self, distance):
+        identity = bl.Implicit(bl.Identity(1e-3))
+        report = check_hypergradient(
+            self.ridge(distance), solver=EXACT, hypergrad=identity, throw="ignore", raise_exception=False
+        )
+        assert report.verdict == "wrong"

@@ -117,6 +117,23 @@ def test_other_methods(hypergrad):
     assert relative_error(grad, truth) < 1e-4
 
 
+def test_the_gauss_newton_matrix_of_a_module_has_the_decay_once():
+    net = torch.nn.Linear(3, 1).double()
+    a = torch.arange(12, dtype=torch.float64).view(4, 3).sin()
+    x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def slope(operator):
+        fit = bl.argmin(
+            lambda p: (torch.func.functional_call(net, p, (a,)) - x).square().mean(),
+            dict(net.named_parameters()),
+            solver=bl.Steps(bl.SGD(0.2, weight_decay=0.3), 2000),
+            hypergrad=bl.Implicit(bl.CG(), operator=operator),
+        )
+        return torch.autograd.grad(fit.value["weight"].sum() + fit.value["bias"].square().sum(), x)[0]
+
+    assert relative_error(slope(bl.GaussNewton.of(net, torch.nn.functional.mse_loss)), slope("graph")) < 1e-8
+
+
 APART = [
     bl.TorchOptim(OPTIM.AdamW, lr=0.02, max_steps=3),
     bl.TorchOptim(OPTIM.Adam, lr=0.02, weight_decay=0.1, decoupled_weight_decay=True, max_steps=3),

@@ -88,3 +88,78 @@ def test_a_random_objective_is_named():
 
     with pytest.warns(bl.SolveWarning, match="random \\(dropout"):
         bl.argmin(inner, dict(net.named_parameters()), hypergrad=None)
+
+
+def small_network():
+    """A network of 81 params that is not solved in a hundred steps, and its start."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+    a, b = torch.randn(64, 4), torch.randn(64, 1)
+
+    def inner(params):
+        fit = (torch.func.functional_call(net, params, (a,)) - b).square().mean()
+        return fit + 1e-4 * sum(p.square().sum() for p in params.values())
+
+    return inner, dict(net.named_parameters())
+
+
+class TestAdvice:
+    def told(self, solver, inner, init) -> str:
+        with pytest.warns(bl.SolveWarning) as heard:
+            bl.argmin(inner, init, solver=solver, hypergrad=None)
+        return str(heard[0].message)
+
+    def test_a_network_is_told_what_serves_networks(self):
+        message = self.told(bl.LBFGS(max_steps=60), *small_network())
+        assert "operator=GaussNewton.of(module, loss)" in message
+
+    @pytest.mark.parametrize(
+        ("solver", "other"), [(bl.LBFGS(max_steps=2), "take NewtonCG()"), (bl.NewtonCG(max_steps=2), "take LBFGS()")]
+    )
+    def test_it_never_names_the_solver_in_use(self, solver, other):
+        curvature = torch.logspace(0, 4, 20)
+        message = self.told(solver, lambda y: (curvature * (y - 1) ** 2).sum() + (y**4).sum(), torch.full((20,), 3.0))
+        assert other in message
+        assert f"take {type(solver).__name__}" not in message
+        assert "raise max_steps (now 2)" in message
+        assert "gtol" not in message  # none was given
+        assert "step size" not in message  # it finds its own
+
+    def test_settings_that_were_given_are_named_with_their_values(self):
+        message = self.told(bl.GradientDescent(lr=1e-3, max_steps=3, gtol=1e-5), lambda y: (y**2).sum(), torch.ones(3))
+        assert "raise max_steps (now 3), take another step size, loosen gtol (now 1e-05), or take LBFGS()" in message
+
+    def test_the_residual_is_relative(self):
+        messages = [
+            self.told(bl.LBFGS(max_steps=2), lambda y: unit * ((y - 1) ** 4).sum(), torch.tensor([3.0, 7.0]))  # noqa: B023
+            for unit in (1.0, 1e6)
+        ]
+        assert messages[0] == messages[1]
+        assert "relative residual norm 0." in messages[0]
+
+
+class TestTheDefaultSolver:
+    def test_it_gives_up_a_large_network_and_a_named_one_goes_on(self):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.ReLU(), torch.nn.Linear(40, 1))
+        a, b = torch.randn(200, 30), torch.randn(200, 1)
+
+        def inner(params):
+            fit = (torch.func.functional_call(net, params, (a,)) - b).square().mean()
+            return fit + 1e-4 * sum(p.square().sum() for p in params.values())
+
+        params = dict(net.named_parameters())
+        with pytest.warns(bl.SolveWarning, match="so the default solver ended") as heard:
+            fit = bl.argmin(inner, params, hypergrad=None)
+        assert fit.result is bl.Result.NEGATIVE_CURVATURE
+        assert int(fit.stats["num_steps"]) in (50, 100)
+        assert "GaussNewton.of(module, loss)" in str(heard[0].message)
+        named = bl.argmin(inner, params, solver=bl.LBFGS(max_steps=130), hypergrad=None, throw="ignore")
+        assert int(named.stats["num_steps"]) == 130
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_a_large_convex_problem_is_solved_however_long_it_takes(self, dtype):
+        curvature = torch.logspace(0, 3.3, 1500, dtype=dtype)
+        fit = bl.argmin(lambda y: (curvature * (y - 1).square()).sum(), torch.zeros(1500, dtype=dtype), hypergrad=None)
+        assert fit.result is bl.Result.CONVERGED
+        assert int(fit.stats["num_steps"]) > 100

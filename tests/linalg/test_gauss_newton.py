@@ -133,3 +133,105 @@ def test_wrong_shapes_name_the_argument():
         GaussNewton(torch.vmap(predict), lambda z, x, y: z.sum())(problem, at)
     with pytest.raises(ValueError, match="outputs does not depend on the params"):
         GaussNewton(lambda p, x, y: x, torch.vmap(mean_loss))(problem, at)
+
+
+class TestOfAModule:
+    """`GaussNewton.of` against the matrix of outputs, loss and rest that are written out."""
+
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).double()
+    x, y, weights = DATA[0], LABELS[0], torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+
+    def logits(self, params):
+        return torch.func.functional_call(self.net, params, (self.x,))
+
+    def penalty(self, params):
+        return sum((0.1 * p.square() + 0.01 * p**4).sum() for p in params.values())
+
+    def weighted(self, logits):
+        return (self.weights[self.y] * cross_entropy(logits, self.y, reduction="none")).mean()
+
+    def objective(self, params):
+        return self.weighted(self.logits(params)) + self.penalty(params)
+
+    def dense(self, operator, objective) -> torch.Tensor:
+        problem = Problem(objective, dict(self.net.named_parameters()))
+        return operator(problem, problem.linearize(problem.start.y)).to_dense()
+
+    @pytest.mark.parametrize("loss", [cross_entropy, None, lambda z: z], ids=["functional", "none", "own"])
+    def test_weights_and_a_penalty_are_found_in_the_objective(self, loss):
+        truth = self.dense(GaussNewton(self.logits, self.weighted, self.penalty), self.objective)
+        found = self.dense(GaussNewton.of(self.net, loss), self.objective)
+        assert relative_error(found, truth) <= 1e-13
+        assert torch.linalg.eigvalsh(found)[0] > 0
+
+    def test_a_loss_that_is_a_module(self):
+        criterion = torch.nn.CrossEntropyLoss()
+        truth = self.dense(
+            GaussNewton(self.logits, lambda z: criterion(z, self.y)), lambda p: criterion(self.logits(p), self.y)
+        )
+        found = self.dense(GaussNewton.of(self.net, criterion), lambda p: criterion(self.logits(p), self.y))
+        assert relative_error(found, truth) <= 1e-13
+        assert not criterion._forward_pre_hooks
+
+    def test_what_stands_between_module_and_loss_belongs_to_the_model(self):
+        """Cut at the loss, the matrix stays positive semi-definite where the module's outputs are bent before it."""
+
+        def bent(params):
+            return torch.sin(3 * self.logits(params))
+
+        def objective(params):
+            return cross_entropy(input=bent(params), target=self.y)
+
+        truth = self.dense(GaussNewton(bent, lambda z: cross_entropy(z, self.y)), objective)
+        at_loss, at_module = (self.dense(GaussNewton.of(self.net, loss), objective) for loss in (cross_entropy, None))
+        assert relative_error(at_loss, truth) <= 1e-13
+        assert torch.linalg.eigvalsh(at_loss)[0] > -1e-12
+        assert torch.linalg.eigvalsh(at_module)[0] < -1e-3
+
+    def test_a_module_that_is_called_twice(self):
+        def objective(params):
+            other = torch.func.functional_call(self.net, params, (2 * self.x,))
+            return self.objective(params) + cross_entropy(other, self.y)
+
+        def both(params):
+            return torch.cat([self.logits(params), torch.func.functional_call(self.net, params, (2 * self.x,))])
+
+        def loss(z):
+            first, second = z.chunk(2)
+            return self.weighted(first) + cross_entropy(second, self.y)
+
+        truth = self.dense(GaussNewton(both, loss, self.penalty), objective)
+        assert relative_error(self.dense(GaussNewton.of(self.net, cross_entropy), objective), truth) <= 1e-13
+
+    def test_hypergradients_are_those_of_the_written_out_operator_and_the_module_is_left_as_it_was(self):
+        w = self.weights.log().requires_grad_()
+
+        def inner(params):
+            fit = (w.exp()[self.y] * cross_entropy(self.logits(params), self.y, reduction="none")).mean()
+            return fit + self.penalty(params)
+
+        def slope(operator):
+            hypergrad = bl.Implicit(bl.CG(rtol=1e-12), operator=operator)
+            fit = bl.argmin(inner, dict(self.net.named_parameters()), hypergrad=hypergrad, throw="ignore")
+            (grad,) = torch.autograd.grad(self.logits(fit.value).square().mean(), w)
+            return grad
+
+        truth = slope(GaussNewton(self.logits, self.weighted, self.penalty))
+        assert relative_error(slope(GaussNewton.of(self.net, cross_entropy)), truth) <= 1e-8
+        assert not self.net._forward_hooks
+
+    def test_what_cannot_be_cut_is_refused(self):
+        other = torch.nn.Linear(4, 3)
+        with pytest.raises(ValueError, match="calls neither this module nor this loss"):
+            self.dense(GaussNewton.of(other), self.objective)
+        with pytest.raises(TypeError, match="module is a dict"):
+            GaussNewton.of(dict(self.net.named_parameters()))
+        params = bl.stack(dict(self.net.named_parameters()), 2)
+        problem = Problem(torch.vmap(self.objective), params)
+        at = problem.linearize(problem.start.y)
+        with pytest.raises(NotImplementedError, match=r"cannot look into torch\.vmap"):
+            GaussNewton.of(self.net)(problem, at)
+
+    def test_it_is_written_in_one_line(self):
+        assert repr(GaussNewton.of(self.net, cross_entropy)) == "GaussNewton.of(Sequential(...), cross_entropy)"
+        assert GaussNewton.of(self.net) == GaussNewton.of(self.net)

@@ -229,7 +229,7 @@ def test_the_signature_is_that_of_the_base_and_what_a_method_adds():
         positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
         keywords = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         assert positional == shared
-        assert keywords == ["inner_lr", "outer_lr", *expected]
+        assert keywords == ["inner_lr", "outer_lr", "longest_move", *expected]
 
 
 def test_methods_are_compared_by_identity_and_hashable():

@@ -104,6 +104,22 @@ def test_a_trial_chooses_the_hypergradient(params, hypergrad):
     assert solver_from_trial(trial) == hypergrad
 
 
+def test_a_trial_chooses_the_matrix_and_it_is_put_back():
+    net = torch.nn.Linear(2, 1)
+    operators = {"gauss-newton": bl.GaussNewton.of(net, torch.nn.functional.mse_loss)}
+    params = {"hypergrad": "Implicit", "hypergrad.damped": True, "hypergrad.damping": 0.01, "linear": "CG"}
+    params |= {"linear.max_steps": 20, "hypergrad.operator": "gauss-newton"}
+    trial = optuna.trial.FixedTrial(params)
+    hypergrad = bl.Implicit(bl.CG(max_steps=20), operator=operators["gauss-newton"], damping=0.01)
+    assert suggest_hypergrad(trial, operators=operators) == hypergrad
+    assert solver_from_trial(trial, operators=operators) == hypergrad
+    with pytest.raises(ValueError, match="chose the operator 'gauss-newton', which is a function"):
+        solver_from_trial(trial)
+    plain = optuna.trial.FixedTrial(params | {"hypergrad.operator": "hessian"})
+    assert suggest_hypergrad(plain, operators=operators) == bl.Implicit(bl.CG(max_steps=20), damping=0.01)
+    assert solver_from_trial(plain) == bl.Implicit(bl.CG(max_steps=20), damping=0.01)
+
+
 @pytest.mark.parametrize(
     ("params", "solver"),
     [

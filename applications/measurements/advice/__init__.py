@@ -1,0 +1,1 @@
+"""What `bl.diagnostics.advise` names, beside every other method, in seconds to a solution."""

@@ -1,0 +1,46 @@
+"""What a failed adjoint solve advises: never the solver in use, always what it saw."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bilevel as bl
+
+
+def told(hypergrad: bl.Implicit, curvature: torch.Tensor) -> str:
+    """The warning of the backward pass through ``argmin 1/2 sum curvature (y - x)^2``, begun near its solution."""
+    x = torch.linspace(1, 2, len(curvature)).requires_grad_()
+    fit = bl.argmin(
+        lambda y: (curvature * (y - x).square()).sum() / 2,
+        x.detach() + 1e-3,  # beside it: of a start that is stationary the inner solve would tell
+        solver=bl.GradientDescent(1e-9, 1),
+        hypergrad=hypergrad,
+    )
+    with pytest.warns(bl.SolveWarning, match="adjoint solve") as heard:
+        fit.value.square().sum().backward()
+    return str(heard[0].message)
+
+
+ILL, INDEFINITE = torch.logspace(0, 4, 30), torch.tensor([-2.0, 1.0, 3.0])
+
+
+def test_negative_curvature_proposes_gauss_newton_and_says_what_was_seen():
+    message = told(bl.Implicit(), INDEFINITE)
+    assert "operator=GaussNewton.of(module, loss)" in message
+    assert "curvatures from -" in message
+
+
+@pytest.mark.parametrize(
+    ("linear", "advice"),
+    [
+        (bl.CG(rtol=1e-6, max_steps=2), "raise max_steps (now 2), loosen rtol (now 1e-06), or give CG a precond"),
+        (bl.MINRES(rtol=1e-6, max_steps=2), "or add a penalty on the params"),
+        (bl.Neumann(rtol=1e-6, max_steps=2), "or take CG()"),
+    ],
+)
+def test_it_knows_the_solver_in_use(linear, advice):
+    message = told(bl.Implicit(linear), ILL)
+    assert advice in message
+    assert f"take {type(linear).__name__}" not in message
+    assert "relative residual norm" in message
