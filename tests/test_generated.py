@@ -38,6 +38,17 @@ def test_what_was_wrong_is_right(case):
     assert verdict.error <= verdict.allowed
 
 
+def test_a_system_too_ill_conditioned_for_its_precision_is_told():
+    """LU did not look at the condition of matrices that are not symmetric: 79 times the hypergradient off."""
+    case = Case(
+        "root", torch.float32, 393, "nested", 3, condition=1e6, loss=1e6, params=1e6, data=1e3, start=1e4,
+        outer="units", solver=4, method=5, throw="ignore",
+    )  # fmt: skip
+    verdict = judge(case)
+    assert verdict is not None
+    assert verdict.flag == "adjoint INACCURATE"
+
+
 @settings(
     max_examples=500,
     deadline=None,

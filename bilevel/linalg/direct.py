@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,9 +53,15 @@ class LU:
         factor, pivots, info = torch.linalg.lu_factor_ex(matrix)
         x = torch.linalg.lu_solve(factor, pivots, unit.unsqueeze(-1)).squeeze(-1)
         found = _report(matrix, x, unit, length, info == 0, b.dtype, Result.STAGNATED)
-        if not operator.symmetric:
+
+        def solve(v: Tensor, transposed: bool = False) -> Tensor:
+            found: Tensor = torch.linalg.lu_solve(factor, pivots, v, adjoint=transposed)
             return found
-        return _with_spectrum(found, matrix, lambda v: torch.linalg.lu_solve(factor, pivots, v))
+
+        if operator.symmetric:
+            return _with_spectrum(found, matrix, solve)
+        condition, _ = _spectrum(matrix, partial(solve, transposed=True), solve)
+        return found.with_stats(condition=condition)
 
 
 @dataclass(frozen=True)
@@ -114,15 +121,24 @@ def is_singular(matrix: Tensor, max_condition: float) -> Tensor:
 
 def _with_spectrum(found: Solution, matrix: Tensor, solve: Callable[[Tensor], Tensor]) -> Solution:
     """Add the condition number and the smallest eigenvalue, about, by a few inverse iterations on the factors."""
+    condition, least = _spectrum(matrix, solve)
+    return found.with_stats(condition=condition, least_curvature=least)
+
+
+def _spectrum(matrix: Tensor, *solves: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The condition number and the smallest singular value; of a matrix that is not symmetric by both its solves."""
     turns = torch.arange(matrix.shape[-1], device=matrix.device, dtype=torch.float64) * 0.6180339887498949
     v = torch.where(turns % 1 < 0.5, 1.0, -1.0).to(matrix.dtype).expand(matrix.shape[:-1]).unsqueeze(-1)
     for _ in range(INVERSE_ITERATIONS):
-        w = solve(v)
-        least = norm(v.squeeze(-1)) / norm(w.squeeze(-1))
-        v = w / w.abs().amax(-2, keepdim=True)
+        sizes = []
+        for solve in solves:
+            w = solve(v)
+            sizes.append(norm(v.squeeze(-1)) / norm(w.squeeze(-1)))
+            v = w / w.abs().amax(-2, keepdim=True)
+        least = torch.stack(sizes).log().mean(0).exp()
     largest = torch.linalg.matrix_norm(matrix).double() / matrix.shape[-1] ** 0.5
     condition = (largest / least).nan_to_num(1.0).clamp_min(1.0)
-    return found.with_stats(condition=condition, least_curvature=least.nan_to_num(torch.inf))
+    return condition, least.nan_to_num(torch.inf)
 
 
 INVERSE_ITERATIONS = 3
