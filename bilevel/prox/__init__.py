@@ -15,13 +15,10 @@ from .base import (
     GroupLasso,
     L2Ball,
     NonNegative,
-    Prox,
     Simplex,
-    check_not_negative,
-    per_problem,
-    soft_threshold,
 )
-from .parts import Leaves, Rows
+from .base import Prox as Prox
+from .parts import Rows
 from .sets import Affine, HalfSpace, L1Ball
 
 __all__ = [
@@ -33,12 +30,7 @@ __all__ = [
     "HalfSpace",
     "L1Ball",
     "L2Ball",
-    "Leaves",
     "NonNegative",
-    "Prox",
     "Rows",
     "Simplex",
-    "check_not_negative",
-    "per_problem",
-    "soft_threshold",
 ]

@@ -110,3 +110,8 @@ X, y = load_diabetes(return_X_y=True)
 model = bl.sklearn.FeatureRidge(alphas=1.0)  # a penalty for each feature
 search = bl.sklearn.BilevelSearchCV(model, {"alphas": (1e-4, 1e4)}, cv=5).fit(X, y)
 assert search.best_params_["alphas"].shape == (10,)
+
+# %% tuning.of_a_trial tuning.sweep:
+assert bl.tuning.of_a_trial(torch.linalg.LinAlgError("singular"))  # what a trial may meet prunes it
+assert not bl.tuning.of_a_trial(ZeroDivisionError())  # a mistake of the program ends the study
+assert bl.tuning.sweep(bl.tuning.create_study("quiet")) == 0  # trials whose process is gone

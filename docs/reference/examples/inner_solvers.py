@@ -83,3 +83,32 @@ for solver in (bl.Anderson(), bl.Picard()):
     torch.testing.assert_close(fit.value, x * torch.cos(fit.value))
     counts[type(solver).__name__] = int(fit.stats["num_steps"])
 assert counts["Anderson"] < counts["Picard"]
+
+# %% InnerStep History ProgressBar:
+history = bl.History()
+solver = bl.GradientDescent(
+    0.1, max_steps=200, callback=[history, bl.ProgressBar(disable=True), lambda s: s.step == 20]
+)
+fit = bl.argmin(lambda y: (y - 3).square().sum(), torch.zeros(2), solver=solver)
+assert len(history.loss) == 21  # the start, and twenty steps
+assert history.loss[-1] < 1e-3 * history.loss[0]
+
+# %% prox.L1Ball prox.Affine prox.HalfSpace prox.Rows:
+target = torch.tensor([[2.0, -1.0], [0.3, 0.1]], dtype=torch.float64)
+start = torch.zeros(2, 2, dtype=torch.float64)
+rows = bl.ProximalGradient(bl.prox.Rows(bl.prox.Simplex(), length=2))
+fit = bl.argmin(lambda y: (y - target).square().sum() / 2, start, solver=rows)
+torch.testing.assert_close(fit.value, torch.tensor([[1.0, 0.0], [0.6, 0.4]], dtype=torch.float64))
+ones = torch.ones(4, dtype=torch.float64)
+for prox in (bl.prox.L1Ball(1.0), bl.prox.HalfSpace(ones, 1.0), bl.prox.Affine(ones[None], ones[:1])):
+    fit = bl.argmin(lambda y: (y - target).square().sum() / 2, start, solver=bl.ProximalGradient(prox))
+    assert fit.value.sum() < 1 + 1e-9
+
+# %% LevenbergMarquardt GaussNewtonCG least_squares:
+times = torch.linspace(0, 2, 20, dtype=torch.float64)
+values = (2.0 * torch.exp(-0.7 * times)).requires_grad_()
+for solver in (bl.LevenbergMarquardt(), bl.GaussNewtonCG()):
+    fit = bl.least_squares(lambda p: p[0] * torch.exp(-p[1] * times) - values, torch.ones(2).double(), solver=solver)
+    torch.testing.assert_close(fit.value, torch.tensor([2.0, 0.7], dtype=torch.float64))
+(by_values,) = torch.autograd.grad(fit.value[1], values)  # what a change of each value does to the rate
+assert by_values[0] > 0 > by_values[-1]

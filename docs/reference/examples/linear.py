@@ -127,3 +127,19 @@ for solve in (
     *(bl.compat.solve_lu, bl.compat.solve_cholesky),
 ):
     torch.testing.assert_close(solve(lambda v: matrix @ v, b), torch.linalg.solve(matrix, b), rtol=1e-4, atol=1e-6)
+
+# %% ScipyGMRES ScipyBiCGSTAB:
+x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+for solver in (bl.ScipyGMRES(), bl.ScipyBiCGSTAB()):
+    fit = bl.root(lambda y: y**3 - x, torch.ones(2, dtype=torch.float64), hypergrad=bl.Implicit(solver))
+    (slope,) = torch.autograd.grad(fit.value[0], x)
+    torch.testing.assert_close(slope, x.detach() ** (-2 / 3) / 3)
+
+# %% Equilibrated:
+scales = torch.tensor([1e-6, 1.0, 1e6], dtype=torch.float64)
+x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+hypergrad = bl.Implicit(bl.Equilibrated(bl.Cholesky()))
+start = torch.zeros(3, dtype=torch.float64)
+fit = bl.argmin(lambda y: (scales * y - x).square().sum(), start, solver=bl.NewtonCG(), hypergrad=hypergrad)
+(slope,) = torch.autograd.grad((scales * fit.value).sum(), x)
+torch.testing.assert_close(slope, torch.tensor(3.0, dtype=torch.float64))

@@ -92,3 +92,18 @@ try:
     fit.value.sum().backward()
 except bl.ObjectiveChangedError as error:
     print(error)
+
+# %% constrained ConstrainedSolution AugmentedLagrangian:
+axes = torch.tensor([2.0, 1.0], dtype=torch.float64, requires_grad=True)
+start = torch.tensor([-1.0, 0.5], dtype=torch.float64)
+fit = bl.constrained(lambda y: y[0], lambda y: ((y / axes) ** 2).sum(-1, keepdim=True) - 1, start)
+torch.testing.assert_close(fit.value.params[0], -axes[0])  # the leftmost point of an ellipse
+(slope,) = torch.autograd.grad(fit.value.params[0], axes)
+torch.testing.assert_close(slope, torch.tensor([-1.0, 0.0], dtype=torch.float64))
+
+# %% Bisection:
+x = torch.tensor([2.0, 9.0], dtype=torch.float64, requires_grad=True)
+fit = bl.root(lambda y: y**2 - x, torch.zeros(2, dtype=torch.float64), solver=bl.Bisection(0.0, 10.0))
+torch.testing.assert_close(fit.value, x.sqrt())
+(slope,) = torch.autograd.grad(fit.value.sum(), x)
+torch.testing.assert_close(slope, 0.5 / x.detach().sqrt())

@@ -66,3 +66,17 @@ decay = bl.stochastic.Decay(0.5, power=0.5)
 assert decay(0) > decay(10) > decay(100)
 schedule = bl.stochastic.TorchSchedule(0.3, torch.optim.lr_scheduler.CosineAnnealingLR, T_max=100)
 assert abs(schedule(50) - 0.15) < 1e-6
+
+# %% stochastic.step_sizes:
+params, hparams = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+
+
+def train_loss(y, x, batch):
+    return (50 * (y - x - batch)).square().mean()  # too steep for a step size of one
+
+
+sizes = bl.stochastic.step_sizes(params, hparams, train_loss, torch.zeros(8, 1))
+stepper = bl.stochastic.SOBA(params, hparams, train_loss, lambda y, x, batch: (y - 1).square().mean(), **sizes)
+for _ in range(300):
+    record = stepper.step(0.1 * torch.randn(8, 1), 0.1 * torch.randn(8, 1))
+assert record.inner_loss.isfinite()
