@@ -40,7 +40,7 @@ class What:
 
 
 @dataclass(frozen=True)
-class Options(Config, What):
+class ComparisonConfig(Config, What):
     """Train the methods at one equal budget and evaluate them on the same held-out tasks.
 
     The budget is --minutes of training each, or --steps with --minutes None. The other options are those of train.
@@ -49,7 +49,9 @@ class Options(Config, What):
 
 def command(arguments: list[str], train: Callable[[list[str]], int]) -> int:
     """Run the trainings that are missing, seed by seed; ``train`` is the command that makes one."""
-    parsed = parse(Options, arguments, "python -m applications.few_shot compare", start=Options(**vars(START)))
+    parsed = parse(
+        ComparisonConfig, arguments, "python -m applications.few_shot compare", start=ComparisonConfig(**vars(START))
+    )
     given = [name for name in ("preset", *PLACE[1:]) if getattr(parsed, name) != getattr(START, name)]
     require(not given, f"compare has no --{' and no --'.join(given)}: the same command goes on where it stopped.")
     require_at_least_one(parsed, "seeds")

@@ -57,7 +57,7 @@ class _Said:
 
 
 @dataclass(frozen=True)
-class Options(Config, What):
+class EvaluationConfig(Config, What):
     """Evaluate a network on held-out tasks. The defaults are those of its training."""
 
 
@@ -66,7 +66,7 @@ def command(arguments: list[str]) -> int:
     call = "python -m applications.few_shot evaluate"
     if arguments[:1] in (["-h"], ["--help"]):
         print(USAGE)
-        parse(Options, ["--help"], f"{call} RUN | --trained NAME")
+        parse(EvaluationConfig, ["--help"], f"{call} RUN | --trained NAME")
     require(bool(arguments), f"{call} needs the folder of a run as its first word, or --trained NAME.")
     run, rest = (None, arguments) if arguments[0].startswith("-") else (Path(arguments[0]), arguments[1:])
     what, _ = tyro.cli(What, args=rest, return_unknown_args=True, add_help=False)
@@ -79,7 +79,9 @@ def command(arguments: list[str]) -> int:
     if run is None:
         queries = Config().eval_queries if start.data in data.NAMES else start.eval_queries
         start = replace(start, eval_tasks=NUM_TASKS, eval_queries=queries)
-    parsed = parse(Options, rest, f"{call} {run or '--trained'}", start=Options(**{**vars(start), **vars(what)}))
+    parsed = parse(
+        EvaluationConfig, rest, f"{call} {run or '--trained'}", start=EvaluationConfig(**{**vars(start), **vars(what)})
+    )
     config = Config(**{field.name: getattr(parsed, field.name) for field in fields(Config)})
     same = config.preset == start.preset and config.resume is None
     require(same, "evaluate has no --preset and no --resume: give the settings that are to change by themselves.")

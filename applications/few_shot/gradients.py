@@ -24,7 +24,7 @@ from bilevel import files
 
 
 @dataclass(frozen=True)
-class Options:
+class Config:
     """Error of the meta-gradient against inner steps, on linear regression."""
 
     size: int = 50
@@ -57,7 +57,7 @@ class Tasks:
     meta: Tensor
 
     @classmethod
-    def draw(cls, options: Options) -> Tasks:
+    def draw(cls, options: Config) -> Tasks:
         """Tasks whose Hessians on the support have eigenvalues spaced evenly in their logarithm."""
         generator = torch.Generator().manual_seed(options.seed)
         shape = (options.tasks, 2 * options.size, options.size)
@@ -82,13 +82,13 @@ class Tasks:
         return strength * torch.linalg.solve(system, gradient).mean(0)
 
 
-def methods(options: Options) -> dict[str, Any]:
+def methods(options: Config) -> dict[str, Any]:
     """Name -> how the inner solution is differentiated."""
     implicit = {f"implicit, {k} CG steps": bl.Implicit(bl.CG(max_steps=k)) for k in (2, 5, options.size)}
     return {**implicit, "unrolled": bl.Unroll()}
 
 
-def errors(options: Options) -> Iterator[tuple[str, int, float]]:
+def errors(options: Config) -> Iterator[tuple[str, int, float]]:
     """Name of a method, inner steps, and the relative error of its meta-gradient."""
     tasks = Tasks.draw(options)
     exact = tasks.exact(options.strength)
@@ -113,7 +113,7 @@ def meta_gradient(tasks: Tasks, strength: float, steps: int, hypergrad: Any) -> 
 
 def command(arguments: list[str]) -> int:
     """Print the errors and draw them."""
-    options = tyro.cli(Options, args=arguments, prog="python -m applications.few_shot gradients")
+    options = tyro.cli(Config, args=arguments, prog="python -m applications.few_shot gradients")
     require_at_least_one(options, "size", "tasks")
     require_positive(options, "condition", "strength")
     found: dict[str, list[float]] = {}
@@ -127,7 +127,7 @@ def command(arguments: list[str]) -> int:
     return 0
 
 
-def draw(options: Options, found: dict[str, list[float]]) -> bytes:
+def draw(options: Config, found: dict[str, list[float]]) -> bytes:
     """A curve for each method: a PNG."""
     figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
     for name, values in found.items():

@@ -43,7 +43,7 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 @dataclass(frozen=True)
-class Options:
+class Config:
     """Tune the solver settings of an application by an Optuna study; the application's own options may follow.
 
     The same command goes on where an interrupted study stopped, and makes more trials where --trials has grown.
@@ -85,18 +85,18 @@ def main(name: str, arguments: list[str], rest: Callable[[list[str]], Tunable]) 
     """Run the command.
 
     Args:
-        name: of the application. rest: from the arguments that are not of `Options` to what is tuned.
+        name: of the application. rest: from the arguments that are not of `Config` to what is tuned.
 
     Returns:
         0; 2 for bad input; 130 after Ctrl-C, which keeps the study.
     """
     options, left = tyro.cli(
-        Options, args=arguments, prog=f"python -m applications.{name} tune", return_unknown_args=True
+        Config, args=arguments, prog=f"python -m applications.{name} tune", return_unknown_args=True
     )
     return exit_code(lambda: _begun(name, options, arguments, lambda: rest(left)), KEPT)
 
 
-def _begun(name: str, options: Options, arguments: list[str], tunable: Callable[[], Tunable]) -> int:
+def _begun(name: str, options: Config, arguments: list[str], tunable: Callable[[], Tunable]) -> int:
     """The study under the lock of its folder, which the workers leave to the process that started them."""
     check(options)
     folder = RunFolder(options.out or Path("runs") / name / "tune")
@@ -113,7 +113,7 @@ def _begun(name: str, options: Options, arguments: list[str], tunable: Callable[
             folder.release()
 
 
-def run(name: str, options: Options, arguments: list[str], tunable: Tunable, folder: RunFolder) -> int:
+def run(name: str, options: Config, arguments: list[str], tunable: Tunable, folder: RunFolder) -> int:
     """The study, and unless this is one of several workers, what it found."""
     trials = options.trials or tunable.trials
     seconds = options.seconds or tunable.seconds
@@ -141,7 +141,7 @@ def run(name: str, options: Options, arguments: list[str], tunable: Tunable, fol
     return 0
 
 
-def check(options: Options) -> None:
+def check(options: Config) -> None:
     """Refuse what cannot be run, before anything is."""
     if password(options.storage) is None:  # else a message would show it
         check_values(options)
@@ -161,7 +161,7 @@ def check(options: Options) -> None:
         )
 
 
-def open_study(name: str, options: Options, tunable: Tunable, out: Path) -> optuna.Study:
+def open_study(name: str, options: Config, tunable: Tunable, out: Path) -> optuna.Study:
     """The study in its storage, with the settings in use today as its first trial."""
     storage = options.storage
     if storage is None:
@@ -214,7 +214,7 @@ def warm_up(tunable: Tunable, seed: int) -> None:
 
 def work(
     study: optuna.Study,
-    options: Options,
+    options: Config,
     tunable: Tunable,
     trials: int,
     seconds: float,
@@ -247,7 +247,7 @@ def work(
         study.optimize(bl.tuning.guard(objective), timeout=options.timeout, callbacks=callbacks)
 
 
-def limits(trial: optuna.Trial, options: Options, peak_mib: float, step_seconds: float) -> None:
+def limits(trial: optuna.Trial, options: Config, peak_mib: float, step_seconds: float) -> None:
     for name, value, at_most in (
         ("peak_mib", peak_mib, options.limit_mib),
         ("step_seconds", step_seconds, options.limit_step_seconds),
@@ -280,7 +280,7 @@ def bar(study: optuna.Study, trials: int, tunable: Tunable) -> Iterator[Callable
 
 
 def with_workers(
-    name: str, options: Options, arguments: list[str], study: optuna.Study, trials: int, update: Callable[[], None]
+    name: str, options: Config, arguments: list[str], study: optuna.Study, trials: int, update: Callable[[], None]
 ) -> None:
     """Start the processes, follow the study, and end them with it.
 

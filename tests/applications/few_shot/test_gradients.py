@@ -6,9 +6,9 @@ import torch
 import bilevel as bl
 from applications.few_shot import gradients
 from applications.few_shot.__main__ import main
-from applications.few_shot.gradients import Options, Tasks
+from applications.few_shot.gradients import Config, Tasks
 
-SMALL = Options(size=6, tasks=3, condition=10.0, strength=0.1, steps=(2, 10, 400))
+SMALL = Config(size=6, tasks=3, condition=10.0, strength=0.1, steps=(2, 10, 400))
 
 
 def test_the_exact_one_is_the_derivative_of_the_solution():

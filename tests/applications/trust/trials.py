@@ -23,7 +23,7 @@ import torch
 import bilevel as bl
 from applications.frame.checkpoint import Damaged, differences, from_bytes
 from applications.frame.run_folder import RunFolder
-from applications.frame.tune.command import Options as Tuning
+from applications.frame.tune.command import Config as Tuning
 from tests.applications.trust.processes import APPLICATIONS, TRACEBACK, finish, kill_after, start, wait
 
 FEW = ["--steps", "12", "--eval-tasks", "2", "--validate-every", "4", "--threads", "1"]
