@@ -18,11 +18,11 @@ from bilevel.prox import (
     HalfSpace,
     L1Ball,
     L2Ball,
-    Leaves,
     NonNegative,
     Rows,
     Simplex,
 )
+from bilevel.prox.parts import Leaves
 from tests.conformance import randn
 
 GROUPS = torch.tensor([0, 0, 1, 1, 2, 0])
