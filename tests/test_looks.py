@@ -59,7 +59,7 @@ def test_lbfgs_looks_once_a_step_and_never_in_its_line_search(monkeypatch, gtol,
     steps = int(fit.stats["num_steps"].max())
     assert looks.at["inner/descent.py:step"] <= steps
     assert looks.at["inner/descent.py:finish"] == 0
-    assert looks.at["inner/lbfgs.py:first_step"] == (gtol is None)
+    assert looks.at["inner/pairs.py:first_step"] == (gtol is None)
     assert looks.at["hypergrad/search.py:_seen"] == 1
     assert looks.at["solution.py:result"] == 1
     for name in ("num_steps", "result"):

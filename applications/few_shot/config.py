@@ -131,9 +131,10 @@ class Config(SolverKnobs):
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """The inverse of `to_json`; of a run from before the `NEWER` knobs came, with their defaults."""
-        default = cls().to_json()
-        newer = {name: default[name] for name in NEWER} if isinstance(values, dict) else {}
-        return super().from_json({**newer, **values})
+        if isinstance(values, dict):  # else the base says that it is no configuration
+            default = cls().to_json()
+            values = {**{name: default[name] for name in NEWER}, **values}
+        return super().from_json(values)
 
     def check(self) -> None:
         counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "width", "eval_steps")

@@ -123,7 +123,7 @@ class Frozen(nn.Module):
 
 def test_it_predicts_from_images_as_an_evaluation_does(run):
     config = config_of(run)
-    model = FewShot.load(run, device="cpu")
+    model = FewShot.load(run, device="cpu", backbone=f"{HERE}:pooled")
     images = data.load(config.data, config.data_root, reading=config.reading).test
     shown = create_sampler(config, images, "test", 5, torch.device("cpu")).episodes(1, 0)
     seen = create_sampler(config, backbone.splits(config).test, "test", 5, torch.device("cpu")).episodes(1, 0)
@@ -135,7 +135,7 @@ def test_it_predicts_from_images_as_an_evaluation_does(run):
 def test_it_learns_drawings(run):
     generator = np.random.default_rng(3)
     labels = [0, 3, 6]
-    classifier = FewShot.load(run).adapt(
+    classifier = FewShot.load(run, backbone=f"{HERE}:pooled").adapt(
         [drawing(i, generator) for i in labels for _ in range(5)], np.repeat(labels, 5)
     )
     expected = np.repeat(labels, 20)

@@ -320,4 +320,4 @@ def test_metrics_that_end_before_their_checkpoint_are_damaged(tmp_path, capsys):
     path = tmp_path / "run" / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-3])
     assert walk("--resume", str(tmp_path / "run")) == 2
-    assert "the records of 'the walk' end at step 5, and its checkpoint is that of step 6" in capsys.readouterr().err
+    assert "the rows of 'the walk' end at step 5, and its checkpoint is that of step 6" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def unread(config):
 def test_every_application_has_tune():
     """All that `docs/applications.md` lists; few-shot learning has tests of its own."""
     pages = {path.stem for path in (Path(__file__).parents[3] / "docs" / "applications").glob("*.md")}
-    assert pages == set(TUNED) == set(QUICK)
+    assert pages - {"influence"} == set(TUNED) == set(QUICK)  # influence has no inner solve to tune
     assert "applications.few_shot tune" in (Path(__file__).parents[3] / "docs" / "tuning.md").read_text()
 
 
