@@ -161,7 +161,9 @@ class LagrangianStatement(SymmetricResidualStatement):
 
 @dataclass(frozen=True)
 class AugmentedLagrangian:
-    """Minimise ``f + nu . c + mu ||c||^2 / 2``, set ``nu <- nu + mu c``, in turns (Hestenes 1969); then Newton's steps.
+    """Augmented Lagrangian (Hestenes 1969): minimise, move the multipliers, in turns; then Newton's steps.
+
+    Minimised is ``f + <nu, c> + mu ||c||^2 / 2``, and ``nu <- nu + mu c`` follows.
 
     Args:
         inner: what minimises. rounds: turns at most. strength: mu of the first one; tenfold where a turn does not take

@@ -73,7 +73,7 @@ class Affine(Prox):
 
 @dataclass(frozen=True, eq=False)
 class HalfSpace(Prox):
-    """``a . y <= b``.
+    """A half-space, ``<a, y> <= b``.
 
     Args:
         a: ``[n]`` or ``[T, n]``, not zero.
