@@ -266,7 +266,8 @@ def test_workers_share_a_journal_and_ctrl_c_keeps_the_study(tmp_path, glyph_root
     done = subprocess.run([*command, "--trials", str(more)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     after = states()
-    assert after[: len(kept)] == kept
+    pairs = list(zip(after, kept, strict=False))
+    assert all(now == before for now, before in pairs if before != "WAITING")  # those are the swept ones' second tries
     assert after.count("COMPLETE") + after.count("PRUNED") >= more
     processes = {
         trial.user_attrs["process"]
