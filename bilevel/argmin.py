@@ -120,7 +120,7 @@ def argmin(
         "The inner solve",
         partial(inner_advice, solver=solver),
         fallback=NewtonCG(),
-        look=None if throw == "ignore" else look_closer,
+        look=look_closer,
     )
     return differentiable_solve(
         ObjectiveStatement,
@@ -184,7 +184,7 @@ def _composite(
             throw,
             "The inner solve",
             advice,
-            look=None if throw == "ignore" else look_of(solver),
+            look=look_of(solver),
             own_stats=own_stats_of(solver),
         ),
         hypergrad=hypergrad,

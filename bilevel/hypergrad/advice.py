@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..inner.outcome import GAUSS_NEWTON_ADVICE, now
 from ..linalg.cg import CG
 from ..linalg.gmres import GMRES
 from ..linalg.minres import MINRES
@@ -19,7 +20,6 @@ INACCURATE_ADVICE = (
     "this precision: scale the params or the data, take float64, NewtonCG(), or a tolerance of your own (gtol, rtol) "
     "if this accuracy is enough"
 )
-GAUSS_NEWTON_ADVICE = "Implicit(CG(max_steps=10), operator=GaussNewton.of(module, loss), damping=1e-2)"
 
 
 def solver_in_use(hypergrad: object, statement: Statement, symmetric: bool) -> LinearSolver:
@@ -50,15 +50,15 @@ def adjoint_advice(hypergrad: object, statement: Statement, found: Solution | No
     if result is Result.DIVERGED:
         other = indefinite or "another linear solver, or Implicit(damping=...)"
         worse = "Its residual is larger than that of zero: the hypergradient is worse than none"
-        return f"{worse}. Raise max_steps{_now(solver, 'max_steps')}, or take {other}"
+        return f"{worse}. Raise max_steps{now(solver, 'max_steps')}, or take {other}"
     if isinstance(solver, Neumann):
         more = "take CG(), which needs about the root of as many steps" if symmetric else "take GMRES()"
     elif isinstance(solver, CG):
         more = "give CG a preconditioner" if solver.preconditioner is None else "give CG another preconditioner"
     else:
         more = "add a penalty on the params that makes the system better conditioned"
-    loosen = f", loosen rtol{_now(solver, 'rtol')}" if getattr(solver, "rtol", None) else ""
-    return f"The hypergradient is inexact: raise max_steps{_now(solver, 'max_steps')}{loosen}, or {more}"
+    loosen = f", loosen rtol{now(solver, 'rtol')}" if getattr(solver, "rtol", None) else ""
+    return f"The hypergradient is inexact: raise max_steps{now(solver, 'max_steps')}{loosen}, or {more}"
 
 
 def _negative_curvature(statement: Statement, found: Solution | None, solved: Solution) -> str:
@@ -76,9 +76,3 @@ def _negative_curvature(statement: Statement, found: Solution | None, solved: So
         "(throw='fallback' tries MINRES and damping)"
     )
     return ". ".join(part for part in (f"{where}{seen}", network, others) if part)
-
-
-def _now(solver: object, setting: str) -> str:
-    """The value of a setting, in brackets, where there is one."""
-    value = getattr(solver, setting, None)
-    return "" if value is None else f" (now {value:g})"

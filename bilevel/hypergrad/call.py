@@ -110,9 +110,9 @@ class Call:
             value = pytree.tree_unflatten(point.raveler.unravel(adjoint.value), self.spec)
             cell.solution = Solution(value, adjoint.stats, adjoint.recovered, state=adjoint.state)
             found = self.findings.found
-            hint = rounding_hint(point.params[0].device.type, point.params[0].dtype)
 
             def advice() -> str:
+                hint = rounding_hint(point.params[0].device.type, point.params[0].dtype)
                 return adjoint_advice(self.hypergrad, self.statement, found, adjoint) + hint
 
             settle(adjoint, self.throw, "The adjoint solve of the hypergradient", advice, place=self.place)

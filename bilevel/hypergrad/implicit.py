@@ -142,12 +142,12 @@ class Implicit:
         found = None if point.found is None else point.found.stats
         if found is not None and "step_norm" in found and found["step_norm"].shape == codes.shape:
             residual = point.raveler.ravel([r.detach() for r in point.linearization().residual])
-            allowed = torch.maximum(goal.promised * norm(point.raveler.ravel(point.params)), 100 * found["step_norm"])
+            promised = goal.promised * norm(point.raveler.ravel(point.params))
+            allowed = torch.maximum(promised, 100 * found["step_norm"])
             far = dot(solved.value, residual).abs() > allowed * norm(b)
             # The gradient that is left, over the smallest curvature, bounds the distance, whatever the solver saw.
             least = solved.stats.get("least_curvature", torch.full_like(allowed, torch.inf))
-            size = torch.maximum(goal.promised * norm(point.raveler.ravel(point.params)), 10 * found["step_norm"])
-            far = far | (norm(residual) > size * least)
+            far = far | (norm(residual) > torch.maximum(promised, 10 * found["step_norm"]) * least)
             doubtful = far & (found["result"] <= int(Result.STEPS_DONE))
         if self._untold and "condition" in solved.stats:
             lost = torch.finfo(b.dtype).eps * solved.stats["condition"]

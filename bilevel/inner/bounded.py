@@ -174,7 +174,7 @@ def _search(
 
 def look_closer_inside(problem: Problem, found: Solution) -> Solution[Tensor]:
     """`look_closer` at the params that are free to move; a problem without bounds is none of its own."""
-    if problem.shrink is None or recording():
+    if problem.shrink is None:
         return found
     at = problem.evaluate(found.value.detach())
     return look_closer(problem, found, ~box_of(problem, (None, None)).held(at))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class DefaultLBFGS(LBFGS):
             down = bends_down(problem, y, products=PRODUCTS, resolved=100 * torch.finfo(y.dtype).eps)
             return bool(down.all())
 
-        found = replace(LBFGS(self.max_steps, self.gtol, self.history), callback=hopeless).minimize(problem)
+        found = LBFGS(self.max_steps, self.gtol, self.history, callback=hopeless).minimize(problem)
         codes = found.stats["result"]
         given_up = codes == int(Result.STEPS_DONE)
         return found.with_stats(result=marked(codes, given_up, Result.NEGATIVE_CURVATURE))

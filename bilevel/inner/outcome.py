@@ -99,7 +99,7 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
     if result is Result.UNBOUNDED:
         text = (
             "Without a minimum there is no hypergradient: add a penalty on the params (separable classes need one), or "
-            f"raise max_steps{_now(solver, 'max_steps')} if you know that there is one"
+            f"raise max_steps{now(solver, 'max_steps')} if you know that there is one"
         )
         return f"{text}. {NETWORK_ADVICE}" if _still_bends_down(problem, found) else text
     if result is Result.NONFINITE:
@@ -109,13 +109,13 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
             "have no minimum)"
         )
     what = "The hypergradient holds at a minimum only"
-    loosen = f"loosen gtol{_now(solver, 'gtol')}" if getattr(solver, "gtol", None) else ""
+    loosen = f"loosen gtol{now(solver, 'gtol')}" if getattr(solver, "gtol", None) else ""
     if result is Result.STAGNATED:
         enough = f"{loosen or 'give a gtol of your own'} if this accuracy is enough"
         return f"{what}: " + _joined("scale the params or the data", "take float64", _other(name), enough)
     if name in LINE_SEARCHES and _still_bends_down(problem, found):
         return f"{what}, and the Hessian still has negative curvature here. {NETWORK_ADVICE}"
-    steps = f"raise max_steps{_now(solver, 'max_steps')}"
+    steps = f"raise max_steps{now(solver, 'max_steps')}"
     rate = "" if name in LINE_SEARCHES else "take another step size"
     return f"{what}: " + _joined(steps, rate, loosen, _other(name))
 
@@ -129,10 +129,10 @@ def _still_bends_down(problem: Problem, found: Solution) -> bool:
     return bool((down & failed).any())
 
 
+GAUSS_NEWTON_ADVICE = "Implicit(CG(max_steps=10), operator=GaussNewton.of(module, loss), damping=1e-2)"
 NETWORK_ADVICE = (
     "For a network take solver=Steps(Adam(lr=1e-2), max_steps=30), go on from fit.value in the next outer step, and "
-    "take a matrix that is never indefinite: hypergrad=Implicit(CG(max_steps=10), operator=GaussNewton.of(module, "
-    "loss), damping=1e-2)"
+    f"take a matrix that is never indefinite: hypergrad={GAUSS_NEWTON_ADVICE}"
 )
 LINE_SEARCHES = ("LBFGS", "NewtonCG", "ScipyMinimize")
 """Solvers that find their own step sizes."""
@@ -151,7 +151,7 @@ def _other(name: str) -> str:
     return f"take {' or '.join(f'{other}()' for other in others)}{fallback}"
 
 
-def _now(solver: object, setting: str) -> str:
+def now(solver: object, setting: str) -> str:
     """The value of a setting, in brackets, where there is one."""
     value = getattr(solver, setting, None)
     return "" if value is None else f" (now {value:g})"
