@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from .solution import Solution
 
 
-def check_argmin(objective: Any, init: Any, solver: Any, hypergrad: Any, warm_start: Any) -> None:
+def check_argmin(objective: object, init: object, solver: object, hypergrad: object, warm_start: object) -> None:
     """Refuse arguments of `argmin` that are of another kind, naming each.
 
     Raises:
@@ -24,7 +23,9 @@ def check_argmin(objective: Any, init: Any, solver: Any, hypergrad: Any, warm_st
     check_warm_start(warm_start)
 
 
-def check_root(what: str, function: Any, init: Any, solver: Any, hypergrad: Any, warm_start: Any) -> None:
+def check_root(
+    what: str, function: object, init: object, solver: object, hypergrad: object, warm_start: object
+) -> None:
     """The same for `root` and `fixed_point`; ``what`` is the name of their function."""
     caller = "fixed_point" if what == "map" else "root"
     check_function(what, function, init, caller)
@@ -34,7 +35,7 @@ def check_root(what: str, function: Any, init: Any, solver: Any, hypergrad: Any,
     check_warm_start(warm_start)
 
 
-def check_function(name: str, value: Any, init: Any, caller: str) -> None:
+def check_function(name: str, value: object, init: object, caller: str) -> None:
     """Refuse a first argument that cannot be called."""
     if callable(value):
         return
@@ -42,7 +43,7 @@ def check_function(name: str, value: Any, init: Any, caller: str) -> None:
     raise TypeError(f"{name} is {_kind(value)}: a function of the params is needed, such as lambda y: ....{swapped}")
 
 
-def check_start(init: Any) -> None:
+def check_start(init: object) -> None:
     """Refuse a module, an iterator or a function as ``init``."""
     if isinstance(init, nn.Module):
         raise TypeError(
@@ -56,7 +57,7 @@ def check_start(init: Any) -> None:
         )
 
 
-def check_solver(solver: Any, method: str, caller: str) -> None:
+def check_solver(solver: object, method: str, caller: str) -> None:
     """Refuse what does not solve the kind of problem that ``caller`` has: it lacks ``method``."""
     if solver is None:
         return
@@ -85,7 +86,7 @@ def check_solver(solver: Any, method: str, caller: str) -> None:
     raise TypeError(f"solver is {_kind(solver)}, which {caller} cannot use: {advice}.")
 
 
-def check_hypergrad(hypergrad: Any) -> None:
+def check_hypergrad(hypergrad: object) -> None:
     """Refuse what is no hypergradient."""
     if hypergrad is None:
         return
@@ -102,7 +103,7 @@ def check_hypergrad(hypergrad: Any) -> None:
     raise TypeError(f"hypergrad is {_kind(hypergrad)}: {advice}.")
 
 
-def check_linear_solver(value: Any, name: str = "linear_solver") -> None:
+def check_linear_solver(value: object, name: str = "linear_solver") -> None:
     """Refuse what does not solve linear systems."""
     if value is None:
         return
@@ -112,7 +113,7 @@ def check_linear_solver(value: Any, name: str = "linear_solver") -> None:
         raise TypeError(f"{name} is {_kind(value)}: a linear solver is needed, such as CG(), MINRES() or Cholesky().")
 
 
-def check_preconditioner(value: Any) -> None:
+def check_preconditioner(value: object) -> None:
     """Refuse what makes no preconditioner."""
     if isinstance(value, type) or not (value is None or callable(value)):
         raise TypeError(
@@ -120,7 +121,7 @@ def check_preconditioner(value: Any) -> None:
         )
 
 
-def check_optimizer(value: Any) -> None:
+def check_optimizer(value: object) -> None:
     """Refuse an optimizer that exists already, or none."""
     if isinstance(value, torch.optim.Optimizer):
         raise TypeError(
@@ -131,7 +132,7 @@ def check_optimizer(value: Any) -> None:
         raise TypeError(f"optimizer is {_kind(value)}: a class of torch.optim is needed, such as torch.optim.Adam.")
 
 
-def check_rule(value: Any, kind: type) -> None:
+def check_rule(value: object, kind: type) -> None:
     """Refuse what is no step rule."""
     if isinstance(value, kind):
         return
@@ -144,7 +145,7 @@ def check_rule(value: Any, kind: type) -> None:
     raise TypeError(f"rule is {_kind(value)}: {advice}.")
 
 
-def check_warm_start(value: Any) -> None:
+def check_warm_start(value: object) -> None:
     """Refuse params in the place of an earlier solution."""
     if value is not None and not isinstance(value, Solution):
         raise TypeError(
@@ -153,13 +154,13 @@ def check_warm_start(value: Any) -> None:
         )
 
 
-def _is_optimizer(value: Any) -> bool:
+def _is_optimizer(value: object) -> bool:
     return isinstance(value, torch.optim.Optimizer) or (
         isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
     )
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     return value.__name__ if isinstance(value, type) else type(value).__name__
 
 
@@ -170,7 +171,7 @@ def _written(kind: type) -> str:
     return f"{kind.__name__}(...)" if _has(kind, "run", "pull") else "Implicit()"
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """What was given, in a few words."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
@@ -179,6 +180,6 @@ def _kind(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
-def _has(value: Any, *methods: str) -> bool:
+def _has(value: object, *methods: str) -> bool:
     """Whether it has one of these methods of ours; a string has methods of the same names."""
     return not isinstance(value, str) and any(callable(getattr(value, method, None)) for method in methods)

@@ -43,7 +43,7 @@ class Switch:
                 self._entered.__enter__()
             self._inside += 1
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
             if self._inside == 0 and self._entered is not None:

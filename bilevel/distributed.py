@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch import Tensor
 from .linalg.operator import Operator
 from .tree import Tree, is_continuous, tree_map
 
-Group = Any
+Group: TypeAlias = "dist.ProcessGroup | None"
 """A process group of `torch.distributed`; None: all ranks."""
 
 

@@ -20,6 +20,7 @@ from .checks import check_linear_solver
 from .files import write_atomically
 from .linalg.cg import CG
 from .linalg.operator import Operator
+from .linalg.preconditioners import Multiplies
 from .linalg.solve import LinearSolver
 from .solution import Result, Solution, Throw, check_throw, settle
 from .tree import Raveler, Tree, leaves, norm, tree_map
@@ -102,7 +103,7 @@ class Influence:
         curvature: Literal["gauss_newton", "full"] = "gauss_newton",
         damping: float | None = None,
         linear_solver: LinearSolver | None = None,
-        inverse: Any = None,
+        inverse: Multiplies | None = None,
         chunk: int = 1024,
         query_chunk: int = 64,
         throw: Throw = "warn",

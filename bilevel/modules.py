@@ -60,7 +60,7 @@ class ModuleReads:
         if _is_checkpointed() and any(True for module in _module_calls() for _ in _swapped(module)):
             raise ValueError(CHECKPOINT)
 
-    def warn_forgotten(self, init: Tree, evaluate: Callable[[], Any]) -> None:
+    def warn_forgotten(self, init: Tree, evaluate: Callable[[], object]) -> None:
         """Warn where a module reads the very parameters that ``init`` holds, and the given ones are in no model.
 
         A proximal term reads them too, but not by a call of a module; a teacher is called, but so is the student: the

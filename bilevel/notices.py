@@ -80,7 +80,7 @@ def tell(text: str, category: type[Warning], *, kind: Hashable = None, place: Pl
     warnings.warn_explicit(notice, category, here.filename, here.line, here.module, here.registry)
 
 
-_SHOWN: dict[Hashable, Any] = {}
+_SHOWN: dict[Hashable, object] = {}
 """What was told, and the filters then in force. Python forgets what it showed whenever any library touches its filters,
 as PyTorch does in the first backward pass; `warnings.catch_warnings` makes other filters, under which all is new."""
 

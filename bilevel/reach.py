@@ -130,7 +130,7 @@ def _variables(value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Te
             yield from ((f"{name}.{inner}", tensor) for inner, tensor in _variables(part, depth - 1, seen))
 
 
-def _is_set(cell: Any) -> bool:
+def _is_set(cell: types.CellType) -> bool:
     try:
         return cell.cell_contents is not None
     except ValueError:

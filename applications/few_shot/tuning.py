@@ -31,6 +31,7 @@ def tunable(config: Config) -> Tunable:
         solver = bl.tuning.suggest_inner_solver(trial, choices=("GradientDescent",), max_steps=16, lr=(0.01, 2.0))
         solver = replace(solver, safeguard=config.safeguard)  # type: ignore[type-var]
         hypergrad = bl.tuning.suggest_hypergrad(trial, choices=("Implicit",), linear=LINEAR, max_steps=8)
+        assert isinstance(hypergrad, bl.Implicit)
         return {
             "solver": solver,
             "hypergrad": replace(hypergrad, operator=config.hessian),

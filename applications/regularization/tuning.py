@@ -42,10 +42,10 @@ def penalties(knobs: Config, examples: Examples) -> tune.Tunable:
         solver = bl.tuning.suggest_inner_solver(trial, choices=choices, max_steps=1000, lr=(0.1, 100.0))
         kinds = ("CG", "Jacobi-CG", "MINRES", "Neumann", "Identity")
         hypergrad = bl.tuning.suggest_hypergrad(trial, linear=kinds, max_steps=300, rtol=(1e-6, 0.5))
-        linear = getattr(hypergrad, "linear_solver", None)
-        if isinstance(linear, bl.CG) and linear.preconditioner is not None:
-            probes = trial.suggest_int("linear.num_probes", 1, 30, log=True)
-            hypergrad = replace(hypergrad, linear_solver=replace(linear, preconditioner=bl.Jacobi(probes)))
+        match hypergrad:
+            case bl.Implicit(linear_solver=bl.CG(preconditioner=bl.Jacobi()) as linear):
+                probes = trial.suggest_int("linear.num_probes", 1, 30, log=True)
+                hypergrad = replace(hypergrad, linear_solver=replace(linear, preconditioner=bl.Jacobi(probes)))
         return {"solver": solver, "hypergrad": hypergrad}
 
     def train(settings: tune.Settings, seed: int) -> Iterable[Any]:
@@ -77,10 +77,10 @@ def decays(knobs: Config, examples: Examples) -> tune.Tunable:
         solver = bl.tuning.suggest_inner_solver(trial, choices=choices, max_steps=20)
         kinds = ("Neumann", "CG", "MINRES", "Identity")
         hypergrad = bl.tuning.suggest_hypergrad(trial, linear=kinds, max_steps=20)
-        linear = getattr(hypergrad, "linear_solver", None)
-        if isinstance(linear, bl.Neumann):
-            alpha = trial.suggest_float("linear.alpha", 1e-3, 1.0, log=True)
-            hypergrad = replace(hypergrad, linear_solver=replace(linear, alpha=alpha))
+        match hypergrad:
+            case bl.Implicit(linear_solver=bl.Neumann() as linear):
+                alpha = trial.suggest_float("linear.alpha", 1e-3, 1.0, log=True)
+                hypergrad = replace(hypergrad, linear_solver=replace(linear, alpha=alpha))
         return {"solver": solver, "hypergrad": hypergrad}
 
     def train(settings: tune.Settings, seed: int) -> Iterable[Any]:

@@ -29,7 +29,7 @@ from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .cost import median_seconds, peak_mib
 from .methods import accurate_solver, methods_for
-from .problem import AnyHypergrad, Bilevel, Solver, leaf_copies, solve
+from .problem import AnyHypergrad, Bilevel, Method, Solver, leaf_copies, solve
 
 LARGEST_DENSE = 2048
 
@@ -118,9 +118,9 @@ class Comparison:
 
 def compare_methods(
     problem: Bilevel,
-    methods: Mapping[str, Any] | None = None,
+    methods: Mapping[str, Method] | None = None,
     *,
-    solver: Any = None,
+    solver: Solver | None = None,
     repeats: int = 3,
 ) -> Comparison:
     """Run every method on one problem.
@@ -133,7 +133,7 @@ def compare_methods(
         solver: the inner solver of those that do not bring their own; None: an accurate one.
         repeats: runs for the median time; memory is measured in one more.
     """
-    solver = solver or accurate_solver(problem)
+    solver = accurate_solver(problem) if solver is None else solver
     if methods is None:
         methods = {method.name: (method.solver or solver, method.hypergrad) for method in methods_for(problem)}
     truth, name = _reference(problem)
@@ -168,7 +168,9 @@ def _gradient(problem: Bilevel, solver: Solver | None, hypergrad: AnyHypergrad |
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, leaves(x), strict=True)], fit
 
 
-def _measure(problem: Bilevel, name: str, method: Any, solver: Any, truth: list[Tensor], repeats: int) -> Row:
+def _measure(
+    problem: Bilevel, name: str, method: Method, solver: Solver | None, truth: list[Tensor], repeats: int
+) -> Row:
     solver, hypergrad = method if isinstance(method, tuple) else (solver, method)
     counted = _Counted(problem)
     counter: _CountingSolver | None = None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from .._torch import profiled_events
 MEBIBYTE = 2**20
 
 
-def median_seconds(run: Callable[[], Any], repeats: int = 5, *, warm_up: bool = False) -> float:
+def median_seconds(run: Callable[[], object], repeats: int = 5, *, warm_up: bool = False) -> float:
     """The median of a few runs, each until the device has ended what it was given; before them one that is not timed.
 
     Args:
@@ -32,7 +31,7 @@ def median_seconds(run: Callable[[], Any], repeats: int = 5, *, warm_up: bool = 
     return statistics.median(seconds)
 
 
-def peak_mib(run: Callable[[], Any]) -> float:
+def peak_mib(run: Callable[[], object]) -> float:
     """Peak of the tensor memory that was live during a run, above that at its start, MiB."""
     if _on_gpu():
         wait()

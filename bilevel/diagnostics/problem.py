@@ -24,6 +24,8 @@ from .captures import Opened, captured_hparams, takes_params_only
 Kind = Literal["argmin", "root", "fixed_point"]
 Solver = InnerSolver | RootSolver
 AnyHypergrad = Hypergrad | PathMethod
+Method = AnyHypergrad | None | tuple[Solver | None, AnyHypergrad | None]
+"""A hypergradient, or an inner solver with one."""
 SOLVED_KINDS = ("argmin", "root", "fixed_point")
 """The kinds that `solve` solves itself; a problem of another kind brings its own solver."""
 

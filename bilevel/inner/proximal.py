@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class ProximalGradient:
         accelerated: Nesterov's extrapolation, started again where it points uphill (O'Donoghue and Candes 2015).
     """
 
-    prox: Any
+    prox: Prox | dict[str, object] | list[object] | tuple[object, ...]
     step_size: float | None = None
     max_steps: int = 5000
     tol: float | None = None

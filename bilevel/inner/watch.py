@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..extras import require
+from ..problem import Problem, RootProblem
 from ..recording import recording
 from ..tree import Raveler, Tree, norm
 
@@ -45,7 +46,7 @@ class InnerStep:
         return self._raveler.unflatten(self._raveler.unravel(self.flat))
 
 
-Callback = Callable[[InnerStep], Any]
+Callback = Callable[[InnerStep], object]
 """Called with each `InnerStep`; it ends the solve where it returns True or raises `StopIteration`."""
 
 
@@ -63,7 +64,7 @@ class Watch:
         NotImplementedError: the solve is being recorded, when nothing can be shown.
     """
 
-    def __init__(self, callbacks: Callback | Sequence[Callback], problem: Any, max_steps: int):
+    def __init__(self, callbacks: Callback | Sequence[Callback], problem: Problem | RootProblem, max_steps: int):
         if recording():
             raise NotImplementedError(
                 "A solver with a callback was called inside of bilevel.capture, where no value can be looked at: take "
@@ -90,7 +91,17 @@ class Watch:
         return any(wishes) and not last
 
 
-def watch(solver: Any, problem: Any) -> Watch | None:
+class Watched(Protocol):
+    """A solver that callbacks may watch."""
+
+    @property
+    def callback(self) -> Callbacks: ...
+
+    @property
+    def max_steps(self) -> int: ...
+
+
+def watch(solver: Watched, problem: Problem | RootProblem) -> Watch | None:
     """What a solver has to tell after each step; None where nobody listens."""
     return None if solver.callback is None else Watch(solver.callback, problem, solver.max_steps)
 

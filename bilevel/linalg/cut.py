@@ -42,7 +42,7 @@ class Cut:
         self._enter(self, self._stack)
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def at(self, tensor: Any) -> Any:

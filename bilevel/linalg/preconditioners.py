@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -68,6 +69,15 @@ class AdamPreconditioner:
         return _divide_by(self.second_moment.detach().to(operator.device, operator.dtype).sqrt() + self.eps)
 
 
+class Multiplies(Protocol):
+    """What multiplies a flat vector: an `Operator`, an operator of curvlinops, a dense matrix."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __matmul__(self, v: Tensor, /) -> Tensor: ...
+
+
 @dataclass(frozen=True, eq=False)
 class InversePreconditioner:
     """An approximate inverse that is at hand already, such as that of KFAC.
@@ -80,7 +90,7 @@ class InversePreconditioner:
             leaves of ``init``.
     """
 
-    inverse: Any
+    inverse: Multiplies
 
     def __call__(self, operator: Operator) -> Precondition:
         if self.inverse.shape[-1] != operator.size:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..argmin import argmin
+from ..inner.minimize import InnerSolver
 from ..inner.proximal import ProximalGradient
 from ..prox import L1, Simplex
 from ..qp import quadratic_program
@@ -53,7 +54,7 @@ class LassoPath(BilevelTestProblem):
         found = torch.linalg.solve(reduced.mT @ reduced / len(self.b_train), right)
         return torch.zeros_like(self.init).masked_scatter(support, found)
 
-    def solve_inner(self, hparams: Tensor, *, solver: Any = None, **settings: Any) -> Solution:
+    def solve_inner(self, hparams: Tensor, *, solver: InnerSolver | None = None, **settings: Any) -> Solution:
         """By proximal gradient descent."""
         tol = 1e-13 if self.init.dtype == torch.float64 else 1e-6
         return argmin(self.inner, self.init, hparams, solver=ProximalGradient(L1(hparams.exp()), tol=tol), **settings)
@@ -112,7 +113,7 @@ class Portfolio(BilevelTestProblem):
         assert best is not None
         return self._on(best, hparams)[0]
 
-    def solve_inner(self, hparams: Tensor, *, solver: Any = None, **settings: Any) -> Solution:
+    def solve_inner(self, hparams: Tensor, *, solver: InnerSolver | None = None, **settings: Any) -> Solution:
         """By interior point; the value is the primal solution."""
         cost, total, low = self._data(hparams)
         ones = torch.ones_like(self.init)

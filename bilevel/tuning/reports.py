@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..diagnostics.compare import compare_methods
 from ..diagnostics.cost import wait
-from ..diagnostics.problem import Bilevel
+from ..diagnostics.problem import AnyHypergrad, Bilevel, Solver
 from ..extras import require
 from ..solution import Solution
 
@@ -149,7 +149,7 @@ def loss_within(
 
 
 def hypergradient_error(
-    trial: optuna.Trial, problem: Bilevel, solver: Any, hypergrad: Any, *, repeats: int = 3
+    trial: optuna.Trial, problem: Bilevel, solver: Solver | None, hypergrad: AnyHypergrad | None, *, repeats: int = 3
 ) -> tuple[float, float]:
     """Relative error of a hypergradient and its seconds: two objectives to minimise, for a Pareto front.
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     import optuna
 
 T = TypeVar("T")
+Suggested = Implicit | OneStep | FiniteDifference | Penalty | Truncated | Unroll | FirstOrder
 
 LINEAR_SOLVERS = ("CG", "Jacobi-CG", "Nystrom-CG", "Neumann", "MINRES", "Nystrom", "Identity")
 ITERATIVE: dict[str, type] = {kind.__name__: kind for kind in (CG, MINRES, Neumann, GMRES, BiCGSTAB, NormalCG)}
@@ -163,7 +164,7 @@ def suggest_hypergrad(
     max_steps: int = 64,
     rtol: tuple[float, float] | None = None,
     operators: Mapping[str, OperatorFactory] | None = None,
-) -> Any:
+) -> Suggested:
     """Let a trial choose a hypergradient method, the linear solver of `Implicit`, and the settings of either.
 
     Args:
@@ -186,7 +187,7 @@ def suggest_hypergrad(
         ValueError: an unknown choice, other choices than those that the study was begun with, or a misspelt default.
     """
     choice = _choose(trial, name, choices, HYPERGRADS)
-    hypergrad: Any
+    hypergrad: Suggested
     if choice == "Implicit":
         inverse = "linear" if name == "hypergrad" else f"{name}.linear"
         solver = suggest_linear_solver(trial, inverse, choices=linear, max_steps=max_steps, rtol=rtol)
