@@ -14,7 +14,7 @@ from ._torch import pytree
 from .checks import check_argmin, check_root
 from .closure import Closure, Tracer
 from .context import solves
-from .has_aux import WithoutAux, with_aux
+from .has_aux import with_aux
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.composite import CompositeStatement
 from .hypergrad.differentiate import differentiable_solve
@@ -102,9 +102,8 @@ def argmin(
     check_throw(throw)
     check_argmin(objective, init, solver, hypergrad, warm_start)
     if has_aux:
-        plain = WithoutAux(objective)
-        fit = argmin(plain, init, *args, solver=solver, hypergrad=hypergrad, throw=throw, warm_start=warm_start)
-        return with_aux(fit, plain, args, hypergrad is not None)
+        settings: dict[str, Any] = {"solver": solver, "hypergrad": hypergrad, "throw": throw, "warm_start": warm_start}
+        return with_aux(lambda loss: argmin(loss, init, *args, **settings), objective, args, hypergrad is not None)
     solver = DefaultLBFGS() if solver is None else solver
     if isinstance(hypergrad, PathMethod):
         return hypergrad.run(objective, init, args, solver, throw)
@@ -224,10 +223,9 @@ def root(
     """
     check_root("residual", residual, init, solver, hypergrad, warm_start)
     if has_aux:
-        plain = WithoutAux(residual)
         settings: dict[str, Any] = {"solver": solver, "hypergrad": hypergrad, "throw": throw, "warm_start": warm_start}
-        fit = root(plain, init, *args, batched=batched, symmetric=symmetric, **settings)
-        return with_aux(fit, plain, args, hypergrad is not None)
+        settings |= {"batched": batched, "symmetric": symmetric}
+        return with_aux(lambda first: root(first, init, *args, **settings), residual, args, hypergrad is not None)
     kind = SymmetricResidualStatement if symmetric else ResidualStatement
     return _root(kind, residual, init, args, solver or Newton(), hypergrad, batched, throw, warm_start)
 
@@ -260,11 +258,9 @@ def fixed_point(
     """
     check_root("map", map, init, solver, hypergrad, warm_start)
     if has_aux:
-        plain = WithoutAux(map)
         settings: dict[str, Any] = {"solver": solver, "hypergrad": hypergrad, "throw": throw, "warm_start": warm_start}
-        return with_aux(
-            fixed_point(plain, init, *args, batched=batched, **settings), plain, args, hypergrad is not None
-        )
+        settings |= {"batched": batched}
+        return with_aux(lambda first: fixed_point(first, init, *args, **settings), map, args, hypergrad is not None)
 
     def residual(y: Tree, *args: Any) -> Tree:
         found = map(y, *args)

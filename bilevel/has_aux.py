@@ -35,8 +35,12 @@ class WithoutAux:
         return found
 
 
-def with_aux(fit: Solution, plain: WithoutAux, args: tuple[Any, ...], differentiable: bool) -> Solution:
-    """The solution with what ``plain`` leaves out, evaluated there; nothing that the function writes to is changed."""
+def with_aux(
+    solve: Callable[[WithoutAux], Solution], fn: Callable[..., Any], args: tuple[Any, ...], differentiable: bool
+) -> Solution:
+    """What ``solve`` finds of the first part of ``fn``, with the other part there; no state of ``fn`` is changed."""
+    plain = WithoutAux(fn)
+    fit = solve(plain)
     autocast = Autocast.current(leaves(fit.value)[0].device)
     tracer = Tracer(differentiable=False)
     with torch.set_grad_enabled(differentiable and torch.is_grad_enabled()), autocast.evaluating(), tracer:

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from applications.data_cleaning.model import ModelName
-from applications.frame.command import SolverKnobs, require, require_at_least_one
+from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)
-class Config(SolverKnobs):
+class Config(DataKnobs, SolverKnobs):
     """Hyper-cleaning: learn on clean validation data what weight each training example deserves; find wrong labels."""
 
     setting: Literal["cleaning", "stochastic"] = "cleaning"
     """Implicit differentiation beside its baselines, or (one seed) the methods on mini-batches, error against time."""
-    data: str = "digits"
-    """digits, mnist, or another data set of `applications.frame.data.load`; a path to .npz or svmlight files."""
-    data_root: Path | None = None
-    """Folder of MNIST; by default $BILEVEL_DATA or ~/.cache/bilevel."""
     model: ModelName = "softmax"
     """Softmax regression, or a network of one hidden layer."""
     hidden: int = 32

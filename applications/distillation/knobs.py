@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from applications.distillation import data
 from applications.distillation.distill import Distillation, Schedule
 from applications.distillation.inner import CUT_OFF, Inner
 from applications.distillation.networks import ConvNet, Linear
-from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
+from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one, require_positive
 
 
 @dataclass(frozen=True)
-class Config(SolverKnobs):
+class Config(DataKnobs, SolverKnobs):
     """A few synthetic images, learned so that a network trained on them alone classifies the real ones."""
 
     data: str = "digits"
     """digits (8 x 8, embedded) or mnist."""
-    data_root: Path | None = None
-    """Folder of MNIST; by default $BILEVEL_DATA, else the cache folder."""
     network: Literal["both", "linear", "convnet"] = "both"
     """What is trained on the images."""
     images_per_class: int = 1

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from applications.equilibrium.network import Convolutional, Dense, Network
-from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
+from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one, require_positive
 from applications.frame.data import Examples, load, split
 from applications.frame.device import select_device
 from applications.frame.errors import UserError
 
 
 @dataclass(frozen=True)
-class Config(SolverKnobs):
+class Config(DataKnobs, SolverKnobs):
     """A classifier whose hidden layer is a fixed point, trained by its implicit gradient, beside an unrolled one."""
 
-    data: str = "digits"
-    """digits, breast_cancer, wine, iris, mnist, or an .npz file with features and targets."""
-    data_root: Path | None = None
-    """Folder of data sets, for mnist; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
     max_train: int | None = None
     """Training examples at most."""
     net: Literal["dense", "convolutional"] = "dense"

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from applications.few_shot import data
 from applications.few_shot.config import Config
 from applications.few_shot.data import ImageClasses, Splits
-from applications.few_shot.models import imported
 from applications.frame.data.files import read_npz
 from applications.frame.errors import UserError
+from applications.frame.options import imported
 from bilevel import files
 
 AT_ONCE = 64

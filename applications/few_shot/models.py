@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import itertools
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 import bilevel as bl
 from applications.frame.errors import UserError
 from applications.frame.norm import ImageNorm, pooled
+from applications.frame.options import imported
 
 _num_support: ContextVar[int | None] = ContextVar("num_support", default=None)
 
@@ -223,7 +223,7 @@ def _made(name: str, channels: int, image_size: int, ways: int) -> nn.Module:
     Raises:
         UserError: it makes no network for such images and classes.
     """
-    factory = imported("--model", name)
+    factory = imported("--model", name, known="neither 'conv4' nor 'fc' nor")
     try:
         net = factory(channels, image_size, ways)
         if not isinstance(net, nn.Module):
@@ -238,19 +238,3 @@ def _made(name: str, channels: int, image_size: int, ways: int) -> nn.Module:
             f"classes ({type(error).__name__}: {error}). It is called with (channels, image size, ways)."
         ) from error
     return net
-
-
-def imported(option: str, name: str):  # type: ignore[no-untyped-def]
-    """What an import path ``package.module:factory`` names, given by an option.
-
-    Raises:
-        UserError: it leads nowhere.
-    """
-    module, _, attribute = name.partition(":")
-    if not attribute:
-        known = "neither 'conv4' nor 'fc' nor" if option == "--model" else "not"
-        raise UserError(f"{option} {name} is {known} an import path 'package.module:factory'.")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (Exception, SystemExit) as error:
-        raise UserError(f"{option} {name} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error

@@ -142,15 +142,20 @@ def set_up_device(config: Config) -> torch.device:
     return device
 
 
+def untrained_network(config: Config, channels: int, size: int) -> torch.nn.Module:
+    """The network of a configuration at its initialisation, which leaves the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build(
+            config.network, channels, size, config.ways, width=config.width, norm=config.norm, halve=config.halve
+        )
+
+
 def create_learner(
     config: Config, classes: data.ImageClasses, device: torch.device, chosen: Mapping[str, Any] | None = None
 ) -> Learner:
     """The network at its initialisation, which the seed alone decides."""
-    channels, size = classes.images.shape[2], classes.images.shape[-1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        conv4 = {"width": config.width, "norm": config.norm, "halve": config.halve}
-        net = build(config.network, channels, size, config.ways, **conv4)
+    net = untrained_network(config, classes.images.shape[2], classes.images.shape[-1])
     return Learner.create(config, net.to(device, config.dtype), chosen)
 
 

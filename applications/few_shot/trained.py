@@ -20,8 +20,7 @@ import bilevel as bl
 from applications.few_shot import backbone
 from applications.few_shot.config import Config
 from applications.few_shot.methods import Learner, fixed_at_zero
-from applications.few_shot.models import build
-from applications.few_shot.train import checkpoint_file
+from applications.few_shot.train import checkpoint_file, untrained_network
 from applications.frame import schema
 from applications.frame.command import names_code, refuse_code
 from applications.frame.errors import UserError
@@ -135,7 +134,8 @@ class Trained:
                 refuse_code(value, name, "The trained network")
         ways = ways or self.config.ways
         config = replace(self.config, ways=ways)
-        learner = Learner.create(config, bare_network(config).to(torch.device(device), config.dtype), self.chosen)
+        net = untrained_network(config, *backbone.shape(config)).to(torch.device(device), config.dtype)
+        learner = Learner.create(config, net, self.chosen)
         fixed = fixed_at_zero(config, learner.meta)
         if ways != self.config.ways and not fixed:
             raise UserError(
@@ -206,16 +206,6 @@ def options(config: Config) -> list[str]:
             words += [f"--no-{option}" if value is False else f"--{option}"]
             words += [] if isinstance(value, bool) else [str(value) for value in values]
     return words
-
-
-def bare_network(config: Config) -> torch.nn.Module:
-    """The network of a configuration, at an initialisation that does not touch the global generator."""
-    channels, size = backbone.shape(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return build(
-            config.network, channels, size, config.ways, width=config.width, norm=config.norm, halve=config.halve
-        )
 
 
 def put(params: dict[str, Tensor], values: dict[str, Tensor]) -> None:

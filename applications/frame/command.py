@@ -103,6 +103,16 @@ class SolverKnobs(Knobs):
     solver_settings: ClassVar[Collection[str]] = ("solver", "hypergrad")
 
 
+@dataclass(frozen=True)
+class DataKnobs:
+    """Those of an application that reads a data set by `frame.data.load`; mixed in before `Knobs`."""
+
+    data: str = "digits"
+    """digits, breast_cancer, wine, iris, mnist, or a file of features and targets: .npz, .svm."""
+    data_root: Path | None = None
+    """Folder of data sets that are files; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
+
+
 K = TypeVar("K", bound=Knobs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,24 @@ def check_values(options: Any) -> None:
 def option(name: str) -> str:
     """The option of a knob."""
     return f"--{name.replace('_', '-')}"
+
+
+def imported(option: str, path: str, known: str = "not") -> Any:
+    """What an import path ``package.module:name``, given by an option, names.
+
+    Args:
+        known: what else it might be, as the message says it.
+
+    Raises:
+        UserError: it leads nowhere.
+    """
+    module, colon, name = path.partition(":")
+    if not (module and colon and name):
+        raise UserError(f"{option} {path} is {known} an import path 'package.module:name'.")
+    try:
+        return pkgutil.resolve_name(path)
+    except (Exception, SystemExit) as error:  # it may run the user's code
+        raise UserError(f"{option} {path} cannot be imported: {error}. Is its folder on PYTHONPATH?") from error
 
 
 def _refused(name: str, value: Any) -> str | None:

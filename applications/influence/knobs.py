@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
-from applications.frame.command import Knobs, require, require_at_least_one
+from applications.frame.command import DataKnobs, Knobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)
-class Config(Knobs):
+class Config(DataKnobs, Knobs):
     """Influence: which training images made a prediction, what leaving some out does, which labels are wrong."""
 
-    data: str = "digits"
-    """digits, mnist, or another data set of `applications.frame.data.load`; a path to .npz or svmlight files."""
-    data_root: Path | None = None
-    """Folder of MNIST; by default $BILEVEL_DATA or ~/.cache/bilevel."""
     num_train: int = 500
     """Training examples."""
     num_queries: int = 100

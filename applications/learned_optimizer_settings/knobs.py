@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
+from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one, require_positive
 from applications.learned_optimizer_settings.learn import MOST_POINTS
 
 
 @dataclass(frozen=True)
-class Config(SolverKnobs):
+class Config(DataKnobs, SolverKnobs):
     """Learn the learning rate at a few points of a run, and the momentum, by the validation loss at its end."""
 
-    data: str = "digits"
-    """Embedded: digits, breast_cancer, wine, iris. With files: mnist, or a path of an .npz of features and targets."""
-    data_root: Path | None = None
-    """Folder of MNIST; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
     steps: int = 200
     """Steps of SGD in a training run."""
     hidden: int = 32

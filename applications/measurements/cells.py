@@ -48,6 +48,15 @@ def page(head: Sequence[str], cells: Sequence[C], table: Callable[[list[C]], str
     return "\n\n".join(parts) + "\n"
 
 
+def main(config: Config, name: str, measure: Callable[[str], list[C]], page: Callable[[list[C]], str]) -> list[C]:
+    """Measure, print and write; the cells."""
+    found = measured(config.precision, measure)
+    text = page(found)
+    print(text)
+    write(config.out, name, text, found)
+    return found
+
+
 def write(out: Path, name: str, text: str, cells: Sequence[Cell]) -> None:
     """The page as ``NAME.md`` and the cells as ``NAME.json``.
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from applications.frame.command import SolverKnobs, require, require_at_least_one
+from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)
-class Config(SolverKnobs):
+class Config(DataKnobs, SolverKnobs):
     """Learn a penalty for each feature, a weight decay for each weight, or the strength of data augmentation."""
 
     problem: Literal["all", "features", "weights", "augmentation"] = "all"
@@ -18,8 +17,6 @@ class Config(SolverKnobs):
     data: str = "embedded"
     """Documentation texts for features, scikit-learn's digits for the others; or digits, mnist, 20newsgroups (features
     only), another name, or a file of examples (see applications/frame/data)."""
-    data_root: Path | None = None
-    """The folder of the data sets; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
     train: int = 0
     """Training examples; 0: a quarter of all for features, at most 5,000; 50 for weights; 200 for augmentation."""
     validation: int = 0

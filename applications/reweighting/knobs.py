@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from applications.frame.command import SolverKnobs, require
+from applications.frame.command import DataKnobs, SolverKnobs, require
 from applications.frame.data import Examples
 from applications.frame.device import select_device
 from applications.reweighting.drawing import Drawn, Problem, draw
@@ -21,13 +20,11 @@ from applications.reweighting.weighting import Inputs, Method
 
 
 @dataclass(frozen=True)
-class Config(SolverKnobs):
+class Config(DataKnobs, SolverKnobs):
     """Loss weights learned by a small network (Meta-Weight-Net), on long-tailed and on noisy labels."""
 
     data: str = "digits"
     """digits, mnist, cifar10, another set that ships with scikit-learn, or a .npz file."""
-    data_root: Path | None = None
-    """Folder of MNIST and CIFAR-10; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
     problems: tuple[Problem, ...] = ("long-tail", "noise")
     """What is wrong with the training set."""
     methods: tuple[Method, ...] = ("unroll",)

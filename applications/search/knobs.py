@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-from applications.frame.command import SolverKnobs, require, require_at_least_one
+from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)
-class Config(SolverKnobs):
+class Config(DataKnobs, SolverKnobs):
     """Held-out loss against time of BilevelSearchCV, GridSearchCV, RandomizedSearchCV and Optuna on the same folds."""
 
     data: str = "built-in"
     """built-in: eight contests from 1 to 1,000 hyperparameters. A set (diabetes, digits, mnist, ...), or a file (.npz):
     one penalty, and a penalty for each feature."""
-    data_root: Path | None = None
-    """Folder of the data sets that are not built in; by default $BILEVEL_DATA, then ~/.cache/bilevel."""
     task: Literal["regression", "classification"] = "classification"
     """What the targets of --data are."""
     examples: int = 0

@@ -90,11 +90,11 @@ def test_a_random_objective_is_named():
         bl.argmin(inner, dict(net.named_parameters()), hypergrad=None)
 
 
-def small_network():
-    """A network of 81 params that is not solved in a hundred steps, and its start."""
+def network(inputs=4, hidden=16, examples=64):
+    """A network, of 97 params by default, that is not solved in a hundred steps, and its start."""
     torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
-    a, b = torch.randn(64, 4), torch.randn(64, 1)
+    net = torch.nn.Sequential(torch.nn.Linear(inputs, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 1))
+    a, b = torch.randn(examples, inputs), torch.randn(examples, 1)
 
     def inner(params):
         fit = (torch.func.functional_call(net, params, (a,)) - b).square().mean()
@@ -110,7 +110,7 @@ class TestAdvice:
         return str(heard[0].message)
 
     def test_a_network_is_told_what_serves_networks(self):
-        message = self.told(bl.LBFGS(max_steps=60), *small_network())
+        message = self.told(bl.LBFGS(max_steps=60), *network())
         assert "operator=GaussNewton.of(module, loss)" in message
 
     @pytest.mark.parametrize(
@@ -140,15 +140,7 @@ class TestAdvice:
 
 class TestTheDefaultSolver:
     def test_it_gives_up_a_large_network_and_a_named_one_goes_on(self):
-        torch.manual_seed(0)
-        net = torch.nn.Sequential(torch.nn.Linear(30, 40), torch.nn.ReLU(), torch.nn.Linear(40, 1))
-        a, b = torch.randn(200, 30), torch.randn(200, 1)
-
-        def inner(params):
-            fit = (torch.func.functional_call(net, params, (a,)) - b).square().mean()
-            return fit + 1e-4 * sum(p.square().sum() for p in params.values())
-
-        params = dict(net.named_parameters())
+        inner, params = network(30, 40, 200)
         with pytest.warns(bl.SolveWarning, match="so the default solver ended") as heard:
             fit = bl.argmin(inner, params, hypergrad=None)
         assert fit.result is bl.Result.NEGATIVE_CURVATURE

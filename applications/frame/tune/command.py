@@ -154,7 +154,7 @@ def check(options: Config) -> None:
             raise UserError(f"--{option.replace('_', '-')} is {value}: it must be positive.")
     if options.confirm < 2:
         raise UserError(f"--confirm is {options.confirm}: an interval needs at least two seeds.")
-    hooks.imported(options.callback)
+    hooks.callbacks_of(options.callback)
     if options.workers > 1 and (options.storage or "").startswith("sqlite"):
         raise UserError(
             "SQLite is not for several processes. Leave --storage out to take a journal, or give a database server."
@@ -243,7 +243,7 @@ def work(
             study.stop()
 
     if finished(study) < trials:
-        callbacks = [after, *hooks.imported(options.callback)]
+        callbacks = [after, *hooks.callbacks_of(options.callback)]
         study.optimize(bl.tuning.guard(objective), timeout=options.timeout, callbacks=callbacks)
 
 

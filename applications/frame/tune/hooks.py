@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,13 +9,14 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta, upload_artifact
 
 from applications.frame.errors import UserError
+from applications.frame.options import imported
 
 Callback = Callable[[optuna.Study, optuna.trial.FrozenTrial], None]
 KINDS = {".png": "image/png", ".html": "text/html", ".json": "application/json"}
 """Suffixes of the files that a study keeps, and their media types, by which a dashboard shows them."""
 
 
-def imported(paths: Sequence[str]) -> list[Callback]:
+def callbacks_of(paths: Sequence[str]) -> list[Callback]:
     """Callbacks ``(study, trial)`` by their import paths, ``package.module:function``.
 
     Raises:
@@ -24,13 +24,7 @@ def imported(paths: Sequence[str]) -> list[Callback]:
     """
     found = []
     for path in paths:
-        try:
-            callback = pkgutil.resolve_name(path)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise UserError(
-                f"--callback {path} cannot be imported: {error}. It is package.module:function; is its folder on "
-                "PYTHONPATH?"
-            ) from error
+        callback = imported("--callback", path)
         if not callable(callback):
             raise UserError(f"--callback {path} is a {type(callback).__name__}: a function (study, trial) is needed.")
         found.append(callback)

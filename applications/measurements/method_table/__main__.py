@@ -119,10 +119,7 @@ def page(measured: list[Cell]) -> str:
 def main(arguments: list[str]) -> int:
     """Measure, print and write."""
     config = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.method_table")
-    measured = cells.measured(config.precision, measure)
-    text = page(measured)
-    print(text)
-    cells.write(config.out, "method_table", text, measured)
+    measured = cells.main(config, "method_table", measure, page)
     broken = [cell for cell in measured if not cell.kept]
     for cell in broken:
         print(f"{cell.method} on {cell.problem} ({cell.precision}): {cell.error:.1e} > {cell.tolerance:.1e}")

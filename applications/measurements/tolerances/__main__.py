@@ -201,10 +201,7 @@ def page(measured: list[Cell]) -> str:
 def main(arguments: list[str]) -> int:
     """Measure, print and write."""
     config = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.tolerances")
-    measured = cells.measured(config.precision, measure)
-    text = page(measured)
-    print(text)
-    cells.write(config.out, "tolerances", text, measured)
+    measured = cells.main(config, "tolerances", measure, page)
     return 1 if any(not cell.kept for cell in measured) else 0
 
 
