@@ -14,3 +14,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Of ``-n auto``, which is the default: none where files or single tests were named, and a worker costs a start."""
     whole = all(Path(argument.partition("::")[0]).is_dir() for argument in config.args)
     return min(os.cpu_count() or 1, 8) if whole else 0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: one that began last would keep one worker busy, and the others waiting."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("applications")}
+    items.sort(key=lambda item: item.path not in slow)
