@@ -227,7 +227,7 @@ class Influence:
         return found
 
     def _scores(self, g: Tensor) -> InfluenceScores:
-        """Of queries with these gradients ``[q, p]``; the error by a loose solve for what the first one left."""
+        """The influences on queries of gradients ``[q, p]``; the error by a loose solve for what the first one left."""
         found = self._solve(g)
         left = g - self.operator(len(g)).matvec(found.value)
         rest = CG(max_steps=ERROR_STEPS).solve(self.operator(len(g)), left).value

@@ -197,7 +197,7 @@ class Truth:
 
 
 def relative_error(found: Sequence[Tensor], true: list[Tensor]) -> float:
-    """Of the worst hyperparameter; NaN where one is NaN."""
+    """The error of the worst hyperparameter; NaN where one is NaN."""
     errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, true, strict=True) if b.norm() > 0]
     return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 

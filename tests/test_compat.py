@@ -159,7 +159,7 @@ def matrix_of(name):
 
 
 def truth_of(name, matrix, b, ridge=0.0):
-    """Of JAXopt's definition."""
+    """The solution that JAXopt defines."""
     if name == "normal_cg":
         return torch.linalg.solve(matrix.mT @ matrix + ridge * EYE, matrix.mT @ b)
     return torch.linalg.solve(matrix + ridge * EYE, b)

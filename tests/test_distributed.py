@@ -50,7 +50,7 @@ def logistic():
 
 
 def hypergradients(train: slice, val: slice, wrap=lambda objective: objective) -> dict[str, torch.Tensor]:
-    """Of the validation loss towards one log-penalty a feature, from these parts of the data."""
+    """The gradient of the validation loss towards one log-penalty a feature, from these parts of the data."""
     features, labels = logistic()
     x_train, y_train, x_val, y_val = features[:30][train], labels[:30][train], features[30:][val], labels[30:][val]
 

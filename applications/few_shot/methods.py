@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
-from torch.utils import _pytree as pytree
 
 import bilevel as bl
 from applications.few_shot.config import Config
@@ -23,6 +22,7 @@ from applications.few_shot.episodes import Episodes
 from applications.few_shot.guard import LEFT_OUT, guarded
 from applications.frame.errors import UserError
 from applications.frame.interruption import stop_if_asked
+from bilevel._torch import pytree
 
 Params = dict[str, Tensor]
 

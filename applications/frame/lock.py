@@ -17,7 +17,7 @@ NAME = ".lock"
 
 
 class Lock:
-    """Of a folder, held from its making to `release` or to the end of the process.
+    """A lock of a folder, held from its making to `release` or to the end of the process.
 
     Raises:
         UserError: another process holds it; the message says which.

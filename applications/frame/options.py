@@ -15,7 +15,7 @@ import bilevel as bl
 from applications.frame.errors import UserError
 
 LARGEST = 10**9
-"""Of whole numbers: counts and seeds; what is larger is a slip, and overflows somewhere."""
+"""The largest whole number, a count or a seed: what is larger is a slip, and overflows somewhere."""
 LONGEST = 255
 """Bytes of a name in a path, as file systems have it."""
 

@@ -28,9 +28,9 @@ LOSSES = frozenset(
 )
 """Functions of `torch.nn.functional` that are losses of their first argument."""
 INNER_STEPS, PRODUCTS, DAMPING = 30, 10, 1e-2
-"""Of one outer step of a network; the next one goes on from there."""
+"""Inner steps, products and damping of one outer step of a network; the next one goes on from there."""
 STEP_SIZES = (3e-3, 1e-2, 3e-2)
-"""Of Adam, tried on the problem."""
+"""Step sizes of Adam, tried on the problem."""
 
 
 @dataclass(frozen=True)

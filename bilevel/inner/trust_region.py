@@ -257,7 +257,7 @@ class GaussNewtonCG(TrustRegion):
 
 
 SUFFICIENT, POOR, GOOD = 1e-4, 0.25, 0.75
-"""Of the predicted reduction: from where a step is accepted, its region shrunk, its region grown."""
+"""Parts of the predicted reduction: from where a step is accepted, its region shrunk, its region grown."""
 
 
 def _descend(solver: TrustRegion, problem: Problem, terms: Terms) -> Solution[Tensor]:

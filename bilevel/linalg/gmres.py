@@ -17,7 +17,7 @@ SLACK = 1.005
 """Half a percent: the estimate of a cycle and the true residual differ in their last bits."""
 
 STUCK = 0.999
-"""Of the true residual, what a cycle that makes progress leaves at most."""
+"""The part of the true residual that a cycle which makes progress leaves at most."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def uniform(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
 
 
 def normal(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
-    """Of mean zero and variance one, float64 (Box and Muller 1958)."""
+    """Numbers of mean zero and variance one, float64 (Box and Muller 1958)."""
     first, second = uniform((2, *shape), seed, device)
     return (-2 * torch.log1p(-first)).sqrt() * torch.cos(2 * math.pi * second)
 

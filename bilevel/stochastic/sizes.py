@@ -12,7 +12,7 @@ from .params import check_params
 from .schedule import Decay, check_positive
 
 PRODUCTS = 20
-"""Of the power iteration that measures the largest curvature."""
+"""Steps of the power iteration that measures the largest curvature."""
 CAUTION = 0.5
 """The inner step size in units of one over that curvature, which other batches may exceed."""
 DELAY = 100.0

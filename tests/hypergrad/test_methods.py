@@ -19,7 +19,7 @@ LONG = bl.GradientDescent(lr=0.15, max_steps=400)
 METHODS = all_methods()
 COLLECTION = {dtype: collection(dtype) for dtype in (torch.float64, torch.float32)}
 DESCENT = {"logistic": {"lr": 1.0, "max_steps": 600}}
-"""Of the unrolled methods, where the defaults converge too slowly."""
+"""Settings of the unrolled methods, where the defaults converge too slowly."""
 CASES = [
     (m, name)
     for name, problem in collection().items()

@@ -27,7 +27,7 @@ def test_conforms_where_no_bound_is_met(solver):
 
 
 def box_minimum(A, b, low, high):
-    """Of ``y A y / 2 - b y`` in float64, by enumerating the active sets of three params."""
+    """The minimum of ``y A y / 2 - b y`` in float64, by enumerating the active sets of three params."""
     best = None
     for code in range(27):
         sides = [code // 3**i % 3 for i in range(3)]

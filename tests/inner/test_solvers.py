@@ -53,7 +53,7 @@ HESSIANS = {"Newton-CG": 1, "trust-ncg": 1, "trust-krylov": 1, "trust-constr": 1
 
 @pytest.mark.parametrize("method", [*HESSIANS, "TNC", "L-BFGS-B", "BFGS", "CG", "SLSQP", "Nelder-Mead", "COBYLA"])
 def test_scipy_methods_get_the_derivatives_that_they_want(method, monkeypatch, recwarn):
-    """Of two problems, whose Hessian has two blocks; and nothing that they do not know."""
+    """The Hessians of two problems, whose Hessian has two blocks; and nothing that they do not know."""
     given = {}
     theirs = scipy.optimize.minimize
 

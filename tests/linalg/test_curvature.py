@@ -63,7 +63,7 @@ def wrap(layer):
 
 
 def central_difference(problem, v, step=1e-5):
-    """Of fourth order in the step."""
+    """A difference of fourth order in the step."""
 
     def slope(h):
         return (problem.evaluate(problem.start.y + h * v).g - problem.evaluate(problem.start.y - h * v).g) / (2 * h)

@@ -96,7 +96,7 @@ def test_curvlinops_operators_are_what_they_say():
 
 
 def test_a_kfac_inverse_preconditions_cg():
-    """Of a linear model without bias KFAC is the Hessian of the fit, and with the penalty as damping that of all."""
+    """KFAC of a linear model without bias is the Hessian of the fit, and with the penalty as damping that of all."""
     curvlinops = pytest.importorskip("curvlinops")
     net, x = torch.nn.Linear(20, 3, bias=False).double(), randn(64, 20) * torch.logspace(-1.5, 1, 20).double()
     y, params = randn(64, 3, seed=2), dict(net.named_parameters())

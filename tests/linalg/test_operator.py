@@ -51,7 +51,7 @@ def test_a_missing_transposed_product_says_what_to_do():
 
 
 def test_scipy_may_write_into_a_product_that_is_its_own_vector():
-    """Of the identity, a product is the vector itself: GMRES, which normalises in place, then gave zero."""
+    """A product with the identity is the vector itself: GMRES, which normalises in place, then gave zero."""
     x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     found = bl.root(lambda y: y - 2 * x, torch.zeros(2, dtype=torch.float64), hypergrad=bl.Implicit(bl.GMRES()))
     assert torch.autograd.grad(found.value.sum(), x)[0].item() == pytest.approx(4.0)

@@ -65,7 +65,7 @@ def test_indefinite_matrices_are_solved(solver):
 
 
 def test_units_of_the_unknowns_do_not_matter_to_equilibrated():
-    """Of a batch whose unknowns differ by twenty orders of magnitude, where Cholesky alone has lost every digit."""
+    """Unknowns that differ by twenty orders of magnitude, where Cholesky alone has lost every digit."""
     matrix, truth, units = spd(4, batch=(2,)), randn(2, 4), torch.logspace(-10, 10, 4, dtype=torch.float64)
     operator = Dense(units[:, None] * matrix * units)
     b = units * (matrix @ truth.unsqueeze(-1)).squeeze(-1)

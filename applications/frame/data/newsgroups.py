@@ -20,7 +20,7 @@ ADDRESS = "https://ndownloader.figshare.com/files/5975967"
 NUM_CLASSES = 20
 PARTS = "20news-bydate-train", "20news-bydate-test"
 MOST_BYTES = 10**6
-"""Of one message, by far: a small archive can hold more than a memory does."""
+"""Bytes of one message, by far: a small archive can hold more than a memory does."""
 
 
 def load(root: Path) -> tuple[scipy.sparse.csr_array, np.ndarray]:

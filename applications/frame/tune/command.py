@@ -37,7 +37,7 @@ from applications.frame.tune.tunable import Tunable, score_after, score_within
 KEPT = "Interrupted; the study is kept. The same command goes on with it."
 
 RESTARTS = 3
-"""Of a worker that is killed; where memory runs out, it is killed again."""
+"""Fresh starts of a worker that is killed; where memory runs out, it is killed again."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 import tyro
-from torch.utils import _pytree as pytree
 
 import bilevel as bl
 from applications.measurements.advice.problems import PROBLEMS, Problem
+from bilevel._torch import pytree
 from bilevel.diagnostics import advise, methods_for, solve
 
 PART, RTOL = 0.95, 1e-2

@@ -35,7 +35,7 @@ SHARES = {
     "memory": 0.05,
     "large": 0.05,
 }
-"""Of the time, what each part may take at most, in this order; what is left is for the paper's training."""
+"""The part of the time that each may take at most, in this order; what is left is for the paper's training."""
 
 REHEARSED = 90.0
 """Seconds that a part may take at least in a rehearsal: a busy CPU needs many of them to start a process."""

@@ -40,7 +40,7 @@ class Settings:
     size: int = 12
     """Unknowns, and as many hyperparameters."""
     seed: int = 0
-    """Of the problems."""
+    """Seed of the problems."""
 
 
 def data(kind: str, size: int, seed: int) -> dict[str, np.ndarray]:

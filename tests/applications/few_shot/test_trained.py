@@ -157,7 +157,7 @@ FIGURES = {
     "omniglot-20way-1shot": {"ways": 5, "shots": 1, "transductive": 97.20, "not transductive": 95.78},
     "omniglot-5way-1shot": {"ways": 5, "shots": 1, "transductive": 98.57, "not transductive": 97.64},
 }
-"""Of the page: name -> a setting, and accuracies in percent there."""
+"""Figures of the page: name -> a setting, and accuracies in percent there."""
 
 
 @pytest.mark.parametrize("name", FIGURES)
