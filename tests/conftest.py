@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # most tensors here are too small
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The workers of ``-n auto``, which is the default: none where files or single tests were named, and a worker costs a start."""
+    """The workers of ``-n auto``, the default: none where files or single tests were named, and each costs a start."""
     whole = all(Path(argument.partition("::")[0]).is_dir() for argument in config.args)
     return min(os.cpu_count() or 1, 8) if whole else 0
 
