@@ -25,3 +25,9 @@ without = torch.linalg.lstsq(inputs[rest], targets[rest]).solution  # trained ag
 changed = (queries[0] @ without - queries[1]).square() - (queries[0] @ params - queries[1]).square()
 predicted = scores.left_out(~rest[None])[0]
 assert ((predicted - changed).abs() < 0.2 * changed.abs() + 1e-5).all()
+
+# %% ProjectedInfluence:
+stored = bl.ProjectedInfluence(bl.Influence(outputs, losses, params, (inputs, targets)), dimension=500)
+assert stored.features.shape == (50, 500)  # what a file would keep
+found = stored.of(queries)
+assert torch.corrcoef(torch.stack([found.values.flatten(), scores.values.flatten()]))[0, 1] > 0.95
