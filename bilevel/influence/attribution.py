@@ -13,6 +13,7 @@ from ..checks import check_linear_solver
 from ..linalg.cg import CG
 from ..linalg.noise import signs
 from ..linalg.operator import Operator
+from ..linalg.preconditioners import InversePreconditioner
 from ..linalg.solve import LinearSolver
 from ..solution import Result, Solution, Throw, check_throw, settle
 from ..tree import Raveler, Tree, leaves, norm, tree_map
@@ -41,9 +42,10 @@ class Influence:
             is the Hessian, whose influences are exact to first order at a minimum.
         damping: added to the curvature. None: nothing where there is a penalty, and a thousandth of the mean curvature
             where there is none, since the curvature of a network is singular.
-        linear_solver: `CG` by default; with a preconditioner, or `Neumann(alpha, max_steps)`, LiSSA's recursion.
+        linear_solver: `CG` by default; with a preconditioner, such as `InversePreconditioner` of KFAC's or EKFAC's
+            inverse, or `Neumann(alpha, max_steps)`, LiSSA's recursion.
         inverse: an approximate inverse of A as the whole answer in place of a solver, such as that of KFAC or EKFAC:
-            anything that multiplies a flat vector by ``@``. What it leaves of the system is in the stats all the same.
+            anything that `InversePreconditioner` takes. What it leaves of the system is in the stats all the same.
         chunk: examples that are evaluated at once. query_chunk: right-hand sides that are solved at once.
         throw: as in `argmin`, of the linear solves.
 
@@ -175,7 +177,7 @@ class Influence:
         if self.inverse is None:
             found = self.linear_solver.solve(operator, g)
         else:
-            u = torch.stack([self.inverse @ row for row in g])
+            u = InversePreconditioner(self.inverse)(operator)(g)
             left, size = norm(g - operator.matvec(u)), norm(g)
             stats = {"num_steps": torch.zeros_like(size, dtype=torch.int64), "residual_norm": left}
             codes = torch.full_like(size, int(Result.STEPS_DONE), dtype=torch.int8)
