@@ -93,13 +93,15 @@ class InversePreconditioner:
 
     def _times(self, r: Tensor) -> Tensor:
         """``[*batch, n]``: the same inverse for all problems of a batch, unless it is an operator of that batch."""
-        if r.dim() == 1 or (isinstance(self.inverse, Operator) and self.inverse.batch_shape):
-            product: Tensor = self.inverse @ r
-            return product
-        rows = r.reshape(-1, r.shape[-1])
-        if isinstance(self.inverse, Operator):
-            return torch.stack([self.inverse @ row for row in rows]).view_as(r)
-        return (self.inverse @ rows.T).T.reshape(r.shape)
+        inverse, rows = self.inverse, r.reshape(-1, r.shape[-1])
+        product: Tensor
+        if r.dim() == 1 or (isinstance(inverse, Operator) and inverse.batch_shape):
+            product = inverse @ r
+        elif isinstance(inverse, Operator):
+            product = torch.stack([inverse @ row for row in rows])
+        else:
+            product = (inverse @ rows.T).T
+        return product.reshape(r.shape)
 
 
 def _divide_by(diagonal: Tensor) -> Precondition:

@@ -2,7 +2,7 @@ import torch
 
 import bilevel as bl
 
-# %% influence Influence InfluenceScores:
+# %% influence Influence InfluenceScores ProjectedInfluence:
 torch.manual_seed(0)
 inputs = torch.randn(50, 3, dtype=torch.float64)
 targets = inputs @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + 0.1 * torch.randn(50, dtype=torch.float64)
@@ -26,7 +26,6 @@ changed = (queries[0] @ without - queries[1]).square() - (queries[0] @ params - 
 predicted = scores.left_out(~rest[None])[0]
 assert ((predicted - changed).abs() < 0.2 * changed.abs() + 1e-5).all()
 
-# %% ProjectedInfluence:
 stored = bl.ProjectedInfluence(bl.Influence(outputs, losses, params, (inputs, targets)), dimension=500)
 assert stored.features.shape == (50, 500)  # what a file would keep
 found = stored.of(queries)
