@@ -42,7 +42,7 @@ from .hypergrad.sama import SAMA
 from .hypergrad.seen import ObjectiveChangedError
 from .hypergrad.truncated import Truncated
 from .hypergrad.unroll import Unroll
-from .influence import Influence, InfluenceScores, influence
+from .influence import Influence, InfluenceScores, ProjectedInfluence, influence
 from .inner.external import External
 from .inner.fixed_point import Anderson, Picard
 from .inner.gradient_descent import GradientDescent
@@ -143,6 +143,7 @@ __all__ = [
     "Penalty",
     "Picard",
     "ProgressBar",
+    "ProjectedInfluence",
     "Prox",
     "ProximalGradient",
     "QPSolution",

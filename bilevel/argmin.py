@@ -296,7 +296,7 @@ def _root(
         args,
         build=lambda tracer: RootProblem(residual, init, args, batch_dims=int(batched), tracer=tracer),
         batch_dims_of=lambda _, init: len(check_batch(init, int(batched))),
-        search=Search(solver.find, throw, "The solve of the system", ROOT_ADVICE),
+        search=Search(solver.find, throw, "The solve of the system", getattr(solver, "advice", ROOT_ADVICE)),
         hypergrad=hypergrad,
         warm_start=warm_start,
     )

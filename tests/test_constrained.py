@@ -157,10 +157,17 @@ def test_bisection_of_a_batch_that_newton_cannot_start():
 
 
 def test_bisection_tells_where_there_is_no_root():
-    for function in (lambda y: y.square() + 1, lambda y: 1 / (y - 0.3)):
-        with pytest.warns(bl.SolveWarning):
+    for function, words in (
+        (lambda y: y.square() + 1, "does not change its sign"),
+        (lambda y: 1 / (y - 0.3), "changes its sign without vanishing"),
+    ):
+        with pytest.warns(bl.SolveWarning, match=words):
             fit = bl.root(function, tensor([0.0]), solver=Bisection(-1.0, 2.0))
         assert fit.result is Result.STAGNATED
+    levels = tensor([[2.0], [-1.0], [3.0]])
+    with pytest.raises(bl.SolveError, match="sign between lower and upper in 1 of 3 problems") as raised:
+        bl.root(lambda y: y**2 - levels, 0 * levels, batched=True, solver=Bisection(0.0, 9.0), throw="raise")
+    assert raised.value.solution.stats["bracketed"].tolist() == [True, False, True]
     with pytest.warns(bl.SolveWarning, match="step limit"):
         bl.root(lambda y: y - 0.3, tensor([0.0]), solver=Bisection(-1.0, 2.0, max_steps=5))
     at_zero = bl.root(lambda y: y.pow(3), tensor([0.5]), solver=Bisection(-1.0, 2.0), hypergrad=None, throw="raise")

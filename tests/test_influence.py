@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from bilevel import Influence
+from bilevel import Influence, ProjectedInfluence
 from tests.conformance import randn, relative_error
 
 NUM, FEATURES, CLASSES, RIDGE = 200, 5, 3, 0.02
@@ -187,6 +188,72 @@ def test_a_file_goes_on_where_it_was_cut_off(logistic, tmp_path):
     torch.testing.assert_close(scores.values, all_of_them.values)
     with pytest.raises(ValueError, match="other"):
         made.of(tuple(part.flip(0) for part in QUERIES), file=file)
+
+
+def test_an_inverse_of_curvlinops_preconditions_or_answers(logistic):
+    """KFAC and EKFAC of softmax regression: CG beside them needs fewer steps, alone they are near."""
+    curvlinops = pytest.importorskip("curvlinops")
+    net = torch.nn.Linear(FEATURES, CLASSES).double()
+    # As badly scaled as features are that nobody has looked at.
+    scale = torch.logspace(-1, 1, FEATURES, dtype=torch.float64)
+    train, queries = ((x * scale, labels) for x, labels in (TRAIN, QUERIES))
+    params = {"weight": (logistic["weight"] / scale.unsqueeze(1)).T.contiguous(), "bias": logistic["bias"]}
+    net.load_state_dict(params)
+    model = lambda p, batch: torch.func.functional_call(net, p, (batch[0],))  # noqa: E731
+    damping = 1e-3
+    plain = bl.influence(model, each, params, train, queries, damping=damping, throw="raise")
+    loss, data = torch.nn.CrossEntropyLoss(), [(train[0], train[1])]
+    for kind in (curvlinops.KFACLinearOperator, curvlinops.EKFACLinearOperator):
+        factors = kind(
+            net, loss, list(net.parameters()), data, fisher_type=curvlinops.FisherType.TYPE2,
+            separate_weight_and_bias=False,
+        )  # fmt: skip
+        inverse = curvlinops.KFACInverseLinearOperator(factors, damping=damping, use_exact_damping=True)
+        solver = bl.CG(preconditioner=bl.InversePreconditioner(inverse))
+        helped = bl.influence(model, each, params, train, queries, damping=damping, linear_solver=solver, throw="raise")
+        assert relative_error(helped.values, plain.values) <= 1e-5
+        assert helped.stats["num_steps"].max() < plain.stats["num_steps"].min()
+        alone = bl.influence(model, each, params, train, queries, damping=damping, inverse=inverse)
+        assert np.corrcoef(alone.values.flatten(), plain.values.flatten())[0, 1] > 0.9
+        assert 0.01 < alone.stats["relative_residual"].max() < 1
+
+
+def test_projections_store_a_few_numbers_an_example(logistic):
+    """The error falls as one over the root of their number, and is the one that is told; scores correlate."""
+    whole = Influence(linear, each, logistic, TRAIN, penalty=penalty, query_chunk=50, throw="raise")
+    truth = whole.of(QUERIES).values
+    errors = []
+    for dimension in (20, 80, 320, 1280):
+        found = [ProjectedInfluence(whole, dimension, seed=seed).of(QUERIES) for seed in range(3)]
+        wrong = torch.stack([scores.values - truth for scores in found]).square().mean((0, 2)).sqrt()
+        told = torch.stack([scores.error for scores in found]).square().mean(0).sqrt()
+        assert 0.7 < (told / wrong).median() < 1.4
+        errors.append(float(wrong.square().mean().sqrt()))
+    for more, fewer in itertools.pairwise(errors):
+        assert 1.6 < more / fewer < 2.5
+    correlations = [np.corrcoef(row, exact)[0, 1] for row, exact in zip(found[0].values, truth, strict=True)]
+    assert min(correlations) > 0.97
+
+
+def test_projected_features_are_kept_and_given_back(logistic):
+    settings = {"penalty": penalty, "throw": "raise"}
+    whole = Influence(linear, each, logistic, TRAIN, **settings)
+    first = ProjectedInfluence(whole, 100)
+    scores = first.of(QUERIES)
+    assert first.features.shape == (NUM, 100)
+    assert first.stats["num_steps"].shape == (100,)
+    assert scores.result is bl.Result.CONVERGED
+    assert scores.stats["relative_residual"].shape == (20,)
+    other = Influence(linear, each, logistic, TRAIN, query_chunk=7, chunk=30, **settings)
+    again = ProjectedInfluence(other, 100, features=first.features).of(QUERIES)
+    torch.testing.assert_close(again.values, scores.values)
+    assert again.result is bl.Result.STEPS_DONE
+    torch.testing.assert_close(ProjectedInfluence(other, 100).of(QUERIES).values, scores.values, rtol=1e-6, atol=1e-9)
+    assert not torch.allclose(ProjectedInfluence(whole, 100, seed=1).of(QUERIES).values, scores.values, rtol=0.01)
+    with pytest.raises(ValueError, match="examples by dimension"):
+        ProjectedInfluence(whole, 50, features=first.features)
+    with pytest.raises(ValueError, match="dimension is 0"):
+        ProjectedInfluence(whole, 0)
 
 
 def test_what_is_wrong_is_told(logistic):

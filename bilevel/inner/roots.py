@@ -222,7 +222,7 @@ class Bisection:
     Args:
         lower, upper: the first bracket: numbers, or tensors that broadcast to the flat unknowns ``[*batch, n]``. A
             residual without a change of sign in it ends with `Result.STAGNATED`, as does a pole, where the sign changes
-            and the residual does not vanish.
+            and the residual does not vanish; the message tells which, and ``stats["bracketed"]`` in which problems.
         max_steps: halvings at most; all of float64 takes about 60.
     """
 
@@ -266,7 +266,21 @@ class Bisection:
         codes = marked(codes, (bracketed & ~narrow).any(-1) & bracketed.all(-1), Result.MAX_STEPS)
         codes = marked(codes, vanishes.all(-1), Result.CONVERGED)
         codes = marked(codes, ~torch.isfinite(left_over.amin(0)).all(-1), Result.NONFINITE)
-        return Solution(y, {"num_steps": steps, "result": codes})
+        return Solution(y, {"num_steps": steps, "result": codes, "bracketed": bracketed.all(-1)})
+
+    @staticmethod
+    def advice(problem: RootProblem, found: Solution[Tensor]) -> str:
+        """What a message about a failed solve says in the place of `root`'s own advice."""
+        without = ~found.stats["bracketed"]
+        if bool(without.any()):
+            where = f" in {int(without.sum())} of {without.numel()} problems" if without.dim() else ""
+            return (
+                f"The residual does not change its sign between lower and upper{where}, so that it need not have a "
+                "root there: widen or move the bracket, and look whether there is a root at all"
+            )
+        if found.result is Result.STAGNATED:
+            return "The residual changes its sign without vanishing, as at a pole or a jump: keep it out of the bracket"
+        return "The hypergradient holds at a solution only: raise max_steps, or narrow the bracket"
 
 
 REFERENCES = 5

@@ -87,7 +87,7 @@ class InversePreconditioner:
     Args:
         inverse: symmetric and positive definite; an `Operator`, or anything that multiplies a flat vector by ``@`` and
             has a ``shape``: an operator of curvlinops, a dense matrix. Its vectors are the params in the order of the
-            leaves of ``init``.
+            leaves of ``init``. Where many right-hand sides are solved at once, it serves them all.
     """
 
     inverse: Multiplies
@@ -99,7 +99,19 @@ class InversePreconditioner:
                 "unknowns: it is one of other parameters."
             )
         dtype = getattr(self.inverse, "dtype", operator.dtype)
-        return lambda r: (self.inverse @ r.to(dtype)).to(r.dtype)
+        return lambda r: self._times(r.to(dtype)).to(r.dtype)
+
+    def _times(self, r: Tensor) -> Tensor:
+        """``[*batch, n]``: the same inverse for all problems of a batch, unless it is an operator of that batch."""
+        inverse, rows = self.inverse, r.reshape(-1, r.shape[-1])
+        product: Tensor
+        if r.dim() == 1 or (isinstance(inverse, Operator) and inverse.batch_shape):
+            product = inverse @ r
+        elif isinstance(inverse, Operator):
+            product = torch.stack([inverse @ row for row in rows])
+        else:
+            product = (inverse @ rows.T).T
+        return product.reshape(r.shape)
 
 
 def _divide_by(diagonal: Tensor) -> Precondition:

@@ -6,6 +6,7 @@ You will learn how much of each data source a small transformer should train on.
 same kind, but a quarter of the labels of one are wrong, and those of another are drawn at random; a few trusted
 sequences tell which. Before each training step, the mixture follows the hypergradient of the trusted loss through
 that step, the way that data mixtures are learned on the fly (Ren et al. 2018; Shu et al. 2019).
+The application ``domain_weights`` does so with texts, beside other methods and Optuna.
 """
 
 # %%

@@ -60,6 +60,12 @@ def test_an_exact_inverse_is_one_step():
         found = bl.CG(rtol=1e-6, preconditioner=InversePreconditioner(inverse)).solve(Dense(matrix), b)
         assert int(found.stats["num_steps"]) <= 3
         assert relative_error(found.value, torch.linalg.solve(matrix, b)) <= 1e-4
+    many = torch.stack([b, 2 * b, randn(30, seed=9)])
+    both = Dense(matrix.expand(3, 30, 30))
+    for inverse in (torch.linalg.inv(matrix), Dense(torch.linalg.inv(matrix)), Dense(torch.linalg.inv(both.matrix))):
+        found = bl.CG(rtol=1e-6, preconditioner=InversePreconditioner(inverse)).solve(both, many)
+        assert int(found.stats["num_steps"].max()) <= 3  # one inverse for all right-hand sides
+        assert relative_error(found.value, torch.linalg.solve(matrix, many.T).T) <= 1e-4
     with pytest.raises(ValueError, match="one of other parameters"):
         bl.CG(preconditioner=InversePreconditioner(torch.eye(4).double())).solve(Dense(matrix), b)
 

@@ -12,6 +12,7 @@ import pytest
 import bilevel as bl
 from applications.data_cleaning.cleaning import SETTINGS as CLEANING
 from applications.distillation.inner import CUT_OFF
+from applications.domain_weights.learning import METHODS as WEIGHING
 from applications.equilibrium.knobs import Config as Equilibrium
 from applications.equilibrium.methods import settings_of
 from applications.frame.command import main
@@ -23,6 +24,7 @@ from applications.sparse_regression.criterion import SETTINGS as CRITERION
 TUNED = {
     "data_cleaning": CLEANING,
     "distillation": CUT_OFF,
+    "domain_weights": {"hypergrad": WEIGHING["implicit"], "outer_lr": 0.1},
     "equilibrium": settings_of(Equilibrium()),
     "learned_optimizer_settings": LEARNING,
     "regularization": PENALTIES,
@@ -35,6 +37,7 @@ TUNED = {
 QUICK = {
     "data_cleaning": "--num-train 60 --num-val 60 --repeats 1 --steps 2",
     "distillation": "--network convnet --convnet-steps 2 --width 4 --batch 32 --repeats 2 --full-steps 3",
+    "domain_weights": "--steps 2 --learn-steps 3 --warm-up 1 --mixtures 1 --short-steps 1 --context 8 --width 8",
     "equilibrium": "--runs 1 --epochs 1 --batch-size 600 --width 8 --depths 2 3",
     "learned_optimizer_settings": "--data iris --steps 6 --outer-steps 2 --networks 2 --points 3 --windows 2 --fresh 3",
     "regularization": "--problem features --data iris --train 40 --validation 40 --steps 2",

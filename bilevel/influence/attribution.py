@@ -1,34 +1,25 @@
-"""`influence`: what each training example did to a prediction, by inverse curvature products that tell their error.
-
-Koh and Liang 2017. With ``F(y) = mean_i l_i(y) + penalty(y)`` minimised at y, and ``A = H + damping``, H the curvature
-of F, the influence of example i on the loss of query q is ``-g_q^T A^{-1} g_i``: the slope of that loss by the weight
-of the example. Leaving out a set S, the n of the mean as it is, changes it by about ``sum_S g_q^T A^{-1} g_i / n``.
-The error is of second order, as large as the part of the params that an example decides alone.
-"""
+"""`Influence`: gradients, solves and products over chunks of examples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .checks import check_linear_solver
-from .files import write_atomically
-from .linalg.cg import CG
-from .linalg.operator import Operator
-from .linalg.preconditioners import Multiplies
-from .linalg.solve import LinearSolver
-from .solution import Result, Solution, Throw, check_throw, settle
-from .tree import Raveler, Tree, leaves, norm, tree_map
-
-Outputs = Callable[[Tree, Tree], Tensor]
-"""``outputs(params, batch) -> [b, ...]``, one example by itself each (no batch norm in training mode)."""
-Losses = Callable[[Tensor, Tree], Tensor]
-"""``losses(outputs, batch) -> [b]``"""
+from ..checks import check_linear_solver
+from ..linalg.cg import CG
+from ..linalg.noise import signs
+from ..linalg.operator import Operator
+from ..linalg.preconditioners import InversePreconditioner, Multiplies
+from ..linalg.solve import LinearSolver
+from ..solution import Result, Solution, Throw, check_throw, settle
+from ..tree import Raveler, Tree, leaves, norm, tree_map
+from .curvature import Curvature, push
+from .data import Losses, Outputs, count_of, part
+from .scores import InfluenceScores, joined, keep, kept
 
 ADVICE: dict[Result | None, str] = {
     None: "The influences are inexact: raise max_steps, loosen rtol, raise the damping, or precondition CG",
@@ -37,37 +28,6 @@ ADVICE: dict[Result | None, str] = {
         "curvature='gauss_newton'"
     ),
 }
-
-
-@dataclass(frozen=True)
-class InfluenceScores:
-    """Influences of n training examples on q queries.
-
-    Attributes:
-        values: ``-g_q^T A^{-1} g_i``, ``[q, n]``: negative where more weight of the example lowers the query's loss.
-        error: an estimate of the error that the linear solves left in a row of values, in root mean square, ``[q]``.
-        stats: of the linear solves, ``[q]`` each: ``num_steps``, ``residual_norm``, ``relative_residual``, ``result``.
-    """
-
-    values: Tensor
-    error: Tensor
-    stats: dict[str, Tensor]
-
-    @property
-    def result(self) -> Result:
-        """The worst `Result` over the queries."""
-        return Solution(None, self.stats).result
-
-    def left_out(self, sets: Tensor) -> Tensor:
-        """The predicted change of each query's loss when a set of examples is left out: ``[s, n] bool -> [s, q]``.
-
-        To first order, so that the effects of the examples add up.
-        """
-        if sets.dtype != torch.bool or sets.shape[-1] != self.values.shape[1]:
-            raise ValueError(
-                f"sets has shape {tuple(sets.shape)}, {sets.dtype}: masks [s, n] of bool are needed, n the examples"
-            )
-        return -(sets.to(self.values) @ self.values.T) / self.values.shape[1]
 
 
 class Influence:
@@ -82,9 +42,10 @@ class Influence:
             is the Hessian, whose influences are exact to first order at a minimum.
         damping: added to the curvature. None: nothing where there is a penalty, and a thousandth of the mean curvature
             where there is none, since the curvature of a network is singular.
-        linear_solver: `CG` by default; with a preconditioner, or `Neumann(alpha, max_steps)`, LiSSA's recursion.
+        linear_solver: `CG` by default; with a preconditioner, such as `InversePreconditioner` of KFAC's or EKFAC's
+            inverse, or `Neumann(alpha, max_steps)`, LiSSA's recursion.
         inverse: an approximate inverse of A as the whole answer in place of a solver, such as that of KFAC or EKFAC:
-            anything that multiplies a flat vector by ``@``. What it leaves of the system is in the stats all the same.
+            anything that `InversePreconditioner` takes. What it leaves of the system is in the stats all the same.
         chunk: examples that are evaluated at once. query_chunk: right-hand sides that are solved at once.
         throw: as in `argmin`, of the linear solves.
 
@@ -120,7 +81,7 @@ class Influence:
         self.params = tree_map(torch.Tensor.detach, params)
         self.raveler = Raveler(self.params)
         self.y = self.raveler.ravel(leaves(self.params))
-        self.train, self.num_examples = train, _count(train)
+        self.train, self.num_examples = train, count_of(train)
         self.chunk, self.query_chunk, self.throw = chunk, query_chunk, throw
         self.linear_solver, self.inverse = linear_solver or CG(), inverse
         self._check()
@@ -136,15 +97,15 @@ class Influence:
         Raises:
             SolveError: as ``throw`` says. ValueError: the file has queries that these are not.
         """
-        count = _count(queries)
+        count = count_of(queries)
         mark = [] if file is None else self._mark(queries, losses or self.losses)
-        done = [] if file is None else _kept(Path(file), mark)
+        done = [] if file is None else kept(Path(file), mark)
         begin = done[0].values.shape[0] if done else 0
         for first in range(begin, count, self.query_chunk):
-            batch = _part(queries, first, min(first + self.query_chunk, count))
-            done = [_joined([*done, self._scores(self._gradients(batch, losses or self.losses))])]
+            batch = part(queries, first, min(first + self.query_chunk, count))
+            done = [joined([*done, self._scores(self._gradients(batch, losses or self.losses))])]
             if file is not None:
-                _keep(file, mark, done[0])
+                keep(file, mark, done[0])
         return done[0]
 
     def of_themselves(self) -> Tensor:
@@ -163,15 +124,15 @@ class Influence:
 
     def operator(self, count: int) -> Operator:
         """``A`` for that many right-hand sides."""
-        return _Curvature(self, count)
+        return Curvature(self, count)
 
     def _check(self) -> None:
-        one = _part(self.train, 0, min(2, self.num_examples))
+        one = part(self.train, 0, min(2, self.num_examples))
         with torch.no_grad():
             found = self.losses(self.outputs(self.params, one), one)
-        if found.shape != (_count(one),):
+        if found.shape != (count_of(one),):
             raise ValueError(
-                f"losses returned {tuple(found.shape)} for {_count(one)} examples: one loss for each is needed "
+                f"losses returned {tuple(found.shape)} for {count_of(one)} examples: one loss for each is needed "
                 "(reduction='none')."
             )
 
@@ -179,19 +140,17 @@ class Influence:
         if self.penalty is not None:
             return 0.0
         self.damping = 0.0
-        signs = (
-            torch.randint(0, 2, (8, self.y.shape[-1]), generator=torch.Generator().manual_seed(0)).to(self.y) * 2 - 1
-        )
-        mean = (signs * self.operator(8).matvec(signs)).sum(-1).mean() / self.y.shape[-1]
+        probes = signs((8, *self.y.shape), 0, self.y.device).to(self.y)
+        mean = (probes * self.operator(8).matvec(probes)).sum(-1).mean() / self.y.shape[-1]
         return 1e-3 * max(float(mean), 0.0)
 
     def _at(self, y: Tensor) -> Tree:
         return self.raveler.unflatten(self.raveler.unravel(y))
 
     def _batches(self, data: Tree, size: int) -> Iterator[Tree]:
-        count = _count(data)
+        count = count_of(data)
         for first in range(0, count, size):
-            yield _part(data, first, min(first + size, count))
+            yield part(data, first, min(first + size, count))
 
     def _each(self, y: Tensor, batch: Tree, losses: Losses) -> Tensor:
         return losses(self.outputs(self._at(y), batch), batch)
@@ -218,7 +177,7 @@ class Influence:
         if self.inverse is None:
             found = self.linear_solver.solve(operator, g)
         else:
-            u = torch.stack([self.inverse @ row for row in g])
+            u = InversePreconditioner(self.inverse)(operator)(g)
             left, size = norm(g - operator.matvec(u)), norm(g)
             stats = {"num_steps": torch.zeros_like(size, dtype=torch.int64), "residual_norm": left}
             codes = torch.full_like(size, int(Result.STEPS_DONE), dtype=torch.int8)
@@ -239,12 +198,12 @@ class Influence:
     def _slopes(self, batch: Tree, along: Tensor) -> Tensor:
         """``g_i . u`` of every example of a batch, without the gradients: ``[k, p] -> [k, b]``."""
         _, pull = torch.func.vjp(lambda y: self._each(y, batch, self.losses), self.y)  # type: ignore[misc]
-        return _push(pull, (_count(batch),), along)
+        return push(pull, (count_of(batch),), along)
 
     def _mark(self, queries: Tree, losses: Losses) -> list[Tensor]:
         """What a kept file has to be of: queries, examples, params and damping, by a few numbers of each."""
-        count = _count(queries)
-        ends = [self._gradients(_part(queries, i, i + 1), losses)[0].double().sum() for i in (0, count - 1)]
+        count = count_of(queries)
+        ends = [self._gradients(part(queries, i, i + 1), losses)[0].double().sum() for i in (0, count - 1)]
         each = torch.stack(
             [
                 self._slopes(batch, self.y.unsqueeze(0)).double().abs().sum()
@@ -267,85 +226,3 @@ def influence(
         ``scores = bl.influence(model, cross_entropy_of_each, params, (x, labels), (x_test, labels_test))``
     """
     return Influence(outputs, losses, params, train, **settings).of(queries)
-
-
-class _Curvature(Operator):
-    """``A`` on many vectors at once, summed over chunks of examples whose graphs are not kept."""
-
-    def __init__(self, of: Influence, count: int):
-        super().__init__((count,), of.y.shape[-1], of.y.dtype, of.y.device)
-        self.of = of
-
-    def matvec(self, v: Tensor) -> Tensor:
-        of = self.of
-        product = of.damping * v
-        for batch in of._batches(of.train, of.chunk):
-            part = self._gauss_newton(batch, v) if of.curvature == "gauss_newton" else self._hessian(batch, v)
-            product = product + part / of.num_examples
-        if of.penalty is not None:
-            penalty = of.penalty
-            _, pull = torch.func.vjp(torch.func.grad(lambda y: penalty(of._at(y))), of.y)  # type: ignore[misc]
-            product = product + torch.func.vmap(lambda row: pull(row)[0])(v)
-        return product
-
-    def _hessian(self, batch: Tree, v: Tensor) -> Tensor:
-        of = self.of
-        total = torch.func.grad(lambda y: of._each(y, batch, of.losses).sum())
-        _, pull = torch.func.vjp(total, of.y)  # type: ignore[misc]
-        found: Tensor = torch.func.vmap(lambda row: pull(row)[0])(v)
-        return found
-
-    def _gauss_newton(self, batch: Tree, v: Tensor) -> Tensor:
-        of = self.of
-        out, pull = torch.func.vjp(lambda y: of.outputs(of._at(y), batch), of.y)  # type: ignore[misc]
-        tangents = _push(pull, out.shape, v)
-        slope = torch.func.grad(lambda o: of.losses(o, batch).sum())
-        _, curve = torch.func.vjp(slope, out)  # type: ignore[misc]
-        found: Tensor = torch.func.vmap(lambda t: pull(curve(t)[0])[0])(tangents)
-        return found
-
-
-def _push(pull: Callable[..., Any], shape: tuple[int, ...], along: Tensor) -> Tensor:
-    """Products with a Jacobian ``[k, p] -> [k, *shape]``, of its transposed products, which are linear."""
-    zeros = torch.zeros(shape, dtype=along.dtype, device=along.device)
-    _, push = torch.func.vjp(lambda cotangent: pull(cotangent)[0], zeros)  # type: ignore[misc]
-    found: Tensor = torch.func.vmap(lambda row: push(row)[0])(along)
-    return found
-
-
-def _count(data: Tree) -> int:
-    sizes = {leaf.shape[0] if leaf.dim() else -1 for leaf in leaves(data)}
-    if len(sizes) != 1 or min(sizes) < 1:
-        raise ValueError(
-            f"the examples have leaves of shapes {[tuple(leaf.shape) for leaf in leaves(data)]}: the first dimension "
-            "of each counts the examples."
-        )
-    return sizes.pop()
-
-
-def _part(data: Tree, first: int, last: int) -> Tree:
-    return tree_map(lambda leaf: leaf[first:last], data)
-
-
-def _joined(parts: list[InfluenceScores]) -> InfluenceScores:
-    names = set.intersection(*(set(part.stats) for part in parts))
-    return InfluenceScores(
-        torch.cat([part.values for part in parts]),
-        torch.cat([part.error for part in parts]),
-        {name: torch.cat([part.stats[name] for part in parts]) for name in sorted(names)},
-    )
-
-
-def _keep(file: str | Path, mark: list[Tensor], scores: InfluenceScores) -> None:
-    content = {"mark": mark, "values": scores.values, "error": scores.error, "stats": scores.stats}
-    write_atomically(Path(file), lambda opened: torch.save(content, opened))
-
-
-def _kept(file: Path, mark: list[Tensor]) -> list[InfluenceScores]:
-    """The scores of a file, or none."""
-    if not file.is_file():
-        return []
-    kept = torch.load(file, weights_only=True)
-    if not all(torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=0) for a, b in zip(kept["mark"], mark, strict=True)):
-        raise ValueError(f"{file} has the influences of other examples, queries or params: take another file.")
-    return [InfluenceScores(*(kept[name] for name in ("values", "error", "stats")))]

@@ -1,0 +1,1 @@
+"""Influences by this library, pyDVL and kronfluence on one network, each against training again."""
