@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..recording import recording
 from ..solution import Result, marked
-from ..tree import norm, scale
+from ..tree import norm
 from .operator import Operator
 from .solve import IterativeSolver, Outcome, Precondition, Stopping, default_rtol, stop_now
 

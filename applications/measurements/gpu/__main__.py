@@ -27,11 +27,12 @@ SHARES = {
     "captured": 0.08,
     "linear": 0.04,
     "precision": 0.06,
-    "training-float32": 0.12,
-    "training-tf32": 0.12,
-    "training-bf16": 0.12,
-    "peers-A": 0.1,
+    "training-float32": 0.1,
+    "training-tf32": 0.1,
+    "training-bf16": 0.1,
+    "peers-A": 0.12,
     "peers-C": 0.06,
+    "peers-F": 0.08,
     "memory": 0.05,
     "large": 0.05,
 }
@@ -116,7 +117,8 @@ def _command(settings: Settings, part: str, device: str, seconds: float) -> list
     data = [] if settings.data_root is None else ["--data", "omniglot", "--data-root", str(settings.data_root)]
     minutes = str(max(0.01, 0.8 * seconds / 60))  # the evaluation comes after it
     if part in PARTS:
-        return [*python, "applications.measurements.gpu.parts", part, device, str(seconds)]
+        place = [] if settings.data_root is None else [str(settings.data_root)]
+        return [*python, "applications.measurements.gpu.parts", part, device, str(seconds), *place]
     if part == "tests":
         return [*python, "pytest", "-q", "-n", "0", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider"]
     if part.startswith("training-"):
@@ -127,15 +129,6 @@ def _command(settings: Settings, part: str, device: str, seconds: float) -> list
             *(*few_shot, *data, *small, *more, "--precision", precision, "--minutes", minutes),
             *("--steps", "1000000", "--eval-tasks", "20" if device == "cpu" else "600", "--out"),
             str(settings.out / part),
-        ]
-    if part.startswith("peers-"):
-        workload = {"A": "A-4-tasks" if device == "cpu" else "A", "C": "C-10-steps"}[part.removeprefix("peers-")]
-        place = [] if settings.data_root is None else ["--data-root", str(settings.data_root)]
-        only = ["--peer", "none", "--only", "bilevel"] if device == "cpu" else []
-        return [
-            *(*python, "applications.measurements.benchmarks", "--workloads", workload, "--device", device, *place),
-            *(*only, "--rounds", "1", "--runs", "1", "--timeout", str(max(40.0, seconds / 2))),
-            *("--out", str(settings.out / part)),
         ]
     small = ["--width", "4", "--tasks", "2", "--inner-steps", "2", "--eval-tasks", "20"] if device == "cpu" else []
     place = data or ["--data", "glyphs"]
