@@ -85,6 +85,7 @@ def run(settings: Settings, arguments: list[str]) -> int:
     for part in settings.parts:
         left = seconds - (time.monotonic() - begin)
         budget = left if part == "paper" else min(left, SHARES[part] * seconds)
+        budget = max(budget, REHEARSED / 2) if device == "cpu" and part == "paper" else budget
         limit = max(budget, REHEARSED) if device == "cpu" or part == "paper" else budget  # that one ends by itself
         place = _place(settings, part)
         found = _in_own_process(_command(settings, part, device, budget), device, limit)
