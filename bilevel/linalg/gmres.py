@@ -117,13 +117,14 @@ class _Cycle:
         basis, w = self.kept.narrow(1, 0, self.size), operator.matvec(self.v.view(self.shape)).reshape(self.v.shape)
         self.largest = torch.maximum(self.largest, norm(w, keepdim=True))
         least = self.few * self.largest
-        first = torch.bmm(basis, w.mT)
-        w = torch.baddbmm(w, first.mT, basis, alpha=-1)
-        second = torch.bmm(basis, w.mT)
-        w = torch.baddbmm(w, second.mT, basis, alpha=-1)
+        columns = basis.mT
+        first = torch.bmm(w, columns)
+        w = torch.baddbmm(w, first, basis, alpha=-1)
+        second = torch.bmm(w, columns)
+        w = torch.baddbmm(w, second, basis, alpha=-1)
         column, height = (first + second).double(), norm(w, keepdim=True)
         safe = torch.maximum(height, least)
-        grown = torch.baddbmm(least, self.z, column, beta=0, alpha=-1) / safe
+        grown = torch.baddbmm(least, self.z, column.mT, beta=0, alpha=-1) / safe
         self.z = torch.cat([self.z, grown], -1)
         self.squares = torch.addcmul(self.squares, grown, grown)
         self.parts += [column, safe]
@@ -164,7 +165,7 @@ class _Cycle:
         k = self.size
         column, row = torch.tril_indices(k, k + 1, 1, device=self.z.device)
         flat = self.z.new_zeros(len(self.z), k * (k + 1))
-        return flat.index_copy(1, column * (k + 1) + row, torch.cat(self.parts, 1)[..., 0]).view(-1, k, k + 1).mT
+        return flat.index_copy(1, column * (k + 1) + row, torch.cat(self.parts, -1)[:, 0]).view(-1, k, k + 1).mT
 
     def _rotations(self) -> Tensor:
         """``Q [T, k, k + 1]`` with ``Q H`` triangular.

@@ -38,6 +38,16 @@ def seconds_of(run: Callable[[], Any], device: torch.device, repeats: int = 5) -
     return statistics.median(found)
 
 
+def processor_seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """One run: the time of the processor on a CPU, else that until the device has ended it."""
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    _wait(device)
+    begin = clock()
+    run()
+    _wait(device)
+    return clock() - begin
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
