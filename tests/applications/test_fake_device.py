@@ -55,14 +55,14 @@ FEW = bl.GradientDescent(0.1, max_steps=2)
 SOLVERS = [
     (bl.LBFGS(max_steps=3), 6),
     (bl.NewtonCG(max_steps=2, cg_steps=3), MANY),
-    (FEW, 3),
-    (bl.GradientDescent(0.1, max_steps=4, safeguard=True, momentum=0.0), 3),
+    (FEW, 1),
+    (bl.GradientDescent(0.1, max_steps=4, safeguard=True, momentum=0.0), 1),
     (bl.GradientDescent(0.1, max_steps=16, gtol=1e-3), 5),
     (bl.GradientDescent(max_steps=3, line_search=True), 6),
-    (bl.Steps(bl.SGD(0.1, momentum=0.9), max_steps=3), 3),
-    (bl.Steps(bl.Adam(0.1), max_steps=3), 3),
-    (bl.Steps(bl.AdamW(0.1, weight_decay=0.0), max_steps=3), 3),
-    (bl.Steps(bl.RMSprop(0.1), max_steps=3), 3),
+    (bl.Steps(bl.SGD(0.1, momentum=0.9), max_steps=3), 1),
+    (bl.Steps(bl.Adam(0.1), max_steps=3), 1),
+    (bl.Steps(bl.AdamW(0.1, weight_decay=0.0), max_steps=3), 1),
+    (bl.Steps(bl.RMSprop(0.1), max_steps=3), 1),
     (bl.TorchOptim(torch.optim.Adam, lr=0.1, max_steps=3), MANY),
     (bl.TorchOptim(torch.optim.Adam, lr=0.1, max_steps=3, gtol=1e-3), MANY),
     (bl.ScipyMinimize(max_steps=2), MANY),
@@ -72,7 +72,7 @@ SOLVERS = [
 @pytest.mark.parametrize("tasks", [(), (3,)], ids=["one", "three"])
 @pytest.mark.parametrize(("solver", "looks"), SOLVERS, ids=lambda part: type(part).__name__)
 def test_inner_solvers(solver, looks, tasks):
-    """The adjoint makes three steps: at most one look is its own, and one is that of the solve."""
+    """The adjoint makes three steps, and one look is that of both solves."""
     assert hypergradient(solver, bl.Implicit(bl.CG(max_steps=3)), tasks, going=looks == MANY).looks <= looks
 
 

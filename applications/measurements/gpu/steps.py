@@ -145,7 +145,7 @@ def workload_f(device: torch.device, seconds: float, root: Path | None = None) -
     """The whole step of training, as the application makes it by default, of 64 filters."""
     small: dict[str, Any] = {"width": 4, "tasks": 2} if device.type == "cpu" else {"width": 64}
     known, name = rates(device), "glyphs" if root is None else "omniglot"
-    config = replace(Config(), data=name, data_root=root, device=device.type, **small)
+    config = replace(Config(), **{"data": name, "data_root": root, "device": device.type, **small})
     yield {"rates_in_flops": known}
     yield from variants(device, config, training_step_of, known)
     if "F" not in NAMES:
