@@ -171,7 +171,7 @@ def _contest(
     yield {"rates_in_flops": known}
     if made_of is not None:
         yield from variants(device, workload.config, made_of, known)
-    work = workload.flops() or flops_of(gradient_of(replace(workload.config, chunk_size=workload.tasks, threads=1)))
+    work = flops_of(gradient_of(replace(workload.config, chunk_size=workload.tasks, threads=1)))
     names = [one for one in workload.contestants() if device.type == "cuda" or one == OURS or not one.startswith(OURS)]
     left = seconds - (time.monotonic() - begin)
     for row in contest(kind, settings, names, 1, 1, max(40.0, left / len(names))):
