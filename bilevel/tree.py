@@ -62,9 +62,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1, dtype=torch.float64)
 
 
-def norm(a: Tensor, keepdim: bool = False) -> Tensor:
+def norm(a: Tensor) -> Tensor:
     """2-norm over the last dimension in float64, safe against overflow and underflow of the squares."""
-    size: Tensor = torch.linalg.vector_norm(a, dim=-1, keepdim=keepdim, dtype=torch.float64)
+    size: Tensor = torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
     return size
 
 

@@ -84,7 +84,7 @@ def _sweep(operator: Operator, state: _State, target: Tensor, max_steps: int) ->
     r, target, none = state.r, target.unsqueeze(-1), state.r.new_zeros((), dtype=torch.float64)
     x, shadow, p, active, broken = state.x, r, r, state.active.unsqueeze(-1), state.broken.unsqueeze(-1)
     rho, best, made = _dot(shadow, r), state.relative.unsqueeze(-1), []
-    roundoff = torch.finfo(r.dtype).eps * norm(shadow, keepdim=True)
+    roundoff = torch.finfo(r.dtype).eps * norm(shadow).unsqueeze(-1)
     for step in range(max_steps):
         if stop_now(active, step):
             break
@@ -92,7 +92,7 @@ def _sweep(operator: Operator, state: _State, target: Tensor, max_steps: int) ->
         v = operator.matvec(p)
         across = _dot(shadow, v)
         size = across.abs()
-        whole = active & (size > roundoff * norm(v, keepdim=True))  # else it has broken down
+        whole = active & (size > roundoff * norm(v).unsqueeze(-1))  # else it has broken down
         alpha = torch.where(whole, rho / across, none)
         s = torch.addcmul(r, alpha.to(r.dtype), v, value=-1)
         t = operator.matvec(s)
@@ -103,7 +103,7 @@ def _sweep(operator: Operator, state: _State, target: Tensor, max_steps: int) ->
         by = omega.to(r.dtype)
         x = torch.addcmul(torch.addcmul(x, alpha.to(r.dtype), p), by, s)
         r = torch.addcmul(s, by, t, value=-1)
-        relative, rho_next = norm(r, keepdim=True), _dot(shadow, r)
+        relative, rho_next = norm(r).unsqueeze(-1), _dot(shadow, r)
         better = active & (relative < best)
         best, state.x = torch.where(better, relative, best), torch.where(better, x, state.x)
         active = active & (relative > target) & (omega != 0) & (rho_next.abs() > roundoff * relative)

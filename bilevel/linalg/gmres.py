@@ -115,14 +115,14 @@ class _Cycle:
         """One product, orthogonalised twice (it is enough) against the directions."""
         self._keep()
         basis, w = self.kept.narrow(1, 0, self.size), operator.matvec(self.v.view(self.shape)).reshape(self.v.shape)
-        self.largest = torch.maximum(self.largest, norm(w, keepdim=True))
+        self.largest = torch.maximum(self.largest, norm(w).unsqueeze(-1))
         least = self.few * self.largest
         columns = basis.mT
         first = torch.bmm(w, columns)
         w = torch.baddbmm(w, first, basis, alpha=-1)
         second = torch.bmm(w, columns)
         w = torch.baddbmm(w, second, basis, alpha=-1)
-        column, height = (first + second).double(), norm(w, keepdim=True)
+        column, height = (first + second).double(), norm(w).unsqueeze(-1)
         safe = torch.maximum(height, least)
         grown = torch.baddbmm(least, self.z, column.mT, beta=0, alpha=-1) / safe
         self.z = torch.cat([self.z, grown], -1)
