@@ -84,8 +84,9 @@ def argmin(
             solution and of the hyperparameters, through which gradients flow. A function under `torch.vmap` may return
             such pairs, too.
         throw: what a failed solve does, here and in the backward pass: ``"raise"`` a `SolveError`, ``"warn"``
-            (a `SolveWarning`; non-finite solves still raise), ``"fallback"`` (retry with `NewtonCG`, and MINRES
-            or damped CG, then warn), ``"ignore"`` (the stats alone tell).
+            (a `SolveWarning`; non-finite solves still raise; on a GPU of both solves with the backward pass, by one
+            look), ``"fallback"`` (retry with `NewtonCG`, and MINRES or damped CG, then warn), ``"ignore"`` (the stats
+            alone tell).
         warm_start: an earlier solution: its adjoint is the first guess of the next, with its preconditioner.
 
     Returns:

@@ -183,3 +183,16 @@ def _kind(value: object) -> str:
 def _has(value: object, *methods: str) -> bool:
     """Whether it has one of these methods of ours; a string has methods of the same names."""
     return not isinstance(value, str) and any(callable(getattr(value, method, None)) for method in methods)
+
+
+def refuse_mps(name: str, device: torch.device) -> None:
+    """Raise where there is no float64.
+
+    Raises:
+        NotImplementedError: the device is one of MPS.
+    """
+    if device.type == "mps":
+        raise NotImplementedError(
+            f"{name} is on an MPS device, which has no float64: dot products, norms and losses are accumulated in it "
+            f"here, and without it tolerances mean nothing. Move {name} and the data to the CPU, or to a CUDA device."
+        )

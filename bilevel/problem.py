@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ._torch import pytree, sequence_number
+from .checks import refuse_mps
 from .closure import Autocast, Tracer, sparing
 from .context import UNCOMPILED
 from .reach import Reach
@@ -354,11 +355,7 @@ def check_init(init: Tree) -> None:
             )
         if leaf.device != flat[0].device:
             raise ValueError(f"init is spread over {flat[0].device} and {leaf.device}: put all leaves on one device.")
-    if flat[0].device.type == "mps":
-        raise NotImplementedError(
-            "init is on an MPS device, which has no float64: dot products, norms and losses are accumulated in it "
-            "here, and without it tolerances mean nothing. Move init and the data to the CPU, or to a CUDA device."
-        )
+    refuse_mps("init", flat[0].device)
     if sum(leaf.numel() for leaf in flat) == 0:
         raise ValueError("init holds no numbers (every leaf has a dimension of size 0).")
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_hypergrad
+from .checks import check_hypergrad, refuse_mps
 from .closure import Closure, Tracer, VmappedClosure, in_transform
 from .context import solves
 from .hypergrad.base import PathMethod
@@ -195,6 +195,7 @@ def _checked(
     n = c.shape[-1] if c.dim() else 0
     if n == 0:
         raise ValueError(f"c has shape {tuple(c.shape)}: a vector [n] or [T, n] is needed.")
+    refuse_mps("c", c.device)
     for first, second, one, two in (("A", "b", A, b), ("G", "h", G, h)):
         if (one is None) != (two is None):
             raise ValueError(f"{first} and {second} belong together: give both, or neither.")

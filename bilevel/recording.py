@@ -61,7 +61,8 @@ class Recorded:
         for tensor in tensors:
             if tensor.device != device:
                 raise ValueError(f"The arguments are on {device} and {tensor.device}: a recording is of one device.")
-        key = (program, spec, torch.is_grad_enabled(), _autocast(device), *(_signature(leaf) for leaf in flat))
+        modes = torch.is_grad_enabled(), _autocast(device), *_kernels()
+        key = (program, spec, modes, *(_signature(leaf) for leaf in flat))
         with self._lock, _on(device):  # a recording has one set of inputs
             known = self._programs.pop(key, None)
             if known is None:
@@ -76,7 +77,8 @@ def capture(fn: Callable[..., Tree], max_recordings: int = MAX_RECORDINGS) -> Re
     """Record ``fn`` as a CUDA graph and replay it: the launches of thousands of kernels for the price of one.
 
     The first call with arguments of some shapes, dtypes, devices and flags of ``requires_grad``, other constants, or
-    another state of autocast or of grad mode, runs ``fn`` a few times and records it. Later ones copy their arguments
+    another state of autocast, of grad mode, or of what PyTorch chooses kernels by (TF32, deterministic algorithms),
+    runs ``fn`` a few times and records it. Later ones copy their arguments
     into those of the recording and replay its kernels; nothing that ``fn`` does in Python is done again. So ``fn`` may
     not look at a value: no ``.item()``, no solver that stops by its tolerance. `GradientDescent` with one ``lr`` and
     `Steps` serve, of the linear solvers all on the device that are given ``max_steps``, with any preconditioner, and
@@ -213,6 +215,12 @@ def _signature(leaf: Hashable) -> Hashable:
 def _autocast(device: torch.device) -> Hashable:
     kind = device.type
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
+
+
+def _kernels() -> tuple[bool, bool, bool]:
+    """By what PyTorch chooses among the kernels of an operation, which a recording keeps."""
+    matmul, convolution = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    return matmul, convolution, torch.are_deterministic_algorithms_enabled()
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -329,3 +329,23 @@ def test_shards_are_even_and_cover_everything(monkeypatch):
     assert [i for part in parts for i in part] == list(range(11))
     with pytest.raises(ValueError, match="3 things cannot be shared out among 4 ranks"):
         shard(3)
+
+
+def test_gradients_cost_one_reduction_and_numbers_one_in_float64(monkeypatch):
+    """Beside the word that all are here: one flat copy, and one look of the host."""
+    calls = []
+    monkeypatch.setattr("bilevel.distributed.world_size", lambda group=None: 2)
+    monkeypatch.setattr("bilevel.distributed._device", lambda group: torch.device("cpu"))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, **_: calls.append((t.dtype, t.numel())))
+    params = [torch.zeros(size, requires_grad=True) for size in (3, 4)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    assert reduce_gradients(params, 1.0, 2.0) == [1.0, 2.0]
+    assert calls == [(torch.int64, 3), (torch.float64, 4), (torch.float32, 7)]
+
+
+def test_numbers_alone_are_where_the_backend_has_its_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for backend, device in (("nccl", torch.device("cuda", 1)), ("gloo", torch.device("cpu"))):
+        monkeypatch.setattr(torch.distributed, "get_backend", lambda group, backend=backend: backend)
+        assert bl.distributed._device(None) == device

@@ -43,6 +43,17 @@ def test_a_recorded_step_is_the_eager_one_and_that_of_the_host(linear):
             torch.testing.assert_close(gradient(program, *own)[1].cpu(), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_threads_of_tasks_work_on_the_stream_of_the_caller():
+    if DEVICE.type != "cuda":
+        assert bl.map_tasks(lambda x: 2 * x, torch.arange(4.0), chunk_size=1, num_threads=2).tolist() == [0, 2, 4, 6]
+        return
+    stream, seen = torch.cuda.Stream(DEVICE), []
+    with torch.cuda.stream(stream):
+        x = torch.arange(4.0, device=DEVICE)
+        bl.map_tasks(lambda x: seen.append(torch.cuda.current_stream()) or x, x, chunk_size=1, num_threads=2)
+    assert seen == [stream] * 4
+
+
 def test_a_meta_step_does_not_wait():
     """PyTorch's own watch on synchronisations."""
     fn, own = losses_of(linear=bl.CG(max_steps=3)), (moved(start()), *moved(data(0)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -42,11 +43,58 @@ def test_a_meta_step_of_implicit_maml_looks_at_nothing(monkeypatch, tasks):
 
 
 @pytest.mark.parametrize("tasks", [(), (5,)], ids=["one", "five"])
-def test_a_healthy_solve_and_its_backward_pass_look_once_each(monkeypatch, tasks):
-    """At the result, which may have to be told."""
+def test_a_healthy_solve_and_its_backward_pass_look_once(monkeypatch, tasks):
+    """At both results together, which may have to be told."""
     with looks_cost(monkeypatch) as looks:
         differentiated(bl.GradientDescent(0.5, max_steps=5), bl.Implicit(bl.CG(max_steps=5)), tasks)
+    assert looks.at == {"hypergrad/search.py:look": 1}
+
+
+def test_what_must_be_told_at_once_is_looked_at_once_each(monkeypatch):
+    with looks_cost(monkeypatch) as looks:
+        differentiated(bl.GradientDescent(0.5, max_steps=5), bl.Implicit(bl.CG(max_steps=5)), throw="raise")
     assert looks.count == 2
+
+
+@pytest.mark.parametrize("tasks", [(), (5,)], ids=["one", "five"])
+def test_failures_of_both_solves_are_told_with_the_backward_pass(monkeypatch, tasks):
+    objective, start, strength = logistic(tasks)
+    solver, hypergrad = bl.GradientDescent(0.5, max_steps=3, gtol=1e-12), bl.Implicit(bl.CG(rtol=1e-12, max_steps=2))
+    with looks_cost(monkeypatch):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit = bl.argmin(objective, start, solver=solver, hypergrad=hypergrad)
+        with pytest.warns(bl.SolveWarning) as told:
+            torch.autograd.grad(fit.value.square().sum(), strength)
+    assert [str(one.message).partition(":")[0] for one in told] == [
+        "The inner solve",
+        "The adjoint solve of the hypergradient",
+    ]
+    assert {one.filename for one in told} == {__file__}
+
+
+def test_a_saddle_is_told_with_the_backward_pass_and_put_right_in_the_stats(monkeypatch):
+    rate = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def saddle(w):
+        return rate * (w[0] ** 2 - w[1] ** 2) + w[1] ** 4
+
+    free = bl.argmin(saddle, torch.zeros(2, dtype=torch.float64), throw="ignore")
+    with looks_cost(monkeypatch):
+        fit = bl.argmin(saddle, torch.zeros(2, dtype=torch.float64), hypergrad=bl.Implicit(bl.MINRES()))
+        with pytest.warns(bl.SolveWarning, match="The inner solve: .*negative curvature"):
+            torch.autograd.grad(fit.value.sum(), rate)
+    assert fit.result is bl.Result.NEGATIVE_CURVATURE
+    assert free.result is bl.Result.CONVERGED  # nothing looks closer where nothing is told
+
+
+def test_a_failure_without_a_backward_pass_is_told_when_the_solution_is_dropped(monkeypatch):
+    objective, start, _ = logistic()
+    with looks_cost(monkeypatch):
+        fit = bl.argmin(objective, start, solver=bl.GradientDescent(0.5, max_steps=3, gtol=1e-12))
+        with pytest.warns(bl.SolveWarning, match="The inner solve") as told:
+            del fit
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("tasks", [(), (5,)], ids=["one", "five"])
@@ -60,8 +108,8 @@ def test_lbfgs_looks_once_a_step_and_never_in_its_line_search(monkeypatch, gtol,
     assert looks.at["inner/descent.py:step"] <= steps
     assert looks.at["inner/descent.py:finish"] == 0
     assert looks.at["inner/pairs.py:first_step"] == (gtol is None)
-    assert looks.at["hypergrad/search.py:_seen"] == 1
-    assert looks.at["solution.py:result"] == 1
+    assert looks.at["hypergrad/search.py:look"] == 1
+    assert looks.at["solution.py:result"] == 0
     for name in ("num_steps", "result"):
         assert torch.equal(fit.stats[name], free.stats[name])
     torch.testing.assert_close(fit.value, free.value, rtol=1e-13, atol=0)
@@ -110,6 +158,12 @@ def test_fixed_points_look_once_in_eight_steps(monkeypatch, solver):
 
 
 def test_a_start_that_is_not_finite_is_still_told(monkeypatch):
-    objective, start, _ = logistic()
-    with looks_cost(monkeypatch), pytest.raises(bl.NonFiniteError, match="init contains NaN"):
-        bl.argmin(objective, start * torch.nan, solver=bl.GradientDescent(0.1, max_steps=2))
+    objective, start, strength = logistic()
+    settings = {"solver": bl.GradientDescent(0.1, max_steps=2)}
+    with looks_cost(monkeypatch):
+        fit = bl.argmin(objective, start * torch.nan, **settings)
+        with pytest.raises(bl.NonFiniteError, match="init contains NaN"):
+            torch.autograd.grad(fit.value.sum(), strength)
+        for changes in ({"throw": "raise"}, {"hypergrad": None}):
+            with pytest.raises(bl.NonFiniteError, match="init contains NaN"):
+                bl.argmin(objective, start * torch.nan, **settings, **changes)

@@ -25,7 +25,7 @@ from ..solution import Result, Solution
 from ..tree import Tree, leaves, norm
 from .checked import corrected_hypergradient, distance, outer_gradients
 from .compare import LARGEST_DENSE
-from .cost import median_seconds
+from .cost import median_seconds, wait
 from .differences import OuterLoss
 from .network import PRODUCTS, find_network, first_order_solver, fresh, left_by_few_products, network_hypergrad
 from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of, with_decay_outside
@@ -191,6 +191,7 @@ def advise(
         return _for_random(random, problem, x)
     begin = time.perf_counter()
     fit = solve(problem, x, solver=solver, hypergrad=Implicit(), throw="ignore")
+    wait()
     seconds = time.perf_counter() - begin
     network, ended = None, fit
     if solver is None and problem.kind == "argmin" and fit.result is Result.NEGATIVE_CURVATURE:
@@ -199,6 +200,7 @@ def advise(
         solver = first_order_solver(problem, x)
         begin = time.perf_counter()
         fit = solve(problem, x, solver=solver, hypergrad=Implicit(), throw="ignore")
+        wait()
         seconds = time.perf_counter() - begin
     statement, flat = statement_of(problem, x)
     params = [leaf.detach() for leaf in leaves(fit.value)]
@@ -218,6 +220,7 @@ def advise(
         cotangent = point.raveler.ravel(outer_gradients(problem, fit.value, x)[2])
         begin = time.perf_counter()
         hypergrad.pull(fresh(point), cotangent)
+        wait()
         products, price = PRODUCTS, time.perf_counter() - begin
         measured = left_by_few_products(hypergrad, point, cotangent)
     else:

@@ -20,7 +20,7 @@ from ..solution import AdjointCell, Result, Solution, SolveError, Throw, marked,
 from ..tree import norm
 from .advice import NONFINITE_ADVICE, adjoint_advice
 from .base import Hypergrad, Point, Pulled
-from .search import Search
+from .search import Later, Search
 from .seen import Seen
 from .statement import Statement
 
@@ -52,6 +52,7 @@ class Findings:
     adjoint_cell: AdjointCell = field(default_factory=AdjointCell)
     fused: str | None = None
     layer_norm: bool = False
+    later: Later | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,10 @@ class Call:
         )
 
     def keep(self, adjoint: Solution | None, point: Point) -> None:
-        """Leave the adjoint solve where the caller finds it, and let it be heard."""
+        """Leave the adjoint solve where the caller finds it, and let it be heard, and what was put off till now."""
+        later, self.findings.later = self.findings.later, None
+        failed = None if adjoint is None else (adjoint.stats["result"] > int(Result.STEPS_DONE)).any()
+        well = later is not None and not later.look(failed)
         if adjoint is not None:
             cell = self.findings.adjoint_cell
             value = pytree.tree_unflatten(point.raveler.unravel(adjoint.value), self.spec)
@@ -115,7 +119,8 @@ class Call:
                 hint = rounding_hint(point.params[0].device.type, point.params[0].dtype)
                 return adjoint_advice(self.hypergrad, self.statement, found, adjoint) + hint
 
-            settle(adjoint, self.throw, "The adjoint solve of the hypergradient", advice, place=self.place)
+            if not well:
+                settle(adjoint, self.throw, "The adjoint solve of the hypergradient", advice, place=self.place)
 
     def check_finite(self, pulled: Pulled) -> Pulled:
         """Mark, or where there is no linear solve refuse, a hypergradient that is not finite.

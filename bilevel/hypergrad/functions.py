@@ -6,6 +6,7 @@ The solution y*(x), and the solution u of the linear system J(y*, x)^T u = g: th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ from .seen import Seen
 def solution(call: Call, start: list[Tensor], hparams: list[Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Leaves of the solution, differentiable, and the stats of the solve."""
     out = _Solution.apply(call, *start, *hparams)
-    return list(out[: call.num_leaves]), dict(zip(call.findings.names, out[call.num_leaves :], strict=True))
+    stats = dict(zip(call.findings.names, out[call.num_leaves :], strict=True))
+    if call.findings.later is not None and not in_transform():
+        call.findings.later.codes = stats["result"]
+    return list(out[: call.num_leaves]), stats
 
 
 class _Solution(torch.autograd.Function):
@@ -46,7 +50,7 @@ class _Solution(torch.autograd.Function):
             findings.seen = point.seen = Seen.of(problem, at.loss, residual)
             return measured(found, residual, None if at.loss is None else at.loss.detach())
 
-        found = call.search(problem, measure)
+        found = call.search(problem, measure, partial(setattr, findings, "later"), call.place)
         assert findings.point is not None
         findings.found, findings.names = found, sorted(found.stats)
         inspect(findings, findings.point.linearization())

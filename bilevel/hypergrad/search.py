@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,10 +13,50 @@ from torch import Tensor
 
 from ..inner.minimize import InnerSolver
 from ..inner.outcome import suspicious
-from ..recording import recording
-from ..solution import Result, Solution, Throw, settle
+from ..notices import Place, tell
+from ..recording import free_looks, recording
+from ..solution import Result, Solution, SolveWarning, Throw, settle
 
 Found = Solution[Tensor]
+
+
+class Later:
+    """What a solve may have to tell, where a look is not free: looked at with its backward pass, by one look for both.
+
+    Of a solve that has none it is looked at, and told as a warning, when the graph of the solution is dropped.
+
+    Attributes:
+        flags: 0-d, of `Search`; 0: there is nothing to tell. told: tells it; gives what was found, looked at closer.
+        codes: the results that the user has, ``[*batch]``, which are put right.
+    """
+
+    def __init__(self, flags: Tensor, told: Callable[[int], Found], place: Place | None):
+        self.flags, self.told, self.place = flags, told, place
+        self.codes: Tensor | None = None
+
+    def look(self, other: Tensor | None = None) -> bool:
+        """Tell what there is to tell; and whether ``other``, 0-d bool, is true, by the same look.
+
+        Raises:
+            SolveError, NonFiniteError: the solve was not finite.
+        """
+        flags, self.place = self.flags, None
+        seen = int(flags if other is None else 4 * other + flags)
+        if seen % 4:
+            found = self.told(seen % 4)
+            if self.codes is not None:
+                self.codes.copy_(found.stats["result"])
+        return seen >= 4
+
+    def __del__(self) -> None:
+        if self.place is None or sys.is_finalizing() or recording():
+            return
+        place = self.place
+        try:
+            self.look()
+        except Exception as error:  # it cannot be raised here
+            with suppress(Exception):
+                tell(str(error), SolveWarning, place=place)
 
 
 @dataclass(frozen=True)
@@ -41,8 +83,18 @@ class Search:
     complete: Callable[[Any, Found], Found] | None = None
     own_stats: tuple[str, ...] = ()
 
-    def __call__(self, problem: Any, measure: Callable[[Found], Found]) -> Found:
+    def __call__(
+        self,
+        problem: Any,
+        measure: Callable[[Found], Found],
+        postpone: Callable[[Later], None] | None = None,
+        place: Place | None = None,
+    ) -> Found:
         """Solve ``problem``; ``measure`` puts the norm of the residual into the stats.
+
+        Args:
+            postpone: takes what is to be looked at with the backward pass; None: it is looked at here.
+            place: the user's line, which what is told later is told at.
 
         Raises:
             SolveError: as ``throw`` says.
@@ -51,26 +103,41 @@ class Search:
         found = measure(solved).with_stats(**{name: solved.stats[name] for name in self.own_stats})
         if self.throw == "ignore" or recording():
             return self._completed(problem, found)
-        ok, odd = self._seen(found)
-        if not ok:
+        flags = _flags(found)
+        if postpone and place and self.throw == "warn" and self.complete is None and not free_looks(flags):
+            postpone(Later(flags, partial(self._heard, problem, found, place=place), place))
+            return found
+        seen = int(flags)
+        if seen >= FAILED:
             problem.refuse_nonfinite()
-        if not ok and self.throw == "fallback" and self.fallback is not None:
+        if seen >= FAILED and self.throw == "fallback" and self.fallback is not None:
             found = measure(self.fallback.minimize(problem))
             found = replace(found, recovered=(type(self.fallback).__name__,))
-            ok, odd = self._seen(found)
-        if self.look is not None and odd:
+            seen = int(_flags(found))
+        return self._heard(problem, found, seen)
+
+    def _heard(self, problem: Any, found: Found, seen: int, place: Place | None = None) -> Found:
+        """Look closer where that is due, and let a failure be heard."""
+        if place is not None and seen >= FAILED:
+            problem.refuse_nonfinite()
+        if self.look is not None and seen % FAILED:
             found = self.look(problem, found)
         found = self._completed(problem, found)
-        if odd or not ok or self.complete is not None:
+        if seen or self.complete is not None:
             advice = partial(self.advice, problem, found) if callable(self.advice) else self.advice
-            settle(found, self.throw, self.what, advice, start=None if self.own_stats else problem.first_residual)
+            start = None if self.own_stats else problem.first_residual
+            settle(found, self.throw, self.what, advice, start=start, place=place)
         return found
 
     def _completed(self, problem: Any, found: Found) -> Found:
         return found if self.complete is None else self.complete(problem, found)
 
-    def _seen(self, found: Found) -> tuple[bool, bool]:
-        """Whether all problems are well, and whether one is odd enough to look closer: one look at the device."""
-        failed = (found.stats["result"] > int(Result.STEPS_DONE)).any()
-        seen = int(2 * failed + suspicious(found).any())
-        return seen < 2, seen % 2 == 1
+
+FAILED = 2
+"""Among the flags: a problem failed; 1: one is odd enough to look closer."""
+
+
+def _flags(found: Found) -> Tensor:
+    """Both as one number, 0-d: one look at the device."""
+    failed = (found.stats["result"] > int(Result.STEPS_DONE)).any()
+    return FAILED * failed + suspicious(found).any()

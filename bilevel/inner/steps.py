@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..checks import check_rule
 from ..problem import Evaluation, Problem
+from ..recording import free_looks
 from ..solution import Solution
 from ..tree import Tree
 from .minimize import Progress, check_settings, choose
@@ -87,7 +88,7 @@ class Adam(Rule):
     def __post_init__(self) -> None:
         check_rates(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
         for beta in self.betas:
-            if not 0 <= float(torch.as_tensor(beta).detach()) < 1:
+            if may_be_looked_at(beta) and not 0 <= float(torch.as_tensor(beta).detach()) < 1:
                 raise ValueError(f"betas is {self.betas}: each lies in [0, 1).")
 
     def init(self, y: Tensor) -> State:
@@ -247,11 +248,16 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))
 
 
+def may_be_looked_at(setting: Any) -> bool:
+    """Whether a setting can be checked: of a learned one each step makes a new tensor, and a look may not be free."""
+    return not isinstance(setting, Tensor) or free_looks(setting)
+
+
 def check_rates(**settings: Any) -> None:
     """Refuse negative and non-finite settings, naming them."""
     for name, value in settings.items():
         tensor = torch.as_tensor(value).detach()
-        if not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
+        if may_be_looked_at(value) and not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
             raise ValueError(f"{name} is {value}: it must be finite and not negative.")
 
 

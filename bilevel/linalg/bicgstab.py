@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..recording import free_looks, recording
 from ..solution import Result, marked
-from ..tree import axpy, dot, norm
+from ..tree import dot, norm
 from .operator import Operator
 from .solve import IterativeSolver, Outcome, Precondition, Stopping, default_rtol, stop_now
 
@@ -76,38 +76,45 @@ class _State:
 
 
 def _sweep(operator: Operator, state: _State, target: Tensor, max_steps: int) -> int:
-    """Steps from ``state.x`` until no problem is active, and how many: the algorithm box, with masks."""
-    roundoff = torch.finfo(state.r.dtype).eps
-    x, r, active = state.x, state.r, state.active
-    shadow, p = r, r
-    rho, best, taken = dot(shadow, r), state.relative, 0
+    """Steps from ``state.x`` until no problem is active, and how many: the algorithm box, with masks.
+
+    What a problem has one of is ``[*batch, 1]`` here. A step size of zero is the mask: only p, which the user's product
+    sees, must not become NaN.
+    """
+    r, target, none = state.r, target.unsqueeze(-1), state.r.new_zeros((), dtype=torch.float64)
+    x, shadow, p, active, broken = state.x, r, r, state.active.unsqueeze(-1), state.broken.unsqueeze(-1)
+    rho, best, made = _dot(shadow, r), state.relative.unsqueeze(-1), []
+    roundoff = torch.finfo(r.dtype).eps * norm(shadow).unsqueeze(-1)
     for step in range(max_steps):
         if stop_now(active, step):
             break
-        taken += 1
-        state.steps = state.steps + active
+        made.append(active)
         v = operator.matvec(p)
-        across = dot(shadow, v)
-        whole = active & (across.abs() > roundoff * norm(shadow) * norm(v))  # else it has broken down
-        alpha = torch.where(whole, rho / across, torch.zeros_like(rho))
-        s = axpy(-alpha, v, r)
+        across = _dot(shadow, v)
+        size = across.abs()
+        whole = active & (size > roundoff * norm(v).unsqueeze(-1))  # else it has broken down
+        alpha = torch.where(whole, rho / across, none)
+        s = torch.addcmul(r, alpha.to(r.dtype), v, value=-1)
         t = operator.matvec(s)
-        size, seen = dot(t, t), torch.isfinite(across)
-        omega = torch.where(whole & (size > 0), dot(t, s) / size, torch.zeros_like(rho))
-        seen = seen & torch.isfinite(size)
-        state.broken = state.broken | (active & ~seen)
-        active = whole & seen
-        keep = active.unsqueeze(-1)
-        x = torch.where(keep, axpy(omega, s, axpy(alpha, p, x)), x)
-        r = torch.where(keep, axpy(-omega, t, s), r)
-        relative = norm(r)
+        square = _dot(t, t)
+        finite = size + square < torch.inf
+        broken, active = broken | (active > finite), whole & finite
+        omega = torch.where(active & (square > 0), _dot(t, s) / square, none)
+        by = omega.to(r.dtype)
+        x = torch.addcmul(torch.addcmul(x, alpha.to(r.dtype), p), by, s)
+        r = torch.addcmul(s, by, t, value=-1)
+        relative, rho_next = norm(r).unsqueeze(-1), _dot(shadow, r)
         better = active & (relative < best)
-        best = torch.where(better, relative, best)
-        state.x = torch.where(better.unsqueeze(-1), x, state.x)
-        rho_next = dot(shadow, r)
-        stalled = (omega == 0) | (rho_next.abs() <= roundoff * norm(shadow) * relative)
-        active = active & (relative > target) & ~stalled
-        beta = torch.where(active, rho_next / rho * (alpha / omega), torch.zeros_like(rho))
-        p = torch.where(active.unsqueeze(-1), axpy(beta, axpy(-omega, v, p), r), p)
-        rho = torch.where(active, rho_next, rho)
-    return taken
+        best, state.x = torch.where(better, relative, best), torch.where(better, x, state.x)
+        active = active & (relative > target) & (omega != 0) & (rho_next.abs() > roundoff * relative)
+        beta = (rho_next / rho * (alpha / omega)).to(r.dtype)
+        p = torch.where(active, torch.addcmul(r, beta, torch.addcmul(p, by, v, value=-1)), p)
+        rho = rho_next
+    state.broken = broken.squeeze(-1)
+    if made:
+        state.steps = state.steps + torch.cat(made, -1).sum(-1)
+    return len(made)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return dot(a, b).unsqueeze(-1)

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..checks import check_preconditioner
+from ..checks import check_preconditioner, refuse_mps
 from ..recording import free_looks, recording
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm, scale
@@ -111,6 +111,7 @@ class IterativeSolver(ABC):
 
         Gradients flow to b and to what the operator captured.
         """
+        refuse_mps("b", b.device)
         if self.symmetric_only:
             require_symmetric(operator, type(self).__name__)
         if is_differentiated(b):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ..checks import refuse_mps
 from ..tree import Tree, leaves
 
 
@@ -38,6 +39,7 @@ def check_params(name: str, tree: Tree) -> list[Tensor]:
             )
         if leaf.device != flat[0].device:
             raise ValueError(f"{name} is spread over {flat[0].device} and {leaf.device}: put it on one device.")
+        refuse_mps(name, leaf.device)
         if not bool(torch.isfinite(leaf).all()):
             raise ValueError(f"{name} contains NaN or infinite values.")
     if len({id(leaf) for leaf in flat}) < len(flat):

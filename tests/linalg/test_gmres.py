@@ -94,6 +94,42 @@ def test_gmres_solves_what_needs_all_directions():
     assert GMRES(restart=4).solve(Dense(shift, symmetric=False), b).result is Result.STAGNATED
 
 
+def far_from_normal():
+    """Matrices whose residual falls late and abruptly, by many orders in one step, or never far, by their names."""
+    size = 40
+    left, right = (torch.linalg.qr(randn(size, size, seed=seed)).Q for seed in (1, 2))
+    eye = torch.eye(size, dtype=torch.float64)
+    above = [torch.diag(eye[0].new_ones(size - k), k) for k in (1, 2, 3)]
+    return {
+        "condition 1e12": left @ torch.diag(torch.logspace(0, -12, size, dtype=torch.float64)) @ right,
+        "Jordan": eye + 0.99 * above[0],
+        "Grcar": eye + sum(above) - above[0].mT,
+        "Hilbert": 1 / (torch.arange(size)[:, None] + torch.arange(size) + 1).double(),
+        "a cyclic shift and noise": torch.roll(eye, 1, 0) + 1e-6 * randn(size, size),
+    }
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", far_from_normal())
+def test_gmres_is_as_accurate_as_that_of_scipy_where_it_is_hard(name, dtype, rtol):
+    matrix = far_from_normal()[name]
+    b = matrix @ randn(40)
+    ours, theirs = (
+        solver(rtol=rtol).solve(Dense(matrix.to(dtype), symmetric=False), b.to(dtype)) for solver in (GMRES, ScipyGMRES)
+    )
+    assert ours.result is Result.CONVERGED
+    assert relative_error(matrix @ ours.value.double(), b) <= 1.01 * rtol
+    assert int(ours.stats["num_steps"]) <= int(theirs.stats["num_steps"]) + 1
+
+
+@pytest.mark.parametrize("solver", DEVICE)
+def test_batches_of_two_dimensions(solver):
+    matrix, b = general(9, batch=(2, 3)), randn(2, 3, 9)
+    found = solver(rtol=1e-10).solve(Dense(matrix, symmetric=False), b)
+    assert found.stats["num_steps"].shape == (2, 3)
+    torch.testing.assert_close(found.value, torch.linalg.solve(matrix, b.unsqueeze(-1)).squeeze(-1))
+
+
 @pytest.mark.parametrize("solver", DEVICE)
 def test_singular_systems_tell(solver):
     matrix = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)) + torch.triu(randn(3, 3), 1)

@@ -121,6 +121,35 @@ def test_a_device_that_measures_does_it_once_for_each_shape(nothing_measured, mo
         assert relative_error(grad, other) < 1e-12
 
 
+def test_a_kernel_that_runs_out_of_memory_is_not_taken(nothing_measured, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("patches are nine times the images")
+
+    x, w = operands(4)
+    for name in KERNELS:
+        monkeypatch.setattr(KERNELS[name], "output", fails, raising=False)
+        seconds = kernels._measure("output", x, w, ((1, 1), (1, 1)), repeats=1)
+        assert seconds[name] == float("inf")
+        assert all(chosen != name for chosen in kernels._fastest.values())
+        monkeypatch.undo()
+        monkeypatch.setattr(kernels, "_fastest", {})
+
+
+def test_deterministic_algorithms_choose_by_no_clock(nothing_measured, monkeypatch):
+    monkeypatch.setattr(kernels, "MEASURED", {"cpu"})
+    x, w = operands(4)
+    torch.use_deterministic_algorithms(True)
+    try:
+        conv2d(x, w)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not kernels._fastest
+    conv2d(x, w)
+    assert len(kernels._fastest) == 1
+    conv2d(x.transpose(-1, -2).contiguous().transpose(-1, -2), w)  # another layout is measured by itself
+    assert len(kernels._fastest) == 2
+
+
 def test_the_module_is_torchs():
     torch.manual_seed(0)
     ours, theirs = Conv2d(2, 4, 3, stride=2, padding=1), torch.nn.Conv2d(2, 4, 3, stride=2, padding=1)

@@ -6,9 +6,11 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,17 +29,18 @@ SHARES = {
     "captured": 0.08,
     "linear": 0.04,
     "precision": 0.06,
-    "training-float32": 0.12,
-    "training-tf32": 0.12,
-    "training-bf16": 0.12,
-    "peers-A": 0.1,
+    "training-float32": 0.1,
+    "training-tf32": 0.1,
+    "training-bf16": 0.1,
+    "peers-A": 0.12,
     "peers-C": 0.06,
+    "peers-F": 0.08,
     "memory": 0.05,
     "large": 0.05,
 }
 """The part of the time that each may take at most, in this order; what is left is for the paper's training."""
 
-REHEARSED = 90.0
+REHEARSED = 150.0
 """Seconds that a part may take at least in a rehearsal: a busy CPU needs many of them to start a process."""
 
 TOLD = 4000
@@ -77,16 +80,31 @@ def run(settings: Settings, arguments: list[str]) -> int:
     device, begin = select_device(settings.device).type, time.monotonic()
     seconds, folder = 60 * settings.minutes, RunFolder(settings.out)
     settings.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {**_machine(device, arguments), "parts": {}}
+    known = folder.read_json("results.json")["parts"] if (settings.out / "results.json").exists() else {}
+    results: dict[str, Any] = {**_machine(device, arguments), "parts": known}
     for part in settings.parts:
         left = seconds - (time.monotonic() - begin)
         budget = left if part == "paper" else min(left, SHARES[part] * seconds)
-        limit = max(budget, REHEARSED) if device == "cpu" else budget
+        budget = max(budget, REHEARSED / 2) if device == "cpu" and part == "paper" else budget
+        limit = max(budget, REHEARSED) if device == "cpu" or part == "paper" else budget  # that one ends by itself
+        place = _place(settings, part)
         found = _in_own_process(_command(settings, part, device, budget), device, limit)
+        found |= _trained(place)
         results["parts"][part] = found
         folder.write_json("results.json", results)
         print(f"{part}: {found['status']} in {found['seconds']:.0f} s", flush=True)
-    return int(any(found["status"] == "failed" for found in results["parts"].values()))
+    return int(any(results["parts"][part]["status"] == "failed" for part in settings.parts))
+
+
+def _trained(path: Path) -> dict[str, Any]:
+    """What a training left in its folder: how far it came, and its evaluation where there was time for one."""
+    folder = RunFolder(path)
+    steps = folder.metrics()[-1:] if (path / "metrics.jsonl").exists() else []
+    evaluations = sorted(path.glob("evaluation*.json"), key=lambda file: file.stat().st_mtime)
+    return {
+        **({"last_step": steps[0]} if steps else {}),
+        **({"evaluation": folder.read_json(evaluations[-1].name)} if evaluations else {}),
+    }
 
 
 def _machine(device: str, arguments: list[str]) -> dict[str, Any]:
@@ -114,37 +132,34 @@ def _command(settings: Settings, part: str, device: str, seconds: float) -> list
     python = [sys.executable, "-m"]
     few_shot = [*python, "applications.few_shot", "--device", device]
     data = [] if settings.data_root is None else ["--data", "omniglot", "--data-root", str(settings.data_root)]
-    minutes = str(max(0.01, 0.8 * seconds / 60))  # the evaluation comes after it
+    capture = ["--capture"] if device == "cuda" else []
     if part in PARTS:
-        return [*python, "applications.measurements.gpu.parts", part, device, str(seconds)]
+        place = [] if settings.data_root is None else [str(settings.data_root)]
+        return [*python, "applications.measurements.gpu.parts", part, device, str(seconds), *place]
     if part == "tests":
         return [*python, "pytest", "-q", "-n", "0", "-m", "gpu", "tests/test_gpu.py", "-p", "no:cacheprovider"]
     if part.startswith("training-"):
         small = ["--width", "4", "--tasks", "2", "--inner-steps", "2"] if device == "cpu" else ["--width", "64"]
         precision = part.removeprefix("training-") if device == "cuda" else "float32"
-        more = ["--capture"] if device == "cuda" else []
+        minutes = str(max(0.01, 0.8 * seconds / 60))  # the evaluation comes after it
         return [
-            *(*few_shot, *data, *small, *more, "--precision", precision, "--minutes", minutes),
+            *(*few_shot, *data, *small, *capture, "--precision", precision, "--minutes", minutes),
             *("--steps", "1000000", "--eval-tasks", "20" if device == "cpu" else "600", "--out"),
-            str(settings.out / part),
+            str(_place(settings, part)),
         ]
-    if part.startswith("peers-"):
-        workload = {"A": "A-4-tasks" if device == "cpu" else "A", "C": "C-10-steps"}[part.removeprefix("peers-")]
-        place = [] if settings.data_root is None else ["--data-root", str(settings.data_root)]
-        only = ["--peer", "none", "--only", "bilevel"] if device == "cpu" else []
-        return [
-            *(*python, "applications.measurements.benchmarks", "--workloads", workload, "--device", device, *place),
-            *(*only, "--rounds", "1", "--runs", "1", "--timeout", str(max(40.0, seconds / 2))),
-            *("--out", str(settings.out / part)),
-        ]
-    small = ["--width", "4", "--tasks", "2", "--inner-steps", "2", "--eval-tasks", "20"] if device == "cpu" else []
-    place = data or ["--data", "glyphs"]
-    capture = ["--capture"] if device == "cuda" else []
-    run, resumed = settings.out / "paper", (settings.out / "paper").exists()
+    small = ["--width", "4", "--tasks", "2", "--inner-steps", "2"] if device == "cpu" else []
     return [
-        *(*few_shot, "--preset", settings.preset, *place, *capture, *small, "--minutes", minutes),
-        *("--resume" if resumed else "--out", str(run)),
+        *(*python, "applications.measurements.gpu.paper", str(_place(settings, part)), str(seconds), device),
+        *("--preset", settings.preset, *(data or ["--data", "glyphs"]), *capture, *small),
     ]
+
+
+def _place(settings: Settings, part: str) -> Path:
+    """The folder of a training: the paper's goes on in a second call, the others begin anew."""
+    path, count = settings.out / part, 2
+    while part != "paper" and path.exists():
+        path, count = settings.out / f"{part}-{count}", count + 1
+    return path
 
 
 def _in_own_process(command: list[str], device: str, seconds: float) -> dict[str, Any]:
@@ -153,13 +168,22 @@ def _in_own_process(command: list[str], device: str, seconds: float) -> dict[str
     environment = {**os.environ, "BILEVEL_TEST_DEVICE": device}
     if seconds <= 1:
         return {"status": "no time left", "seconds": 0.0, "command": shlex.join(command)}
-    try:
-        ended = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
-        )
-        printed, status = ended.stdout, "done" if ended.returncode == 0 else "failed"
-    except subprocess.TimeoutExpired as error:
-        printed, status = (error.stdout or b"").decode(errors="replace"), "out of time"
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that what it starts can be ended with it
+    ) as process:
+        try:
+            printed, _ = process.communicate(timeout=seconds)
+            status = "done" if process.returncode == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            _end(process.pid)
+            printed, status = process.communicate()[0], "out of time"
+        finally:
+            _end(process.pid)
     result: dict[str, Any] = {
         "status": status,
         "seconds": time.monotonic() - begin,
@@ -168,6 +192,11 @@ def _in_own_process(command: list[str], device: str, seconds: float) -> dict[str
     lines = [line for line in printed.splitlines() if line.startswith("{")]
     rows = [row for row in map(_row, lines) if row is not None]
     return {**result, "rows": rows} if rows else {**result, "printed": printed[-TOLD:]}
+
+
+def _end(group: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def _row(line: str) -> Any:

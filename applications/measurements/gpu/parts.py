@@ -6,99 +6,30 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.few_shot import data
-from applications.few_shot.config import PRESETS, Config
-from applications.few_shot.methods import meta_step
-from applications.few_shot.train import create_learner, create_sampler, set_up_device
 from applications.frame import memory
-from applications.measurements.benchmarks.meta_step import MetaStep
+from applications.measurements.gpu.steps import (
+    Rows,
+    captured,
+    gradient_of,
+    paper,
+    processor_seconds,
+    seconds_of,
+    workload_a,
+    workload_c,
+    workload_f,
+)
 from bilevel.extending import Dense
 
-Rows = Iterator[dict[str, Any]]
 
-
-def seconds_of(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
-    """The median of a few runs after one that warms up, until the device has ended them."""
-    run()
-    found = []
-    for _ in range(repeats):
-        _wait(device)
-        begin = time.perf_counter()
-        run()
-        _wait(device)
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def paper(device: torch.device, **changes: Any) -> Config:
-    """The paper's 5-way 1-shot on glyphs; on a CPU a small one."""
-    small: dict[str, Any] = {"width": 4, "tasks": 2, "inner_steps": 2} if device.type == "cpu" else {}
-    config = replace(PRESETS["paper-omniglot-5way-1shot"], data="glyphs", **small)
-    return replace(config, **{"device": device.type, **changes})
-
-
-def gradient_of(config: Config) -> Callable[[], Tensor]:
-    """The meta-gradient on fixed episodes, away from the start, where a head of zero has an easy problem."""
-    device = set_up_device(config)
-    classes = data.load(config.data, config.data_root, split=config.split).train
-    learner = create_learner(config, classes, device)
-    with torch.no_grad():
-        for param in learner.meta.values():
-            param += 0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0)).to(param)
-    episodes = create_sampler(config, classes, "train", config.queries, device).episodes(config.tasks, 0)
-
-    def gradient() -> Tensor:
-        objective = meta_step(learner, episodes).objective
-        return torch.cat([g.flatten() for g in torch.autograd.grad(objective, learner.parameters())])
-
-    return gradient
-
-
-def captured(device: torch.device, seconds: float) -> Rows:
-    """The captured step against the eager one, task by task too; tasks a second, and the share of the card's rate."""
-    rates = {name: rate(device, tf32) for name, tf32 in (("float32", False), ("tf32", True))}
-    yield {"rates_in_flops": rates}
-    truth = gradient_of(paper(device))()
-    for name, changes in (
-        ("eager", {}),
-        ("captured", {"capture": device.type == "cuda"}),
-        ("task by task", {"chunk_size": 1, "threads": 1}),
-    ):
-        config = paper(device, **changes)
-        gradient = gradient_of(config)
-        error = float((gradient() - truth).norm() / truth.norm())
-        took = seconds_of(gradient, device, 3)
-        row = {"step": name, "seconds": took, "tasks_per_second": config.tasks / took, "apart_from_eager": error}
-        if device.type == "cuda":
-            flops = MetaStep(tasks=config.tasks, inner_steps=config.inner_steps).flops() or 0.0
-            row |= {f"share_of_{kind}": flops / took / of for kind, of in rates.items()}
-        yield row
-
-
-def rate(device: torch.device, tf32: bool) -> float:
-    """Floating-point operations a second of a large matrix product."""
-    size = 8192 if device.type == "cuda" else 512
-    a = torch.randn(size, size, device=device)
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    took = seconds_of(lambda: a @ a, device)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return 2 * size**3 / took
-
-
-def precision(device: torch.device, seconds: float) -> Rows:
+def precision(device: torch.device, seconds: float, root: Path | None = None) -> Rows:
     """Errors of the meta-gradient against float64, the lower quartile over batches of tasks hidden in one."""
     truth = gradient_of(paper(device, precision="float64"))()
     for name in ("float32", "tf32", "bf16"):
@@ -109,7 +40,7 @@ def precision(device: torch.device, seconds: float) -> Rows:
         yield {"precision": name, "relative_error": error, "cosine": cosine, "seconds": seconds_of(found, device, 3)}
 
 
-def memory_of_tasks(device: torch.device, seconds: float) -> Rows:
+def memory_of_tasks(device: torch.device, seconds: float, root: Path | None = None) -> Rows:
     """Peak memory of a meta-gradient, all tasks at once."""
     begin = time.monotonic()
     for tasks in (1, 2, 4) if device.type == "cpu" else (4, 8, 16, 32, 64, 128, 256):
@@ -122,7 +53,7 @@ def memory_of_tasks(device: torch.device, seconds: float) -> Rows:
             return
 
 
-def large(device: torch.device, seconds: float) -> Rows:
+def large(device: torch.device, seconds: float, root: Path | None = None) -> Rows:
     """The hypergradient of networks with 10^7 and 10^8 parameters: ten steps, five products."""
     for width in (300,) if device.type == "cpu" else (2236, 7071):
         yield large_network(device, width)
@@ -157,34 +88,42 @@ def large_network(device: torch.device, width: int) -> dict[str, Any]:
     }
 
 
-def linear(device: torch.device, seconds: float) -> Rows:
-    """GMRES and BiCGSTAB beside SciPy's on 1, 16 and 256 systems of 64 unknowns, to 1e-6 in float64."""
-    begin = time.monotonic()
+def linear(device: torch.device, seconds: float, root: Path | None = None) -> Rows:
+    """GMRES and BiCGSTAB beside SciPy's on 1, 16 and 256 systems of 64 unknowns, to 1e-6 in float64.
+
+    In turn, the median of a few; on a CPU the time of the processor, which others that use it do not add to.
+    """
     generator = torch.Generator().manual_seed(0)
     for count in (1, 16, 256):
         noise = torch.randn(count, 64, 64, generator=generator, dtype=torch.float64) / 16
         matrix = (torch.eye(64, dtype=torch.float64) + noise).to(device)
         b = torch.randn(count, 64, generator=generator, dtype=torch.float64).to(device)
         truth = torch.linalg.solve(matrix, b.unsqueeze(-1)).squeeze(-1)
-        for solver in (bl.GMRES(rtol=1e-6), bl.ScipyGMRES(1e-6), bl.BiCGSTAB(rtol=1e-6), bl.ScipyBiCGSTAB(1e-6)):
-            operator = Dense(matrix, symmetric=False)
-            found = solver.solve(operator, b)
-            took = seconds_of(lambda: solver.solve(operator, b), device, 7)  # noqa: B023
+        operator = Dense(matrix, symmetric=False)
+        solvers = (bl.GMRES(rtol=1e-6), bl.ScipyGMRES(1e-6), bl.BiCGSTAB(rtol=1e-6), bl.ScipyBiCGSTAB(1e-6))
+        took: dict[str, list[float]] = {type(solver).__name__: [] for solver in solvers}
+        for _ in range(9):
+            for solver in solvers:
+                took[type(solver).__name__].append(processor_seconds(lambda: solver.solve(operator, b), device))  # noqa: B023
+        for solver in solvers:
+            found, name = solver.solve(operator, b), type(solver).__name__
             error = float(((found.value - truth).norm(dim=-1) / truth.norm(dim=-1)).max())
-            yield {"solver": type(solver).__name__, "systems": count, "seconds": took, "largest_error": error}
-            if time.monotonic() - begin > 0.9 * seconds:
-                return
+            row = {"solver": name, "systems": count, "seconds": statistics.median(took[name]), "largest_error": error}
+            yield {**row, "steps": int(found.stats["num_steps"].max())}
 
 
-PARTS: dict[str, Callable[[torch.device, float], Rows]] = {
+PARTS: dict[str, Callable[[torch.device, float, Path | None], Rows]] = {
     "captured": captured,
     "linear": linear,
     "precision": precision,
     "memory": memory_of_tasks,
     "large": large,
+    "peers-A": workload_a,
+    "peers-C": workload_c,
+    "peers-F": workload_f,
 }
 
 if __name__ == "__main__":
-    name, place, budget = sys.argv[1:]
-    for row in PARTS[name](torch.device(place), float(budget)):
+    name, place, budget, *folder = sys.argv[1:]
+    for row in PARTS[name](torch.device(place), float(budget), Path(folder[0]) if folder else None):
         print(json.dumps(row), flush=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
 
 from applications.measurements.gpu import __main__ as gpu
-from applications.measurements.gpu import parts
+from applications.measurements.gpu import parts, steps
 
 
 def test_what_is_no_part_is_told(capsys, tmp_path):
@@ -48,6 +49,38 @@ def test_a_part_that_takes_too_long_keeps_its_rows(monkeypatch, tmp_path):
     assert found["rows"] == [{"row": 1}]
 
 
+def test_a_part_that_takes_too_long_is_ended_with_what_it_started(monkeypatch, tmp_path):
+    beside = f"import time; time.sleep(6); open({str(tmp_path / 'alive')!r}, 'w')"
+    program = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {beside!r}]); time.sleep(60)"
+    found = gpu._in_own_process([gpu.sys.executable, "-c", program], "cpu", 3.0)
+    assert found["status"] == "out of time"
+    time.sleep(5)
+    assert not (tmp_path / "alive").exists()
+
+
+@pytest.mark.slow
+def test_a_second_call_goes_on_with_the_papers_training_and_keeps_the_other_parts(tmp_path):
+    programs, arguments = {"linear": "print('{\"systems\": 1}')"}, ["--device", "cpu", "--out", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "_command", lambda *given: [gpu.sys.executable, "-c", programs[given[1]]])
+        assert gpu.main([*arguments, "--parts", "linear"]) == 0
+    made = []
+    for _ in range(2):
+        assert gpu.main([*arguments, "--parts", "paper", "--minutes", "0.9"]) == 0
+        found = json.loads((tmp_path / "results.json").read_text())["parts"]
+        made.append(found["paper"]["last_step"]["step"])
+        assert found["paper"]["evaluation"]["trained"]["steps"] == made[-1]
+        assert found["linear"]["rows"] == [{"systems": 1}]
+    assert 0 < made[0] < made[1]
+
+
+def test_training_steps_are_measured_and_a_missing_peer_is_told():
+    rows = list(steps.workload_f(torch.device("cpu"), 60.0))
+    assert [row["step"] for row in rows if "step" in row] == ["captured", "eager", "task by task"]
+    assert all(row["tasks_per_second"] > 0 for row in rows if "step" in row)
+    assert "peers" in rows[-1] or "name" in rows[-1]
+
+
 def test_solvers_of_the_device_are_as_right_as_those_of_scipy():
     rows = list(parts.linear(torch.device("cpu"), 60.0))
     assert [row["systems"] for row in rows] == [1] * 4 + [16] * 4 + [256] * 4
@@ -62,3 +95,4 @@ def test_the_rehearsal(tmp_path):
     assert {part: result["status"] for part, result in found.items() if result["status"] == "failed"} == {}
     for part in parts.PARTS:
         assert found[part]["rows"], part
+    assert all(found[part]["evaluation"] for part in found if part.startswith("training-") or part == "paper")
