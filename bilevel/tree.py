@@ -74,8 +74,8 @@ CACHED = 2**17
 def _by_few(reduce: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
     """A reduction of vectors ``[T, n]`` that PyTorch copies to float64 first; on a CPU of a few problems at a time."""
     shape, rows = vectors[0].shape, CACHED // max(1, vectors[0].shape[-1]) or 1
-    whole = len(shape) != 2 or shape[0] <= rows or vectors[0].device.type != "cpu"
-    if whole or any(vector.shape != shape for vector in vectors):
+    copied = vectors[0].dtype is not torch.float64 and vectors[0].device.type == "cpu"
+    if not copied or len(shape) != 2 or shape[0] <= rows or any(vector.shape != shape for vector in vectors):
         return reduce(*vectors)
     return torch.cat([reduce(*parts) for parts in zip(*(vector.split(rows) for vector in vectors), strict=True)])
 
