@@ -16,7 +16,7 @@ from applications.few_shot import data
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes
 from applications.few_shot.methods import Learner, meta_step
-from applications.few_shot.train import create_learner, create_sampler
+from applications.few_shot.train import create_learner, create_sampler, set_up_device
 from applications.measurements.benchmarks.contest import Contestant, Round, Workload, timed
 
 CHECKED_TASKS = 16
@@ -73,7 +73,8 @@ class FewShot(Workload):
 
     def problem(self, **changes: Any) -> tuple[Learner, Episodes]:
         """Network and episodes, the same in every process; the head is away from zero, where most gradients vanish."""
-        config, device = replace(self.config, **changes), torch.device(self.device)
+        config = replace(self.config, **changes)
+        device = set_up_device(config)
         classes = data.load(config.data, config.data_root, split=config.split).train
         learner = create_learner(config, classes, device)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -98,7 +99,7 @@ class FewShot(Workload):
             if torch.linalg.vector_norm(answer.mean(0) - mean) > 1e-4 * torch.linalg.vector_norm(mean):
                 raise RuntimeError("The adjoints do not add up to the meta-gradient.")
             steps = outcome.solution.adjoint.stats["num_steps"].double().mean().item()
-            return Round(seconds, checked(answer), {"iterations": round(steps, 1)})
+            return Round(seconds, checked(answer), {"iterations": round(steps, 1), "settings": changes})
 
         return run
 
