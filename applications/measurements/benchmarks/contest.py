@@ -18,12 +18,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import numpy as np
 import torch
 
-from applications.frame.figures import OURS
-
 T = TypeVar("T")
-
-EARLIER, BEFORE = f"{OURS}, before", "BILEVEL_BENCH_BEFORE"
-"""The contestant that is ours of an earlier commit, and the environment variable that names its checkout."""
 
 
 @dataclass(frozen=True)
@@ -81,19 +76,13 @@ class Workload(ABC):
         return None
 
 
+BEFORE = "BILEVEL_BENCH_BEFORE"
+"""The variable that names another checkout to the processes of contestants whose name ends in `AS_BEFORE`."""
+AS_BEFORE = ", before"
+
+
 class NotHere(Exception):
     """A peer that is not installed, with what to do about it."""
-
-
-def earlier(build: Callable[[], Contestant]) -> dict[str, Callable[[], Contestant]]:
-    """Ours as an earlier commit has it: the library and the applications of a checkout, with these benchmarks."""
-
-    def built() -> Contestant:
-        if not os.environ.get(BEFORE):
-            raise NotHere(f"check an earlier commit out and set {BEFORE} to its folder")
-        return build()
-
-    return {EARLIER: built}
 
 
 def timed(work: Callable[[], T]) -> tuple[float, T]:

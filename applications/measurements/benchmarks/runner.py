@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from applications.frame import memory
-from applications.measurements.benchmarks.contest import BEFORE, EARLIER, Workload
+from applications.measurements.benchmarks.contest import AS_BEFORE, BEFORE, Workload
 from applications.measurements.benchmarks.workloads import KINDS
 
 SUBSTITUTED = """
@@ -126,8 +126,11 @@ def relative_errors(answer: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 def _work(kind: str, settings: dict[str, Any], name: str, folder: Path, runs: int, timeout: float) -> dict[str, Any]:
     program = ["-m", "applications.measurements.benchmarks.worker"]
-    if name == EARLIER and os.environ.get(BEFORE):
-        program = ["-c", SUBSTITUTED, str(Path(os.environ[BEFORE]).resolve()), str(Path(__file__).parent)]
+    if name.endswith(AS_BEFORE):
+        name, program = (
+            name.removesuffix(AS_BEFORE),
+            ["-c", SUBSTITUTED, os.environ[BEFORE], str(Path(__file__).parent)],
+        )
     command = [sys.executable, *program, kind, json.dumps(settings), name, str(folder), str(runs)]
     path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}

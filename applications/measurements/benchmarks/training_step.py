@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from applications.measurements.benchmarks.contest import Contestant, earlier
+from applications.measurements.benchmarks.contest import Contestant
 from applications.measurements.benchmarks.meta_step import MetaStep
 from applications.measurements.benchmarks.peers_meta_step import contestants
 
@@ -41,4 +41,4 @@ class TrainingStep(MetaStep):
             "bilevel, no safeguard": lambda: self.ours(),
             "bilevel, one thread": lambda: self.ours(safeguard=True, threads=1),
         }
-        return {**own, **earlier(own["bilevel"]), **contestants(self)}
+        return {**own, **contestants(self)}

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bilevel
-from applications.measurements.benchmarks.contest import BEFORE, EARLIER, NotHere
+from applications.measurements.benchmarks.contest import AS_BEFORE, BEFORE, NotHere
 from applications.measurements.benchmarks.meta_step import MetaStep, network
 from applications.measurements.benchmarks.runner import contest, relative_errors
 from applications.measurements.benchmarks.training_step import TrainingStep
@@ -81,5 +81,5 @@ def test_an_earlier_commit_is_run_from_its_checkout(tmp_path, monkeypatch):
     (tmp_path / "bilevel/__init__.py").write_text("raise SystemError('the other library')")
     monkeypatch.setenv(BEFORE, str(tmp_path))
     settings = {"ways": 3, "tasks": 1, "inner_steps": 1}
-    (row,) = contest("TrainingStep", settings, [EARLIER], rounds=1, runs=1, timeout=100)
+    (row,) = contest("TrainingStep", settings, [f"bilevel{AS_BEFORE}"], rounds=1, runs=1, timeout=100)
     assert "the other library" in row.note
