@@ -122,20 +122,17 @@ class Learner:
             )
         return [*learned, *(s for s in self.log_strength.values() if s.requires_grad)]
 
-    def tasks_at_once(self, x: Tensor, beside: int = 0, graph: bool = False) -> int | None:
-        """Tasks in one tensor program, of images ``x [T, n, ...]`` and ``beside`` numbers a task; None for all.
-
-        With ``graph``, that of a gradient is kept for Hessian products: the tensors are there twice.
-        """
+    def tasks_at_once(self, x: Tensor, beside: int = 0) -> int | None:
+        """Tasks in one tensor program, of images ``x [T, n, ...]`` and ``beside`` numbers a task; None for all."""
         if x.device.type != "cpu":
             return None
         each = getattr(self.net, "largest", 64 * x[0, 0].numel())
-        return max(1, NUMBERS_AT_ONCE // ((2 if graph else 1) * each * x.shape[1] + beside))
+        return max(1, NUMBERS_AT_ONCE // (each * x.shape[1] + beside))
 
-    def sharing(self, x: Tensor, beside: int = 0, graph: bool = False) -> dict[str, Any]:
-        """How T tasks are shared out, as the settings of `bl.map_tasks`; its arguments are those of `tasks_at_once`."""
+    def sharing(self, x: Tensor, beside: int = 0) -> dict[str, Any]:
+        """How T tasks with images ``x [T, n, ...]`` are shared out: the settings of `bl.map_tasks`."""
         threads = self.config.threads or (torch.get_num_threads() if x.device.type == "cpu" else 1)
-        return {"chunk_size": self.config.chunk_size or self.tasks_at_once(x, beside, graph), "num_threads": threads}
+        return {"chunk_size": self.config.chunk_size or self.tasks_at_once(x, beside), "num_threads": threads}
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """Logits ``[n, ways]`` of one task's images ``[n, channels, size, size]``; with T in front, of T tasks.
@@ -251,7 +248,7 @@ def meta_step(learner: Learner, episodes: Episodes, values: bool = False) -> Out
     params = {"meta": learner.meta, "log_strength": learner.log_strength}
     data = episodes.tensors()
     keep = None if values else _without_values
-    sharing = learner.sharing(episodes.support_x, graph=True)
+    sharing = learner.sharing(episodes.support_x)
     objective, found = bl.mean_over_tasks(learner.task_objectives, params, *data, **sharing, keep=keep)
     solution = bl.Solution.joined([queried.solution for queried in found])
     loss, accuracy = (torch.cat([getattr(queried, name) for queried in found]) for name in ("loss", "accuracy"))
