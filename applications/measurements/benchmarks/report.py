@@ -97,7 +97,7 @@ def _bars(entry: dict[str, Any]) -> bytes:
 
 def _sizes(entry: dict[str, Any], rows: list[dict[str, Any]]) -> bytes:
     """Time against memory, a curve for each number of threads; each point says how many tasks a thread has."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     found = [(row["facts"]["settings"], row["peak_mib"], median(row)) for row in rows]
     for threads, colour in zip(sorted({settings["threads"] for settings, *_ in found}), (BLUE, GREY), strict=False):
         points = sorted((each["chunk_size"], mib, s) for each, mib, s in found if each["threads"] == threads)
