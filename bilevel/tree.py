@@ -7,7 +7,7 @@ code mirrors the algorithm boxes. `Raveler` is the only place that knows the tre
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,13 +59,25 @@ def wide(tensor: Tensor) -> Tensor:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over the last dimension, accumulated in float64: ``[*batch, n] -> [*batch]``."""
-    return (a * b).sum(-1, dtype=torch.float64)
+    return _by_few(lambda a, b: (a * b).sum(-1, dtype=torch.float64), a, b)
 
 
 def norm(a: Tensor) -> Tensor:
     """2-norm over the last dimension in float64, safe against overflow and underflow of the squares."""
-    size: Tensor = torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64)
-    return size
+    return _by_few(lambda a: torch.linalg.vector_norm(a, dim=-1, dtype=torch.float64), a)
+
+
+CACHED = 2**17
+"""Numbers of which a copy in float64 stays in the cache of a core."""
+
+
+def _by_few(reduce: Callable[..., Tensor], *vectors: Tensor) -> Tensor:
+    """A reduction of vectors ``[T, n]`` that PyTorch copies to float64 first; on a CPU of a few problems at a time."""
+    shape, rows = vectors[0].shape, CACHED // max(1, vectors[0].shape[-1]) or 1
+    copied = vectors[0].dtype is not torch.float64 and vectors[0].device.type == "cpu"
+    if not copied or len(shape) != 2 or shape[0] <= rows or any(vector.shape != shape for vector in vectors):
+        return reduce(*vectors)
+    return torch.cat([reduce(*parts) for parts in zip(*(vector.split(rows) for vector in vectors), strict=True)])
 
 
 def scale(factor: Tensor, vector: Tensor) -> Tensor:

@@ -43,10 +43,11 @@ class Guarded:
     def solve(self, operator: Any, b: Tensor, state: Any = None) -> bl.Solution:
         """``b [*batch, n]``; see the linear solvers of `bilevel`."""
         solved = self.solver.solve(_Stoppable(operator), b, state)
-        gain = self.strength * torch.linalg.vector_norm(solved.value, dim=-1) / torch.linalg.vector_norm(b, dim=-1)
+        size = torch.linalg.vector_norm(solved.value, dim=-1)
+        gain = self.strength * size / torch.linalg.vector_norm(b, dim=-1)
         # A solver that measures no residual, such as Identity, has NaN there, and is not meant.
         bad = (solved.stats["relative_residual"] > 1) & (gain > LIMIT)
-        bad |= (solved.stats["result"] == bl.Result.NONFINITE) | ~torch.isfinite(solved.value).all(-1)
+        bad |= (solved.stats["result"] == bl.Result.NONFINITE) | ~torch.isfinite(size)
         value = torch.where(bad.unsqueeze(-1), torch.zeros_like(solved.value), solved.value)
         return replace(solved, value=value, stats={**solved.stats, LEFT_OUT: bad})
 

@@ -30,6 +30,10 @@ NUMBERS_AT_ONCE = 2_100_000
 """In the largest tensor of one program on a CPU, about: with fewer, dispatching the operations takes the time; with
 more, memory does."""
 
+SMALL = 4096
+"""Numbers of a parameter below which it is joined with others. Where large ones are, each second derivative fills and
+adds the whole vector once for every part of it."""
+
 
 @dataclass(frozen=True)
 class Learner:
@@ -171,19 +175,26 @@ class Learner:
 
     def proximal_term(self, params: Params) -> Tensor:
         """``[T]`` for parameters of T tasks."""
-        total = None
+        terms = []
         for layer, log_strength in self.log_strength.items():
             names = [name for name in params if layer in ("all", _layer(name))]
-            # As one vector: a handful of operations instead of a handful for each tensor.
-            moved = torch.cat([self._flat(params[name], name) for name in names], -1)
-            start = torch.cat([self.meta[name].reshape(-1) for name in names])
-            term = log_strength.exp() / 2 * (moved - start).square().sum(-1)
-            total = term if total is None else total + term
-        assert total is not None
-        return total
+            small = [name for name in names if self.meta[name].numel() < SMALL]
+            groups = [[name] for name in names if name not in small] + ([small] if small else [])
+            distances = [self._squared_distance(params, group) for group in groups]
+            terms.append(log_strength.exp() / 2 * sum(distances[1:], distances[0]))
+        return sum(terms[1:], terms[0])
+
+    def _squared_distance(self, params: Params, names: list[str]) -> Tensor:
+        """Of parameters of T tasks from the meta-parameters, ``[T]``; as one vector, which is few operations."""
+        moved = _joined([self._flat(params[name], name) for name in names])
+        return (moved - _joined([self.meta[name].reshape(-1) for name in names])).square().sum(-1)
 
     def _flat(self, param: Tensor, name: str) -> Tensor:
         return param.reshape(*param.shape[: param.dim() - self.meta[name].dim()], -1)
+
+
+def _joined(vectors: list[Tensor]) -> Tensor:
+    return vectors[0] if len(vectors) == 1 else torch.cat(vectors, -1)
 
 
 def fixed_at_zero(config: Config, names: Iterable[str]) -> list[str]:

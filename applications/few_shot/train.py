@@ -19,6 +19,7 @@ from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes, Sampler
 from applications.few_shot.methods import Learner, meta_step
 from applications.few_shot.models import build
+from applications.frame import memory
 from applications.frame.checkpoint import restore_optimizer
 from applications.frame.device import select_device
 from applications.frame.errors import UserError
@@ -131,7 +132,7 @@ def checkpoint_file(folder: RunFolder) -> str:
 
 
 def set_up_device(config: Config) -> torch.device:
-    """The device of the configuration, with the arithmetic set up.
+    """The device of the configuration, with the arithmetic and the memory set up.
 
     Raises:
         UserError: a GPU is asked for and there is none.
@@ -139,6 +140,8 @@ def set_up_device(config: Config) -> torch.device:
     device = select_device(config.device)
     exact = config.precision != "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
+    if device.type == "cpu":
+        memory.keep_freed()
     return device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import resource
@@ -19,6 +20,22 @@ T = TypeVar("T")
 
 RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Makes glibc give freed tensors back at once: resident memory is then live memory. Slower, so not for the clock."""
+
+
+def keep_freed() -> None:
+    """Let glibc keep what is freed, for the next tensor: else a large one is new pages, which the system fills with
+    zeros. Where the environment says what glibc shall do (``MALLOC_...``), and with another C library, nothing changes.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    for parameter, value in KEPT.items():
+        mallopt(parameter, value)
+
+
+KEPT = {-1: 2**30, -2: 2**26, -3: 2**30}
+"""glibc's M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_THRESHOLD, in bytes: what is free at the end of the heap before any is
+given back, how much the heap grows by, and how large a tensor apart from it is."""
 
 
 @contextlib.contextmanager

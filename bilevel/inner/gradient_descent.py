@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..linalg.solve import chosen
 from ..problem import Evaluation, Problem
-from ..recording import recording
 from ..solution import Solution
 from ..tree import axpy
 from .descent import descend
@@ -57,7 +57,8 @@ class GradientDescent:
         return self._search(problem, lr) if self.line_search else self._descend(problem, lr)
 
     def _descend(self, problem: Problem, lr: Tensor) -> Solution[Tensor]:
-        at, velocity = problem.start, torch.zeros_like(problem.start.g)
+        at = problem.start
+        velocity = torch.zeros_like(at.g) if self.momentum else at.g
         progress = Progress.begin(at, self.gtol)
         told = watch(self, problem)
         for step in range(self.max_steps):
@@ -77,10 +78,9 @@ class GradientDescent:
             if self.safeguard:
                 better = new.f <= at.f
                 lr = torch.where(better, lr, lr / 2)
-                if not _all(better):  # else three passes over vectors that change nothing
-                    new = choose(better, new, at)
-                    if self.momentum:
-                        velocity = torch.where(better.unsqueeze(-1), velocity, torch.zeros_like(velocity))
+                new = choose(better, new, at)
+                if self.momentum:
+                    velocity = chosen(better, velocity, torch.zeros_like(velocity))
             at = choose(progress.active, new, at) if self.gtol is not None else new
             if self.gtol is not None:
                 progress.look(at)
@@ -101,8 +101,3 @@ class GradientDescent:
         if lr.shape != at.f.shape:
             raise ValueError(f"lr has {lr.numel()} step sizes for {tuple(at.f.shape)} problems: give one or T.")
         return lr.expand_as(at.f)
-
-
-def _all(mask: Tensor) -> bool:
-    """Whether a mask is known to hold everywhere: asked on a CPU only, where that costs nothing."""
-    return mask.device.type == "cpu" and not recording() and bool(mask.all())

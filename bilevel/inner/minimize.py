@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..linalg.solve import stop_now
+from ..linalg.solve import chosen, stop_now
 from ..problem import Evaluation, Problem
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
@@ -97,7 +97,4 @@ class Progress(Ends):
 
 def choose(where: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:
     """Take ``new`` in the problems of the mask, ``old`` in the others."""
-    keep = where.unsqueeze(-1)
-    return Evaluation(
-        torch.where(keep, new.y, old.y), torch.where(where, new.f, old.f), torch.where(keep, new.g, old.g)
-    )
+    return Evaluation(chosen(where, new.y, old.y), torch.where(where, new.f, old.f), chosen(where, new.g, old.g))

@@ -13,7 +13,7 @@ from ..solution import Result, marked
 from ..tree import axpy, dot, norm, scale
 from .lanczos import Lanczos
 from .operator import Operator
-from .solve import IterativeSolver, Outcome, Precondition, Preconditioner, Stopping, normalise, stop_now
+from .solve import IterativeSolver, Outcome, Precondition, Preconditioner, Stopping, chosen, normalise, stop_now
 
 RESTARTS = 3
 """How often CG starts again from the true residual where its recurrence has drifted away from it."""
@@ -79,7 +79,7 @@ class _State:
     def begin(cls, unit: Tensor, length: Tensor, stopping: Stopping) -> _State:
         usable = (length > 0) & torch.isfinite(length)
         relative, done = usable.double(), stopping.target >= 1
-        zero = torch.zeros_like(unit)
+        zero = unit.new_zeros(()).expand_as(unit)
         state = cls(
             x=zero,
             r=unit,
@@ -101,13 +101,13 @@ class _State:
     def remember(self) -> None:
         """Keep the iterate of least residual: on an inconsistent system the later ones grow along its null space."""
         better = self.active & (self.relative < self.best_relative)
-        self.best_x = torch.where(better.unsqueeze(-1), self.x, self.best_x)
+        self.best_x = chosen(better, self.x, self.best_x)
         self.best_relative = torch.where(better, self.relative, self.best_relative)
 
     def end_nonconvex(self, where: Tensor, flat: Tensor) -> None:
         """End with negative curvature; where it vanishes, at the best iterate: the last ones may have run away."""
         self.mark(where, Result.NEGATIVE_CURVATURE)
-        self.x = torch.where((where & flat).unsqueeze(-1), self.best_x, self.x)
+        self.x = chosen(where & flat, self.best_x, self.x)
         self.relative = torch.where(where & flat, self.best_relative, self.relative)
 
 
@@ -142,15 +142,15 @@ def _sweep(
         state.active = state.active & finite & convex
         state.least = torch.where(state.active, torch.fmin(state.least, curvature / length.square()), state.least)
         alpha = torch.where(state.active, rz / curvature, torch.zeros_like(rz))
-        keep = state.active.unsqueeze(-1)
-        state.x = torch.where(keep, axpy(alpha, p, state.x), state.x)
-        state.r = torch.where(keep, axpy(-alpha, product, state.r), state.r)
-        state.relative = torch.where(state.active, norm(state.r), state.relative)
+        state.x = chosen(state.active, axpy(alpha, p, state.x), state.x)
+        state.r = chosen(state.active, axpy(-alpha, product, state.r), state.r)
+        remaining = norm(state.r)
+        state.relative = torch.where(state.active, remaining, state.relative)
         state.remember()
         state.mark(state.active & (state.relative <= target), Result.CONVERGED)
         state.active = state.active & (state.relative > target)
         z = precondition(state.r) if precondition else state.r
-        rz_next = dot(state.r, z)
+        rz_next = dot(state.r, z) if precondition else remaining.square()
         beta = torch.where(state.active, rz_next / rz, torch.zeros_like(rz))
         if lanczos is not None:
             lanczos.append(curvature / rz + carried, beta.clamp_min(0).sqrt() * curvature / rz, made)

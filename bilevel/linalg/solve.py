@@ -213,7 +213,7 @@ def normalise(b: Tensor) -> tuple[Tensor, Tensor]:
     largest = b.abs().amax(-1)
     usable = torch.isfinite(largest) & (largest > 0)
     factor = torch.where(usable, largest, torch.ones_like(largest)).unsqueeze(-1)
-    scaled = torch.where(usable.unsqueeze(-1), b / factor, torch.zeros_like(b))
+    scaled = chosen(usable, b / factor, b.new_zeros(()).expand_as(b))
     length = norm(scaled)
     unit = scaled / torch.where(usable, length, torch.ones_like(length)).unsqueeze(-1).to(b.dtype)
     return unit, torch.where(usable, length * factor.squeeze(-1).double(), largest.double())
@@ -257,6 +257,19 @@ def relative_tolerance(rtol: float | Tensor, atol: float, scale: Tensor) -> Tens
 
 LOOK_EVERY = 8
 """Steps between two looks at whether all problems have ended, where a look is not free."""
+
+
+def chosen(where: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` in the problems of a mask, ``old`` in the others, both ``[*batch, n]``.
+
+    Where a look at the mask is free and it is the same everywhere, which is the rule, that is no pass over memory.
+    """
+    if free_looks(where):
+        if bool(where.all()):
+            return new
+        if not bool(where.any()):
+            return old
+    return torch.where(where.unsqueeze(-1), new, old)
 
 
 def stop_now(active: Tensor, step: int) -> bool:

@@ -133,7 +133,7 @@ class _Affine(BatchedFunction):
     @staticmethod
     def forward(y: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         scale = rstd * weight
-        return (y * per_channel(scale)).add_(per_channel(bias - mean * scale))
+        return torch.addcmul(per_channel(bias - mean * scale), y, per_channel(scale))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from bilevel.linalg.bicgstab import BiCGSTAB
 from bilevel.linalg.cg import CG
@@ -16,7 +17,7 @@ from bilevel.linalg.normal import NormalCG
 from bilevel.linalg.operator import Dense
 from bilevel.linalg.preconditioners import Jacobi
 from bilevel.linalg.scipy import LSMR, ScipyBiCGSTAB, ScipyGMRES
-from bilevel.linalg.solve import LinearState
+from bilevel.linalg.solve import LinearState, chosen
 from bilevel.solution import Result
 from tests.conformance import nonsymmetric, randn, relative_error, spd
 from tests.linalg.operators import Broken, Counted, Rowwise, indefinite
@@ -208,3 +209,21 @@ def test_preconditioner_halves_the_steps_and_not_the_answer(solver):
     assert helped.result is Result.CONVERGED
     assert relative_error(helped.value, torch.linalg.solve(matrix, b)) <= 1e-8
     assert helped.stats["num_steps"] <= 0.5 * plain.stats["num_steps"]
+
+
+@pytest.mark.parametrize("mask", [[True, True], [False, False], [True, False]])
+def test_a_choice_of_problems_is_that_of_a_mask(mask):
+    """Where the mask is the same everywhere, one of the two as it is, and what is not finite does not get through."""
+    new, old = torch.tensor([[1.0, torch.inf], [3.0, 4.0]]), torch.tensor([[5.0, 6.0], [7.0, torch.nan]])
+    where = torch.tensor(mask)
+    expected = torch.where(where.unsqueeze(-1), new, old)
+    torch.testing.assert_close(chosen(where, new, old), expected, rtol=0, atol=0, equal_nan=True)
+    if all(mask) or not any(mask):
+        assert chosen(where, new, old) is (new if mask[0] else old)
+
+
+def test_a_choice_can_be_recorded():
+    """Then nothing is looked at: the mask of the replay may be another one."""
+    new, old = torch.ones(2, 3), torch.zeros(2, 3)
+    program = make_fx(chosen)(torch.tensor([True, True]), new, old)
+    torch.testing.assert_close(program(torch.tensor([True, False]), new, old)[:, 0], torch.tensor([1.0, 0.0]))

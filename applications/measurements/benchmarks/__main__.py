@@ -1,7 +1,8 @@
-"""``python -m applications.measurements.benchmarks``: workloads A to D, ours and the peers, side by side in one run."""
+"""``python -m applications.measurements.benchmarks``: workloads A to F, ours and the peers, side by side in one run."""
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
@@ -18,7 +19,7 @@ from applications.frame.errors import UserError, exit_code
 from applications.frame.figures import OURS
 from applications.frame.run_folder import RunFolder
 from applications.measurements.benchmarks import report
-from applications.measurements.benchmarks.contest import timed
+from applications.measurements.benchmarks.contest import AS_BEFORE, BEFORE, timed
 from applications.measurements.benchmarks.meta_step_task import FewShot
 from applications.measurements.benchmarks.runner import contest
 from applications.measurements.benchmarks.workloads import KINDS, NAMES
@@ -31,7 +32,7 @@ class Config:
     """Time contestants on fixed workloads; a gradient that is not that of the float64 reference has no time."""
 
     workloads: tuple[str, ...] = ("A", "B", "C-10-steps", "C-100-steps", "C-1000-steps", "D-cleaning", "D-penalties")
-    """Workloads; also A-4-tasks, A-32-tasks, A-128-tasks, A-20-way, B-large."""
+    """Workloads; also A-4-tasks, A-32-tasks, A-128-tasks, A-20-way, A-chunks, B-large, F."""
     peer: Literal["all", "none"] = "all"
     """Run the other libraries that are installed, or ours alone."""
     only: tuple[str, ...] = ()
@@ -46,6 +47,8 @@ class Config:
     """Runs in a turn, after one that warms up."""
     timeout: float = 600.0
     """Seconds for a turn, after which it is given up."""
+    before: Path | None = None
+    """Another checkout, whose library and applications do ours once more, in turn."""
     out: Path = Path("runs/benchmarks")
     """Folder of results.json, tables.md and the pictures; the results of other workloads in it are kept."""
 
@@ -71,6 +74,9 @@ def run(settings: Config, arguments: list[str]) -> int:
         workload = KINDS[kind](**changes)
         names = [n for n in workload.contestants() if settings.peer == "all" or n.startswith(OURS)]
         names = [n for n in names if not settings.only or n in settings.only]
+        if settings.before is not None:
+            os.environ[BEFORE] = str(settings.before.resolve())
+            names = [n for name in names for n in ([name, name + AS_BEFORE] if name.startswith(OURS) else [name])]
         if not names:
             raise UserError(f"--only names no contestant of {name}: there are {', '.join(workload.contestants())}.")
         print(f"\n{workload.title()}", flush=True)
@@ -106,6 +112,8 @@ def check(settings: Config) -> None:
         raise UserError(f"--device {settings.device}: {', '.join(elsewhere)} is for CPUs. Name A or C by --workloads.")
     if settings.rounds < 1 or settings.runs < 1 or not settings.timeout > 0:
         raise UserError("--rounds, --runs and --timeout must be positive.")
+    if settings.before is not None and not (settings.before / "bilevel").is_dir():
+        raise UserError(f"--before {settings.before} is no checkout of bilevel.")
     if settings.data_root is not None and not settings.data_root.is_dir():
         raise UserError(f"--data-root {settings.data_root} is no folder.")
 

@@ -12,15 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from applications.measurements.benchmarks.contest import Contestant
-from applications.measurements.benchmarks.meta_step_task import (
-    CG_STEPS,
-    CHECKED_TASKS,
-    INNER_LR,
-    QUERIES,
-    STRENGTH,
-    FewShot,
-    flat,
-)
+from applications.measurements.benchmarks.meta_step_task import CHECKED_TASKS, FewShot, flat
 from applications.measurements.benchmarks.peers_meta_step import contestants
 
 BLOCKS = 4
@@ -68,48 +60,48 @@ class MetaStep(FewShot):
         learner, episodes = self.problem()
         meta = [param.detach().cpu().double() for param in learner.meta.values()]
         tasks = zip(*(tensor[:CHECKED_TASKS].cpu() for tensor in episodes.tensors()), strict=True)
-        return torch.stack([_reference(meta, task, self.inner_steps) for task in tasks], 1).numpy()
+        return torch.stack([_reference(self, meta, task) for task in tasks], 1).numpy()
 
     def flops(self) -> float | None:
         """Floating-point operations of one meta-step: the convolutions and the head, two for a multiply-add.
 
         A gradient is three forward passes, a Hessian product six; gradients towards the images are not needed.
         """
-        size, total, first = 28, 0.0, 0.0
+        size, total, first, last = 28, 0.0, 0.0, 64
         for block in range(BLOCKS):
+            size = (size + 1) // 2 if self.halve == "stride" else size
             work = 2.0 * size**2 * 9 * 64 * (1 if block == 0 else 64)
             first = work if block == 0 else first
             total += work
-            size //= 2
-        total += 2.0 * 64 * self.ways
-        support, query = self.ways, self.ways * QUERIES
+            size = size // 2 if self.halve == "pool" else size
+        total += 2.0 * last * size**2 * self.ways
+        support, query = self.ways, self.ways * self.queries
         gradient, product = 3 * total - first, 6 * total - 3 * first
         steps = self.inner_steps + 1  # one more where the graph is built
-        return self.tasks * (steps * support * gradient + query * gradient + CG_STEPS * support * product)
+        return self.tasks * (steps * support * gradient + query * gradient + self.cg_steps * support * product)
 
 
-def network(params: list[Tensor], x: Tensor) -> Tensor:
+def network(params: list[Tensor], x: Tensor, halve: str) -> Tensor:
     """Conv4 from PyTorch's own parts."""
+    stride = 2 if halve == "stride" else 1
     for block in range(BLOCKS):
         weight, bias, scale, shift = params[4 * block : 4 * block + 4]
-        x = F.conv2d(x, weight, bias, padding=1)
-        x = F.batch_norm(x, None, None, scale, shift, training=True)
-        x = F.max_pool2d(x.relu(), 2)
+        x = F.conv2d(x, weight, bias, stride, padding=1)
+        x = F.batch_norm(x, None, None, scale, shift, training=True).relu()
+        x = F.max_pool2d(x, 2) if halve == "pool" else x
     return F.linear(x.flatten(1), *params[4 * BLOCKS :])
 
 
-def task_loss(params: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of one task."""
-    return F.cross_entropy(network(params, x), y)
+def _reference(workload: FewShot, meta: list[Tensor], task: tuple[Tensor, ...]) -> Tensor:
+    def task_loss(params: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(network(params, x, workload.halve), y)
 
-
-def _reference(meta: list[Tensor], task: tuple[Tensor, ...], steps: int) -> Tensor:
     sx, sy, qx, qy = (tensor.double() if tensor.is_floating_point() else tensor for tensor in task)
     phi = [param.clone().requires_grad_() for param in meta]
-    for _ in range(steps):
+    for _ in range(workload.inner_steps):
         grads = torch.autograd.grad(task_loss(phi, sx, sy), phi)
         phi = [
-            (p - INNER_LR * (g + STRENGTH * (p - m))).detach().requires_grad_()
+            (p - workload.inner_lr * (g + workload.strength * (p - m))).detach().requires_grad_()
             for p, g, m in zip(phi, grads, meta, strict=True)
         ]
     b = flat(torch.autograd.grad(task_loss(phi, qx, qy), phi))
@@ -118,11 +110,11 @@ def _reference(meta: list[Tensor], task: tuple[Tensor, ...], steps: int) -> Tens
     def product(v: Tensor) -> Tensor:
         parts = [part.view_as(p) for part, p in zip(v.split([p.numel() for p in phi]), phi, strict=True)]
         products = torch.autograd.grad(inner, phi, parts, retain_graph=True)
-        return v + flat(products) / STRENGTH
+        return v + flat(products) / workload.strength
 
     x, r, p = torch.zeros_like(b), b, b
     stopped = None
-    for _ in range(CG_STEPS):
+    for _ in range(workload.cg_steps):
         ap = product(p)
         if p @ ap <= 0 and stopped is None:
             stopped = x

@@ -1,4 +1,4 @@
-"""The network, the episodes and the knobs of workloads A and C, and ours on them."""
+"""The network, the episodes and the knobs of workloads A, C and F, and ours on them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,10 +16,9 @@ from applications.few_shot import data
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes
 from applications.few_shot.methods import Learner, meta_step
-from applications.few_shot.train import create_learner, create_sampler
+from applications.few_shot.train import create_learner, create_sampler, set_up_device
 from applications.measurements.benchmarks.contest import Contestant, Round, Workload, timed
 
-STRENGTH, INNER_LR, CG_STEPS, QUERIES = 2.0, 0.01, 5, 15
 CHECKED_TASKS = 16
 """Tasks whose gradients are compared with the reference; more would only cost time."""
 
@@ -32,6 +31,10 @@ class FewShot(Workload):
         root: folder of Omniglot; None: the built-in glyphs.
         inner_steps: gradient steps of the adaptation.
         device: ``"cpu"`` or ``"cuda"``, for everybody; the reference is computed on the CPU.
+
+    Attributes:
+        strength, inner_lr, cg_steps: lambda, the size of the gradient steps, steps of CG. queries: images of a class.
+        halve: how the network halves its maps: ``"pool"`` or ``"stride"``.
     """
 
     ways: int = 5
@@ -41,6 +44,12 @@ class FewShot(Workload):
     seed: int = 0
     device: str = "cpu"
 
+    strength: ClassVar[float] = 2.0
+    inner_lr: ClassVar[float] = 0.01
+    cg_steps: ClassVar[int] = 5
+    queries: ClassVar[int] = 15
+    halve: ClassVar[Literal["pool", "stride"]] = "pool"
+
     @cached_property
     def config(self) -> Config:
         """Settings of the few-shot application."""
@@ -48,15 +57,15 @@ class FewShot(Workload):
             data="glyphs" if self.root is None else "omniglot",
             data_root=None if self.root is None else Path(self.root),
             ways=self.ways,
-            queries=QUERIES,
+            queries=self.queries,
             width=64,
-            halve="pool",
+            halve=self.halve,
             head="learned",
             inner_steps=self.inner_steps,
-            inner_lr=INNER_LR,
+            inner_lr=self.inner_lr,
             safeguard=False,
-            strength=STRENGTH,
-            cg_steps=CG_STEPS,
+            strength=self.strength,
+            cg_steps=self.cg_steps,
             tasks=self.tasks,
             seed=self.seed,
             device=self.device,  # type: ignore[arg-type]
@@ -64,14 +73,15 @@ class FewShot(Workload):
 
     def problem(self, **changes: Any) -> tuple[Learner, Episodes]:
         """Network and episodes, the same in every process; the head is away from zero, where most gradients vanish."""
-        config, device = replace(self.config, **changes), torch.device(self.device)
+        config = replace(self.config, **changes)
+        device = set_up_device(config)
         classes = data.load(config.data, config.data_root, split=config.split).train
         learner = create_learner(config, classes, device)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
             head = learner.meta["head.weight"]
             head.copy_(torch.nn.init.kaiming_uniform_(torch.empty(head.shape), a=5**0.5))
-        sampler = create_sampler(config, classes, "train", QUERIES, device)
+        sampler = create_sampler(config, classes, "train", self.queries, device)
         return learner, sampler.episodes(self.tasks, 0)
 
     def ours(self, **changes: Any) -> Contestant:
@@ -83,14 +93,13 @@ class FewShot(Workload):
             assert outcome.solution.adjoint is not None
             adjoint = outcome.solution.adjoint.value
             # The inner objective depends on the meta-parameters by lambda / 2 ||phi - theta||^2.
-            answer = (
-                self.tasks * STRENGTH * torch.cat([adjoint[name].reshape(self.tasks, -1) for name in learner.meta], 1)
-            )
+            adjoints = torch.cat([adjoint[name].reshape(self.tasks, -1) for name in learner.meta], 1)
+            answer = self.tasks * self.strength * adjoints
             mean = flat(param.grad for param in learner.meta.values() if param.grad is not None)
             if torch.linalg.vector_norm(answer.mean(0) - mean) > 1e-4 * torch.linalg.vector_norm(mean):
                 raise RuntimeError("The adjoints do not add up to the meta-gradient.")
             steps = outcome.solution.adjoint.stats["num_steps"].double().mean().item()
-            return Round(seconds, checked(answer), {"iterations": round(steps, 1)})
+            return Round(seconds, checked(answer), {"iterations": round(steps, 1), "settings": changes})
 
         return run
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from applications.measurements.benchmarks.contest import Contestant, Round, checkout, needs, timed
-from applications.measurements.benchmarks.meta_step_task import CG_STEPS, INNER_LR, STRENGTH, FewShot, checked, flat
+from applications.measurements.benchmarks.meta_step_task import FewShot, checked, flat
 
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -26,15 +26,15 @@ def contestants(workload: FewShot) -> dict[str, Callable[[], Contestant]]:
     return {name: lambda make=make: task_by_task(workload, make) for name, make in makers.items()}  # type: ignore[misc]
 
 
-def task_by_task(workload: FewShot, make: Callable[[nn.Module, int], Callable[[Task], Tensor]]) -> Contestant:
+def task_by_task(workload: FewShot, make: Callable[[nn.Module, FewShot], Callable[[Task], Tensor]]) -> Contestant:
     """Runs ``make``'s function of a task on all tasks; it gives the task's gradient, flat."""
     learner, episodes = workload.problem()
-    net = build(workload.ways).to(workload.device)
+    net = build(workload).to(workload.device)
     with torch.no_grad():
         for param, value in zip(net.parameters(), learner.meta.values(), strict=True):
             param.copy_(value)
     tasks = list(zip(*episodes.tensors(), strict=True))
-    gradient = make(net, workload.inner_steps)
+    gradient = make(net, workload)
 
     def run() -> Round:
         seconds, answer = timed(lambda: torch.stack([gradient(task) for task in tasks]))
@@ -43,13 +43,15 @@ def task_by_task(workload: FewShot, make: Callable[[nn.Module, int], Callable[[T
     return run
 
 
-def build(ways: int) -> nn.Module:
+def build(workload: FewShot) -> nn.Module:
     """Conv4-64 as everybody writes it."""
     layers: list[nn.Module] = []
+    pool = workload.halve == "pool"
     for channels in (1, 64, 64, 64):
         norm = nn.BatchNorm2d(64, track_running_stats=False)
-        layers += [nn.Conv2d(channels, 64, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, ways))
+        layers += [nn.Conv2d(channels, 64, 3, 1 if pool else 2, padding=1), norm, nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if pool else []
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 if pool else 64 * 4, workload.ways))
 
 
 def named_loss(net: nn.Module) -> Callable[[Sequence[Tensor], Tensor, Tensor], Tensor]:
@@ -62,30 +64,30 @@ def named_loss(net: nn.Module) -> Callable[[Sequence[Tensor], Tensor, Tensor], T
     return loss
 
 
-def proximal(params: Iterable[Tensor], meta: Iterable[Tensor]) -> Tensor:
-    """``lambda / 2 ||params - meta||^2``"""
-    return STRENGTH / 2 * torch.stack([(p - m).square().sum() for p, m in zip(params, meta, strict=True)]).sum()
+def proximal(strength: float, params: Iterable[Tensor], meta: Iterable[Tensor]) -> Tensor:
+    """``strength / 2 ||params - meta||^2``"""
+    return strength / 2 * torch.stack([(p - m).square().sum() for p, m in zip(params, meta, strict=True)]).sum()
 
 
-def torchopt_functional(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
+def torchopt_functional(net: nn.Module, workload: FewShot) -> Callable[[Task], Tensor]:
     torchopt = needs("torchopt")
 
     loss = named_loss(net)
     meta = tuple(param.detach().clone().requires_grad_() for param in net.parameters())
 
     def objective(params: tuple[Tensor, ...], meta: tuple[Tensor, ...], x: Tensor, y: Tensor) -> Tensor:
-        return loss(params, x, y) + proximal(params, meta)
+        return loss(params, x, y) + proximal(workload.strength, params, meta)
 
     @torchopt.diff.implicit.custom_root(
         torch.func.grad(objective, argnums=0),
         argnums=1,
-        solve=torchopt.linear_solve.solve_cg(maxiter=CG_STEPS, rtol=0.0, atol=0.0),
+        solve=torchopt.linear_solve.solve_cg(maxiter=workload.cg_steps, rtol=0.0, atol=0.0),
     )
     def solve(params: tuple[Tensor, ...], meta: tuple[Tensor, ...], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-        optimizer = torchopt.sgd(lr=INNER_LR)
+        optimizer = torchopt.sgd(lr=workload.inner_lr)
         state = optimizer.init(params)
         with torch.enable_grad():
-            for _ in range(steps):
+            for _ in range(workload.inner_steps):
                 params = tuple(p.detach().requires_grad_() for p in params)
                 grads = torch.autograd.grad(objective(params, meta, x, y), params)
                 updates, state = optimizer.update(grads, state)
@@ -101,10 +103,10 @@ def torchopt_functional(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
     return gradient
 
 
-def torchopt_objects(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
+def torchopt_objects(net: nn.Module, workload: FewShot) -> Callable[[Task], Tensor]:
     torchopt = needs("torchopt")
 
-    solver = torchopt.linear_solve.solve_cg(maxiter=CG_STEPS, rtol=0.0, atol=0.0)
+    solver = torchopt.linear_solve.solve_cg(maxiter=workload.cg_steps, rtol=0.0, atol=0.0)
 
     class Inner(torchopt.nn.ImplicitMetaGradientModule, linear_solve=solver):  # type: ignore[name-defined,call-arg]
         def __init__(self, meta_net: nn.Module):
@@ -116,7 +118,7 @@ def torchopt_objects(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
             return self.net(x)
 
         def objective(self, x: Tensor, y: Tensor) -> Tensor:
-            return cross_entropy(self(x), y) + proximal(self.parameters(), self.meta_parameters())
+            return cross_entropy(self(x), y) + proximal(workload.strength, self.parameters(), self.meta_parameters())
 
         def reset(self) -> None:
             with torch.no_grad():
@@ -126,9 +128,9 @@ def torchopt_objects(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
 
         def solve(self, x: Tensor, y: Tensor) -> Any:
             params = tuple(self.parameters())
-            optimizer = torch.optim.SGD(params, lr=INNER_LR)
+            optimizer = torch.optim.SGD(params, lr=workload.inner_lr)
             with torch.enable_grad():
-                for _ in range(steps):
+                for _ in range(workload.inner_steps):
                     optimizer.zero_grad()
                     self.objective(x, y).backward(inputs=params)
                     optimizer.step()
@@ -145,7 +147,7 @@ def torchopt_objects(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
     return gradient
 
 
-def hypertorch(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
+def hypertorch(net: nn.Module, workload: FewShot) -> Callable[[Task], Tensor]:
     hypergrad = checkout("hypergrad", "BILEVEL_BENCH_HYPERTORCH", "prolearner/hypertorch")
 
     loss = named_loss(net)
@@ -155,26 +157,28 @@ def hypertorch(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
         sx, sy, qx, qy = task
 
         def objective(params: list[Tensor], hparams: list[Tensor]) -> Tensor:
-            return loss(params, sx, sy) + proximal(params, hparams)
+            return loss(params, sx, sy) + proximal(workload.strength, params, hparams)
 
-        optimizer = hypergrad.GradientDescent(objective, INNER_LR)
+        optimizer = hypergrad.GradientDescent(objective, workload.inner_lr)
         fixed = [m.detach() for m in meta]
         params = [m.detach().clone() for m in meta]
-        for _ in range(steps):
+        for _ in range(workload.inner_steps):
             params = [p.detach().requires_grad_() for p in params]
             params = optimizer.step(params, fixed, create_graph=False)
-        grads = hypergrad.CG(params, meta, CG_STEPS, optimizer, lambda params, _: loss(params, qx, qy), set_grad=False)
+        grads = hypergrad.CG(
+            params, meta, workload.cg_steps, optimizer, lambda params, _: loss(params, qx, qy), set_grad=False
+        )
         return flat(grads)
 
     return gradient
 
 
-def imaml_dev(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
+def imaml_dev(net: nn.Module, workload: FewShot) -> Callable[[Task], Tensor]:
     """The code of the paper, with the two things mended that make its answer another one."""
     learner_model = checkout("implicit_maml.learner_model", "BILEVEL_BENCH_IMAML", "aravindr93/imaml_dev")
     utils = checkout("implicit_maml.utils", "BILEVEL_BENCH_IMAML", "aravindr93/imaml_dev")
 
-    learner = learner_model.Learner(net, cross_entropy, inner_lr=INNER_LR)
+    learner = learner_model.Learner(net, cross_entropy, inner_lr=workload.inner_lr)
     start = learner.get_params()
 
     def gradient(task: Task) -> Tensor:
@@ -182,25 +186,25 @@ def imaml_dev(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
         named = {"x_train": sx, "y_train": sy, "x_val": qx, "y_val": qy}
         learner.set_params(start)
         # As released, the steps leave the proximal term out, and the system is 2 I + H / 12: here both are the paper's.
-        learner.learn_task(named, steps, add_regularization=True, w_0=start, lam=STRENGTH)
+        learner.learn_task(named, workload.inner_steps, add_regularization=True, w_0=start, lam=workload.strength)
         right = flat(torch.autograd.grad(learner.get_loss(qx, qy), list(net.parameters())))
-        matrix = learner.matrix_evaluator(named, STRENGTH, regu_coef=0.0, lam_damping=0.0)
-        return utils.cg_solve(matrix, right, CG_STEPS)
+        matrix = learner.matrix_evaluator(named, workload.strength, regu_coef=0.0, lam_damping=0.0)
+        return utils.cg_solve(matrix, right, workload.cg_steps)
 
     return gradient
 
 
-def higher(net: nn.Module, steps: int) -> Callable[[Task], Tensor]:
+def higher(net: nn.Module, workload: FewShot) -> Callable[[Task], Tensor]:
     """MAML as higher's own example writes it, with the proximal term: another gradient, through the steps."""
     library = needs("higher")
     params = list(net.parameters())
-    optimizer = torch.optim.SGD(params, lr=INNER_LR)
+    optimizer = torch.optim.SGD(params, lr=workload.inner_lr)
 
     def gradient(task: Task) -> Tensor:
         sx, sy, qx, qy = task
         with library.innerloop_ctx(net, optimizer, copy_initial_weights=False) as (inner, unrolled):
-            for _ in range(steps):
-                unrolled.step(cross_entropy(inner(sx), sy) + proximal(inner.parameters(), params))
+            for _ in range(workload.inner_steps):
+                unrolled.step(cross_entropy(inner(sx), sy) + proximal(workload.strength, inner.parameters(), params))
             return flat(torch.autograd.grad(cross_entropy(inner(qx), qy), params))
 
     return gradient

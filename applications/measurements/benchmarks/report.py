@@ -77,8 +77,11 @@ def _notes(row: dict[str, Any], entry: dict[str, Any], seconds: float, rate: flo
 
 def picture(entry: dict[str, Any]) -> bytes:
     """Curves where the rows have them, else bars."""
-    curves = any("curve" in row["facts"] for row in entry["rows"])
-    return _curves(entry) if curves else _bars(entry)
+    rows = entry["rows"]
+    if any("curve" in row["facts"] for row in rows):
+        return _curves(entry)
+    sizes = [row for row in rows if "chunk_size" in row["facts"].get("settings", {}) and row["peak_mib"] is not None]
+    return _sizes(entry, sizes) if rows and len(sizes) == len(rows) else _bars(entry)
 
 
 def _bars(entry: dict[str, Any]) -> bytes:
@@ -89,6 +92,20 @@ def _bars(entry: dict[str, Any]) -> bytes:
     axes.bar_label(bars, [f"{median(row):.3g} s" for row in rows], padding=3, fontsize=9)
     axes.margins(x=0.12)
     axes.set_xlabel("seconds, median")
+    return _png(figure, axes, entry)
+
+
+def _sizes(entry: dict[str, Any], rows: list[dict[str, Any]]) -> bytes:
+    """Time against memory, a curve for each number of threads; each point says how many tasks a thread has."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    found = [(row["facts"]["settings"], row["peak_mib"], median(row)) for row in rows]
+    for threads, colour in zip(sorted({settings["threads"] for settings, *_ in found}), (BLUE, GREY), strict=False):
+        points = sorted((each["chunk_size"], mib, s) for each, mib, s in found if each["threads"] == threads)
+        axes.plot([mib for _, mib, _ in points], [s for *_, s in points], "o-", color=colour, label=f"{threads}")
+        for size, mib, seconds in points:
+            axes.annotate(f"{size}", (mib, seconds), xytext=(4, 4), textcoords="offset points", fontsize=9)
+    axes.set(xlabel="peak MiB", ylabel="seconds, median", xlim=(0, None), ylim=(0, None))
+    axes.legend(frameon=False, title="threads; at the points tasks of each", fontsize=9)
     return _png(figure, axes, entry)
 
 

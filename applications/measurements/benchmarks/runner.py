@@ -17,8 +17,18 @@ from typing import Any
 import numpy as np
 
 from applications.frame import memory
-from applications.measurements.benchmarks.contest import Workload
+from applications.measurements.benchmarks.contest import AS_BEFORE, BEFORE, Workload
 from applications.measurements.benchmarks.workloads import KINDS
+
+SUBSTITUTED = """
+import sys
+sys.path[0] = sys.argv.pop(1)
+import applications.measurements.benchmarks as package
+package.__path__[:] = [sys.argv.pop(1)]
+from applications.measurements.benchmarks.worker import main
+main(*sys.argv[1:])
+"""
+"""The worker of these benchmarks, with the library and the applications of another checkout."""
 
 
 @dataclass
@@ -115,8 +125,13 @@ def relative_errors(answer: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def _work(kind: str, settings: dict[str, Any], name: str, folder: Path, runs: int, timeout: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "applications.measurements.benchmarks.worker"]
-    command += [kind, json.dumps(settings), name, str(folder), str(runs)]
+    program = ["-m", "applications.measurements.benchmarks.worker"]
+    if name.endswith(AS_BEFORE):
+        name, program = (
+            name.removesuffix(AS_BEFORE),
+            ["-c", SUBSTITUTED, os.environ[BEFORE], str(Path(__file__).parent)],
+        )
+    command = [sys.executable, *program, kind, json.dumps(settings), name, str(folder), str(runs)]
     path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     try:

@@ -116,6 +116,22 @@ def test_curves_are_drawn_where_there_are_some():
     assert report.picture(entry) != report.picture(ENTRY)
 
 
+def test_rows_that_differ_in_their_sizes_are_drawn_against_memory(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "_png", lambda figure, axes, entry: drawn.append(axes) or b"")
+    settings = [{"threads": threads, "chunk_size": size} for threads in (1, 2) for size in (8, 1)]
+    row = {"seconds": [2.0, 3.0, None], "note": ""}
+    rows = [
+        {**row, "name": f"bilevel, {index}", "peak_mib": 10.0 * index, "facts": {"settings": each}}
+        for index, each in enumerate(settings)
+    ]
+    report.picture({**ENTRY, "rows": rows})
+    assert [list(line.get_xdata()) for line in drawn[0].lines] == [[10.0, 0.0], [30.0, 20.0]]  # by tasks at a time
+    assert [list(line.get_ydata()) for line in drawn[0].lines] == [[3.0, 3.0]] * 2
+    report.picture({**ENTRY, "rows": [{**rows[0], "peak_mib": None}]})
+    assert not drawn[1].lines  # bars
+
+
 def test_a_gpu_is_named():
     machine = {**ENTRY["machine"], "gpu": "NVIDIA H200"}
     assert "NVIDIA H200, beside 2 cores of an AMD EPYC" in report.table({**ENTRY, "machine": machine})
