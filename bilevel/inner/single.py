@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.single import as_vector
-from ..problem import Evaluation, Problem
+from ..problem import Problem
 from ..solution import Result, Solution
 from .descent import CURVATURE, ENOUGH_STEPS, FEW_TRIALS, GROWTH, MAX_TRIALS, SUFFICIENT_DECREASE
 from .nearness import PATIENCE, VANISHED, Goal
@@ -37,15 +37,15 @@ class _Evaluated:
 
     def __init__(self, problem: Problem):
         self.problem, self.dtype = problem, problem.start.y.dtype
-        self.start = self._at(problem.start)
+        at = problem.start
+        g = as_vector(at.g)
+        self.start = _At(as_vector(at.y), float(at.f), g, _norm(g))
 
     def __call__(self, y: np.ndarray) -> _At:
-        return self._at(self.problem.evaluate(torch.from_numpy(y).to(self.dtype)))
-
-    @staticmethod
-    def _at(found: Evaluation) -> _At:
-        y, g = as_vector(found.y), as_vector(found.g)
-        return _At(y, float(found.f), g, _norm(g))
+        if self.dtype is torch.float32:
+            y = y.astype(np.float32).astype(np.float64)
+        f, g = self.problem.in_numbers(y)
+        return _At(y, f, g, _norm(g))
 
 
 def descend_single(problem: Problem, gtol: float | None, max_steps: int, history: int) -> Solution[Tensor]:

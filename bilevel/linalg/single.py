@@ -31,7 +31,7 @@ def is_single(vector: Tensor) -> bool:
 
 def as_vector(tensor: Tensor) -> np.ndarray:
     """Its numbers in float64; of a float64 tensor it is no copy."""
-    return tensor.detach().numpy().astype(np.float64, copy=False)
+    return tensor.numpy(force=True).astype(np.float64, copy=False)
 
 
 class SingleCG:
