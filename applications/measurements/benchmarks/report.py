@@ -68,6 +68,9 @@ def _notes(row: dict[str, Any], entry: dict[str, Any], seconds: float, rate: flo
             parts.append(f"{facts[name]} {text}")
     if "product_in_gradients" in facts:
         parts.append(f"a product costs {facts['product_in_gradients']:.1f} gradients")
+    if "over_bare" in facts:
+        counted = f"{facts['gradients']} gradients and {facts['products']} products"
+        parts.append(f"{facts['over_bare']:.2f} times its {counted} by themselves")
     if "stopped" in facts:
         parts.append(facts["stopped"][:80].replace("|", "/"))
     elif "curve" in facts and not math.isfinite(seconds):
