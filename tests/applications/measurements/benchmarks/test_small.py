@@ -22,7 +22,7 @@ def test_formulas_are_those_of_autograd(name):
     problem = small(name)
     losses, point = Losses(problem), problem.start + 0.1
     w = torch.from_numpy(point).requires_grad_()
-    direction = torch.linspace(-1, 1, w.numel(), dtype=torch.float64).reshape(w.shape)
+    direction = torch.linspace(-1, 2, w.numel(), dtype=torch.float64).reshape(w.shape)
     (slope,) = torch.autograd.grad(losses.total(w, losses.x), w, create_graph=True)
     (product,) = torch.autograd.grad(slope, w, direction, retain_graph=True)
     (pulled,) = torch.autograd.grad(slope, losses.x, -direction)
@@ -60,7 +60,7 @@ def test_all_contestants_have_the_answer(name, monkeypatch):
 
 def test_the_note_counts_the_evaluations(monkeypatch):
     monkeypatch.setattr(peers_small, "RUNS", 1)
-    facts = SmallProblem().contestants()["bilevel"]().facts
+    facts = SmallProblem().contestants()["bilevel"]()().facts
     assert facts["gradients"] > facts["products"] > 5
     assert facts["over_bare"] > 0.5
     row = {"name": "bilevel", "note": "", "facts": {**facts, "over_bare": 2.5}}
