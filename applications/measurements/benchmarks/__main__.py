@@ -1,7 +1,8 @@
-"""``python -m applications.measurements.benchmarks``: workloads A to D, ours and the peers, side by side in one run."""
+"""``python -m applications.measurements.benchmarks``: workloads A to G, ours and the peers, side by side in one run."""
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
@@ -18,7 +19,7 @@ from applications.frame.errors import UserError, exit_code
 from applications.frame.figures import OURS
 from applications.frame.run_folder import RunFolder
 from applications.measurements.benchmarks import report
-from applications.measurements.benchmarks.contest import timed
+from applications.measurements.benchmarks.contest import AS_BEFORE, BEFORE, timed
 from applications.measurements.benchmarks.meta_step_task import FewShot
 from applications.measurements.benchmarks.runner import contest
 from applications.measurements.benchmarks.workloads import KINDS, NAMES
@@ -31,7 +32,8 @@ class Config:
     """Time contestants on fixed workloads; a gradient that is not that of the float64 reference has no time."""
 
     workloads: tuple[str, ...] = ("A", "B", "C-10-steps", "C-100-steps", "C-1000-steps", "D-cleaning", "D-penalties")
-    """Workloads; also A-4-tasks, A-32-tasks, A-128-tasks, A-20-way, B-large."""
+    """Workloads; also A-4-tasks, A-32-tasks, A-128-tasks, A-20-way, B-large, E-ridge-9, E-ridge-100, E-logistic-30,
+    E-network, E-batch, G."""
     peer: Literal["all", "none"] = "all"
     """Run the other libraries that are installed, or ours alone."""
     only: tuple[str, ...] = ()
@@ -46,6 +48,12 @@ class Config:
     """Runs in a turn, after one that warms up."""
     timeout: float = 600.0
     """Seconds for a turn, after which it is given up."""
+    before: Path | None = None
+    """Another checkout, whose library does ours once more, in turn, in the workloads E and G."""
+    against: Path | None = None
+    """Results to compare with; the command fails where a figure of ours has grown by more than ``--allowed``."""
+    allowed: float = 1.3
+    """Growth that is nobody's fault."""
     out: Path = Path("runs/benchmarks")
     """Folder of results.json, tables.md and the pictures; the results of other workloads in it are kept."""
 
@@ -71,6 +79,9 @@ def run(settings: Config, arguments: list[str]) -> int:
         workload = KINDS[kind](**changes)
         names = [n for n in workload.contestants() if settings.peer == "all" or n.startswith(OURS)]
         names = [n for n in names if not settings.only or n in settings.only]
+        if settings.before is not None and workload.letter in "EG":
+            os.environ[BEFORE] = str(settings.before.resolve())
+            names = [n for name in names for n in ([name, name + AS_BEFORE] if name.startswith(OURS) else [name])]
         if not names:
             raise UserError(f"--only names no contestant of {name}: there are {', '.join(workload.contestants())}.")
         print(f"\n{workload.title()}", flush=True)
@@ -92,7 +103,19 @@ def run(settings: Config, arguments: list[str]) -> int:
         folder.write_bytes(f"{kept}.png", report.picture(entry))
         folder.write_bytes("tables.md", "\n".join(["# Tables\n", *map(report.table, results.values())]).encode())
         print(report.table(entry), flush=True)
-    return 0
+    return 0 if settings.against is None else compare(results, settings)
+
+
+def compare(results: dict[str, Any], settings: Config) -> int:
+    """Tell how the figures stand to the ones that were kept; 1 where one has grown too much."""
+    assert settings.against is not None
+    kept = RunFolder(settings.against.parent).read_json(settings.against.name)
+    found = report.changes({name: results[name] for name in settings.workloads}, kept)
+    for name, ratio in found.items():
+        print(f"{ratio:5.2f} times the kept figure: {name}{'  <- slower' if ratio > settings.allowed else ''}")
+    if not found:
+        raise UserError(f"--against {settings.against} has none of the figures of {', '.join(settings.workloads)}.")
+    return int(max(found.values()) > settings.allowed)
 
 
 def check(settings: Config) -> None:
@@ -106,6 +129,9 @@ def check(settings: Config) -> None:
         raise UserError(f"--device {settings.device}: {', '.join(elsewhere)} is for CPUs. Name A or C by --workloads.")
     if settings.rounds < 1 or settings.runs < 1 or not settings.timeout > 0:
         raise UserError("--rounds, --runs and --timeout must be positive.")
+    for name, path in (("before", settings.before), ("against", settings.against)):
+        if path is not None and not path.exists():
+            raise UserError(f"--{name} {path} does not exist.")
     if settings.data_root is not None and not settings.data_root.is_dir():
         raise UserError(f"--data-root {settings.data_root} is no folder.")
 

@@ -76,6 +76,11 @@ class Workload(ABC):
         return None
 
 
+BEFORE = "BILEVEL_BENCH_BEFORE"
+"""The variable that names another checkout to the processes of contestants whose name ends in `AS_BEFORE`."""
+AS_BEFORE = ", before"
+
+
 class NotHere(Exception):
     """A peer that is not installed, with what to do about it."""
 

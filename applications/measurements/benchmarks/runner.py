@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from applications.frame import memory
-from applications.measurements.benchmarks.contest import Workload
+from applications.measurements.benchmarks.contest import AS_BEFORE, BEFORE, Workload
 from applications.measurements.benchmarks.workloads import KINDS
 
 
@@ -117,8 +117,15 @@ def relative_errors(answer: np.ndarray, reference: np.ndarray) -> np.ndarray:
 def _work(kind: str, settings: dict[str, Any], name: str, folder: Path, runs: int, timeout: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "applications.measurements.benchmarks.worker"]
     command += [kind, json.dumps(settings), name, str(folder), str(runs)]
-    path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+    places = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    others = dict(os.environ)
+    if name.endswith(AS_BEFORE):  # the library of the other checkout, under the workloads of this one
+        (folder / "bilevel").symlink_to(Path(os.environ[BEFORE]) / "bilevel")
+        places, command[5] = [str(folder), *places], name.removesuffix(AS_BEFORE)
+    else:
+        others.pop(BEFORE, None)
+    path = os.pathsep.join(places)
+    environment = {**others, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True)
     except subprocess.TimeoutExpired:

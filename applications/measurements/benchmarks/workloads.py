@@ -6,6 +6,7 @@ from typing import Any
 
 from applications.measurements.benchmarks.contest import Workload
 from applications.measurements.benchmarks.hyperparameters import Hyperparameters
+from applications.measurements.benchmarks.latency import Latency
 from applications.measurements.benchmarks.meta_step import MetaStep
 from applications.measurements.benchmarks.small import SmallProblem
 from applications.measurements.benchmarks.small_task import NAMES as SMALL
@@ -13,7 +14,7 @@ from applications.measurements.benchmarks.solutions import Solutions
 from applications.measurements.benchmarks.unrolling import Unrolling
 
 KINDS: dict[str, type[Workload]] = {
-    kind.__name__: kind for kind in (MetaStep, Hyperparameters, Unrolling, Solutions, SmallProblem)
+    kind.__name__: kind for kind in (MetaStep, Hyperparameters, Unrolling, Solutions, SmallProblem, Latency)
 }
 
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,4 +31,5 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "D-cleaning": ("Solutions", {"problem": "cleaning", "limit": 8.0}),
     "D-penalties": ("Solutions", {"problem": "penalties", "limit": 8.0}),
     **{f"E-{name}": ("SmallProblem", {"problem": name}) for name in SMALL},
+    "G": ("Latency", {}),
 }
