@@ -41,9 +41,7 @@ class Latency(Workload):
 
     def contestants(self) -> dict[str, Callable[[], Contestant]]:
         """See `Workload`."""
-        return {
-            name: lambda words=words: partial(wait, words, self.repeats_of_each) for name, words in PROGRAMS.items()
-        }
+        return {name: partial(partial, wait, words, self.repeats_of_each) for name, words in PROGRAMS.items()}
 
 
 def wait(words: list[str], repeats: int) -> Round:
