@@ -217,7 +217,8 @@ class _Memory:
     """As `pairs.Memory` and its two loops."""
 
     def __init__(self, history: int, start: _At, kind: torch.finfo):
-        self.last, self.eps, self.tiny, self.gamma = start, kind.eps, kind.tiny, 1.0
+        self.start, self.last = start.y, start
+        self.eps, self.tiny, self.gamma = kind.eps, kind.tiny, 1.0
         self.unit = 1 / start.slope if start.slope > 0 and math.isfinite(start.slope) else 1.0
         self.pairs: deque[tuple[np.ndarray, np.ndarray, float]] = deque(maxlen=history)
 
@@ -227,8 +228,10 @@ class _Memory:
         self.last = at
         curvature, yy = float(s @ y), float(y @ y)
         useful = curvature > self.eps * _norm(s) * math.sqrt(yy)
-        if useful:  # a loss that is falling without end is not followed to where it underflows
-            self.gamma = curvature / yy if yy >= self.tiny else math.inf
+        if useful:  # a loss that falls without end is not followed to where it underflows; params may go to zero
+            way = at.y - self.start
+            followed = yy * float(way @ way) > self.tiny * float(s @ s)
+            self.gamma = curvature / yy if followed and yy > 0 else math.inf
         self.pairs.append((s, y, 1 / curvature if useful else 0.0))
         return useful
 

@@ -90,6 +90,27 @@ def test_as_many_evaluations():
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("start", [1.0, 1e-6, 1e6, -3.0])
+@pytest.mark.parametrize("power", [2, 4])
+def test_a_minimum_at_zero_is_reached(power, start, dtype):
+    one, _ = both(lambda w: (w**power + w**2).sum(-1), torch.full((2,), start, dtype=dtype))
+    assert one.result is bl.Result.CONVERGED  # the batch may stagnate, where float32 squares underflow
+    assert one.value.norm() <= 1e-4 * abs(start)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_separable_classes_have_no_minimum(dtype):
+    labels = 2 * Y.to(dtype) - 1
+    fit = bl.argmin(
+        lambda w: torch.nn.functional.softplus(-labels * (X.to(dtype) @ w)).mean(),
+        torch.zeros(7, dtype=dtype),
+        hypergrad=None,
+        throw="ignore",
+    )
+    assert fit.result is bl.Result.UNBOUNDED
+
+
 def test_what_it_is_for():
     assert is_single(torch.zeros(SMALL))
     assert not is_single(torch.zeros(SMALL + 1))
