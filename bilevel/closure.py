@@ -34,7 +34,7 @@ from ._torch import (
 from .context import EVALUATING, UNCOMPILED
 from .modules import ModuleReads
 from .spared import Copies, Spared, refuse_view, targets
-from .tree import Tree, leaves
+from .tree import Tree, map_tensors, tensors
 
 
 def in_transform() -> bool:
@@ -91,7 +91,7 @@ class Tracer(_UncompiledMode):
 
     def note(self, tree: Tree) -> None:
         """Arguments of the function."""
-        self._note(_tensors(tree))
+        self._note(tensors(tree))
 
     def _note(self, operands: Sequence[Tensor]) -> None:
         for tensor in operands:
@@ -111,14 +111,14 @@ class Tracer(_UncompiledMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        operands = _tensors((args, kwargs))
+        operands = tensors((args, kwargs))
         self._note(operands)
         self.reads.look(operands)
         for target in targets(func, args, kwargs):
             self._spare(target)
         args, kwargs = self._copies.swap((args, self._copies.dense(func, kwargs)))
         out = self._copies.returned(func(*args, **kwargs))
-        for tensor in _tensors(out):
+        for tensor in tensors(out):
             if id(tensor) not in self.found and id(tensor) not in self._outside:
                 self.made.add(id(tensor))
                 if self.level and self._is_inner(tensor):
@@ -187,7 +187,7 @@ class Substitute(_UncompiledMode):
         return self.copies.returned(func(*args, **self.copies.dense(func, kwargs)))
 
     def swap(self, tree: Tree) -> Tree:
-        return pytree.tree_map_only(Tensor, self._swapped, tree)
+        return map_tensors(self._swapped, tree)
 
     def _swapped(self, tensor: Tensor) -> Tensor:
         if id(tensor) in self.new:
@@ -234,20 +234,25 @@ class Autocast:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        if not self.enabled and not (
-            torch.amp.is_autocast_available(self.device) and torch.is_autocast_enabled(self.device)
-        ):
+        if not self._is_needed():
             yield
             return
         # No cache: it would keep the casts of the parameters of every step.
         with torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False):
             yield
 
-    @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> contextlib.AbstractContextManager[Any]:
         """Around an evaluation of what the user wrote."""
+        return self._evaluating() if self._is_needed() else EVALUATING
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
         with EVALUATING, self.entered():
             yield
+
+    def _is_needed(self) -> bool:
+        """Whether it is on, or on here where it shall be off."""
+        return self.enabled or (torch.amp.is_autocast_available(self.device) and torch.is_autocast_enabled(self.device))
 
 
 @dataclass(frozen=True)
@@ -312,10 +317,6 @@ def _peeled(tensor: Tensor, level: int) -> Tensor:
             return tensor
         tensor = get_unwrapped(tensor)
     return tensor
-
-
-def _tensors(tree: Tree) -> list[Tensor]:
-    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def is_dual(tensor: Tensor) -> bool:

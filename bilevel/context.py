@@ -16,12 +16,10 @@ from contextlib import AbstractContextManager
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import stateless
 
-from ._torch import pytree
-from .tree import Tree
+from .tree import Tree, map_tensors, tensors
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -132,6 +130,6 @@ def uncompiled(fn: Callable[P, R]) -> Callable[P, R]:
 
 def usable(tree: Tree) -> Tree:
     """The tree, with copies of tensors that were made under inference mode."""
-    if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in pytree.tree_leaves(tree)):
+    if not any(leaf.is_inference() for leaf in tensors(tree)):
         return tree
-    return pytree.tree_map_only(Tensor, lambda leaf: leaf.clone() if leaf.is_inference() else leaf, tree)
+    return map_tensors(lambda leaf: leaf.clone() if leaf.is_inference() else leaf, tree)

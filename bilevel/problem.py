@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -137,12 +138,25 @@ class Problem:
         with torch.enable_grad():
             if not (self.differentiable and y.requires_grad):
                 y = _stand_in(y)
-            point = self.raveler.unravel(y)
             with UNCOMPILED if self.differentiable else contextlib.nullcontext():
-                loss = self._loss(point)
-            g = self.raveler.ravel(_gradient(loss, point, create_graph=self.differentiable))
+                loss, grads = self._gradient(y)
+            g = self.raveler.ravel(grads)
         found = Evaluation(y, loss.double(), g)
         return found if self.differentiable else found.detach()
+
+    def in_numbers(self, y: np.ndarray) -> tuple[float, np.ndarray]:
+        """The loss and the gradient at ``y``, of one problem on the host; all in float64."""
+        with torch.enable_grad():
+            loss, grads = self._gradient(_stand_in(torch.from_numpy(y).to(self.raveler.dtype)))
+        parts = [grad.numpy(force=True).ravel() for grad in grads]
+        g = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return float(loss.detach()), g.astype(np.float64, copy=False)
+
+    def _gradient(self, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The losses at a vector that requires grad, and the gradient leaf by leaf."""
+        point = self.raveler.unravel(y)
+        loss = self._loss(point)
+        return loss, _gradient(loss, point, create_graph=self.differentiable)
 
     def losses(self, y: Tensor) -> Tensor:
         """Losses at ``y`` without a graph, at a third of the cost of `evaluate`."""
@@ -326,7 +340,7 @@ def _gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Ten
             "Compute the loss from the argument (functional_call(module, params, ...)), and neither detach it nor "
             "run under no_grad."
         )
-    grads = torch.autograd.grad(loss.sum(), point, create_graph=create_graph, allow_unused=True)
+    grads = torch.autograd.grad(loss.sum() if loss.dim() else loss, point, create_graph=create_graph, allow_unused=True)
     if all(grad is None for grad in grads):
         raise ValueError(
             "objective has no gradient path to init: its result depends on other tensors only. Compute the loss "

@@ -283,7 +283,7 @@ def make_codes(result: Result, like: Tensor) -> Tensor:
 
 def marked(codes: Tensor, where: Tensor, result: Result) -> Tensor:
     """The codes, with that of ``result`` for the problems of a mask."""
-    return torch.where(where, make_codes(result, codes), codes)
+    return codes.masked_fill(where, int(result))
 
 
 Advice = str | Mapping[Result | None, str] | Callable[[], str]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._torch import is_functorch_wrapped_tensor, pytree
+from .tree import map_tensors
 
 METADATA = frozenset({"requires_grad_", "retain_grad_", "detach_", "share_memory_", "rename_"})
 _OPERATORS = (
@@ -81,7 +82,7 @@ class Copies:
         """Operands, with the copies in place of their originals."""
         if not self.new:
             return tree
-        return pytree.tree_map_only(Tensor, lambda tensor: self.new.get(id(tensor), tensor), tree)
+        return map_tensors(lambda tensor: self.new.get(id(tensor), tensor), tree)
 
     def returned(self, out: Any) -> Any:
         """What an operation returns to the program."""

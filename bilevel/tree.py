@@ -42,6 +42,40 @@ def tree_map(fn: Any, tree: Tree, *rest: Tree) -> Tree:
     return pytree.tree_map(fn, tree, *rest)
 
 
+def map_tensors(fn: Callable[[Tensor], Any], tree: Tree) -> Tree:
+    """``fn`` on the tensors of a tree and nothing on its other leaves.
+
+    For operands of single operations: what they mostly are is walked here, in a tenth of the time of a general walk.
+    """
+    if isinstance(tree, Tensor):
+        return fn(tree)
+    kind = type(tree)
+    if kind in _PLAIN:
+        return tree
+    if kind is tuple or kind is list:
+        return kind([map_tensors(fn, part) for part in tree])
+    if kind is dict:
+        return {key: map_tensors(fn, part) for key, part in tree.items()}
+    return pytree.tree_map_only(Tensor, fn, tree)
+
+
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
+
+
+def tensors(tree: Tree) -> list[Tensor]:
+    """The tensors among the leaves of ``tree``, in order; for operands, as `map_tensors`."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    kind = type(tree)
+    if kind in _PLAIN:
+        return []
+    if kind is dict:
+        tree, kind = list(tree.values()), list
+    if kind is tuple or kind is list:
+        return [tensor for part in tree for tensor in tensors(part)]
+    return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+
+
 def stack(tree: Tree, num_tasks: int) -> Tree:
     """Repeat every leaf for ``num_tasks`` independent problems: ``[...] -> [T, ...]``.
 
@@ -59,6 +93,9 @@ def wide(tensor: Tensor) -> Tensor:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over the last dimension, accumulated in float64: ``[*batch, n] -> [*batch]``."""
+    if a.dtype is torch.float64 and b.dtype is torch.float64:
+        product: Tensor = torch.linalg.vecdot(a, b)
+        return product
     return _by_few(lambda a, b: (a * b).sum(-1, dtype=torch.float64), a, b)
 
 
@@ -121,6 +158,8 @@ class Raveler:
 
     def unravel(self, flat: Tensor) -> list[Tensor]:
         """``[*batch, n]`` to leaves of the original shapes and dtypes (views where the dtype allows)."""
+        if len(self.sizes) == 1 and flat.shape == self.shapes[0]:
+            return [flat.to(self.dtypes[0])]
         parts = flat.split(self.sizes, -1)
         return [
             part.reshape(shape).to(dtype) for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Callable
 
 import bilevel as bl
-from applications.few_shot import benchmark, compare, evaluation, gradients, guard, hours, papers, plots, train
+from applications.few_shot import guard, train
 from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.methods import fixed_at_zero
 from applications.few_shot.train import TRAINING, Session
@@ -38,6 +40,8 @@ def story(config: Config, run: Run) -> None:
     file = train.checkpoint_file(run.folder)
     run.train(TRAINING, session, show, lambda: train.validation(session), config.validate_every, file)
     if run.leads:
+        from applications.few_shot import plots
+
         rows = run.metrics(TRAINING)
         run.picture("learning_curve.png", plots.learning_curve(rows, title))
         if told := guard.told(rows):
@@ -45,14 +49,33 @@ def story(config: Config, run: Run) -> None:
         train.report(session, run, run.part("evaluation", lambda: train.evaluation(session)))
 
 
+def part(module: str, function: str = "command") -> Callable[[list[str]], int]:
+    """A function of a module that is imported when it is called: the help waits for no library that draws."""
+
+    def run(words: list[str]) -> int:
+        code: int = getattr(importlib.import_module(f"applications.few_shot.{module}"), function)(words)
+        return code
+
+    return run
+
+
+def compare(words: list[str]) -> int:
+    """The methods at one equal budget, each by this command."""
+    from applications.few_shot import compare
+
+    return compare.command(words, main)
+
+
 SUBCOMMANDS = {
-    "evaluate": Subcommand("RUN | --trained NAME [options]", "accuracy on held-out tasks", evaluation.command),
-    "export": Subcommand("RUN NAME", "the network of a run as one small file", evaluation.export),
-    "hours": Subcommand("RUN [RUN ...] PICTURE.png", "validation accuracy against hours of training", hours.command),
-    "compare": Subcommand("[options]", "the methods at one equal budget", lambda words: compare.command(words, main)),
-    "papers": Subcommand("", "the commands of the papers' settings, and what they need", papers.command),
-    "gradients": Subcommand("[options]", "error of the meta-gradient against inner steps", gradients.command),
-    "benchmark": Subcommand("[options]", "memory and time of a meta-gradient against inner steps", benchmark.main),
+    "evaluate": Subcommand("RUN | --trained NAME [options]", "accuracy on held-out tasks", part("evaluation")),
+    "export": Subcommand("RUN NAME", "the network of a run as one small file", part("evaluation", "export")),
+    "hours": Subcommand("RUN [RUN ...] PICTURE.png", "validation accuracy against hours of training", part("hours")),
+    "compare": Subcommand("[options]", "the methods at one equal budget", compare),
+    "papers": Subcommand("", "the commands of the papers' settings, and what they need", part("papers")),
+    "gradients": Subcommand("[options]", "error of the meta-gradient against inner steps", part("gradients")),
+    "benchmark": Subcommand(
+        "[options]", "memory and time of a meta-gradient against inner steps", part("benchmark", "main")
+    ),
 }
 
 if __name__ == "__main__":

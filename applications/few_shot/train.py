@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.few_shot import backbone, data, evaluate, guard, plots
+from applications.few_shot import backbone, data, evaluate, guard
 from applications.few_shot.average import Average
 from applications.few_shot.config import Config
 from applications.few_shot.episodes import Episodes, Sampler
@@ -274,6 +274,8 @@ def evaluation(session: Session) -> dict[str, Row]:
 
 def report(session: Session, run: Run, found: dict[str, Row]) -> None:
     """Print and keep what was found, ``evaluation.json`` too, and draw a test episode."""
+    from applications.few_shot import plots  # which take longer to import than to draw
+
     config, sampler = session.config, session.sampler("test")
     rows = [{"classifier": name, "accuracy": str(evaluate.Accuracy(**row))} for name, row in found.items()]
     title = f"Accuracy on {config.eval_tasks} held-out tasks, {describe(config)}"

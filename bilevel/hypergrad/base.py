@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -42,7 +42,7 @@ class Point:
     seen: Seen | None = None
     _at: Linearization | None = field(default=None, repr=False)
 
-    @property
+    @cached_property
     def raveler(self) -> Raveler:
         return raveler_of(self.params, self.batch_dims)
 

@@ -62,10 +62,12 @@ class LineSearch:
         self.pending, self.best, self.taken = active & (self.slope < 0), at, torch.zeros_like(step)
         self.rounding = torch.finfo(at.g.dtype).eps ** 0.6 * at.f.abs()
 
-    def advance(self, trials: int) -> None:
-        """Some more trials; nothing looks at a value."""
+    def advance(self, trials: int, free: bool = False) -> None:
+        """Some more trials; where looks are not free nothing looks at a value."""
         for _ in range(trials):
-            self._try()
+            trial, enough = self._try()
+            if not (free and not bool(self.pending.any())):
+                self._narrow(trial, enough)
             self.trials += 1
             if self.trials == FEW_TRIALS and self.near is not None:
                 self.pending = self.pending & ~self.near
@@ -75,14 +77,15 @@ class LineSearch:
     def finish(self) -> None:
         """All trials that it takes; looks after each."""
         while self.trials < MAX_TRIALS and bool(self.pending.any()):
-            self.advance(1)
+            self.advance(1, free=True)
 
     @property
     def moved(self) -> Tensor:
         """Where a step was found."""
         return self.active & (self.taken > 0)
 
-    def _try(self) -> None:
+    def _try(self) -> tuple[Evaluation, Tensor]:
+        """The points at the present step sizes, and where the loss falls enough there; what suffices is accepted."""
         pending, step, at = self.pending, self.step, self.at
         move = torch.where(pending, step, torch.zeros_like(step))
         trial = self.problem.evaluate(axpy(move, self.direction, at.y))
@@ -92,7 +95,12 @@ class LineSearch:
         enough, steep = decreased | level, new_slope < CURVATURE * self.slope
         accepted = pending & enough & ~steep
         self.best, self.taken = choose(accepted, trial, self.best), torch.where(accepted, step, self.taken)
-        self.pending = pending = pending & ~accepted
+        self.pending = pending & ~accepted
+        return trial, enough
+
+    def _narrow(self, trial: Evaluation, enough: Tensor) -> None:
+        """The brackets of the problems that are still searching, and the next step sizes."""
+        pending, step = self.pending, self.step
         self.high = torch.where(pending & ~enough, step, self.high)
         self.low = torch.where(pending & enough, step, self.low)
         # A point that only fails the curvature condition is kept in hand: it does lower the loss.

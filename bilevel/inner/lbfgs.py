@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..linalg.single import is_single
 from ..problem import Problem
 from ..prox import Prox
 from ..prox.parts import within
@@ -17,6 +18,7 @@ from .descent import descend
 from .minimize import check_settings
 from .nearness import Nearness
 from .pairs import Memory
+from .single import descend_single
 from .watch import Callbacks, watch
 
 
@@ -60,6 +62,8 @@ class LBFGS:
         if self.bounds is not None:
             box, told = box_of(problem, self.bounds), watch(self, problem)
             return descend_within(problem, box, self.gtol, self.max_steps, self.history, told)
+        if self.callback is None and not problem.differentiable and is_single(problem.start.y):
+            return descend_single(problem, self.gtol, self.max_steps, self.history)
         memory = Memory(self.history, problem, probe=self.gtol is None)
         nearness = Nearness(problem.start.y) if self.gtol is None else None
         return descend(problem, self.gtol, self.max_steps, memory, nearness, watch=watch(self, problem))

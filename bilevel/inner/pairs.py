@@ -97,7 +97,7 @@ def two_loops(pairs: Sequence[Pair], gamma: Tensor, g: Tensor) -> Tensor:
     for s, y, rho in reversed(pairs):
         alpha = rho * dot(s, q)
         alphas.append(alpha)
-        q = axpy(-alpha, y, q)
+        q = torch.addcmul(q, alpha.to(y.dtype).unsqueeze(-1), y, value=-1)
     q = scale(gamma, q)
     for (s, y, rho), alpha in zip(pairs, reversed(alphas), strict=True):
         q = axpy(alpha - rho * dot(y, q), s, q)

@@ -13,6 +13,7 @@ from ..solution import Result, marked
 from ..tree import axpy, dot, norm, scale
 from .lanczos import Lanczos
 from .operator import Operator
+from .single import cg_single, is_single
 from .solve import IterativeSolver, Outcome, Precondition, Preconditioner, Stopping, chosen, normalise, stop_now
 
 RESTARTS = 3
@@ -39,6 +40,8 @@ class CG(IterativeSolver):
     def iterate(
         self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
     ) -> Outcome:
+        if is_single(unit) and not torch.is_grad_enabled():  # else a derivative may be asked for
+            return cg_single(operator, unit, length, stopping, precondition)
         state = _State.begin(unit, length, stopping)
         lanczos = Lanczos(length)
         _sweep(operator, state, stopping.target, stopping.max_steps, precondition, lanczos)

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
@@ -34,6 +33,8 @@ class ScipyOperator(Operator):
         dtype: torch.dtype = torch.float64,
         device: torch.device | str = "cpu",
     ):
+        import scipy.sparse.linalg
+
         self.linear = scipy.sparse.linalg.aslinearoperator(linear)
         total, problems = self.linear.shape[1], torch.Size(batch_shape).numel()
         if self.linear.shape[0] != total or total % problems:

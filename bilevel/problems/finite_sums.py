@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import scipy.optimize
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -189,6 +188,8 @@ class Logistic:
             return float(value.detach()), gradient.numpy()
 
         start = self.start()[1].detach().numpy()
+        import scipy.optimize
+
         best = scipy.optimize.minimize(
             evaluate, start, jac=True, method="L-BFGS-B", options={"gtol": 1e-8, "ftol": 0.0, "maxiter": 500}
         )

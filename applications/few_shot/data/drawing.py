@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import distance_transform_edt, maximum_filter
 from torch import Tensor
 
 SIDE = 28  # pixels of a finished drawing, as in Omniglot
@@ -95,6 +94,8 @@ class _Strokes(NamedTuple):
 
     @classmethod
     def of(cls, outline: Tensor) -> _Strokes:
+        from scipy.ndimage import distance_transform_edt, maximum_filter
+
         ink = outline.numpy() > 0.5
         distance = distance_transform_edt(ink) - distance_transform_edt(~ink)
         ridge = distance[ink & (distance == maximum_filter(distance, size=3))]  # along the strokes' middle

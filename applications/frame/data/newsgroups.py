@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import scipy.sparse
+import scipy
 
 from applications.frame.data.files import unusable
 from applications.frame.errors import UserError

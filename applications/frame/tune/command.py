@@ -30,9 +30,9 @@ from applications.frame.options import check_folder, check_values, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import Interrupted, Run
 from applications.frame.run_folder import RunFolder
-from applications.frame.tune import hooks, report
+from applications.frame.tune import hooks
 from applications.frame.tune.storage import password, without_password
-from applications.frame.tune.tunable import Tunable, score_after, score_within
+from applications.frame.tune.tunable import Tunable, best_or_none, score_after, score_within
 
 KEPT = "Interrupted; the study is kept. The same command goes on with it."
 
@@ -134,6 +134,8 @@ def run(name: str, options: Config, arguments: list[str], tunable: Tunable, fold
             with_workers(name, options, arguments, study, trials, update)
         else:
             work(study, options, tunable, trials, seconds, update)
+    from applications.frame.tune import report  # which loads SciPy's distributions and Matplotlib
+
     report.write(output, study, tunable, seconds, options.confirm, options.seed)
     if options.artifacts is not None:
         names = hooks.keep(study, folder.path, options.artifacts)
@@ -271,7 +273,7 @@ def bar(study: optuna.Study, trials: int, tunable: Tunable) -> Iterator[Callable
             progress.n = finished(study)
             if len(study.directions) > 1:
                 progress.set_postfix_str(f"{len(study.best_trials)} on the front")
-            elif (best := report.best_or_none(study)) is not None:
+            elif (best := best_or_none(study)) is not None:
                 progress.set_postfix_str(f"best {tunable.score} {best.value:.4g} (trial {best.number})")
             progress.refresh()
 

@@ -18,17 +18,10 @@ from scipy import stats
 import bilevel as bl
 from applications.frame.figures import png
 from applications.frame.run import Run
-from applications.frame.tune.tunable import Settings, Tunable, score_within
+from applications.frame.tune.tunable import Settings, Tunable, best_or_none, score_within
 
 CONFIRMED_FROM = 1_000
 """The first of the fresh seeds: no trial trained with it."""
-
-
-def best_or_none(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
-    try:
-        return bl.tuning.best_trial(study)
-    except ValueError:
-        return None
 
 
 def write(run: Run, study: optuna.Study, tunable: Tunable, seconds: float, seeds: int, seed: int) -> None:

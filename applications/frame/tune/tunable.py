@@ -101,6 +101,14 @@ def score_within(
     return bl.tuning.loss_within(trial, tunable.train(settings, seed), seconds, points=points)  # type: ignore[arg-type]
 
 
+def best_or_none(study: optuna.Study) -> optuna.trial.FrozenTrial | None:
+    """The best trial that is complete and within its limits, where there is one."""
+    try:
+        return bl.tuning.best_trial(study)
+    except ValueError:
+        return None
+
+
 def score_after(
     tunable: Tunable, trial: optuna.trial.BaseTrial, settings: Settings, seed: int, steps: int
 ) -> tuple[float, float, float]:

@@ -1,4 +1,4 @@
-"""``python -m applications.measurements.benchmarks``: workloads A to F, ours and the peers, side by side in one run."""
+"""``python -m applications.measurements.benchmarks``: workloads A to G, ours and the peers, side by side in one run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Config:
     """Time contestants on fixed workloads; a gradient that is not that of the float64 reference has no time."""
 
     workloads: tuple[str, ...] = ("A", "B", "C-10-steps", "C-100-steps", "C-1000-steps", "D-cleaning", "D-penalties")
-    """Workloads; also A-4-tasks, A-32-tasks, A-128-tasks, A-20-way, A-chunks, B-large, F."""
+    """Workloads; also A-4-tasks, A-32-tasks, A-128-tasks, A-20-way, A-chunks, B-large, E-ridge-9, E-ridge-100,
+    E-logistic-30, E-network, E-batch, F, G."""
     peer: Literal["all", "none"] = "all"
     """Run the other libraries that are installed, or ours alone."""
     only: tuple[str, ...] = ()
@@ -49,6 +50,10 @@ class Config:
     """Seconds for a turn, after which it is given up."""
     before: Path | None = None
     """Another checkout, whose library and applications do ours once more, in turn."""
+    against: Path | None = None
+    """Results to compare with; the command fails where a figure of ours has grown by more than ``--allowed``."""
+    allowed: float = 1.3
+    """Growth that is nobody's fault."""
     out: Path = Path("runs/benchmarks")
     """Folder of results.json, tables.md and the pictures; the results of other workloads in it are kept."""
 
@@ -98,7 +103,19 @@ def run(settings: Config, arguments: list[str]) -> int:
         folder.write_bytes(f"{kept}.png", report.picture(entry))
         folder.write_bytes("tables.md", "\n".join(["# Tables\n", *map(report.table, results.values())]).encode())
         print(report.table(entry), flush=True)
-    return 0
+    return 0 if settings.against is None else compare(results, settings)
+
+
+def compare(results: dict[str, Any], settings: Config) -> int:
+    """Tell how the figures stand to the ones that were kept; 1 where one has grown too much."""
+    assert settings.against is not None
+    kept = RunFolder(settings.against.parent).read_json(settings.against.name)
+    found = report.changes({name: results[name] for name in settings.workloads}, kept)
+    for name, ratio in found.items():
+        print(f"{ratio:5.2f} times the kept figure: {name}{'  <- slower' if ratio > settings.allowed else ''}")
+    if not found:
+        raise UserError(f"--against {settings.against} has none of the figures of {', '.join(settings.workloads)}.")
+    return int(max(found.values()) > settings.allowed)
 
 
 def check(settings: Config) -> None:
@@ -114,6 +131,8 @@ def check(settings: Config) -> None:
         raise UserError("--rounds, --runs and --timeout must be positive.")
     if settings.before is not None and not (settings.before / "bilevel").is_dir():
         raise UserError(f"--before {settings.before} is no checkout of bilevel.")
+    if settings.against is not None and not settings.against.exists():
+        raise UserError(f"--against {settings.against} does not exist.")
     if settings.data_root is not None and not settings.data_root.is_dir():
         raise UserError(f"--data-root {settings.data_root} is no folder.")
 

@@ -39,6 +39,12 @@ class Regression(torch.nn.Module):
 
 def lbfgs(task: Task, start: Tensor, x: Tensor) -> Tensor:
     """The inner solution by torch's own L-BFGS, for libraries that leave the solver to the user."""
+    hparams = x.detach()
+    return minimised(lambda weights: task.inner(weights, hparams), start, GTOL)
+
+
+def minimised(inner: Callable[[Tensor], Tensor], start: Tensor, gtol: float) -> Tensor:
+    """The minimum by torch's own L-BFGS, to a gradient norm of ``gtol``."""
     weights = start.detach().clone().requires_grad_()
     solver = torch.optim.LBFGS(
         [weights],
@@ -47,14 +53,13 @@ def lbfgs(task: Task, start: Tensor, x: Tensor) -> Tensor:
         history_size=10,
         line_search_fn="strong_wolfe",
         tolerance_change=0.0,
-        tolerance_grad=GTOL / weights.numel() ** 0.5,
+        tolerance_grad=gtol / weights.numel() ** 0.5,
     )  # its tolerance is of the largest entry, ours of the norm
-    hparams = x.detach()
 
     def closure() -> Tensor:
         solver.zero_grad()
         with torch.enable_grad():
-            loss = task.inner(weights, hparams)
+            loss = inner(weights)
             loss.backward()
         return loss
 

@@ -68,11 +68,32 @@ def _notes(row: dict[str, Any], entry: dict[str, Any], seconds: float, rate: flo
             parts.append(f"{facts[name]} {text}")
     if "product_in_gradients" in facts:
         parts.append(f"a product costs {facts['product_in_gradients']:.1f} gradients")
+    if "ratio" in facts:
+        parts.append(f"{facts['ratio']:.2f} times {facts['to']}")
     if "stopped" in facts:
         parts.append(facts["stopped"][:80].replace("|", "/"))
     elif "curve" in facts and not math.isfinite(seconds):
         parts.append(f"target not reached: loss {facts['curve'][-1][1]:.3f} for {facts['target']:.3f}")
     return ", ".join(parts)
+
+
+def figure(row: dict[str, Any], entry: dict[str, Any]) -> float:
+    """What can be compared with a run on another machine: a ratio within the run, else products of matrices."""
+    if "ratio" in row["facts"]:
+        return float(row["facts"]["ratio"])
+    return median(row) * float(entry["matmul_gflops"])
+
+
+def changes(new: dict[str, Any], kept: dict[str, Any]) -> dict[str, float]:
+    """By how much the figures of our contestants grew from one set of results to another, by workload and name."""
+    found = {}
+    for workload, entry in new.items():
+        before = {row["name"]: row for row in kept.get(workload, {}).get("rows", [])}
+        for row in entry["rows"]:
+            name = row["name"]
+            if name.startswith(OURS) and name in before:
+                found[f"{workload}, {name}"] = figure(row, entry) / figure(before[name], kept[workload])
+    return found
 
 
 def picture(entry: dict[str, Any]) -> bytes:

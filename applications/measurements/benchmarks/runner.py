@@ -125,15 +125,17 @@ def relative_errors(answer: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def _work(kind: str, settings: dict[str, Any], name: str, folder: Path, runs: int, timeout: float) -> dict[str, Any]:
-    program = ["-m", "applications.measurements.benchmarks.worker"]
+    program, others = ["-m", "applications.measurements.benchmarks.worker"], dict(os.environ)
     if name.endswith(AS_BEFORE):
         name, program = (
             name.removesuffix(AS_BEFORE),
             ["-c", SUBSTITUTED, os.environ[BEFORE], str(Path(__file__).parent)],
         )
+    else:
+        others.pop(BEFORE, None)
     command = [sys.executable, *program, kind, json.dumps(settings), name, str(folder), str(runs)]
     path = os.pathsep.join([str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
+    environment = {**others, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True)
     except subprocess.TimeoutExpired:

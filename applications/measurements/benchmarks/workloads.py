@@ -7,13 +7,17 @@ from typing import Any
 from applications.measurements.benchmarks.chunks import Chunks
 from applications.measurements.benchmarks.contest import Workload
 from applications.measurements.benchmarks.hyperparameters import Hyperparameters
+from applications.measurements.benchmarks.latency import Latency
 from applications.measurements.benchmarks.meta_step import MetaStep
+from applications.measurements.benchmarks.small import SmallProblem
+from applications.measurements.benchmarks.small_task import NAMES as SMALL
 from applications.measurements.benchmarks.solutions import Solutions
 from applications.measurements.benchmarks.training_step import TrainingStep
 from applications.measurements.benchmarks.unrolling import Unrolling
 
 KINDS: dict[str, type[Workload]] = {
-    kind.__name__: kind for kind in (MetaStep, Hyperparameters, Unrolling, Solutions, TrainingStep, Chunks)
+    kind.__name__: kind
+    for kind in (MetaStep, Hyperparameters, Unrolling, Solutions, SmallProblem, TrainingStep, Latency, Chunks)
 }
 
 NAMES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,5 +34,7 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "C-1000-steps": ("Unrolling", {"inner_steps": 1000}),
     "D-cleaning": ("Solutions", {"problem": "cleaning", "limit": 8.0}),
     "D-penalties": ("Solutions", {"problem": "penalties", "limit": 8.0}),
+    **{f"E-{name}": ("SmallProblem", {"problem": name}) for name in SMALL},
     "F": ("TrainingStep", {}),
+    "G": ("Latency", {}),
 }

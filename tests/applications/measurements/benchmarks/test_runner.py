@@ -12,8 +12,9 @@ import torch
 from applications.frame import figures
 from applications.measurements.benchmarks import __main__ as command
 from applications.measurements.benchmarks import report, workloads
+from applications.measurements.benchmarks.contest import BEFORE
 from applications.measurements.benchmarks.hyperparameters import Hyperparameters
-from applications.measurements.benchmarks.runner import contest, relative_errors
+from applications.measurements.benchmarks.runner import Row, contest, relative_errors
 from tests.applications.refusals import refusals
 
 SMALL = {"num_examples": 120, "num_features": 30, "num_classes": 4}
@@ -170,3 +171,48 @@ def test_all_workloads_exist():
         workload = workloads.KINDS[kind](**changes)
         assert workload.letter == name[0]
         assert any(contestant.startswith(figures.OURS) for contestant in workload.contestants())
+
+
+def entry(*rows: tuple[str, float, dict[str, object]], gflops: float = 100.0) -> dict[str, object]:
+    made = [{"name": name, "seconds": [seconds], "facts": facts} for name, seconds, facts in rows]
+    return {"matmul_gflops": gflops, "rows": made}
+
+
+def test_figures_are_compared_with_those_that_were_kept():
+    kept = {"E": entry(("bilevel", 1.0, {"ratio": 2.0}), ("peer", 1.0, {})), "F": entry(("bilevel", 3.0, {}))}
+    new = {"E": entry(("bilevel", 9.0, {"ratio": 3.0}), ("peer", 9.0, {})), "F": entry(("bilevel", 6.0, {}), gflops=50)}
+    assert report.changes(new, kept) == {"E, bilevel": 1.5, "F, bilevel": 1.0}
+    assert report.changes({"G": entry(("bilevel", 1.0, {}))}, kept) == {}
+
+
+@pytest.mark.parametrize(("ratio", "code"), [(2.5, 0), (1.0, 1)])
+def test_the_command_fails_where_a_figure_has_grown(ratio, code, tmp_path, monkeypatch, capsys):
+    kept = tmp_path / "kept.json"
+    kept.write_text(json.dumps({"E-ridge-9": entry(("bilevel", 1.0, {"ratio": ratio}))}))
+    found = Row("bilevel", [1.0], facts={"ratio": 2.5, "to": "its gradients"})
+    monkeypatch.setattr(command, "contest", lambda *_: iter([found]))
+    monkeypatch.setattr(command, "matmul_gflops", lambda _: 100.0)
+    monkeypatch.setattr(command, "machine", lambda _: ENTRY["machine"])
+    arguments = ["--workloads", "E-ridge-9", "--only", "bilevel", "--against", str(kept), "--out", str(tmp_path)]
+    assert command.main(arguments) == code
+    told = capsys.readouterr().out
+    assert f"{2.5 / ratio:5.2f} times the kept figure: E-ridge-9, bilevel" in told
+    assert ("slower" in told) == bool(code)
+
+
+@pytest.mark.slow
+def test_another_checkout_does_ours_once_more(tmp_path, monkeypatch):
+    """Its library is taken, and the workload is that of this checkout."""
+    package = tmp_path / "bilevel"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('the other one')")
+    monkeypatch.setenv(BEFORE, str(tmp_path))
+    (row,) = contest("SmallProblem", {}, ["bilevel, before"], 1, 1, 600.0)
+    assert row.note == "failed: ImportError: the other one"
+
+
+@pytest.mark.slow
+def test_the_latency_is_that_of_processes():
+    (row,) = contest("Latency", {"repeats_of_each": 1}, ["bilevel: import bilevel"], 1, 1, 600.0)
+    assert row.facts["ratio"] > 0.8
+    assert row.facts["to"] == "`import torch`"
