@@ -207,6 +207,16 @@ def test_the_condition_and_the_least_curvature_are_told(solver, condition):
     assert float(exact[-1] / exact[0]) / 100 < float(stats["condition"]) < 1.1 * float(exact[-1] / exact[0])
 
 
+@pytest.mark.parametrize("solver", [Cholesky(), LU()], ids=repr)
+def test_the_least_curvature_of_two_features_that_are_nearly_one_is_told(solver):
+    """Its direction is (1, -1, 0, ...), to which a start of equal neighbours would be orthogonal."""
+    matrix = 1.5 * torch.eye(6, dtype=torch.float64)
+    matrix[:2, :2] = torch.tensor([[0.8, 0.7], [0.7, 0.8]])
+    stats = solver.solve(Dense(matrix, symmetric=True), randn(6)).stats
+    assert 0.1 <= float(stats["least_curvature"]) <= 0.11
+    assert 1.5 / 0.1 / 6**0.5 <= float(stats["condition"]) <= 15.01
+
+
 def test_a_nearly_singular_system_that_is_not_solved_is_told():
     matrix = torch.diag(torch.tensor([1.0, 1e-8]))
     assert LeastNorm().solve(Dense(matrix, symmetric=True), torch.tensor([1.0, 0.007])).result is Result.STAGNATED
