@@ -1,7 +1,7 @@
 """``python -m tests.mutation SESSION [PATH ...] [--each 4]``: how many small changes of the library its tests find.
 
-The changes are cosmic-ray's, and so is the file SESSION (``cr-report SESSION`` reads it): some of each module, chosen at
-random. A change is tried in a child of this process, which imports the changed module and runs the quickest tests that
+The changes are cosmic-ray's, and so is the file SESSION (``cr-report SESSION`` reads it): some of each module, chosen
+at random. A change is tried in a child of this process, which imports the changed module and runs the quickest tests that
 reach the changed line; no file is touched. A session goes on where it ended, and a larger ``--each`` adds to it.
 Which tests reach which line, and how long they take, is from a run with coverage: docs/quality.md has the commands.
 """
@@ -27,8 +27,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-import coverage
 import cosmic_ray.plugins
+import coverage
 import hypothesis  # noqa: F401 (imported once, for all children)
 import pytest
 import scipy.optimize  # noqa: F401
@@ -248,7 +248,8 @@ def report(database: WorkDB) -> None:
         killed = result.is_killed and result.output not in false
         figures[str(folder)].append(killed)
         if not killed:
-            print(f"\n{mutant.module_path}:{mutant.start_pos[0]} {mutant.operator_name}, {result.output}\n{result.diff}")
+            place = f"{mutant.module_path}:{mutant.start_pos[0]}"
+            print(f"\n{place} {mutant.operator_name}, {result.output}\n{result.diff}")
     for folder, outcomes in sorted(figures.items()):
         print(f"{folder}: {sum(outcomes)} of {len(outcomes)} killed ({sum(outcomes) / len(outcomes):.0%})")
 

@@ -119,6 +119,6 @@ def test_products_by_func_measure_how_far_apart_the_losses_of_two_evaluations_ar
     problem = Problem(lambda params: params.square().sum() + drawn, torch.ones(3, dtype=torch.float64), ())
     operator = hessian(problem, problem.linearize(problem.start.y), "func")
     v = torch.arange(3, dtype=torch.float64)
-    for drawn, apart in ((2.0, 0.0), (1.5, 0.5), (2.25, 0.5)):
+    for drawn, apart in ((2.0, 0.0), (1.5, 0.5), (2.25, 0.5)):  # noqa: B007 (of the objective)
         torch.testing.assert_close(operator @ v, 2 * v)
         assert operator.apart == apart
