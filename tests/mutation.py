@@ -1,8 +1,8 @@
 """``python -m tests.mutation SESSION [PATH ...] [--each 4]``: how many small changes of the library its tests find.
 
 The changes are cosmic-ray's, and so is the file SESSION (``cr-report SESSION`` reads it): some of each module, chosen
-at random. A change is tried in a child of this process, which imports the changed module and runs the quickest tests that
-reach the changed line; no file is touched. A session goes on where it ended, and a larger ``--each`` adds to it.
+at random. A change is tried in a child of this process, which imports the changed module and runs the quickest tests
+that reach the changed line; no file is touched. A session goes on where it ended; a larger ``--each`` adds to it.
 Which tests reach which line, and how long they take, is from a run with coverage: docs/quality.md has the commands.
 """
 

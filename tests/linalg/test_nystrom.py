@@ -167,3 +167,10 @@ def test_bad_settings_of_the_preconditioner_name_the_argument(settings):
 def test_curvature_whose_square_overflows_is_a_result_and_no_crash(size):
     matrix = size * torch.diag(torch.arange(1.0, 4.0, dtype=torch.float64))
     assert not Nystrom(3, 1e-12).solve(Dense(matrix, symmetric=True), torch.ones(3).double()).result.ok
+
+
+def test_sketches_are_compared_by_identity():
+    """A `LinearState` that holds one may be compared without a look at its tensors."""
+    one, other = (NystromPreconditioner(rank=3, damping=0.1)(Dense(spd(6))) for _ in range(2))
+    assert one == one
+    assert one != other
