@@ -75,28 +75,33 @@ class Tests:
     def __init__(self, data: Path, times: Sequence[Path]):
         self.data = coverage.CoverageData(str(data))
         self.data.read()
-        self.seconds: dict[str, float] = defaultdict(float)
-        failed = set()
+        self.cases: dict[str, list[tuple[float, str]]] = defaultdict(list)
+        """Of each test function what follows its name, with the seconds that it takes."""
         for case in (case for path in times for case in ElementTree.parse(path).iter("testcase")):
-            name = f"{case.get('classname')}.{case.get('name', '').partition('[')[0]}"
-            self.seconds[name] += float(case.get("time", 0))
-            if {"failure", "error"} & {child.tag for child in case}:
-                failed.add(name)
-        self.failed = failed
+            function, bracket, parameters = case.get("name", "").partition("[")
+            if not {"failure", "error", "skipped"} & {child.tag for child in case}:
+                name = f"{case.get('classname')}.{function}"
+                self.cases[name].append((float(case.get("time", 0)), bracket + parameters))
 
     def of(self, mutant: MutationSpec, seconds: float) -> list[str]:
-        """As many as take so long in sum, those of the module's own test file first."""
+        """As many as take so long in sum, those first that are made for the module, by their file or parameters."""
         reached = self.data.contexts_by_lineno(str(mutant.module_path.resolve()))
         lines = statement_lines(ast.parse(mutant.module_path.read_text()), mutant.start_pos[0])
-        names = {name for line in lines for name in reached.get(line, ())} & self.seconds.keys()
+        names = {name for line in lines for name in reached.get(line, ())} & self.cases.keys()
         if not names:  # what runs at import: any test of the module may see it
-            names = {name for found in reached.values() for name in found} & self.seconds.keys()
+            names = {name for found in reached.values() for name in found} & self.cases.keys()
         own = ".".join(("tests", *mutant.module_path.parent.parts[1:], f"test_{mutant.module_path.stem}."))
+        word = mutant.module_path.stem.replace("_", "").lower()
+        cases = [
+            (not (name.startswith(own) or word in parameters.replace(" ", "").lower()), needed, name, parameters)
+            for name in names
+            for needed, parameters in self.cases[name]
+        ]
         chosen, spent = [], 0.0
-        for name in sorted(names - self.failed, key=lambda name: (not name.startswith(own), self.seconds[name], name)):
-            if not chosen or spent + self.seconds[name] <= seconds:
-                chosen.append(node_id(name))
-                spent += self.seconds[name]
+        for _, needed, name, parameters in sorted(cases):
+            if not chosen or spent + needed <= seconds:
+                chosen.append(node_id(name) + parameters)
+                spent += needed
         return chosen
 
 
@@ -238,8 +243,10 @@ def main(arguments: list[str]) -> int:
 def report(database: WorkDB) -> None:
     """The figures of each folder, and the survivors; a test that fails without a change has killed nothing."""
     results = [(item.mutations[0], result) for item, result in database.completed_work_items]
-    killers = {result.output for _, result in results if result.is_killed and "::" in (result.output or "")}
-    false = {test for test in sorted(filter(None, killers)) if run([test], 120)[0] != PASSED}
+    named = {result.output or "" for _, result in results if result.is_killed}
+    killers = sorted(test for test in named if "::" in test)
+    whole = run(killers, 600)[0] == PASSED
+    false = set() if whole else {test for test in killers if run([test], 120)[0] != PASSED}
     for test in sorted(false):
         print(f"fails by itself: {test}")
     figures: dict[str, list[bool]] = defaultdict(list)
