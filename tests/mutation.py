@@ -39,6 +39,7 @@ from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkItem, WorkResult
 
 PATHS = ("bilevel/linalg", "bilevel/hypergrad", "bilevel/inner", "bilevel/argmin.py")
+LOOKS_AT_CLASSES = "tests.test_checks.test_settings_cannot_be_changed"
 PASSED, FAILED, NOT_IMPORTED, UNCLEAR = 0, 1, 100, 101
 
 
@@ -88,8 +89,8 @@ class Tests:
         reached = self.data.contexts_by_lineno(str(mutant.module_path.resolve()))
         lines = statement_lines(ast.parse(mutant.module_path.read_text()), mutant.start_pos[0])
         names = {name for line in lines for name in reached.get(line, ())} & self.cases.keys()
-        if not names:  # what runs at import: any test of the module may see it
-            names = {name for found in reached.values() for name in found} & self.cases.keys()
+        if not names:  # what runs at import: any test of the module may see it, and those that look at all classes
+            names = {LOOKS_AT_CLASSES, *(name for found in reached.values() for name in found)} & self.cases.keys()
         own = ".".join(("tests", *mutant.module_path.parent.parts[1:], f"test_{mutant.module_path.stem}."))
         word = mutant.module_path.stem.replace("_", "").lower()
         cases = [

@@ -197,6 +197,13 @@ def test_bad_settings_name_the_argument(solver, settings):
         solver(**settings)
 
 
+@pytest.mark.parametrize(("solver", "settings"), [(Neumann, {"alpha": 0.0}), (GMRES, {"restart": 0})])
+def test_bad_settings_of_one_solver_name_the_argument(solver, settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
+        solver(**settings)
+    assert solver(**dict.fromkeys(settings, 1)).solve(Dense(torch.eye(3).double()), torch.ones(3).double()).result.ok
+
+
 @pytest.mark.parametrize("solver", [Cholesky(), LU(), CG()], ids=repr)
 @pytest.mark.parametrize("condition", [1.0, 1e4, 1e8])
 def test_the_condition_and_the_least_curvature_are_told(solver, condition):
