@@ -203,6 +203,8 @@ def sample(database: WorkDB, paths: Sequence[Path], each: int, seed: int) -> Non
 def attempt(mutant: MutationSpec, tests: Sequence[str], seconds: int) -> WorkResult:
     source = mutant.module_path.read_text()
     changed = mutate_code(source, cosmic_ray.plugins.get_operator(mutant.operator_name)(), mutant.occurrence)
+    if changed is None:
+        return WorkResult(WorkerOutcome.NO_TEST, "the module has changed since the session began")
     lines = difflib.unified_diff(source.splitlines(), changed.splitlines(), lineterm="", n=0)
     code, failed = run(tests, seconds, mutant.module_path, changed) if tests else (PASSED, "no test reaches it")
     killed = code in (FAILED, NOT_IMPORTED, -signal.SIGPROF, -signal.SIGALRM)
@@ -237,14 +239,17 @@ def main(arguments: list[str]) -> int:
             limit = int(10 + 3 * given.seconds)
             result = attempt(mutant, tests.of(mutant, given.seconds), limit)
             database.set_result(item.job_id, result)
-            print(f"{item.job_id}: {result.test_outcome.value} {(result.output or '').splitlines()[:1]}", flush=True)
+            print(
+                f"{item.job_id}: {'killed' if result.is_killed else 'survived'} {(result.output or '').splitlines()[:1]}",
+                flush=True,
+            )
         report(database, given.check)
     return 0
 
 
 def report(database: WorkDB, check: bool) -> None:
     """The figures of each folder, and the survivors; a test that fails without a change has killed nothing."""
-    results = [(item.mutations[0], result) for item, result in database.completed_work_items]
+    results = [(item.mutations[0], result) for item, result in database.completed_work_items if result.diff]
     named = {result.output or "" for _, result in results if result.is_killed}
     killers = sorted(test for test in named if "::" in test)
     whole = not check or run(killers, 600)[0] == PASSED
