@@ -85,16 +85,16 @@ class Tests:
                 self.cases[name].append((float(case.get("time", 0)), bracket + parameters))
 
     def of(self, mutant: MutationSpec, seconds: float) -> list[str]:
-        """As many as take so long in sum, those first that are made for the module, by their file or parameters."""
+        """As many as take so long in sum, those first that are made for the module, by their file or name."""
         reached = self.data.contexts_by_lineno(str(mutant.module_path.resolve()))
         lines = statement_lines(ast.parse(mutant.module_path.read_text()), mutant.start_pos[0])
         names = {name for line in lines for name in reached.get(line, ())} & self.cases.keys()
         if not names:  # what runs at import: any test of the module may see it, and those that look at all classes
             names = {LOOKS_AT_CLASSES, *(name for found in reached.values() for name in found)} & self.cases.keys()
         own = ".".join(("tests", *mutant.module_path.parent.parts[1:], f"test_{mutant.module_path.stem}."))
-        word = mutant.module_path.stem.replace("_", "").lower()
+        word = plain(mutant.module_path.stem)
         cases = [
-            (not (name.startswith(own) or word in parameters.replace(" ", "").lower()), needed, name, parameters)
+            (not (name.startswith(own) or word in plain(name + parameters)), needed, name, parameters)
             for name in names
             for needed, parameters in self.cases[name]
         ]
@@ -104,6 +104,10 @@ class Tests:
                 chosen.append(node_id(name) + parameters)
                 spent += needed
         return chosen
+
+
+def plain(name: str) -> str:
+    return name.replace("_", "").replace(" ", "").lower()
 
 
 def statement_lines(tree: ast.AST, line: int) -> range:
@@ -239,10 +243,8 @@ def main(arguments: list[str]) -> int:
             limit = int(10 + 3 * given.seconds)
             result = attempt(mutant, tests.of(mutant, given.seconds), limit)
             database.set_result(item.job_id, result)
-            print(
-                f"{item.job_id}: {'killed' if result.is_killed else 'survived'} {(result.output or '').splitlines()[:1]}",
-                flush=True,
-            )
+            outcome, first = "killed" if result.is_killed else "survived", (result.output or "").partition("\n")[0]
+            print(f"{item.job_id}: {outcome} {first}", flush=True)
         report(database, given.check)
     return 0
 
