@@ -225,6 +225,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=10, help="of tests for each mutant")
     parser.add_argument("--again", action="store_true", help="try the survivors again: there are new tests")
+    parser.add_argument("--tests", nargs="+", help="these, in place of the quickest that reach the changed line")
     parser.add_argument("--check", action="store_true", help="whether the tests that killed pass without a mutant")
     parser.add_argument("--coverage", type=Path, default=Path(".coverage"))
     parser.add_argument("--times", type=Path, nargs="+", default=[Path("times.xml")])
@@ -240,8 +241,8 @@ def main(arguments: list[str]) -> int:
                 continue
             if item.job_id in done and not (given.again and not done[item.job_id].is_killed):
                 continue
-            limit = int(10 + 3 * given.seconds)
-            result = attempt(mutant, tests.of(mutant, given.seconds), limit)
+            chosen = given.tests or tests.of(mutant, given.seconds)
+            result = attempt(mutant, chosen, int(10 + 3 * given.seconds))
             database.set_result(item.job_id, result)
             outcome, first = "killed" if result.is_killed else "survived", (result.output or "").partition("\n")[0]
             print(f"{item.job_id}: {outcome} {first}", flush=True)

@@ -79,6 +79,23 @@ def test_forward_mode_needs_a_fixed_number_of_steps_that_nobody_watches(solver, 
         )
 
 
+METHODS = [bl.Implicit(), bl.OneStep(), bl.FiniteDifference(), bl.Penalty(), bl.SAMA(), bl.EvolutionStrategies(2)]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_no_gradient_flows_to_the_start(method):
+    """The solution does not depend on it, or the method does not say how."""
+    assert not method.reaches_init
+    x, start = (torch.full((2,), value, dtype=torch.float64, requires_grad=True) for value in (1.0, 0.0))
+    solver = bl.Steps(bl.SGD(0.1), max_steps=3)
+    fit = bl.argmin(lambda y: (y - x).square().sum(), start, solver=solver, hypergrad=method, throw="ignore")
+    to_x, to_start = torch.autograd.grad(fit.value.sum(), (x, start), allow_unused=True)
+    assert to_x.abs().sum() > 0
+    assert to_start is None
+    fit = bl.argmin(lambda y: (y - 1).square().sum(), start, solver=solver, hypergrad=method, throw="ignore")
+    assert not fit.value.requires_grad
+
+
 def test_methods_that_need_an_objective_refuse_a_root():
     x = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
     fit = bl.root(lambda y: y - x, torch.zeros(2, dtype=torch.float64), hypergrad=bl.FiniteDifference())
