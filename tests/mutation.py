@@ -225,7 +225,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=10, help="of tests for each mutant")
     parser.add_argument("--again", action="store_true", help="try the survivors again: there are new tests")
-    parser.add_argument("--tests", nargs="+", help="these, in place of the quickest that reach the changed line")
+    parser.add_argument("--tests", nargs="+", help="try the survivors again, with these tests")
     parser.add_argument("--check", action="store_true", help="whether the tests that killed pass without a mutant")
     parser.add_argument("--coverage", type=Path, default=Path(".coverage"))
     parser.add_argument("--times", type=Path, nargs="+", default=[Path("times.xml")])
@@ -239,7 +239,9 @@ def main(arguments: list[str]) -> int:
             (mutant,) = item.mutations
             if not any(path in (mutant.module_path, mutant.module_path.parent) for path in paths):
                 continue
-            if item.job_id in done and not (given.again and not done[item.job_id].is_killed):
+            survived = item.job_id in done and not done[item.job_id].is_killed
+            wanted = given.tests or given.again if survived else not (given.tests or item.job_id in done)
+            if not wanted:
                 continue
             chosen = given.tests or tests.of(mutant, given.seconds)
             result = attempt(mutant, chosen, int(10 + 3 * given.seconds))
