@@ -158,7 +158,7 @@ def _child(tests: Sequence[str], told: Path, module: Path | None, source: str) -
         return NOT_IMPORTED
     flags = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
     code = pytest.main([*flags, *tests], plugins=[FirstFailure(told)])
-    return int(code) if code in (PASSED, FAILED) else UNCLEAR
+    return {0: PASSED, 1: FAILED, 2: FAILED}.get(int(code), UNCLEAR)  # 2: a file could not be imported any more
 
 
 class FirstFailure:
