@@ -65,3 +65,10 @@ def test_a_fixed_point_that_is_reached_ends_the_iteration():
     assert fit.result.ok
     assert len(calls) <= 20
     assert (fit.value - 1 / 0.9).abs().max() <= 1e-12
+
+
+def test_unknowns_are_one_system_unless_told_otherwise():
+    matrix = torch.tensor([[3.0, 1.0, 0.0], [-1.0, 2.0, 0.5], [0.0, 0.3, 1.0]], dtype=torch.float64)
+    fit = bl.root(lambda y: matrix @ y - 1, torch.zeros(3, dtype=torch.float64), hypergrad=None)
+    assert fit.stats["num_steps"].shape == ()
+    assert (matrix @ fit.value - 1).abs().max() <= 1e-12
