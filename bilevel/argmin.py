@@ -147,7 +147,7 @@ def _composite(
     warm_start: Solution | None,
 ) -> Solution:
     """``min objective + prox.value``, through the residual of its fixed point."""
-    pair = pytree.tree_structure((torch.empty(0), torch.empty(0)))
+    pair = pytree.tree_structure(("y", "step"))
 
     def reached(params: Tree, *args: Any) -> Tensor:
         """The loss; on its way, everything that objective and prox reach."""

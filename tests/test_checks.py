@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -101,3 +103,13 @@ def test_what_fits_is_accepted():
     bl.root(r, Z, solver=bl.Anderson())
     bl.fixed_point(lambda y: 0.1 * y, Z, solver=bl.Newton(bl.LU()))
     bl.argmin(f, Z, solver=bl.TorchOptim(lambda params: torch.optim.SGD(params, lr=0.1), max_steps=3))
+
+
+CLASSES = [one for name in bl.__all__ if isinstance(one := getattr(bl, name), type) and dataclasses.is_dataclass(one)]
+
+
+@pytest.mark.parametrize("settings", [one for one in CLASSES if one is not bl.History])
+def test_settings_cannot_be_changed(settings):
+    """The same object twice gives the same answer; a `History` is what grows."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        object.__new__(settings).rtol = 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 
@@ -162,6 +163,24 @@ def test_where_a_decay_does_no_harm_nothing_is_told():
         bl.argmin(objective(x), START, solver=bl.Steps(bl.AdamW(0.02), 3), hypergrad=bl.SAMA())
         bl.argmin(objective(x), START, solver=bl.Steps(bl.AdamW(0.02, weight_decay=0.0), 3))
         bl.argmin(objective(x), START, solver=bl.TorchOptim(OPTIM.AdamW, lr=0.02, weight_decay=0.0, max_steps=3))
+
+
+@pytest.mark.parametrize("throw", ["warn", "raise", "fallback", "ignore"])
+def test_a_decay_is_told_where_a_residual_will_be_read(throw):
+    x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+    def told(**settings):
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always")
+            # One step may fail for other reasons, which are told as well.
+            with contextlib.suppress(bl.SolveError):
+                bl.argmin(objective(x), START, solver=APART[0], throw=throw, **settings)
+        return any("decay" in str(one.message) for one in heard)
+
+    assert told() == (throw != "ignore")
+    assert not told(hypergrad=None)
+    with torch.no_grad():
+        assert not told()
 
 
 def test_a_parameter_without_dimensions():

@@ -398,3 +398,12 @@ def test_solves_inside_a_batch_are_independent():
     together, alone = minimize(targets), minimize(targets[1:])
     assert torch.equal(together.value[1:], alone.value)
     assert torch.equal(together.stats["num_steps"][1:], alone.stats["num_steps"])
+
+
+def test_a_failed_solve_says_what_to_try_and_a_random_objective_is_named():
+    few = bl.ProximalGradient(prox.L1(0.1), max_steps=2)
+    with pytest.warns(bl.SolveWarning, match="raise max_steps, loosen tol, or start closer"):
+        bl.argmin(least_squares, START, solver=few)
+    torch.manual_seed(0)
+    with pytest.warns(bl.SolveWarning, match="it is random \\(dropout"):
+        bl.argmin(lambda w: least_squares(w) * (1 + 0.1 * torch.rand(())), START, solver=few)

@@ -111,3 +111,14 @@ def test_conforms_to_the_dense_hessian(mode):
     columns = [central_difference(problem, e.expand(2, -1)) for e in torch.eye(dense.shape[-1], dtype=torch.float64)]
     assert relative_error(dense, torch.stack(columns, -1)) <= 1e-7
     check_operator(hessian(problem, at, mode), dense, tolerance=1e-11)
+
+
+def test_products_by_func_measure_how_far_apart_the_losses_of_two_evaluations_are():
+    """An objective that draws random numbers has another loss, and another Hessian, in each product."""
+    drawn = 2.0
+    problem = Problem(lambda params: params.square().sum() + drawn, torch.ones(3, dtype=torch.float64), ())
+    operator = hessian(problem, problem.linearize(problem.start.y), "func")
+    v = torch.arange(3, dtype=torch.float64)
+    for drawn, apart in ((2.0, 0.0), (1.5, 0.5), (2.25, 0.5)):  # noqa: B007 (of the objective)
+        torch.testing.assert_close(operator @ v, 2 * v)
+        assert operator.apart == apart

@@ -220,6 +220,33 @@ class TestOfAModule:
         assert relative_error(slope(GaussNewton.of(self.net, cross_entropy)), truth) <= 1e-8
         assert not self.net._forward_hooks
 
+    def test_a_module_that_returns_several_tensors_and_is_given_none_by_position(self):
+        class Both(torch.nn.Module):
+            def __init__(self, net):
+                super().__init__()
+                self.net = net
+
+            def forward(self, x):
+                logits = self.net(x)
+                return logits, logits.square().sum(-1), None
+
+        module = Both(self.net)
+
+        def objective(params):
+            logits, sizes, _ = torch.func.functional_call(module, params, (), {"x": self.x})
+            return self.weighted(logits) + sizes.mean()
+
+        def outputs(params):
+            logits = torch.func.functional_call(module, params, (self.x,))[0]
+            return torch.cat([logits, logits.square().sum(-1, keepdim=True)], -1)
+
+        def dense(operator):
+            problem = Problem(objective, dict(module.named_parameters()))
+            return operator(problem, problem.linearize(problem.start.y)).to_dense()
+
+        truth = dense(GaussNewton(outputs, lambda z: self.weighted(z[:, :-1]) + z[:, -1].mean()))
+        assert relative_error(dense(GaussNewton.of(module)), truth) <= 1e-13
+
     def test_what_cannot_be_cut_is_refused(self):
         other = torch.nn.Linear(4, 3)
         with pytest.raises(ValueError, match="calls neither this module nor this loss"):

@@ -167,3 +167,22 @@ def test_bad_settings_of_the_preconditioner_name_the_argument(settings):
 def test_curvature_whose_square_overflows_is_a_result_and_no_crash(size):
     matrix = size * torch.diag(torch.arange(1.0, 4.0, dtype=torch.float64))
     assert not Nystrom(3, 1e-12).solve(Dense(matrix, symmetric=True), torch.ones(3).double()).result.ok
+
+
+def test_sketches_are_compared_by_identity():
+    """A `LinearState` that holds one may be compared without a look at its tensors."""
+    one, other = (NystromPreconditioner(rank=3, damping=0.1)(Dense(spd(6))) for _ in range(2))
+    assert one == one
+    assert one != other
+
+
+def test_a_sketch_of_another_matrix_is_made_anew():
+    """The residual tells; that of the same matrix, moved a little, is kept."""
+    solver, b = Nystrom(rank=12, damping=1e-3), randn(12)
+    first = solver.solve(Dense(spd(12)), b)
+    for matrix, products in ((spd(12) + 1e-9 * torch.eye(12), 1), (spd(12, seed=5), 1 + 12 + 1)):
+        counted = Counted(matrix.double())
+        found = solver.solve(counted, b, first.state)
+        assert counted.products == products
+        truth = torch.linalg.solve(matrix.double() + 1e-3 * torch.eye(12, dtype=torch.float64), b)
+        assert relative_error(found.value, truth) <= 1e-5

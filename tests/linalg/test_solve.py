@@ -92,6 +92,18 @@ def test_a_preconditioner_of_other_problems_is_built_again(solver):
     assert many.result is Result.CONVERGED
 
 
+@pytest.mark.parametrize("solver", [CG, MINRES])
+def test_a_preconditioner_that_does_harm_is_given_up(solver):
+    """That of another matrix leaves the solve unfinished, and it is made again without."""
+    scales, b = torch.logspace(0, 4, 30, dtype=torch.float64), randn(30)
+    built = solver(rtol=1e-8, max_steps=30, preconditioner=Jacobi(num_probes=30))
+    other = built.solve(Dense(scales.flip(0).diag()), b).state.precondition
+    assert not solver(rtol=1e-8, max_steps=30).solve(Dense(scales.diag()), b, LinearState(precondition=other)).result.ok
+    found = built.solve(Dense(scales.diag()), b, LinearState(precondition=other))
+    assert found.result is Result.CONVERGED
+    assert relative_error(found.value, b / scales) <= 1e-3
+
+
 @pytest.mark.parametrize("solver", ITERATIVE)
 def test_a_number_of_steps_alone_is_an_order(solver):
     """With a tolerance the same number is a limit, and reaching it is a failure (FACTS 13)."""

@@ -197,6 +197,13 @@ def test_bad_settings_name_the_argument(solver, settings):
         solver(**settings)
 
 
+@pytest.mark.parametrize(("solver", "settings"), [(Neumann, {"alpha": 0.0}), (GMRES, {"restart": 0})])
+def test_bad_settings_of_one_solver_name_the_argument(solver, settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} is"):
+        solver(**settings)
+    assert solver(**dict.fromkeys(settings, 1)).solve(Dense(torch.eye(3).double()), torch.ones(3).double()).result.ok
+
+
 @pytest.mark.parametrize("solver", [Cholesky(), LU(), CG()], ids=repr)
 @pytest.mark.parametrize("condition", [1.0, 1e4, 1e8])
 def test_the_condition_and_the_least_curvature_are_told(solver, condition):
@@ -205,6 +212,16 @@ def test_the_condition_and_the_least_curvature_are_told(solver, condition):
     exact = torch.linalg.eigvalsh(matrix)
     assert 0.9 <= float(stats["least_curvature"]) / float(exact[0]) < 30
     assert float(exact[-1] / exact[0]) / 100 < float(stats["condition"]) < 1.1 * float(exact[-1] / exact[0])
+
+
+@pytest.mark.parametrize("solver", [Cholesky(), LU()], ids=repr)
+def test_the_least_curvature_of_two_features_that_are_nearly_one_is_told(solver):
+    """Its direction is (1, -1, 0, ...), to which a start of equal neighbours would be orthogonal."""
+    matrix = 1.5 * torch.eye(6, dtype=torch.float64)
+    matrix[:2, :2] = torch.tensor([[0.8, 0.7], [0.7, 0.8]])
+    stats = solver.solve(Dense(matrix, symmetric=True), randn(6)).stats
+    assert 0.1 <= float(stats["least_curvature"]) <= 0.11
+    assert 1.5 / 0.1 / 6**0.5 <= float(stats["condition"]) <= 15.01
 
 
 def test_a_nearly_singular_system_that_is_not_solved_is_told():

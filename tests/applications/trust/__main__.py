@@ -1,6 +1,6 @@
 """``python -m tests.applications.trust [NAME ...] [--part 0.1]``: what is promised of runs and files, tried in full.
 
-    kills  studies  flips  cuts  options  memory  writers
+    kills  studies  flips  cuts  options  memory  signals  writers
 
 By default all of them, in the sizes of docs/quality.md; ``--part`` makes each so much smaller.
 """
@@ -33,6 +33,7 @@ FULL: dict[str, Callable[[float, Path], Found]] = {
     "cuts": lambda part, folder: trials.cuts(round(200 * part), folder),
     "options": lambda part, folder: trials.options(part, folder),
     "memory": lambda part, folder: trials.memory(1800 * part, folder),
+    "signals": lambda part, folder: trials.signals(round(10 * part), folder),
     "writers": lambda part, folder: trials.writers(round(20 * part), folder),
 }
 

@@ -80,6 +80,18 @@ def kill_after(child: int, seconds: float) -> bool:
     return wait(child) == -signal.SIGKILL
 
 
+def processor_seconds(child: int) -> float:
+    """What it used of the processor."""
+    fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for(child: int, seconds: float) -> None:
+    """Until it has used so much of the processor."""
+    while processor_seconds(child) < seconds:
+        time.sleep(0.1)
+
+
 def _code(module: Any, application: str, arguments: list[str]) -> int:
     try:
         if application == "few_shot":

@@ -1,4 +1,4 @@
-"""What is tried: kills, flipped bits, cuts, bad values of all options, memory over time, two writers.
+"""What is tried: kills, flipped bits, cuts, bad values of all options, memory over time, signals, two writers.
 
 Each trial takes a size and a folder of its own, and returns its figures: a `Found`.
 """
@@ -24,7 +24,16 @@ import bilevel as bl
 from applications.frame.checkpoint import Damaged, differences, from_bytes
 from applications.frame.run_folder import RunFolder
 from applications.frame.tune.command import Config as Tuning
-from tests.applications.trust.processes import APPLICATIONS, TRACEBACK, finish, kill_after, start, wait
+from tests.applications.trust.processes import (
+    APPLICATIONS,
+    TRACEBACK,
+    finish,
+    kill_after,
+    processor_seconds,
+    start,
+    wait,
+    wait_for,
+)
 
 FEW = ["--steps", "12", "--eval-tasks", "2", "--validate-every", "4", "--threads", "1"]
 TINY: dict[str, list[str]] = {
@@ -171,6 +180,41 @@ def memory(seconds: float, folder: Path) -> Found:
     return Found(1, int(bad), (told,))
 
 
+WIDEST = [
+    "--width",
+    "64",
+    "--tasks",
+    "32",
+    "--inner-steps",
+    "16",
+    "--cg-steps",
+    "5",
+    "--steps",
+    "1000",
+    "--threads",
+    "1",
+]
+
+
+def signals(count: int, folder: Path, seed: int = 0) -> Found:
+    """SIGTERM ends a training at its widest setting within five seconds of the processor, which others may use, too."""
+    chance, failures, needed = random.Random(seed), [], []
+    for number in range(count):
+        out, log = folder / f"ended-{number}", folder / f"ended-{number}.log"
+        child = start("few_shot", [*WIDEST, *_data("few_shot", folder), "--out", str(out)], log)
+        while not (out / "config.json").exists():
+            time.sleep(0.1)
+        wait_for(child, processor_seconds(child) + chance.uniform(2, 25))
+        begun = processor_seconds(child)
+        os.kill(child, signal.SIGTERM)
+        _, status, used = os.wait4(child, 0)
+        needed.append(used.ru_utime + used.ru_stime - begun)
+        code = os.waitstatus_to_exitcode(status)
+        if code != 128 + signal.SIGTERM or needed[-1] > 5:
+            failures.append(f"signal {number}: exit code {code} after {needed[-1]:.1f} s")
+    return Found(count, len(failures), (*failures, f"after {', '.join(f'{one:.1f}' for one in needed)} s"))
+
+
 def writers(count: int, folder: Path) -> Found:
     """Two runs with one new folder at once: one is refused, and the other is whole. They share one empty cache, too."""
     failures = []
@@ -253,4 +297,4 @@ def _without_clock(value: Any) -> Any:
     return json.dumps(value)
 
 
-__all__ = ["TRACEBACK", "Found", "cuts", "flips", "kills", "memory", "options", "studies", "writers"]
+__all__ = ["TRACEBACK", "Found", "cuts", "flips", "kills", "memory", "options", "signals", "studies", "writers"]
