@@ -104,7 +104,7 @@ class Problem:
             if tracer and tracer.differentiable and not tracer.captured:
                 refuse_hidden(graph_nodes([loss]), point)
             self.raveler = Raveler(init, loss.shape)
-            grads = _gradient(loss, point, create_graph=differentiable)
+            grads = gradient(loss, point, create_graph=differentiable)
             if tracer and not recording():
                 tracer.reads.warn_forgotten(init, lambda: self._loss(point))
             start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
@@ -139,7 +139,7 @@ class Problem:
             point = self.raveler.unravel(y)
             with UNCOMPILED if self.differentiable else contextlib.nullcontext():
                 loss = self._loss(point)
-            g = self.raveler.ravel(_gradient(loss, point, create_graph=self.differentiable))
+            g = self.raveler.ravel(gradient(loss, point, create_graph=self.differentiable))
         found = Evaluation(y, loss.double(), g)
         return found if self.differentiable else found.detach()
 
@@ -188,7 +188,7 @@ def linearize_objective(
     with torch.enable_grad():
         free = [leaf.detach().requires_grad_() for leaf in point]
         loss = loss_at(free)
-        return Linearization(free, loss, _gradient(loss, free, create_graph=create_graph))
+        return Linearization(free, loss, gradient(loss, free, create_graph=create_graph))
 
 
 class RootProblem:
@@ -318,7 +318,12 @@ def _stand_in(point: Tensor) -> Tensor:
     return leaf
 
 
-def _gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Tensor]:
+def gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Tensor]:
+    """The gradients of the summed losses by leaves, zero where they don't reach a leaf.
+
+    Raises:
+        ValueError: they reach none.
+    """
     if not loss.requires_grad:
         raise ValueError(
             "objective has no gradient path to init: its result does not depend on the params that it is given. "

@@ -40,29 +40,29 @@ class ForwardMode:
         self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw
     ) -> Solution:
         """See `PathMethod`."""
-        path = Path(objective, init, args, fixed_steps(solver, "ForwardMode"), "ForwardMode")
-        count = sum(_count(tensor) for tensor in path.hparams)
+        path = Path(objective, init, args, fixed_steps(solver, "ForwardMode"), "ForwardMode", to_init=False)
+        count = sum(_count(tensor) for tensor in path.walk.hparams)
         if not torch.is_grad_enabled() or count == 0:
-            return finish(path.problem, path.steps.minimize(path.problem), throw)
+            return finish(path.problem, path.walk.steps.minimize(path.problem), throw)
         if count > self.max_hparams:
             raise ValueError(
                 f"ForwardMode would carry {count} derivatives along; its max_hparams is {self.max_hparams}. Use "
                 "Implicit() or Unroll() for many hyperparameters, or raise max_hparams."
             )
         y, state, tangents = _follow(path)
-        return finish(path.problem, path.solution(_Linear.apply(y, tangents, *path.hparams), state), throw)
+        return finish(path.problem, path.solution(_Linear.apply(y, tangents, *path.walk.hparams), state), throw)
 
 
 def _follow(path: Path) -> tuple[Tensor, State, Tensor]:
     """The last point ``[*batch, n]``, its state, and its derivative by each hyperparameter entry ``[p, *batch, n]``."""
-    hparams = [tensor.detach() for tensor in path.hparams]
-    y, state = path.problem.start.y, path.steps.rule.init(path.problem.start.y)
+    hparams = [tensor.detach() for tensor in path.walk.hparams]
+    y, state = path.problem.start.y, path.walk.steps.rule.init(path.problem.start.y)
     directions = _unit_directions(hparams)
     by_y = y.new_zeros(directions[0].shape[0], *y.shape)
     by_state = {name: torch.zeros_like(by_y) for name in state}
     with torch.no_grad():
-        for index in range(path.steps.max_steps):
-            (y, state), push = _pushed(partial(path.step, index=index), (y, state, hparams))
+        for index in range(path.walk.steps.max_steps):
+            (y, state), push = _pushed(partial(path.walk.step, index=index), (y, state, hparams))
             by_y, by_state = torch.vmap(push)(by_y, by_state, directions)
     return y, state, by_y
 
