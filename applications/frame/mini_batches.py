@@ -19,6 +19,8 @@ STOCHASTIC: dict[str, tuple[Any, float, dict[str, Any]]] = {
     "SABA": (stochastic.SABA, 1.0, {"inner_batches": BATCHES, "outer_batches": BATCHES}),
     "SRBA": (stochastic.SRBA, 4.0, {"period": BATCHES}),
     "FSLA": (stochastic.FSLA, 1.0, {"mixing": 0.1}),
+    "MA-SOBA": (stochastic.MASOBA, 1.0, {"mixing": 0.1}),
+    "SPABA": (stochastic.SPABA, 4.0, {"probability": 1 / BATCHES}),
     "AmIGO": (stochastic.AmIGO, 4.0, {**RARE, "num_linear_steps": 5}),
     "stocBiO": (stochastic.StocBiO, 4.0, {**RARE, **NEUMANN}),
     "BSA": (stochastic.BSA, 1.0, {**RARE, **NEUMANN}),
