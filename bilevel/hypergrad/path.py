@@ -57,7 +57,7 @@ class Walk:
     def step(self, y: Tensor, state: State, hparams: list[Tensor], index: int) -> tuple[Tensor, State]:
         """One step, as `torch.func` differentiates it."""
         g = torch.func.grad(lambda flat: self.closure(self.raveler.unravel(flat), hparams).sum())(y)
-        return self._ruled(y, g, state, hparams, index)
+        return self.ruled(y, g, state, hparams, index)
 
     def eager_step(
         self, y: Tensor, state: State, hparams: list[Tensor], index: int, create_graph: bool
@@ -66,9 +66,10 @@ class Walk:
         with torch.enable_grad():
             point = self.raveler.unravel(y if create_graph else y.detach().requires_grad_())
             g = self.raveler.ravel(gradient(self.closure(point, hparams), point, create_graph))
-        return self._ruled(y, g, state, hparams, index)
+        return self.ruled(y, g, state, hparams, index)
 
-    def _ruled(self, y: Tensor, g: Tensor, state: State, hparams: list[Tensor], index: int) -> tuple[Tensor, State]:
+    def ruled(self, y: Tensor, g: Tensor, state: State, hparams: list[Tensor], index: int) -> tuple[Tensor, State]:
+        """The step from the gradient at ``y``."""
         with substituting(self.closure.captured, hparams):  # settings of the rule
             return self.steps.rule.step(y, g, state, index)
 

@@ -77,8 +77,7 @@ class Replay:
 
     Attributes:
         lengths: steps between the points that are kept of the whole walk; then of a part of it, while that is
-            differentiated;
-            and so on. A graph is made of as many steps at once as the last one says.
+            differentiated; and so on. A graph is made of as many steps at once as the last one says.
     """
 
     walk: Walk
@@ -103,14 +102,17 @@ class Replay:
     def spot(self, y: Tensor, state: State) -> Spot:
         return Spot(y, state, Randomness.now(y) if self.walk.draws else None)
 
-    def run(self, spot: Spot, first: int, last: int, keep: set[int]) -> dict[int, Spot]:
-        """The spots to keep, and the last one; without a graph."""
-        kept, y, state = {}, spot.y, spot.state
+    def run(self, spot: Spot, first: int, last: int, keep: set[int], g: Tensor | None = None) -> dict[int, Spot]:
+        """The spots to keep, and the last one; without a graph. ``g`` is the gradient at the first, where known."""
+        kept, y, state, hparams = {}, spot.y, spot.state, self.walk.hparams
         with torch.no_grad():
             for index in range(first, last):
                 if index in keep:
                     kept[index] = self.spot(y, state)
-                y, state = self.walk.eager_step(y, state, self.walk.hparams, index, create_graph=False)
+                if g is not None and index == first:
+                    y, state = self.walk.ruled(y, g, state, hparams, index)
+                else:
+                    y, state = self.walk.eager_step(y, state, hparams, index, create_graph=False)
         return {**kept, last: self.spot(y, state)}
 
     def pull(self, spots: dict[int, Spot], first: int, last: int, depth: int, at: Cotangent) -> None:
@@ -163,9 +165,9 @@ class Replayed(torch.autograd.Function):
     """The last point and state of a walk, from its first point and state and from the hyperparameters."""
 
     @staticmethod
-    def forward(ctx: Any, replay: Replay, y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, replay: Replay, g: Tensor | None, y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         first = replay.spot(y, dict(zip(replay.names, rest, strict=False)))
-        kept = replay.run(first, 0, replay.num_steps, replay.needed(0, replay.num_steps, 0))
+        kept = replay.run(first, 0, replay.num_steps, replay.needed(0, replay.num_steps, 0), g)
         last = kept.pop(replay.num_steps)
         outputs = tuple(out.clone() for out in (last.y, *last.state.values()))
         ctx.replay, ctx.randoms = replay, {index: spot.random for index, spot in kept.items()}
@@ -182,8 +184,8 @@ class Replayed(torch.autograd.Function):
             spots[index] = Spot(y, dict(zip(replay.names, state, strict=True)), random)
         reached, *operands = saved
         if torch.is_grad_enabled():
-            return None, *replay.pull_differentiably(spots[0], operands, reached, grads)
+            return None, None, *replay.pull_differentiably(spots[0], operands, reached, grads)
         at = Cotangent(grads, replay.walk.hparams, reached)
         replay.pull(spots, 0, replay.num_steps, 0, at)
         at.check()
-        return None, *at.grads, *at.by_hparams
+        return None, None, *at.grads, *at.by_hparams

@@ -35,7 +35,7 @@ class Unroll:
     Args:
         checkpoint: True keeps every ``sqrt(max_steps)``-th point and makes the others again in the backward pass
             (Chen et al. 2016), for one more run. ``"tree"`` halves the path again and again (REPLAY, Engstrom et al.
-            2025): ``log2(max_steps)`` points, for about ``log2(max_steps) / 2`` more runs.
+            2025): about ``2 log2(max_steps)`` points, for about ``log2(max_steps) / 2`` more runs.
         mode: ``"mixed"`` keeps points instead of graphs, and makes the graph of one gradient at a time, for the
             product of the Hessian with what comes back from the steps behind it (MixFlow-MG, Kemaev et al. 2025). With
             ``checkpoint=True`` it keeps fewer points and makes the gradients twice more; a tree has graphs of single
@@ -71,7 +71,8 @@ class Unroll:
         y = walk.raveler.ravel(leaves(init)).clone()
         state = walk.steps.rule.init(y)
         replay = Replay(walk, tuple(state), self._lengths(walk.steps.max_steps))
-        y, *last = Replayed.apply(replay, y, *state.values(), *walk.hparams)
+        g = None if walk.draws else path.problem.start.g
+        y, *last = Replayed.apply(replay, g, y, *state.values(), *walk.hparams)
         return path.solution(y, dict(zip(state, last, strict=True)))
 
     def _lengths(self, num_steps: int) -> tuple[int, ...]:
