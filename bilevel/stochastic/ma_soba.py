@@ -20,8 +20,8 @@ class MASOBA(SOBA):
         y <- y - inner_lr D_y,    u <- u - linear_lr D_u
         h <- (1 - mixing) h + mixing D_x
 
-    with the directions D of `SOBA`, all from the point before the step, and ``h`` as the last step left it: the
-    first, with h = 0, leaves x where it is. In the paper ``mixing`` and all step sizes are of one order, that of one over
+    with the directions D of `SOBA`, all from the point before the step, and ``h`` as the last step left it, zero
+    before the first. In the paper ``mixing`` and all step sizes are of one order, that of one over
     the root of the number of steps in all.
 
     Cost: 2 gradients and 1 joint product a step, as `SOBA`. Memory: a vector of the outer variables more.
