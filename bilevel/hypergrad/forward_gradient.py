@@ -96,4 +96,5 @@ class ForwardGradient:
                 "than that are orthogonal. Take as many, which gives the exact gradient, or ForwardMode()."
             )
         q, r = torch.linalg.qr(drawn.mT)
-        return (q * r.diagonal().sign() * math.sqrt(count)).mT  # the signs make it uniform among all rotations
+        uniform: Tensor = (q * r.diagonal().sign()).mT  # among all rotations
+        return math.sqrt(count) * uniform
