@@ -109,8 +109,9 @@ def page(measured: list[Cell]) -> str:
         "precision allows (unrolled methods: gradient descent to convergence). Written by",
         f"    {COMMAND}",
         "An empty cell: the method is not for that matrix, or gradient descent would not converge. *none*: an "
-        "approximation that is asked for by name, biased or (evolution strategies, forward gradient) random. *(told)*: the solver did not reach its tolerance, and `fit.adjoint` "
-        "says so. Iterative solvers run at `rtol=1e-8` (float32: 1e-6); on the ill-conditioned quadratic, of condition "
+        "approximation that is asked for by name, biased or (evolution strategies, forward gradient) random. *(told)*: "
+        "the solver did not reach its tolerance, and `fit.adjoint` says so. Iterative solvers run at `rtol=1e-8` "
+        "(float32: 1e-6); on the ill-conditioned quadratic, of condition "
         "1e6, their error may exceed that by a factor of 1e4.",
     ]
     return cells.page(head, measured, table)
