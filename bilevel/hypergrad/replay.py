@@ -37,7 +37,7 @@ class Cotangent:
     Attributes:
         grads: of the point, and of the state under each of its names.
         hparams: what stands for the hyperparameters in graphs; by_hparams: what has been gathered for each, or None.
-        reached: the point where the cotangent is now. apart: whether it was another one when it was made again, 0-d.
+        reached: the last point of the path.
     """
 
     def __init__(self, grads: Sequence[Tensor], hparams: Sequence[Tensor], reached: Tensor):
@@ -45,30 +45,26 @@ class Cotangent:
         self.hparams = free_leaves(hparams)
         self.by_hparams: list[Tensor | None] = [None] * len(hparams)
         self.reached = reached
-        self.apart = torch.zeros((), dtype=torch.bool, device=reached.device)
 
-    def look(self, y: Tensor, start: Tensor) -> None:
-        """The steps from ``start``, made again, led to ``y``."""
+    def check(self, y: Tensor, start: Tensor) -> None:
+        """Look whether the last steps, made again from ``start``, led to the last point as they had.
+
+        Raises:
+            ObjectiveChangedError: they led to ``y``.
+        """
+        if recording():
+            return
         allowed = torch.finfo(y.dtype).eps ** 0.75 * torch.maximum(norm(self.reached), norm(start))
-        self.apart = self.apart | (norm(y.detach() - self.reached) > allowed).any()
+        if bool((norm(y.detach() - self.reached) > allowed).any()):
+            raise changed("objective")
 
-    def move(self, y: Tensor, grads: Sequence[Tensor | None], by_hparams: Sequence[Tensor | None]) -> None:
-        """To the point ``y``."""
-        self.reached = y
+    def move(self, grads: Sequence[Tensor | None], by_hparams: Sequence[Tensor | None]) -> None:
+        """To before the steps that these were pulled over."""
         self.grads = [torch.zeros_like(old) if new is None else new for old, new in zip(self.grads, grads, strict=True)]
         self.by_hparams = [
             new if old is None else old if new is None else old + new
             for old, new in zip(self.by_hparams, by_hparams, strict=True)
         ]
-
-    def check(self) -> None:
-        """Look, once for all steps, whether they led where they had led before.
-
-        Raises:
-            ObjectiveChangedError: they did not.
-        """
-        if not recording() and bool(self.apart):
-            raise changed("objective")
 
 
 @dataclass(frozen=True)
@@ -135,11 +131,12 @@ class Replay:
         with torch.enable_grad(), spot.again():
             for index in range(first, last):
                 y, state = self.walk.eager_step(y, state, at.hparams, index, create_graph=True)
-        at.look(y, spot.y)
+        if last == self.num_steps:  # an objective that has changed is seen in any step
+            at.check(y, spot.y)
         pairs = [(out, g) for out, g in zip((y, *state.values()), at.grads, strict=True) if out.requires_grad]
         outputs, grads = zip(*pairs, strict=True)
         pulled = torch.autograd.grad(outputs, [*operands, *at.hparams], grads, allow_unused=True)
-        at.move(spot.y, pulled[: len(operands)], pulled[len(operands) :])
+        at.move(pulled[: len(operands)], pulled[len(operands) :])
 
     def pull_differentiably(
         self, spot: Spot, operands: Sequence[Tensor], reached: Tensor, grads: Sequence[Tensor]
@@ -154,9 +151,7 @@ class Replay:
 
         with spot.again():
             outputs, pull = torch.func.vjp(run, *operands)  # type: ignore[misc]
-        at = Cotangent(grads, (), reached)
-        at.look(outputs[0], operands[0])
-        at.check()
+        Cotangent(grads, (), reached).check(outputs[0], operands[0])
         pulled: tuple[Tensor, ...] = pull(tuple(grads))
         return pulled
 
@@ -187,5 +182,4 @@ class Replayed(torch.autograd.Function):
             return None, None, *replay.pull_differentiably(spots[0], operands, reached, grads)
         at = Cotangent(grads, replay.walk.hparams, reached)
         replay.pull(spots, 0, replay.num_steps, 0, at)
-        at.check()
         return None, None, *at.grads, *at.by_hparams
