@@ -67,7 +67,7 @@ def memory(rows: list[dict[str, Any]], names: dict[str, str], machine: str) -> b
     right.set(xlabel="inner steps", ylabel="seconds for a meta-gradient")
     for axes in (left, right):
         axes.set_xticks(ticks, [str(steps) for steps in ticks])
-        axes.minorticks_off()
+        axes.xaxis.minorticks_off()
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.suptitle(f"Memory and time against inner steps ({machine})")
     return png(figure)
