@@ -6,8 +6,8 @@ Inner solvers: `LBFGS`, `GradientDescent`, `NewtonCG`, `Steps` (`SGD`, `Adam`, `
 (with `prox`), `TorchOptim`, `ScipyMinimize`, `External`; of least squares `LevenbergMarquardt`, `GaussNewtonCG`; of
 systems `Newton`, `ScipyRoot`, `Bisection`, `Anderson`, `Picard`; under constraints `AugmentedLagrangian`. Watched by
 `History`, `ProgressBar` or a function of `InnerStep`.
-Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `ForwardMode`, `OneStep`, `FirstOrder`,
-`FiniteDifference`, `SAMA`, `Penalty`, `EvolutionStrategies`; on mini-batches `stochastic`.
+Hypergradients: `Implicit` (with a linear solver), `Unroll`, `Truncated`, `ForwardMode`, `ForwardGradient`, `OneStep`,
+`FirstOrder`, `FiniteDifference`, `SAMA`, `Penalty`, `EvolutionStrategies`; on mini-batches `stochastic`.
 Linear solvers: `CG`, `MINRES`, `Neumann`, `GMRES`, `BiCGSTAB`, `NormalCG`, `ScipyGMRES`, `ScipyBiCGSTAB`, `LSMR`,
 `Cholesky`, `LU`, `LeastNorm`, `Nystrom`, `Identity`, `Equilibrated`; preconditioners `Jacobi`, `NystromPreconditioner`,
 `AdamPreconditioner`; operators `GaussNewton`, `EmpiricalFisher`. Tolerances: `Adaptive`.
@@ -37,6 +37,7 @@ from .hypergrad.evolution import EvolutionStrategies
 from .hypergrad.finite_difference import FiniteDifference
 from .hypergrad.first_order import FirstOrder
 from .hypergrad.forward import ForwardMode
+from .hypergrad.forward_gradient import ForwardGradient
 from .hypergrad.implicit import Implicit
 from .hypergrad.one_step import OneStep
 from .hypergrad.penalty import Penalty
@@ -115,6 +116,7 @@ __all__ = [
     "External",
     "FiniteDifference",
     "FirstOrder",
+    "ForwardGradient",
     "ForwardMode",
     "GaussNewton",
     "GaussNewtonCG",

@@ -209,6 +209,15 @@ class Substitute(_UncompiledMode):
         return _wrap_for_grad(new, level)
 
 
+def substituting(old: Sequence[Tensor], new: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+    """A `Substitute`, or where every tensor stays as it is nothing: the mode costs time in every operation."""
+    return _NOTHING if _unchanged(old, new) else Substitute(old, new)
+
+
+def _unchanged(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
+    return all(before is after for before, after in zip(old, new, strict=True))
+
+
 def sparing(spared: Spared) -> contextlib.AbstractContextManager[Any]:
     """Around an evaluation that is kept from what was found in the first one."""
     return Substitute(spared=spared) if spared else _NOTHING
@@ -273,10 +282,13 @@ class Closure:
     spared: Spared = field(default_factory=Spared, repr=False)
 
     def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
-        mode = Substitute(self.captured, tensors, self.spared)
-        # Swapped by hand as well: a custom autograd Function is not seen by the mode.
-        args = mode.swap(self.args)
-        with mode, self.autocast.evaluating():
+        if _unchanged(self.captured, tensors):
+            mode, args = sparing(self.spared), self.args
+        else:
+            mode = substitute = Substitute(self.captured, tensors, self.spared)
+            # Swapped by hand as well: a custom autograd Function is not seen by the mode.
+            args = substitute.swap(self.args)
+        with UNCOMPILED, mode, self.autocast.evaluating():
             return self.fn(pytree.tree_unflatten(list(params), self.spec), *args)
 
 

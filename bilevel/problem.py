@@ -106,7 +106,7 @@ class Problem:
             if tracer and tracer.differentiable and not tracer.captured:
                 refuse_hidden(graph_nodes([loss]), point)
             self.raveler = Raveler(init, loss.shape)
-            grads = _gradient(loss, point, create_graph=differentiable)
+            grads = gradient(loss, point, create_graph=differentiable)
             if tracer and not recording():
                 tracer.reads.warn_forgotten(init, lambda: self._loss(point))
             start = Evaluation(self.raveler.ravel(point).clone(), loss.double(), self.raveler.ravel(grads))
@@ -156,7 +156,7 @@ class Problem:
         """The losses at a vector that requires grad, and the gradient leaf by leaf."""
         point = self.raveler.unravel(y)
         loss = self._loss(point)
-        return loss, _gradient(loss, point, create_graph=self.differentiable)
+        return loss, gradient(loss, point, create_graph=self.differentiable)
 
     def losses(self, y: Tensor) -> Tensor:
         """Losses at ``y`` without a graph, at a third of the cost of `evaluate`."""
@@ -203,7 +203,7 @@ def linearize_objective(
     with torch.enable_grad():
         free = [leaf.detach().requires_grad_() for leaf in point]
         loss = loss_at(free)
-        return Linearization(free, loss, _gradient(loss, free, create_graph=create_graph))
+        return Linearization(free, loss, gradient(loss, free, create_graph=create_graph))
 
 
 class RootProblem:
@@ -333,7 +333,12 @@ def _stand_in(point: Tensor) -> Tensor:
     return leaf
 
 
-def _gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Tensor]:
+def gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Tensor]:
+    """The gradients of the summed losses by leaves, zero where they don't reach a leaf.
+
+    Raises:
+        ValueError: they reach none.
+    """
     if not loss.requires_grad:
         raise ValueError(
             "objective has no gradient path to init: its result does not depend on the params that it is given. "

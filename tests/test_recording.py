@@ -233,3 +233,33 @@ def test_an_error_of_the_function_comes_as_it_is(recorded):
 def test_arguments_on_two_devices_are_refused(recorded):
     with pytest.raises(ValueError, match="arguments are on cpu and meta"):
         bl.capture(torch.add)(torch.ones(2), torch.ones(2, device="meta"))
+
+
+def unrolled(method, noise=False):
+    """Losses of proximal least squares by unrolled steps."""
+
+    def losses(params, x, y):
+        def inner(u):
+            fit = torch.einsum("tni,ti->tn", x, u)
+            fit = torch.nn.functional.dropout(fit, 0.5) if noise else fit
+            return (fit - y).square().mean(-1) + (u - params["w"]).square().sum(-1)
+
+        begin = torch.zeros(len(x), 3, dtype=x.dtype)
+        fit = bl.argmin(inner, begin, solver=bl.GradientDescent(0.1, 6), hypergrad=method)
+        return fit.value.pow(4).sum(-1), fit
+
+    return losses
+
+
+@pytest.mark.parametrize(
+    "method", [bl.Unroll(checkpoint=True), bl.Unroll(checkpoint="tree"), bl.Unroll(mode="mixed")], ids=repr
+)
+def test_steps_that_are_made_again_are_recorded(recorded, method):
+    losses, params = unrolled(method), start()
+    captured = bl.capture(losses)
+    for seed in (1, 2):
+        found, plain = (gradient(fn, params, *data(seed))[1] for fn in (captured, losses))
+        torch.testing.assert_close(found, plain, rtol=1e-12, atol=0)
+    assert len(recorded) == 1
+    with pytest.raises(RuntimeError, match=r"could not be recorded.*draws random numbers"):
+        gradient(bl.capture(unrolled(method, noise=True)), params, *data(1))

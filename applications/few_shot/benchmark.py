@@ -7,10 +7,12 @@ import time
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import tyro
 
+import bilevel as bl
 from applications.few_shot import data, plots
 from applications.few_shot.config import Config, Method
 from applications.few_shot.methods import meta_step
@@ -22,19 +24,32 @@ from applications.frame.run_folder import RunFolder
 
 DEFAULTS = Config(inner_lr=0.01, queries=15, cg_steps=5, width=64, safeguard=False)
 
+UNROLLED: dict[str, tuple[str, Any]] = {
+    "maml-checkpoint": ("MAML, checkpoints", bl.Unroll(checkpoint=True)),
+    "maml-mixed": ("MAML, mixed mode", bl.Unroll(mode="mixed")),
+    "maml-mixed-checkpoint": ("MAML, mixed mode, checkpoints", bl.Unroll(checkpoint=True, mode="mixed")),
+    "maml-tree": ("MAML, tree of checkpoints", bl.Unroll(checkpoint="tree")),
+    "maml-forward": ("MAML, forward gradient", bl.ForwardGradient(to_init=True)),
+}
+"""Other ways to the gradient of MAML's steps; the last is an estimate along one random direction."""
+NAMES = {**METHOD_NAMES, **{way: name for way, (name, _) in UNROLLED.items()}}
+Way = Method | Literal["maml-checkpoint", "maml-mixed", "maml-mixed-checkpoint", "maml-tree", "maml-forward"]
+
 
 @dataclass(frozen=True)
 class Benchmark:
     """Measure methods at growing numbers of inner steps, on episodes of one data set."""
 
-    methods: tuple[Method, ...] = ("imaml", "maml")
-    """Methods to compare."""
+    methods: tuple[Way, ...] = ("imaml", "maml")
+    """Methods to compare; MAML in several ways."""
     inner_steps: tuple[int, ...] = (10, 100, 1000)
     """Numbers of inner steps."""
     tasks: int = 2
     """Tasks in a meta-gradient."""
     repeats: int = 3
     """Meta-gradients that are timed; the median counts."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What seconds are: of the wall, or of work, which other programs on the machine do not lengthen."""
     out: Path = Path("runs/few_shot-benchmark")
     """Folder of the table (benchmark.json, table.md) and the plot (memory.png); earlier ones are replaced."""
     config: Config = DEFAULTS
@@ -88,7 +103,7 @@ def main(arguments: list[str]) -> int:
     )
     table = "\n".join([HEADER, *(_line(row, settings.tasks) for row in rows)]) + "\n"
     folder.write_bytes("table.md", table.encode())
-    folder.write_bytes("memory.png", plots.memory([asdict(row) for row in rows], METHOD_NAMES, machine))
+    folder.write_bytes("memory.png", plots.memory([asdict(row) for row in rows], NAMES, machine))
     print(f"\nTable, figures and plot are in {settings.out}")
     return 0
 
@@ -97,20 +112,23 @@ HEADER = "| method | inner steps | peak memory (MiB) | seconds | tasks/s |\n| --
 
 
 def _line(row: Measurement, tasks: int) -> str:
-    start = f"| {METHOD_NAMES[row.method]} | {row.inner_steps} |"
+    start = f"| {NAMES[row.method]} | {row.inner_steps} |"
     if row.peak_mib is None or row.seconds is None:
         return f"{start} {row.note} | | |"
     return f"{start} {row.peak_mib:.0f} | {row.seconds:.2f} | {tasks / row.seconds:.2f} |"
 
 
-def _in_own_process(settings: Benchmark, method: Method, steps: int, rows: list[Measurement]) -> Measurement:
-    config = replace(settings.config, method=method, inner_steps=steps, tasks=settings.tasks)
+def _in_own_process(settings: Benchmark, method: Way, steps: int, rows: list[Measurement]) -> Measurement:
+    unrolled = method in UNROLLED
+    chosen = {"hypergrad": UNROLLED[method][1]} if unrolled else {}
+    name: Any = "maml" if unrolled else method
+    config = replace(settings.config, method=name, inner_steps=steps, tasks=settings.tasks)
     needed, available = _extrapolate(method, steps, rows), _available_mib(settings)
     if needed > 0.8 * available:
         note = f"not run: about {needed:.0f} needed, {available:.0f} there"
         return Measurement(method, steps, None, None, note)
     try:
-        peak, seconds = memory.peak_and_seconds(measure, config, repeats=settings.repeats)
+        peak, seconds = memory.peak_and_seconds(measure, config, chosen, settings.clock, repeats=settings.repeats)
     except (BrokenProcessPool, torch.OutOfMemoryError):
         return Measurement(method, steps, None, None, "out of memory")
     return Measurement(method, steps, peak, seconds)
@@ -135,11 +153,12 @@ def _available_mib(settings: Benchmark) -> float:
     return psutil.virtual_memory().available / memory.MEBIBYTE
 
 
-def measure(config: Config, repeats: int) -> tuple[float, float]:
+def measure(config: Config, chosen: dict[str, Any], clock: str, repeats: int) -> tuple[float, float]:
     """Peak MiB above the start and median seconds of a meta-gradient; meant for a fresh process."""
+    now = time.perf_counter if clock == "wall" else time.process_time
     device = set_up_device(config)
     classes = data.load(config.data, config.data_root, split=config.split).train
-    learner = create_learner(config, classes, device)
+    learner = create_learner(config, classes, device, chosen)
     with torch.no_grad():  # away from the zero head, where CG needs hardly a step
         for param in learner.meta.values():
             param += 0.05 * torch.randn(param.shape, generator=torch.Generator().manual_seed(0)).to(param)
@@ -150,10 +169,10 @@ def measure(config: Config, repeats: int) -> tuple[float, float]:
     for repeat in range(repeats):
         episodes = sampler.episodes(config.tasks, repeat)
         before = memory.reset_peak(device)
-        begin = time.perf_counter()
+        begin = now()
         meta_step(learner, episodes).objective.backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(now() - begin)
         peak = max(peak, memory.peak(device) - before)
     return peak, statistics.median(seconds)

@@ -86,6 +86,11 @@ class Learner:
         linear = bl.CG(max_steps=config.cg_steps) if config.cg_steps else bl.Identity(1 / config.strength)
         return guarded(bl.Implicit(linear, operator=config.hessian), smallest)
 
+    def unrolled(self) -> Any:
+        """How MAML differentiates the adaptation: through its steps, in the chosen way where that is one of them."""
+        chosen = self.chosen.get("hypergrad")
+        return chosen if isinstance(chosen, bl.Unroll | bl.ForwardGradient) else bl.Unroll()
+
     @cached_property
     def task_objectives(self) -> Callable[..., Any]:
         """``(params, *episodes of t tasks) -> objectives [t], Queried``, recorded where the configuration says so."""
@@ -290,7 +295,7 @@ def implicit(learner: Learner, episodes: Episodes) -> Queried:
 
 def maml(learner: Learner, episodes: Episodes) -> Queried:
     """MAML (Finn et al. 2017): query loss after the steps, differentiated through them."""
-    solution = adapt(learner, episodes.support_x, episodes.support_y, bl.Unroll())
+    solution = adapt(learner, episodes.support_x, episodes.support_y, learner.unrolled())
     return _queried(learner, episodes, solution, solution.value)
 
 

@@ -56,7 +56,8 @@ def episode(support_x: Tensor, query_x: Tensor, query_y: Tensor, predicted: Tens
 
 def memory(rows: list[dict[str, Any]], names: dict[str, str], machine: str) -> bytes:
     """Peak memory and seconds of a meta-gradient against inner steps, one curve a method: a PNG."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained")
+    ticks = sorted({row["inner_steps"] for row in rows})
     for method in dict.fromkeys(row["method"] for row in rows):
         measured = [row for row in rows if row["method"] == method and row["peak_mib"] is not None]
         steps = [row["inner_steps"] for row in measured]
@@ -64,6 +65,9 @@ def memory(rows: list[dict[str, Any]], names: dict[str, str], machine: str) -> b
         right.loglog(steps, [row["seconds"] for row in measured], "o-", label=names[method])
     left.set(xlabel="inner steps", ylabel="peak memory of a meta-gradient (MiB)", ylim=(10, None))
     right.set(xlabel="inner steps", ylabel="seconds for a meta-gradient")
-    left.legend(frameon=False)
+    for axes in (left, right):
+        axes.set_xticks(ticks, [str(steps) for steps in ticks])
+        axes.xaxis.minorticks_off()
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
     figure.suptitle(f"Memory and time against inner steps ({machine})")
     return png(figure)

@@ -24,13 +24,13 @@ RIGHT, WRONG = "#2a9d5c", "#d1495b"
 STYLES = ("-", "--", ":", "-.")
 """By family; colours tell the members of a family apart."""
 FAMILIES = {
-    "one loop": ("SOBA", "SABA", "SRBA", "FSLA"),
+    "one loop": ("SOBA", "SABA", "SRBA", "FSLA", "MA-SOBA", "SPABA"),
     "two loops": ("AmIGO", "stocBiO", "BSA", "TTSA"),
     "momentum, recursion": ("MRBO", "SUSTAIN", "VRBO"),
     "first order": ("F2SA", "BOME"),
 }
 COLOURS = {
-    **dict(zip(FAMILIES["one loop"], ("#08519c", "#1f78e0", "#17becf", "#7b9fd4"), strict=True)),
+    **dict(zip(FAMILIES["one loop"], ("#08519c", "#1f78e0", "#17becf", "#7b9fd4", "#3d4f73", "#00838f"), strict=True)),
     **dict(zip(FAMILIES["two loops"], ("#00441b", "#238b45", "#66c164", "#9aa800"), strict=True)),
     **dict(zip(FAMILIES["momentum, recursion"], ("#a50f15", "#ef3b2c", "#fb7b50"), strict=True)),
     **dict(zip(FAMILIES["first order"], ("#6a3d9a", "#c51b8a"), strict=True)),

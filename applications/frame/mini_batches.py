@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bilevel import stochastic
 
@@ -19,6 +19,8 @@ STOCHASTIC: dict[str, tuple[Any, float, dict[str, Any]]] = {
     "SABA": (stochastic.SABA, 1.0, {"inner_batches": BATCHES, "outer_batches": BATCHES}),
     "SRBA": (stochastic.SRBA, 4.0, {"period": BATCHES}),
     "FSLA": (stochastic.FSLA, 1.0, {"mixing": 0.1}),
+    "MA-SOBA": (stochastic.MASOBA, 1.0, {"mixing": 0.1}),
+    "SPABA": (stochastic.SPABA, 4.0, {"probability": 1 / BATCHES}),
     "AmIGO": (stochastic.AmIGO, 4.0, {**RARE, "num_linear_steps": 5}),
     "stocBiO": (stochastic.StocBiO, 4.0, {**RARE, **NEUMANN}),
     "BSA": (stochastic.BSA, 1.0, {**RARE, **NEUMANN}),
@@ -41,6 +43,8 @@ class Batches:
 
     def __init__(self, num_samples: int, num_batches: int, seed: int = 0, num_outer: int | None = None):
         self.random = torch.Generator().manual_seed(seed)
+        self.inner: Sequence[Any]
+        self.outer: Sequence[Any]
         self.inner, self.outer = (
             torch.randperm(size, generator=self.random).tensor_split(num_batches)
             for size in (num_samples, num_outer or num_samples)
@@ -50,12 +54,12 @@ class Batches:
     def step(self, method: stochastic.Stochastic) -> float:
         """One step; returns its cost: gradients and products, in passes over a whole data set."""
         if isinstance(method, stochastic.SABA):
-            i, j = self._pick(), self._pick()
+            i, j = self._pick(self.inner), self._pick(self.outer)
             record = method.step(self.inner[i], self.outer[j], inner_index=i, outer_index=j)
             return (record.gradients + record.products) / self.num_batches
         full = method.wants_full_batch
-        inner: list[Tensor | None] = [self.inner[self._pick()] for _ in range(method.inner_draws)]
-        outer: list[Tensor | None] = [self.outer[self._pick()] for _ in range(method.outer_draws)]
+        inner: list[Any] = [self.inner[self._pick(self.inner)] for _ in range(method.inner_draws)]
+        outer: list[Any] = [self.outer[self._pick(self.outer)] for _ in range(method.outer_draws)]
         if full:
             inner[0] = outer[0] = None
         record = method.step(stochastic.Draws(inner), stochastic.Draws(outer))
@@ -65,5 +69,5 @@ class Batches:
             cost += (3 + terms) * (1 - 1 / self.num_batches)
         return cost
 
-    def _pick(self) -> int:
-        return int(torch.randint(self.num_batches, (), generator=self.random))
+    def _pick(self, batches: Sequence[Any]) -> int:
+        return int(torch.randint(len(batches), (), generator=self.random))

@@ -11,6 +11,7 @@ from ..hypergrad.evolution import EvolutionStrategies
 from ..hypergrad.finite_difference import FiniteDifference
 from ..hypergrad.first_order import FirstOrder
 from ..hypergrad.forward import ForwardMode
+from ..hypergrad.forward_gradient import ForwardGradient
 from ..hypergrad.implicit import Implicit
 from ..hypergrad.one_step import OneStep
 from ..hypergrad.penalty import Penalty
@@ -76,6 +77,7 @@ def all_methods(rtol: float = 1e-8, lr: float = 0.15, max_steps: int = 400) -> l
         lr, max_steps: of the unrolled gradient descent, which has to converge.
     """
     descent = GradientDescent(lr=lr, max_steps=max_steps)
+    forward_gradient = ForwardGradient(16, generator=torch.Generator().manual_seed(0))
     iterative = 1e-6
     strength = 1e3 if rtol < 1e-7 else 100.0  # its difference of gradients loses digits to rounding
     every = {DEFINITE, SYMMETRIC, SINGULAR, GENERAL, CONTRACTION}
@@ -98,8 +100,11 @@ def all_methods(rtol: float = 1e-8, lr: float = 0.15, max_steps: int = 400) -> l
         Method("implicit, CG by torch.func", Implicit(CG(rtol=rtol), operator="func"), iterative),
         Method("unrolled", Unroll(), 1e-10, solver=descent),
         Method("unrolled, checkpoints", Unroll(checkpoint=True), 1e-10, solver=descent),
+        Method("unrolled, tree of checkpoints", Unroll(checkpoint="tree"), 1e-10, solver=descent),
+        Method("unrolled, mixed", Unroll(mode="mixed"), 1e-10, solver=descent),
         Method("truncated, last half", Truncated(max_steps // 2), iterative, solver=descent),
         Method("forward mode", ForwardMode(), 1e-10, solver=descent),
+        Method("forward gradient, 16 directions", forward_gradient, None, solver=descent),
         Method("penalty, symmetric", Penalty(strength), 1e-4, single=1e-3),
         Method("evolution strategies", EvolutionStrategies(num_samples=16), None),
         Method("implicit, Nystrom of rank 5", Implicit(Nystrom(5, damping=1.0)), None),

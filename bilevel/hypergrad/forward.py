@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,29 +40,46 @@ class ForwardMode:
         self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw
     ) -> Solution:
         """See `PathMethod`."""
-        path = Path(objective, init, args, fixed_steps(solver, "ForwardMode"), "ForwardMode")
-        count = sum(_count(tensor) for tensor in path.hparams)
+        path = Path(objective, init, args, fixed_steps(solver, "ForwardMode"), "ForwardMode", to_init=False)
+        count = sum(num_entries(tensor) for tensor in path.walk.hparams)
         if not torch.is_grad_enabled() or count == 0:
-            return finish(path.problem, path.steps.minimize(path.problem), throw)
+            return finish(path.problem, path.walk.steps.minimize(path.problem), throw)
         if count > self.max_hparams:
             raise ValueError(
                 f"ForwardMode would carry {count} derivatives along; its max_hparams is {self.max_hparams}. Use "
                 "Implicit() or Unroll() for many hyperparameters, or raise max_hparams."
             )
-        y, state, tangents = _follow(path)
-        return finish(path.problem, path.solution(_Linear.apply(y, tangents, *path.hparams), state), throw)
+        directions = torch.eye(count, dtype=torch.float64, device=path.problem.start.y.device)
+        return finish(path.problem, carried(path, directions, "ForwardMode()"), throw)
 
 
-def _follow(path: Path) -> tuple[Tensor, State, Tensor]:
-    """The last point ``[*batch, n]``, its state, and its derivative by each hyperparameter entry ``[p, *batch, n]``."""
-    hparams = [tensor.detach() for tensor in path.hparams]
-    y, state = path.problem.start.y, path.steps.rule.init(path.problem.start.y)
-    directions = _unit_directions(hparams)
-    by_y = y.new_zeros(directions[0].shape[0], *y.shape)
+def carried(path: Path, directions: Tensor, method: str, start: Sequence[Tensor] = ()) -> Solution:
+    """The last point, with the derivatives that were carried along; what is pulled back is their sum over directions.
+
+    Args:
+        directions: ``[b, p]`` float64, of all entries of the hyperparameters together and then of those leaves of
+            ``start`` that require grad; a complex number has two.
+        method: for messages. start: the leaves of ``init``, where a gradient flows to them as well.
+    """
+    operands = [*path.walk.hparams, *(leaf for leaf in start if leaf.requires_grad)]
+    y, state, tangents = _follow(path, parted(directions, operands), start)
+    moved = _Linear.apply(y, tangents, directions, method, *operands)
+    return path.solution(moved, state)
+
+
+def _follow(path: Path, directions: list[Tensor], start: Sequence[Tensor]) -> tuple[Tensor, State, Tensor]:
+    """The last point ``[*batch, n]``, its state, and its derivative along each direction ``[b, *batch, n]``."""
+    hparams = [tensor.detach() for tensor in path.walk.hparams]
+    y, state = path.problem.start.y, path.walk.steps.rule.init(path.problem.start.y)
+    count, directions, rest = len(directions[0]), directions[: len(hparams)], iter(directions[len(hparams) :])
+    by_y = y.new_zeros(count, *y.shape)
+    if start:
+        moved = [next(rest) if leaf.requires_grad else leaf.new_zeros(count, *leaf.shape) for leaf in start]
+        by_y = torch.vmap(lambda *leaves: path.walk.raveler.ravel(leaves))(*moved)
     by_state = {name: torch.zeros_like(by_y) for name in state}
     with torch.no_grad():
-        for index in range(path.steps.max_steps):
-            (y, state), push = _pushed(partial(path.step, index=index), (y, state, hparams))
+        for index in range(path.walk.steps.max_steps):
+            (y, state), push = _pushed(partial(path.walk.step, index=index), (y, state, hparams))
             by_y, by_state = torch.vmap(push)(by_y, by_state, directions)
     return y, state, by_y
 
@@ -82,31 +99,30 @@ class _Linear(torch.autograd.Function):
     """The last point, with the derivative that was carried along."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, tangents: Tensor, *hparams: Tensor) -> Tensor:
-        ctx.tangents, ctx.like = tangents, [tensor.new_empty(()).expand(tensor.shape) for tensor in hparams]
+    def forward(ctx: Any, y: Tensor, tangents: Tensor, directions: Tensor, method: str, *operands: Tensor) -> Tensor:
+        ctx.tangents, ctx.directions, ctx.method = tangents, directions, method
+        ctx.like = [tensor.new_empty(()).expand(tensor.shape) for tensor in operands]
         return y.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "A second derivative was asked for through hypergrad=ForwardMode(), which gives first ones only. Use "
+                f"A second derivative was asked for through hypergrad={ctx.method}, which gives first ones only. Use "
                 "Implicit() or Unroll()."
             )
         (cotangent,) = grads
-        slopes = (ctx.tangents * cotangent).sum(tuple(range(1, ctx.tangents.dim())))
-        parts = slopes.split([_count(like) for like in ctx.like])
-        return (None, None, *(_viewed(part, like) for part, like in zip(parts, ctx.like, strict=True)))
+        slopes = (ctx.tangents * cotangent).sum(tuple(range(1, ctx.tangents.dim())), dtype=torch.float64)
+        return (None, None, None, None, *parted(slopes @ ctx.directions, ctx.like))
 
 
-def _unit_directions(hparams: list[Tensor]) -> list[Tensor]:
-    """For each tensor ``[p, *shape]``: the p unit directions of all entries together, two of each complex one."""
-    sizes = [_count(tensor) for tensor in hparams]
-    eye = torch.eye(sum(sizes), dtype=torch.float64, device=hparams[0].device if hparams else None)
-    return [_viewed(part, tensor) for part, tensor in zip(eye.split(sizes, 1), hparams, strict=True)]
+def parted(vectors: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Vectors ``[*batch, p]`` of all entries together as tensors ``[*batch, *shape]`` like each of these."""
+    parts = vectors.split([num_entries(tensor) for tensor in like], -1)
+    return [_viewed(part, tensor) for part, tensor in zip(parts, like, strict=True)]
 
 
-def _count(tensor: Tensor) -> int:
+def num_entries(tensor: Tensor) -> int:
     """Real numbers in a tensor."""
     return tensor.numel() * (2 if tensor.is_complex() else 1)
 
@@ -114,5 +130,5 @@ def _count(tensor: Tensor) -> int:
 def _viewed(flat: Tensor, like: Tensor) -> Tensor:
     """Real numbers ``[*batch, p]`` as tensors ``[*batch, *shape]`` of the shape, dtype and device of one."""
     if like.is_complex():
-        flat = torch.view_as_complex(flat.unflatten(-1, (-1, 2)).double().contiguous())
+        flat = torch.view_as_complex(flat.unflatten(-1, (-1, 2)).double().clone(memory_format=torch.contiguous_format))
     return flat.reshape((*flat.shape[:-1], *like.shape)).to(like)

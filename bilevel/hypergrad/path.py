@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .._torch import after_backward, pytree
-from ..closure import Autocast, Closure, Substitute, Tracer, in_transform
+from ..closure import Autocast, Closure, Tracer, in_transform, substituting
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import InnerSolver, Progress
 from ..inner.steps import SGD, LastStep, State, Steps
 from ..linalg.curvature import fused_norm, has_layer_norm
-from ..problem import Objective, Problem, graph_nodes, refuse_hidden
+from ..problem import Objective, Problem, gradient, graph_nodes, refuse_hidden
 from ..reach import Reach
 from ..recording import recording
 from ..solution import Result, Solution, SolveError, Throw, settle
-from ..tree import Tree
+from ..tree import Raveler, Tree
 from .advice import NONFINITE_ADVICE
 from .call import measured_at_solution
 from .statement import free_leaves
@@ -38,27 +39,67 @@ PATH_ADVICE: dict[Result | None, str] = {
 }
 
 
+@dataclass(frozen=True)
+class Walk:
+    """The steps of a path as functions of point, state and hyperparameters.
+
+    Attributes:
+        closure: the objective. hparams: the tensors that objective and rule reach.
+        draws: the objective draws random numbers.
+    """
+
+    closure: Closure
+    raveler: Raveler
+    steps: Steps
+    hparams: list[Tensor]
+    draws: bool
+
+    def step(self, y: Tensor, state: State, hparams: list[Tensor], index: int) -> tuple[Tensor, State]:
+        """One step, as `torch.func` differentiates it."""
+        g = torch.func.grad(lambda flat: self.closure(self.raveler.unravel(flat), hparams).sum())(y)
+        return self.ruled(y, g, state, hparams, index)
+
+    def eager_step(
+        self, y: Tensor, state: State, hparams: list[Tensor], index: int, create_graph: bool
+    ) -> tuple[Tensor, State]:
+        """The same as autograd differentiates it, in half of the time; where a graph is wanted, y requires grad."""
+        with torch.enable_grad():
+            point = self.raveler.unravel(y if create_graph else y.detach().requires_grad_())
+            g = self.raveler.ravel(gradient(self.closure(point, hparams), point, create_graph))
+        return self.ruled(y, g, state, hparams, index)
+
+    def ruled(self, y: Tensor, g: Tensor, state: State, hparams: list[Tensor], index: int) -> tuple[Tensor, State]:
+        """The step from the gradient at ``y``."""
+        with substituting(self.closure.captured, hparams):  # settings of the rule
+            return self.steps.rule.step(y, g, state, index)
+
+
 class Path:
-    """A fixed number of steps from ``init``, with all tensors that objective and rule reach as ``hparams``.
+    """A fixed number of steps from ``init``, and how they are made.
+
+    Args:
+        to_init: whether a gradient flows to ``init``.
 
     Raises:
         NotImplementedError: the objective uses a fused batch norm, whose derivatives under `torch.func` are wrong.
         ValueError: a hyperparameter that closure conversion cannot follow.
     """
 
-    def __init__(self, objective: Objective, init: Tree, args: tuple[Any, ...], steps: Steps, method: str):
+    def __init__(
+        self, objective: Objective, init: Tree, args: tuple[Any, ...], steps: Steps, method: str, *, to_init: bool
+    ):
         tracer = Tracer()
         tracer.note(steps.rule.tensors)
         self.problem = Problem(objective, init, args, tracer=tracer)
-        self.steps, self.hparams = steps, tracer.resolved
-        self.problem.hparams = self.hparams
+        hparams = self.problem.hparams = tracer.resolved
         autocast = Autocast.current(self.problem.start.y.device)
-        self.problem.reach = Reach.of(objective, init, args, tracer.captured, to_init=False)
-        self.closure = Closure(objective, pytree.tree_structure(init), args, tracer.captured, autocast, tracer.spared)
-        point, free = free_leaves(self.problem.raveler.unravel(self.problem.start.y)), free_leaves(self.hparams)
-        with torch.enable_grad():
-            nodes = list(graph_nodes([self.closure(point, free)]))
+        self.problem.reach = Reach.of(objective, init, args, tracer.captured, to_init=to_init)
+        closure = Closure(objective, pytree.tree_structure(init), args, tracer.captured, autocast, tracer.spared)
+        point, free = free_leaves(self.problem.raveler.unravel(self.problem.start.y)), free_leaves(hparams)
+        with torch.enable_grad(), _Draws() as draws:
+            nodes = list(graph_nodes([closure(point, free)]))
         refuse_hidden(nodes, [*point, *free])
+        self.walk = Walk(closure, self.problem.raveler, steps, hparams, draws.found)
         self.layer_norm = has_layer_norm(nodes)
         fused = fused_norm(nodes)
         if fused:
@@ -66,19 +107,30 @@ class Path:
                 f"hypergrad={method} cannot be used: the objective contains the fused {fused}, whose derivatives "
                 "under torch.func are silently wrong. Use Unroll(), or a norm written with torch.var_mean and rsqrt."
             )
-
-    def step(self, y: Tensor, state: State, hparams: list[Tensor], index: int) -> tuple[Tensor, State]:
-        """One step, as `torch.func` differentiates it."""
-        raveler = self.problem.raveler
-        g = torch.func.grad(lambda flat: self.closure(raveler.unravel(flat), hparams).sum())(y)
-        with Substitute(self.closure.captured, hparams):  # settings of the rule
-            return self.steps.rule.step(y, g, state, index)
+        if draws.found and recording():
+            raise NotImplementedError(
+                f"hypergrad={method} cannot be recorded with an objective that draws random numbers: steps that are "
+                "made again have to draw the same, and a recording cannot set generators back. Use Unroll(), or draw "
+                "outside of the objective."
+            )
 
     def solution(self, y: Tensor, state: State) -> Solution:
         """What ended at ``y`` after all steps."""
         progress = Progress.begin(self.problem.start, None)
-        progress.steps = progress.steps + self.steps.max_steps
+        progress.steps = progress.steps + self.walk.steps.max_steps
         return replace(progress.solution(y), state=LastStep(state))
+
+
+class _Draws(TorchDispatchMode):
+    """Sees whether an operation draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found = self.found or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 def eager_problem(

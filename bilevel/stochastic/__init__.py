@@ -14,12 +14,14 @@ from .bome import BOME
 from .bsa import BSA
 from .f2sa import F2SA
 from .fsla import FSLA
+from .ma_soba import MASOBA
 from .mrbo import MRBO
 from .oracles import Draws
 from .saba import SABA
 from .schedule import Decay, TorchSchedule
 from .sizes import step_sizes
 from .soba import SOBA
+from .spaba import SPABA
 from .srba import SRBA
 from .stocbio import StocBiO
 from .sustain import SUSTAIN
@@ -31,9 +33,11 @@ __all__ = [
     "BSA",
     "F2SA",
     "FSLA",
+    "MASOBA",
     "MRBO",
     "SABA",
     "SOBA",
+    "SPABA",
     "SRBA",
     "SUSTAIN",
     "TTSA",

@@ -12,7 +12,32 @@ from .soba import SOBA, Directions
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
-class SRBA(SOBA):
+class RecursiveMethod(SOBA):
+    """Base of the methods whose directions are those of all the data now and then, and corrected by batches between."""
+
+    _kept = (
+        *("adjoint", "inner_old", "adjoint_old", "outer_old"),
+        *("inner_direction", "linear_direction", "outer_direction"),
+    )
+
+    def _directions(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Directions:
+        inner_batch, outer_batch = next(inner), next(outer)
+        new = self._plain(now, inner_batch, outer_batch)
+        if self.wants_full_batch:
+            y, u, x = new.inner, new.linear, new.outer
+        else:
+            before = {name: now[f"{name}_old"] for name in ("inner", "adjoint", "outer")}
+            old = self._plain(before, inner_batch, outer_batch)
+            y = now["inner_direction"] + new.inner - old.inner
+            u = now["linear_direction"] + new.linear - old.linear
+            x = now["outer_direction"] + new.outer - old.outer
+        kept = {f"{name}_old": now[name] for name in ("inner", "adjoint", "outer")}
+        kept |= {"inner_direction": y, "linear_direction": u, "outer_direction": x}
+        return Directions(new.inner_loss, new.outer_loss, y, u, x, kept)
+
+
+@dataclass(eq=False, repr=False, kw_only=True)
+class SRBA(RecursiveMethod):
     """For finite sums where `SABA`'s memory is too large: constant step sizes, near-optimal in gradient evaluations.
 
         every ``period`` steps, on all the data:   D = D(z)
@@ -32,11 +57,6 @@ class SRBA(SOBA):
 
     period: int
 
-    _kept = (
-        *("adjoint", "inner_old", "adjoint_old", "outer_old"),
-        *("inner_direction", "linear_direction", "outer_direction"),
-    )
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("period", self.period)
@@ -45,18 +65,3 @@ class SRBA(SOBA):
     def wants_full_batch(self) -> bool:
         """Whether the next step is the first of a period."""
         return self.num_steps % self.period == 0
-
-    def _directions(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Directions:
-        inner_batch, outer_batch = next(inner), next(outer)
-        new = self._plain(now, inner_batch, outer_batch)
-        if self.wants_full_batch:
-            y, u, x = new.inner, new.linear, new.outer
-        else:
-            before = {name: now[f"{name}_old"] for name in ("inner", "adjoint", "outer")}
-            old = self._plain(before, inner_batch, outer_batch)
-            y = now["inner_direction"] + new.inner - old.inner
-            u = now["linear_direction"] + new.linear - old.linear
-            x = now["outer_direction"] + new.outer - old.outer
-        kept = {f"{name}_old": now[name] for name in ("inner", "adjoint", "outer")}
-        kept |= {"inner_direction": y, "linear_direction": u, "outer_direction": x}
-        return Directions(new.inner_loss, new.outer_loss, y, u, x, kept)

@@ -20,6 +20,7 @@ from ..hypergrad.evolution import EvolutionStrategies
 from ..hypergrad.finite_difference import FiniteDifference
 from ..hypergrad.first_order import FirstOrder
 from ..hypergrad.forward import ForwardMode
+from ..hypergrad.forward_gradient import ForwardGradient
 from ..hypergrad.implicit import Implicit
 from ..hypergrad.one_step import OneStep
 from ..hypergrad.penalty import Penalty
@@ -50,15 +51,16 @@ from ..linalg.solve import LinearSolver
 RULES = (SGD, Adam, AdamW, RMSprop)
 INNER = (GradientDescent, LBFGS, NewtonCG, ScipyMinimize, Steps, TorchOptim, Newton, ScipyRoot, Anderson, Picard)
 METHODS = (Implicit, Unroll, Truncated, ForwardMode, OneStep, FirstOrder, FiniteDifference, SAMA, Penalty)
+RANDOM = (EvolutionStrategies, ForwardGradient)
 LINEAR = (CG, MINRES, Neumann, GMRES, BiCGSTAB, LSMR, NormalCG, Cholesky, LU, Nystrom, Identity)
 PRECONDITIONERS = (Jacobi, NystromPreconditioner)
 
 TYPES: dict[str, type] = {
-    kind.__name__: kind for kind in (*RULES, *INNER, *METHODS, EvolutionStrategies, *LINEAR, *PRECONDITIONERS)
+    kind.__name__: kind for kind in (*RULES, *INNER, *METHODS, *RANDOM, *LINEAR, *PRECONDITIONERS)
 }
 """What a file may name. Nothing else is ever made from one, so that a file cannot run code."""
 
-ROLES: dict[str, tuple[type, ...]] = {"solver": INNER, "hypergrad": (*METHODS, EvolutionStrategies)}
+ROLES: dict[str, tuple[type, ...]] = {"solver": INNER, "hypergrad": (*METHODS, *RANDOM)}
 """What these names of a file stand for; other names are the program's own."""
 
 OPERATORS = ("graph", "func")
@@ -97,6 +99,8 @@ def to_json(setting: Any) -> Any:
         )
     if getattr(setting, "callback", None) is not None:
         raise TypeError(f"{setting!r} has a callback: a file holds numbers only. Functions stay in the program.")
+    if getattr(setting, "generator", None) is not None:
+        raise TypeError(f"{setting!r} has a generator: a file holds numbers only. Put it in when it has been loaded.")
     fields = [field for field in dataclasses.fields(kind) if field.repr]
     return {KEY: kind.__name__, **{field.name: to_json(getattr(setting, field.name)) for field in fields}}
 

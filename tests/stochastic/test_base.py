@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from bilevel.stochastic import F2SA, FSLA, SABA, SOBA, SRBA, TTSA, Draws
+from bilevel.stochastic import F2SA, FSLA, MASOBA, SABA, SOBA, SPABA, SRBA, TTSA, Draws
 from tests.stochastic.cases import CASES
 from tests.stochastic.test_conformance import small_settings
 
@@ -69,6 +69,11 @@ def test_shared_and_repeated_tensors_are_refused():
     [
         (SRBA, {"period": 0}, "period is 0"),
         (FSLA, {"mixing": 1.5}, "mixing is 1.5"),
+        (MASOBA, {"mixing": 0.0}, "mixing is 0.0"),
+        (SPABA, {"probability": 0.0}, "probability is 0.0"),
+        (SPABA, {"probability": 1.5}, "probability is 1.5"),
+        (SPABA, {"probability": 0.5, "seed": -1}, "seed is -1"),
+        (SPABA, {"probability": 0.5, "clip": 0.0}, "clip is 0.0"),
         (F2SA, {"penalty": 0.0}, "penalty is 0.0"),
         (F2SA, {"penalty_growth": -1.0}, "penalty_growth is -1.0"),
         (F2SA, {"num_inner_steps": 2.5}, "num_inner_steps is 2.5"),
@@ -213,6 +218,8 @@ def test_the_signature_is_that_of_the_base_and_what_a_method_adds():
         "SABA": ["linear_lr", "inner_batches", "outer_batches"],
         "SRBA": ["linear_lr", "period"],
         "FSLA": ["mixing", "linear_lr"],
+        "MA-SOBA": ["linear_lr", "mixing"],
+        "SPABA": ["linear_lr", "probability", "seed", "clip"],
         "AmIGO": ["num_inner_steps", "num_linear_steps", "linear_lr"],
         "stocBiO": ["num_terms", "neumann_lr", "num_inner_steps"],
         "MRBO": ["num_terms", "neumann_lr", "mixing"],

@@ -85,6 +85,7 @@ SMALL = {"inner_lr": 0.1, "outer_lr": 0.05}
 
 def small_settings(name):
     needed = {"SABA": {"inner_batches": 1, "outer_batches": 1}, "SRBA": {"period": 3}, "VRBO": {"period": 3}}
+    needed["SPABA"] = {"probability": 0.3}
     return {**SMALL, **needed.get(name, {})}
 
 
@@ -122,6 +123,8 @@ COSTS = {
     "SABA": ({}, 2, 1),
     "SRBA": ({}, 4, 2),
     "FSLA": ({}, 7, 3),
+    "MA-SOBA": ({}, 2, 1),
+    "SPABA": ({}, 4, 2),
     "AmIGO": ({"num_inner_steps": 4, "num_linear_steps": 5}, 4 + 1 + 1, 5 + 1),
     "stocBiO": ({"num_inner_steps": 4, "num_terms": 5}, 4 + 1 + 1, 5 + 1),
     "BSA": ({"num_inner_steps": 4, "num_terms": 1}, 4 + 1 + 1, 1),

@@ -98,6 +98,23 @@ def srba(t, s, g, f):
     }
 
 
+def ma_soba(t, s, g, f):
+    u, h = s.get("u", np.zeros(5)), s.get("h", np.zeros(4))
+    dy, du, dx = soba_directions(s["y"], s["x"], u, next(g), next(f))
+    x = s["x"] - GAMMA * h  # along the average before this step
+    return {"y": s["y"] - ALPHA * dy, "u": u - BETA * du, "x": x, "h": (1 - ETA) * h + ETA * dx}
+
+
+def spaba(t, s, g, f):
+    s = {"u": np.zeros(5), **s}
+    g, f, now = next(g), next(f), (s["y"], s["x"], s["u"])
+    d = soba_directions(*now, g, f)
+    if t not in FULL["SPABA"]:
+        d = [a + new - old for a, new, old in zip(s["d"], d, soba_directions(*s["old"], g, f), strict=True)]
+    u = np.clip(s["u"] - BETA * d[1], -0.1, 0.1)
+    return {"y": s["y"] - ALPHA * d[0], "u": u, "x": s["x"] - GAMMA * d[2], "old": now, "d": d}
+
+
 def fsla(t, s, g, f):
     u, y, x = s.get("u", np.zeros(5)), s["y"], s["x"]
     new_y = y - ALPHA * next(g).dy(y, x)
@@ -222,6 +239,12 @@ SERIES = {**BASIC, "num_terms": Q, "neumann_lr": BETA}
 FORMULAS = {
     "SOBA": (stochastic.SOBA, {"inner_lr": ALPHA, "linear_lr": BETA, "outer_lr": Decay(GAMMA)}, soba),
     "SRBA": (stochastic.SRBA, {**BASIC, "linear_lr": BETA, "period": 3}, srba),
+    "MA-SOBA": (stochastic.MASOBA, {**BASIC, "linear_lr": BETA, "mixing": ETA}, ma_soba),
+    "SPABA": (
+        stochastic.SPABA,
+        {**BASIC, "linear_lr": BETA, "probability": 0.4, "seed": SEED, "clip": 0.1},
+        spaba,
+    ),
     "FSLA": (stochastic.FSLA, {**BASIC, "linear_lr": BETA, "mixing": ETA}, fsla),
     "AmIGO": (stochastic.AmIGO, {**BASIC, "linear_lr": BETA, "num_inner_steps": T, "num_linear_steps": Q}, amigo),
     "stocBiO": (stochastic.StocBiO, {**SERIES, "num_inner_steps": T}, stocbio),
@@ -235,10 +258,29 @@ FORMULAS = {
 }
 
 
+FULL = {"SRBA": (0, 3), "VRBO": (0, 3), "SPABA": (0, 3)}
+"""Steps on all the data; the coin of SPABA with its seed falls so."""
+
+
+def test_the_coin_of_spaba():
+    """The first step sees all the data, and later ones as often as the probability says."""
+    method = make(stochastic.SPABA, **BASIC, probability=0.3, seed=SEED)
+    tosses = []
+    for step in range(4000):
+        method.num_steps = step
+        tosses.append(method.wants_full_batch)
+    assert tosses[0]
+    assert sum(tosses) / 4000 == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / 4000) ** 0.5)
+    others = [make(stochastic.SPABA, **BASIC, probability=0.3, seed=seed) for seed in range(40)]
+    for other in others:
+        other.num_steps = 1
+    assert 0 < sum(other.wants_full_batch for other in others) < 40
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_steps_are_those_of_the_paper(name):
     kind, settings, step_of = FORMULAS[name]
-    feed = Feed(full_steps=(0, 3) if name in ("SRBA", "VRBO") else ())
+    feed = Feed(full_steps=FULL.get(name, ()))
     found, expected = feed.run(make(kind, **settings)), feed.reference(step_of)
     # Rounding in float64, of numbers of order one and matrices of condition 10.
     np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)

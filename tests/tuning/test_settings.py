@@ -26,6 +26,8 @@ SETTINGS = [
     bl.LBFGS(),
     bl.NewtonCG(gtol=1e-4),
     bl.Unroll(checkpoint=True),
+    bl.Unroll(checkpoint="tree", mode="mixed"),
+    bl.ForwardGradient(4, "orthogonal"),
     bl.Truncated(3),
     bl.SAMA(bl.Adam(1e-2)),
     bl.Anderson(),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
-from applications.measurements.benchmarks.contest import Contestant
+import bilevel as bl
+from applications.few_shot.benchmark import UNROLLED
+from applications.frame.figures import OURS
+from applications.measurements.benchmarks.contest import Contestant, Round, timed
 from applications.measurements.benchmarks.meta_step_task import FewShot
 from applications.measurements.benchmarks.peers_meta_step import higher, task_by_task
 
@@ -31,4 +34,16 @@ class Unrolling(FewShot):
 
     def contestants(self) -> dict[str, Callable[[], Contestant]]:
         """See `Workload`."""
-        return {"bilevel": lambda: self.ours(), "higher": lambda: task_by_task(self, higher)}
+        others = {"MAML": bl.Unroll(), **dict(UNROLLED.values())}
+        ways = {f"{OURS}, {name}": method for name, method in others.items()}
+        return {
+            OURS: lambda: self.ours(),
+            **{name: lambda method=method: self.maml(method) for name, method in ways.items()},  # type: ignore[misc]
+            "higher": lambda: task_by_task(self, higher),
+        }
+
+    def maml(self, hypergrad: Any) -> Contestant:
+        """Ours through the steps, as `higher` goes."""
+        learner, episodes = self.problem(method="maml")
+        learner = replace(learner, chosen={"hypergrad": hypergrad})
+        return lambda: Round(timed(lambda: self._gradient(learner, episodes))[0])

@@ -90,7 +90,7 @@ def table(cells: list[Cell]) -> str:
     for method in dict.fromkeys(cell.method for cell in cells):
         row = [by_place.get((method, problem)) for problem in problems]
         plain = [cell.tolerance for cell in row if cell and cell.tolerance and cell.problem not in ILL_CONDITIONED]
-        states = f"{plain[0]:.0e}" if plain else "biased"
+        states = f"{plain[0]:.0e}" if plain else "none"
         lines.append(f"| {method} | {states} | {' | '.join(_shown(cell) for cell in row)} |")
     return "\n".join(lines)
 
@@ -108,9 +108,10 @@ def page(measured: list[Cell]) -> str:
         "Relative error of the hypergradient against the exact one, the inner problem solved as accurately as the "
         "precision allows (unrolled methods: gradient descent to convergence). Written by",
         f"    {COMMAND}",
-        "An empty cell: the method is not for that matrix, or gradient descent would not converge. *biased*: an "
-        "approximation that is asked for by name. *(told)*: the solver did not reach its tolerance, and `fit.adjoint` "
-        "says so. Iterative solvers run at `rtol=1e-8` (float32: 1e-6); on the ill-conditioned quadratic, of condition "
+        "An empty cell: the method is not for that matrix, or gradient descent would not converge. *none*: an "
+        "approximation that is asked for by name, biased or (evolution strategies, forward gradient) random. *(told)*: "
+        "the solver did not reach its tolerance, and `fit.adjoint` says so. Iterative solvers run at `rtol=1e-8` "
+        "(float32: 1e-6); on the ill-conditioned quadratic, of condition "
         "1e6, their error may exceed that by a factor of 1e4.",
     ]
     return cells.page(head, measured, table)

@@ -46,6 +46,8 @@ def methods(problem: Problem, num_batches: int) -> dict[str, stochastic.Stochast
         "SABA": (s.SABA, {**constant, "inner_batches": num_batches, "outer_batches": num_batches}),
         "SRBA": (s.SRBA, {**constant, "period": num_batches}),
         "FSLA": (s.FSLA, {**single, "mixing": 0.1}),
+        "MA-SOBA": (s.MASOBA, {**single, "mixing": 0.3}),
+        "SPABA": (s.SPABA, {**constant, "probability": 1 / num_batches}),
         "AmIGO": (s.AmIGO, {**double, "num_inner_steps": 3, "num_linear_steps": 3}),
         "stocBiO": (s.StocBiO, {**double, **neumann, "num_inner_steps": 3}),
         "BSA": (s.BSA, {**double, **neumann, "num_inner_steps": 3}),

@@ -13,7 +13,7 @@ torch.testing.assert_close(found, problem.hypergradient(x), rtol=1e-6, atol=1e-9
 problem = bl.problems.Ridge(per_feature=True)
 x = problem.hparams.clone().requires_grad_()
 solver = bl.GradientDescent(lr=0.3, max_steps=100)
-for hypergrad in (bl.Unroll(), bl.Unroll(checkpoint=True), bl.Truncated(last=50)):
+for hypergrad in (bl.Unroll(), bl.Unroll(checkpoint="tree"), bl.Unroll(mode="mixed"), bl.Truncated(last=50)):
     fit = bl.argmin(problem.inner, problem.init, x, solver=solver, hypergrad=hypergrad)
     (found,) = torch.autograd.grad(problem.outer(fit.value, x), x)
     torch.testing.assert_close(found, problem.hypergradient(x), rtol=1e-4, atol=1e-6)
@@ -24,6 +24,20 @@ start, solver = torch.zeros(1, dtype=torch.float64), bl.Steps(bl.SGD(rate), max_
 fit = bl.argmin(lambda y: (y - 1).square().sum(), start, solver=solver, hypergrad=bl.ForwardMode())
 fit.value.sum().backward()
 torch.testing.assert_close(rate.grad, torch.tensor(2 * 20 * 0.8**19, dtype=torch.float64))  # of 1 - (1 - 2 rate)^20
+
+# %% ForwardGradient:
+weights, targets = torch.ones(100, dtype=torch.float64, requires_grad=True), torch.linspace(-1, 1, 100).double()
+method, steps = (
+    bl.ForwardGradient(num_directions=8, generator=torch.Generator().manual_seed(0)),
+    bl.GradientDescent(0.1),
+)
+outer = torch.optim.Adam([weights], lr=0.1)
+for _ in range(200):  # each estimate is noisy, and their mean is right
+    fit = bl.argmin(lambda y: (y - weights).square().sum(), torch.zeros_like(targets), solver=steps, hypergrad=method)
+    outer.zero_grad()
+    (fit.value - targets).square().sum().backward()
+    outer.step()
+assert (weights - targets).norm() < 0.2 * (1 - targets).norm()
 
 # %% OneStep FiniteDifference Identity SAMA:
 problem = bl.problems.Ridge(per_feature=True)

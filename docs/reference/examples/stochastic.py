@@ -4,9 +4,10 @@ import bilevel as bl
 
 # %% stochastic stochastic.SOBA stochastic.Stochastic stochastic.Step stochastic.TTSA stochastic.BSA:
 # %% stochastic.StocBiO stochastic.AmIGO stochastic.FSLA stochastic.MRBO stochastic.SUSTAIN stochastic.F2SA:
-# %% stochastic.BOME:
+# %% stochastic.BOME stochastic.MASOBA:
 methods = bl.stochastic.SOBA, bl.stochastic.AmIGO, bl.stochastic.StocBiO, bl.stochastic.FSLA, bl.stochastic.MRBO
 methods += bl.stochastic.SUSTAIN, bl.stochastic.TTSA, bl.stochastic.BSA, bl.stochastic.F2SA, bl.stochastic.BOME
+methods += (bl.stochastic.MASOBA,)
 for method in methods:
     torch.manual_seed(0)
     params, hparams = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
@@ -42,9 +43,13 @@ for _ in range(300):
     stepper.step(inner, outer, inner_index=inner, outer_index=outer)
 assert (hparams - 1).abs().max() < 0.1
 
-# %% stochastic.SRBA stochastic.VRBO stochastic.Draws:
+# %% stochastic.SRBA stochastic.VRBO stochastic.SPABA stochastic.Draws:
 data = 0.1 * torch.randn(64, 1)
-for method in (bl.stochastic.SRBA, bl.stochastic.VRBO):
+for method, often in (
+    (bl.stochastic.SRBA, {"period": 10}),  # steps from one pass over all data to the next
+    (bl.stochastic.VRBO, {"period": 10}),
+    (bl.stochastic.SPABA, {"probability": 0.1}),  # of such a pass
+):
     torch.manual_seed(0)
     params, hparams = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     stepper = method(
@@ -54,7 +59,7 @@ for method in (bl.stochastic.SRBA, bl.stochastic.VRBO):
         lambda y, x, batch: (y - 1 - batch).square().mean(),
         inner_lr=0.3,
         outer_lr=0.1,
-        period=10,  # steps from one pass over all data to the next
+        **often,
     )
     for _ in range(300):
         batch = data if stepper.wants_full_batch else data[torch.randint(64, (8,))]

@@ -8,6 +8,7 @@ import torch
 
 import bilevel as bl
 from applications.few_shot import evaluate
+from applications.few_shot.benchmark import UNROLLED
 from applications.few_shot.config import Config
 from applications.few_shot.methods import METHODS, Learner, adapt, meta_step
 from applications.few_shot.models import build
@@ -127,6 +128,21 @@ def test_maml_is_the_derivative_of_what_it_does(toy_splits):
 
     difference = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
     assert found @ direction == pytest.approx(difference.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("way", UNROLLED)
+def test_other_ways_to_the_gradient_of_maml(toy_splits, way):
+    """A forward gradient is one of its estimates, which points the same way; the others are the gradient."""
+    config = replace(SMALL, method="maml", model=TINY, inner_steps=5, threads=1)
+    learner, episodes = prepare_tiny(config, toy_splits)
+    truth, _ = meta_gradient(learner, episodes)
+    learner = replace(learner, chosen={"hypergrad": UNROLLED[way][1]})
+    found, _ = meta_gradient(learner, episodes)
+    if way == "maml-forward":
+        assert not torch.equal(found, truth)
+        assert found.norm() > 0
+    else:
+        assert relative_error(found, truth) < 1e-9
 
 
 def test_first_order_methods_are_what_they_say(toy_splits):
