@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..context import differentiates
 from ..hypergrad.base import PathMethod
 from ..notices import tell
 from ..solution import Solution, SolveWarning, Throw
@@ -26,9 +27,9 @@ NOISES, MOST_NOISE = 3.0, 0.1
 
 DIFFERENCES_ADVICE = " Give a reference_solver that is more accurate, a step, or a larger tolerance."
 PATH_ADVICE = (
-    " An implicit hypergradient is that of a solution, and the inner solver ended near none, so that nothing can tell. Let "
-    "it solve further; or, to check the problem itself (nothing detached, no hyperparameter missing), check a short path: "
-    "solver=Steps(SGD(lr=0.1), max_steps=3), hypergrad=Unroll()."
+    " An implicit hypergradient is that of a solution, and the inner solver ended near none, so that nothing can tell. "
+    "Let it solve further; or, to check the problem itself (nothing detached, no hyperparameter missing), check a "
+    "short path: solver=Steps(SGD(lr=0.1), max_steps=3), hypergrad=Unroll()."
 )
 
 
@@ -49,8 +50,8 @@ class HypergradientCheck:
         uncertainty: of the finite differences themselves, relative: the largest of what another step size, errors of
             the inner solutions that Newton steps leave, a second solve, and rounding change about them.
         inner: what the errors of the inner solutions, before those Newton steps, change about them, relative.
-        noise: what the precision of the problem, below float64, changes about the hypergradient, relative: rounding, and
-            the looser tolerances of solvers there. Measured where the error is above the tolerance.
+        noise: what the precision of the problem, below float64, changes about the hypergradient, relative: rounding,
+            and the looser tolerances of solvers there. Measured where the error is above the tolerance.
         exact_error: relative error against the problem's own closed form; None where it has none.
         tolerance: what was asked for.
         doubts: why the differences are uncertain by more than the tolerance, in words; empty where they are not.
@@ -118,6 +119,7 @@ class HypergradientCheck:
         )
 
 
+@differentiates
 def check_hypergradient(
     problem: Bilevel,
     hparams: Tree | None = None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
+from ..context import differentiates
 from ..hypergrad.base import Point
 from ..hypergrad.implicit import Implicit
 from ..linalg.cg import CG
@@ -64,6 +65,7 @@ class Constants:
         return sensitivity * inner_residual / mu + self.cross * linear_residual / mu
 
 
+@differentiates
 def hypergradient(
     problem: Bilevel,
     hparams: Tree | None = None,

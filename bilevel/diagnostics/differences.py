@@ -175,7 +175,9 @@ class OuterLoss:
         if self.path or self.rootless:
             return _Loss(loss, loss, fit.result, self.path)
         try:
-            point, solved = refined(self.problem, fit.value, moved, fit.stats["num_steps"].dim(), self.left, MOST_PRODUCTS)
+            point, solved = refined(
+                self.problem, fit.value, moved, fit.stats["num_steps"].dim(), self.left, MOST_PRODUCTS
+            )
         except NotImplementedError:  # nothing is known that vanishes at the solution
             return _Loss(loss, loss, fit.result, fit.result.ok)
         self.rootless = not solved

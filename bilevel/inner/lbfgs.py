@@ -61,5 +61,5 @@ class LBFGS:
             box, told = box_of(problem, self.bounds), watch(self, problem)
             return descend_within(problem, box, self.gtol, self.max_steps, self.history, told)
         memory = Memory(self.history, problem, probe=self.gtol is None)
-        nearness = Nearness(problem.start.y) if self.gtol is None else None
+        nearness = Nearness(problem.start.y, problem.raveler.coarsest) if self.gtol is None else None
         return descend(problem, self.gtol, self.max_steps, memory, nearness, watch=watch(self, problem))

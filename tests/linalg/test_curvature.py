@@ -111,3 +111,17 @@ def test_conforms_to_the_dense_hessian(mode):
     columns = [central_difference(problem, e.expand(2, -1)) for e in torch.eye(dense.shape[-1], dtype=torch.float64)]
     assert relative_error(dense, torch.stack(columns, -1)) <= 1e-7
     check_operator(hessian(problem, at, mode), dense, tolerance=1e-11)
+
+
+def test_saved_tensor_hooks_are_told_where_torch_func_is_asked_for():
+    data, x = torch.ones(3, 4), torch.tensor(0.5, requires_grad=True)
+
+    def inner(y):
+        block = torch.utils.checkpoint.checkpoint(lambda z: (z * y).tanh(), data, use_reentrant=False)
+        return (block - 0.1).square().sum() + x * y.square().sum()
+
+    fit = bl.argmin(inner, torch.zeros(4), hypergrad=bl.Implicit(operator="func"))
+    with pytest.raises(NotImplementedError, match=r"torch.utils.checkpoint.*Use operator='graph'"):
+        fit.value.sum().backward()
+    bl.argmin(inner, torch.zeros(4), hypergrad=bl.Implicit()).value.sum().backward()
+    assert x.grad < 0
