@@ -120,7 +120,7 @@ def table(name: str, limit: float) -> list[str]:
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
-    lines = ["# advise beside all methods", "", "Seconds of the processor, of one run each, without those of `advise` itself.", ""]
+    lines = ["# advise beside all methods", "", "Seconds of the processor, without those of `advise` itself.", ""]
     for name in settings.problems:
         found = table(name, settings.limit)
         print("\n".join(found), flush=True)
