@@ -111,6 +111,20 @@ def solves(fn: Callable[P, R]) -> Callable[P, R]:
     return uncompiled(solve)
 
 
+def differentiates(fn: Callable[P, R]) -> Callable[P, R]:
+    """Mark a function that takes derivatives itself: it does so under `torch.inference_mode` and no_grad as well.
+
+    Tensors among its arguments that were made under inference mode are copied.
+    """
+
+    @functools.wraps(fn)
+    def differentiate(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.enable_grad():
+            return fn(*usable(args), **usable(kwargs))
+
+    return differentiate
+
+
 def uncompiled(fn: Callable[P, R]) -> Callable[P, R]:
     """`torch.compiler.disable`, which loads the compiler only where something was compiled."""
     disabled: list[Callable[P, R]] = []

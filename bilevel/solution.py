@@ -218,7 +218,11 @@ def summary_of(solution: Solution) -> list[tuple[str, str]]:
     if "loss" in solution.stats:
         inner += f", loss: {_range(solution.stats['loss'])}"
     adjoint = solution.adjoint
-    backward = "there was no backward pass yet" if adjoint is None else told_of(adjoint)
+    backward = (
+        "none (there was no backward pass yet, or its method solves no linear system)"
+        if adjoint is None
+        else told_of(adjoint)
+    )
     return [("solution:", f"{count}{size}{reached}"), ("inner solve:", inner), ("adjoint solve:", backward)]
 
 

@@ -141,7 +141,8 @@ class Raveler:
         self.shapes = [leaf.shape for leaf in flat]
         self.dtypes = [leaf.dtype for leaf in flat]
         self.sizes = [math.prod(shape[len(self.batch_shape) :]) for shape in self.shapes]
-        self.dtype = max(self.dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+        by_bits = sorted(self.dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+        self.coarsest, self.dtype = by_bits[0], by_bits[-1]
         self.device = flat[0].device
 
     @property

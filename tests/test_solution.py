@@ -157,7 +157,9 @@ def test_a_solution_stays_as_it_was_made():
 class TestSummary:
     def test_three_lines_tell_of_both_solves(self):
         fit = SOLVES["default"]()
-        assert fit.summary().splitlines()[2] == "adjoint solve: there was no backward pass yet"
+        assert fit.summary().splitlines()[2] == (
+            "adjoint solve: none (there was no backward pass yet, or its method solves no linear system)"
+        )
         fit.value.sum().backward()
         value, inner, adjoint = fit.summary().splitlines()
         assert value == "solution: 2 numbers; its gradient reaches LAM ()"

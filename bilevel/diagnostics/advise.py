@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adaptive import Adaptive
+from ..context import differentiates
 from ..hypergrad.base import Point
 from ..hypergrad.implicit import Implicit
 from ..inner.fixed_point import Anderson
@@ -147,6 +148,7 @@ class Advice:
         return f", not the {self.asked:.0e} asked for: measured at this inner solution"
 
 
+@differentiates
 def advise(
     problem: Bilevel,
     hparams: Tree | None = None,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..closure import Substitute, Tracer
-from ..context import EVALUATING
+from ..context import EVALUATING, differentiates
 from ..tree import Tree, leaves, tree_map
 
 POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -44,6 +44,7 @@ class Opened:
             return self.fn(params)
 
 
+@differentiates
 def captured_hparams(functions: Sequence[Callable[[Tree], Any]], init: Tree, hparams: Tree, *, complete: bool) -> Tree:
     """The hyperparameters of functions of the params alone; ``hparams`` where they are given.
 

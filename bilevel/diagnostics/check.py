@@ -10,15 +10,27 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..context import differentiates
 from ..hypergrad.base import PathMethod
 from ..notices import tell
-from ..solution import SolveWarning, Throw
+from ..solution import Solution, SolveWarning, Throw
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .differences import Differences, OuterLoss
 from .problem import AnyHypergrad, Bilevel, Solver, leaf_copies, solve, with_decay_outside
 
 Verdict = Literal["right", "wrong", "inconclusive"]
+
+NOISES, MOST_NOISE = 3.0, 0.1
+"""How many times its uncertainty a value may be off, and the noise beside which nothing is called right."""
+
+
+DIFFERENCES_ADVICE = " Give a reference_solver that is more accurate, a step, or a larger tolerance."
+PATH_ADVICE = (
+    " An implicit hypergradient is that of a solution, and the inner solver ended near none, so that nothing can tell. "
+    "Let it solve further; or, to check the problem itself (nothing detached, no hyperparameter missing), check a "
+    "short path: solver=Steps(SGD(lr=0.1), max_steps=3), hypergrad=Unroll()."
+)
 
 
 class HypergradientError(RuntimeError):
@@ -35,8 +47,11 @@ class HypergradientCheck:
         relative_error: ``||slope - finite_difference|| / ||finite_difference||`` over the directions. Near an optimum,
             where slopes vanish, all errors are relative to a hundredth of what the slopes become at a distance of
             ``1 + ||hparams||``.
-        uncertainty: of the finite differences themselves, relative: the largest of what another step size, more
-            accurate inner solutions, a second solve, and rounding change about them.
+        uncertainty: of the finite differences themselves, relative: the largest of what another step size, errors of
+            the inner solutions that Newton steps leave, a second solve, and rounding change about them.
+        inner: what the errors of the inner solutions, before those Newton steps, change about them, relative.
+        noise: what the precision of the problem, below float64, changes about the hypergradient, relative: rounding,
+            and the looser tolerances of solvers there. Measured where the error is above the tolerance.
         exact_error: relative error against the problem's own closed form; None where it has none.
         tolerance: what was asked for.
         doubts: why the differences are uncertain by more than the tolerance, in words; empty where they are not.
@@ -55,24 +70,33 @@ class HypergradientCheck:
     missing: tuple[int, ...] = ()
     random: str | None = None
     optimum: bool = False
+    inner: float = 0.0
+    noise: float = 0.0
+
+    @property
+    def allowed(self) -> float:
+        """The error that passes: the tolerance, or three times the noise where that is larger and at most a tenth."""
+        return max(self.tolerance, NOISES * self.noise) if NOISES * self.noise <= MOST_NOISE else self.tolerance
 
     @property
     def verdict(self) -> Verdict:
         """The answer.
 
-        ``"right"``: differences that are certain to the tolerance agree to it. ``"wrong"``: they differ by more than
-        the tolerance and three times their uncertainty, or the exact answer does, or a gradient is missing.
-        ``"inconclusive"``: the differences are not certain enough to tell, or the problem is random.
+        ``"right"``: differences that are certain to the tolerance agree to it, or to the noise of the precision.
+        ``"wrong"``: they differ by more than the tolerance and three times what is uncertain (the differences, the
+        inner solutions, the precision), or the exact answer does, or a gradient is missing. ``"inconclusive"``: they
+        are not certain enough to tell, or the problem is random.
         """
         if self.random is not None:
             return "inconclusive"
         if not bool(torch.isfinite(self.slope).all()) and bool(torch.isfinite(self.finite_difference).all()):
             return "wrong"
-        if self.exact_error is not None and not self.exact_error <= self.tolerance:
+        if self.exact_error is not None and not self.exact_error <= self.tolerance + NOISES * self.noise:
             return "wrong"
-        if self.missing or self.relative_error > self.tolerance + 3 * self.uncertainty:
+        uncertain = max(self.uncertainty, self.inner, self.noise)
+        if self.missing or self.relative_error > self.tolerance + NOISES * uncertain:
             return "wrong"
-        agrees = self.relative_error <= self.tolerance and self.uncertainty <= self.tolerance
+        agrees = self.relative_error <= self.allowed and self.uncertainty <= self.allowed
         return "right" if agrees else "inconclusive"
 
     @property
@@ -87,12 +111,15 @@ class HypergradientCheck:
         why = (self.random,) if self.random else self.doubts
         doubts = f". Not certain: {'; '.join(why)}" if self.verdict == "inconclusive" and why else ""
         optimum = " (near an optimum, so relative to slopes around it)" if self.optimum else ""
+        noise = f", raised to {self.allowed:.0e} by the noise of the precision" if self.allowed > self.tolerance else ""
+        noise = "" if self.verdict == "inconclusive" else noise
         return (
             f"{verdict}: relative error from finite differences {self.relative_error:.2e}{optimum} "
-            f"(they are certain to {self.uncertainty:.1e}){exact}{lost}; tolerance {self.tolerance:.0e}{doubts}"
+            f"(they are certain to {self.uncertainty:.1e}){exact}{lost}; tolerance {self.tolerance:.0e}{noise}{doubts}"
         )
 
 
+@differentiates
 def check_hypergradient(
     problem: Bilevel,
     hparams: Tree | None = None,
@@ -141,24 +168,29 @@ def check_hypergradient(
     if random is not None:
         unknown = torch.full((num_directions,), torch.nan, dtype=torch.float64)
         return _heard(HypergradientCheck(unknown, unknown, math.nan, math.inf, None, tolerance, random=random), throw)
-    fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw=throw)
-    found = _gradients(problem.outer(fit.value, x), leaves(x))
+    fit, found = _found(problem, x, solver, hypergrad, throw)
     if outer.lifted and fit.result.ok and not outer.solvable:
         outer = OuterLoss(problem, x, reference, throw, path=path, double=False)
     directions = _directions(outer.x, num_directions, seed)
-    slope = torch.tensor([_inner(found, direction) for direction in directions], dtype=torch.float64)
+    slope = _along(found, directions)
     seen = _differences(outer, directions, step, tolerance)
+    error, noise = _relative(float((slope - seen.near).norm()), seen), 0.0
+    if outer.lifted and not seen.rootless and not error <= tolerance:
+        exact = _slope_in_double(outer, directions, solver, hypergrad)
+        noise = 0.0 if exact is None else _relative(float((slope - exact).norm()), seen)
     report = HypergradientCheck(
         seen.near,
         slope,
-        _relative(float((slope - seen.near).norm()), seen),
+        error,
         _relative(seen.uncertainty, seen),
         _exact_error(problem, x, found, seen.scale if seen.vanishing else 0.0),
         tolerance,
-        _doubts(seen, tolerance),
+        _doubts(seen, error, noise, tolerance),
         _missing(outer, found, seen.step),
         outer.randomness(fit.value),
         seen.vanishing,
+        _relative(seen.inner, seen),
+        noise,
     )
     if raise_exception and report.verdict == "wrong":
         raise HypergradientError(
@@ -174,11 +206,32 @@ def check_hypergradient(
 def _heard(report: HypergradientCheck, throw: Throw) -> HypergradientCheck:
     """Let an inconclusive check be heard."""
     if report.verdict == "inconclusive" and throw != "ignore":
-        advice = (
-            "" if report.random else " Give a reference_solver that is more accurate, a step, or a larger tolerance."
-        )
+        advice = "" if report.random else PATH_ADVICE if math.isinf(report.inner) else DIFFERENCES_ADVICE
         tell(f"check_hypergradient: {report}.{advice}", SolveWarning, kind="check_hypergradient")
     return report
+
+
+def _found(
+    problem: Bilevel, x: Tree, solver: Solver | None, hypergrad: AnyHypergrad | None, throw: Throw
+) -> tuple[Solution, list[Tensor]]:
+    """The inner solve, and the hypergradient."""
+    fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw=throw)
+    return fit, _gradients(problem.outer(fit.value, x), leaves(x))
+
+
+def _slope_in_double(
+    outer: OuterLoss, directions: list[list[Tensor]], solver: Solver | None, hypergrad: AnyHypergrad | None
+) -> Tensor | None:
+    """What the same settings give in float64; None where they cannot be used there."""
+    try:
+        return _along(_found(outer.problem, leaf_copies(outer.x), solver, hypergrad, "ignore")[1], directions)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return None
+
+
+def _along(found: list[Tensor], directions: list[list[Tensor]]) -> Tensor:
+    """The slopes of a hypergradient along some directions, float64 ``[D]``."""
+    return torch.tensor([_inner(found, direction) for direction in directions], dtype=torch.float64)
 
 
 def _gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
@@ -209,7 +262,7 @@ def _differences(outer: OuterLoss, directions: list[list[Tensor]], step: float |
         tried = outer.along(directions, size * (1 + _length(leaves(outer.x))))
         if best is None or _relative(tried.uncertainty, tried) < _relative(best.uncertainty, best):
             best = tried
-        if _relative(best.uncertainty, best) <= tolerance:
+        if tried.rootless or _relative(best.uncertainty, best) <= tolerance:
             break
     assert best is not None
     return best
@@ -221,9 +274,13 @@ def _relative(size: float, seen: Differences) -> float:
     return size / scale if scale else (0.0 if size == 0 else math.inf)
 
 
-def _doubts(seen: Differences, tolerance: float) -> tuple[str, ...]:
-    """What makes the differences uncertain by more than the tolerance."""
+def _doubts(seen: Differences, error: float, noise: float, tolerance: float) -> tuple[str, ...]:
+    """What is uncertain by more than the tolerance; of an error, what explains it."""
     sizes = {why: _relative(size, seen) for why, size in seen.doubts.items()}
+    reached = next(iter(sizes))
+    if error > tolerance:
+        sizes[reached] = _relative(seen.inner, seen)
+        sizes["the precision of the problem is too low: take float64"] = noise
     return tuple(f"{why}, by {size:.1e}" for why, size in sizes.items() if not size <= tolerance)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
+from ..context import differentiates
 from ..hypergrad.base import Point
 from ..hypergrad.implicit import Implicit
 from ..linalg.cg import CG
@@ -64,6 +65,7 @@ class Constants:
         return sensitivity * inner_residual / mu + self.cross * linear_residual / mu
 
 
+@differentiates
 def hypergradient(
     problem: Bilevel,
     hparams: Tree | None = None,
@@ -166,12 +168,18 @@ def corrected_hypergradient(problem: Bilevel, fit: Solution, x: Tree, accuracy: 
     return _summed(by_x, pulled), solved and reached
 
 
-def refined(problem: Bilevel, params: Tree, x: Tree, batch_dims: int, accuracy: float) -> tuple[Point, bool]:
+def refined(
+    problem: Bilevel, params: Tree, x: Tree, batch_dims: int, accuracy: float, most: int | None = None
+) -> tuple[Point, bool]:
     """The point where Newton steps from ``params`` have become small beside the way that they went.
 
     The ratio is ``accuracy``. They end earlier where none of 1, 1/2, 1/4, ... of a step shrinks the residual: at
     rounding, or where there is no root. The second value is False where the last step was not small beside the params,
     so that no root is near, or where no step could be computed.
+
+    Args:
+        most: steps of a linear solve of more unknowns than are factorised, and then few Newton steps; None: as many
+            as it takes.
     """
     statement, flat = statement_of(problem, x)
     hparams = [tensor.detach() for tensor in flat]
@@ -183,9 +191,9 @@ def refined(problem: Bilevel, params: Tree, x: Tree, batch_dims: int, accuracy: 
     raveler = point.raveler
     start = y = raveler.ravel(point.params)
     far = raveler.ravel([leaf.detach() for leaf in leaves(problem.init)])
-    for _ in range(MOST_NEWTON_STEPS):
+    for _ in range(MOST_NEWTON_STEPS if most is None else FEW_NEWTON_STEPS):
         residual = _residual(point)
-        step, reached = _solve(_jacobian(point), -residual, accuracy)
+        step, reached = _solve(_jacobian(point), -residual, accuracy, most)
         scale = torch.maximum(norm(y), norm(y - far))
         for halvings in range(MOST_HALVINGS):
             trial = at(raveler.unravel(y + step / 2**halvings))
@@ -201,7 +209,7 @@ def refined(problem: Bilevel, params: Tree, x: Tree, batch_dims: int, accuracy: 
     return point, False
 
 
-MOST_NEWTON_STEPS, MOST_HALVINGS, LARGEST_FACTORISED = 50, 10, 512
+MOST_NEWTON_STEPS, FEW_NEWTON_STEPS, MOST_HALVINGS, LARGEST_FACTORISED = 50, 10, 10, 512
 
 
 def _residual(point: Point) -> Tensor:
@@ -217,7 +225,7 @@ def _summed(direct: Sequence[Tensor], more: Sequence[Tensor | None]) -> list[Ten
     return [one if other is None else one + other for one, other in zip(direct, more, strict=True)]
 
 
-def _solve(operator: Operator, b: Tensor, accuracy: float) -> tuple[Tensor, bool]:
+def _solve(operator: Operator, b: Tensor, accuracy: float, most: int | None = None) -> tuple[Tensor, bool]:
     """The solution of least norm, to a relative error of ``accuracy`` as far as the condition number is seen.
 
     The second value is False where not even the residual became as small.
@@ -227,12 +235,12 @@ def _solve(operator: Operator, b: Tensor, accuracy: float) -> tuple[Tensor, bool
         cutoff = operator.size * torch.finfo(matrix.dtype).eps
         return (torch.linalg.pinv(matrix, rtol=cutoff) @ b.unsqueeze(-1)).squeeze(-1), True
     if not operator.symmetric:
-        found = GMRES(rtol=accuracy).solve(operator, b)
+        found = GMRES(rtol=accuracy, max_steps=most).solve(operator, b)
         return found.value, found.result.ok
-    found = CG(rtol=accuracy).solve(operator, b)
+    found = CG(rtol=accuracy, max_steps=most).solve(operator, b)
     if not found.result.ok or found.curvature is None:
-        found = MINRES(rtol=accuracy).solve(operator, b)
+        found = MINRES(rtol=accuracy, max_steps=most).solve(operator, b)
         return found.value, found.result.ok
     low, high = found.curvature
     tight = accuracy * float((low / high).nan_to_num(1.0).clamp(1e-12, 1.0).min()) ** 0.5
-    return CG(rtol=tight).solve(operator, b, found.state).value, True
+    return CG(rtol=tight, max_steps=most).solve(operator, b, found.state).value, True

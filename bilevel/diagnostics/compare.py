@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from ..context import differentiates
 from ..extras import require
 from ..files import write_atomically
 from ..hypergrad.implicit import Implicit
@@ -29,7 +30,7 @@ from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .cost import median_seconds, peak_mib
 from .methods import accurate_solver, methods_for
-from .problem import AnyHypergrad, Bilevel, Method, Solver, leaf_copies, solve
+from .problem import AnyHypergrad, Bilevel, Method, Solver, leaf_copies, solve, with_decay_outside
 
 LARGEST_DENSE = 2048
 
@@ -116,6 +117,7 @@ class Comparison:
             write_atomically(Path(folder) / f"comparison.{suffix}", partial(_put, content))
 
 
+@differentiates
 def compare_methods(
     problem: Bilevel,
     methods: Mapping[str, Method] | None = None,
@@ -132,12 +134,20 @@ def compare_methods(
             the problem.
         solver: the inner solver of those that do not bring their own; None: an accurate one.
         repeats: runs for the median time; memory is measured in one more.
+
+    A weight decay inside of a solver is a part of the inner loss, so that methods with such a solver are compared with
+    the solution of that loss.
     """
     solver = accurate_solver(problem) if solver is None else solver
     if methods is None:
         methods = {method.name: (method.solver or solver, method.hypergrad) for method in methods_for(problem)}
     truth, name = _reference(problem)
-    rows = [_measure(problem, label, method, solver, truth, repeats) for label, method in methods.items()]
+    rows = []
+    for label, method in methods.items():
+        given, hypergrad = method if isinstance(method, tuple) else (solver, method)
+        lowered, plain = with_decay_outside(problem, given)
+        own = truth if lowered is problem else _reference(lowered)[0]
+        rows.append(_measure(lowered, label, plain, hypergrad, own, repeats))
     where = leaves(problem.init)[0].device
     machine = (
         torch.cuda.get_device_name(where)
@@ -169,9 +179,13 @@ def _gradient(problem: Bilevel, solver: Solver | None, hypergrad: AnyHypergrad |
 
 
 def _measure(
-    problem: Bilevel, name: str, method: Method, solver: Solver | None, truth: list[Tensor], repeats: int
+    problem: Bilevel,
+    name: str,
+    solver: Solver | None,
+    hypergrad: AnyHypergrad | None,
+    truth: list[Tensor],
+    repeats: int,
 ) -> Row:
-    solver, hypergrad = method if isinstance(method, tuple) else (solver, method)
     counted = _Counted(problem)
     counter: _CountingSolver | None = None
     if isinstance(hypergrad, Implicit):

@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
-from ..solution import Result, Solution, Throw
+from ..solution import Result, Throw
 from ..tree import Tree, leaves, tree_map
-from .checked import refined
+from .checked import LARGEST_FACTORISED, refined
 from .precision import as_double, in_double
 from .problem import SOLVED_KINDS, Bilevel, Solver, solve
 
 SMALL = 0.01
 """Slopes below this part of their change over the size of the hyperparameters count as those of an optimum."""
+
+LEFT_BY_FACTORS, LEFT_BY_PRODUCTS, MOST_PRODUCTS = 1e-4, 1e-2, 300
+"""Part of the errors of the inner solutions that the Newton steps from them may leave, by few unknowns and by many; and
+the steps of a linear solve for one with many unknowns: a solution that is near takes fewer."""
 
 NOISE = 1e3
 """Two evaluations at one point that differ by more roundings than this are of a random function."""
@@ -28,22 +32,24 @@ class Differences:
     """The slopes of the outer loss along some directions, float64 ``[D]``, and what is uncertain about them.
 
     Attributes:
-        near, far: by steps of ``step`` and of twice that. corrected: ``near`` where Newton steps have made the inner
-            solutions better; the same as ``near`` where there are none to make.
+        near, far: by steps of ``step`` and of twice that, between inner solutions that Newton steps have made better,
+            or as they were found where there is no Newton step to make. found: ``near`` between those that were found.
         rounding: what rounding alone may do to a slope. noise: what a second solve at one point does to one.
-        result: the worst of the inner solves. rootless: some had no solution near.
+        result: the worst of the inner solves. rootless: some had no solution near. left: the part of the errors of the
+            inner solutions that those Newton steps may leave.
         change: by how much the slopes change over a distance of ``1 + ||hparams||``, as their curvature says; 0 where
             noise hides it.
     """
 
     near: Tensor
     far: Tensor
-    corrected: Tensor
+    found: Tensor
     step: float
     rounding: float
     noise: float
     result: Result
     rootless: bool
+    left: float
     change: float = 0.0
 
     @property
@@ -61,12 +67,16 @@ class Differences:
         return self.scale > float(self.near.norm())
 
     @property
+    def inner(self) -> float:
+        """What the errors of the inner solutions do to the slopes; infinite where no solution is near."""
+        return torch.inf if self.rootless else float((self.near - self.found).norm())
+
+    @property
     def doubts(self) -> dict[str, float]:
         """What makes the slopes uncertain, in words, and by how much (absolute, over all directions)."""
-        by_inner = torch.inf if self.rootless else float((self.near - self.corrected).norm())
         reached = "no solution is near" if self.rootless else self.result.help
         return {
-            f"the inner solves are not accurate enough ({reached})": by_inner,
+            f"the inner solves are not accurate enough ({reached})": self.left * self.inner,
             "differences by two step sizes disagree": float((self.near - self.far).norm()),
             "the outer loss hardly changes by more than rounding": self.rounding * len(self.near) ** 0.5,
             "a second inner solve at one point gives another answer": self.noise * len(self.near) ** 0.5,
@@ -78,12 +88,25 @@ class Differences:
         return max(size if math.isfinite(size) else math.inf for size in self.doubts.values())
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """The outer loss at the inner solution that was found, and at a better one; whether a solution is near."""
+
+    found: float
+    better: float
+    result: Result
+    solved: bool
+
+
 class OuterLoss:
     """The outer loss as a function of the hyperparameters, through inner solves; in float64 where that can be.
 
     Args:
         solver, throw: of the inner problem.
         path: what is differentiated is the path of the solver, so that its solutions are right by definition.
+
+    Attributes:
+        rootless: no solution was near one of the inner solutions, so that no Newton step is tried again.
     """
 
     def __init__(
@@ -92,9 +115,11 @@ class OuterLoss:
         self.problem = in_double(problem, problem.init, x) if double and problem.kind in SOLVED_KINDS else problem
         self.lifted = self.problem is not problem
         self.x = tree_map(lambda leaf: as_double(leaf.detach()) if self.lifted else leaf.detach(), x)
-        self.solver, self.throw, self.path = solver, throw, path
+        self.solver, self.throw, self.path, self.rootless = solver, throw, path, False
         self.dtype = leaves(self.x)[0].dtype
         self.eps = torch.finfo(self.dtype).eps
+        few = sum(leaf.numel() for leaf in leaves(problem.init)) <= LARGEST_FACTORISED
+        self.left = LEFT_BY_FACTORS if few else LEFT_BY_PRODUCTS
         self.size = float(torch.cat([leaf.reshape(-1).double() for leaf in leaves(self.x)]).norm())
 
     @property
@@ -104,28 +129,24 @@ class OuterLoss:
 
     def along(self, directions: Sequence[list[Tensor]], step: float) -> Differences:
         """The slopes along these directions, each a list of leaves like the hyperparameters."""
-        values: list[list[float]] = []
-        worst, rootless, largest = Result.CONVERGED, False, 0.0
-        for direction in directions:
-            row = []
-            for size in (step, -step, 2 * step, -2 * step):
-                loss, better, fit, solved = self._at(direction, size, correct=abs(size) == step)
-                row += [loss, better]
-                worst, rootless = max(worst, fit.result), rootless or not solved
-                largest = max(largest, abs(loss))
-            values.append(row)
-        table = torch.tensor(values, dtype=torch.float64)
-        first, second = (self._at(directions[0], 0.0, correct=False)[0] for _ in range(2))
+        first, second = (self._at(directions[0], 0.0) for _ in range(2))
+        rows = [[self._at(direction, size * step) for size in (1, -1, 2, -2)] for direction in directions]
+        points = [first, *(point for row in rows for point in row)]
+        rootless = not all(point.solved for point in points)
+        found = torch.tensor([[point.found for point in row] for row in rows], dtype=torch.float64)
+        better = torch.tensor([[point.better for point in row] for row in rows], dtype=torch.float64)
+        table, centre = (found, first.found) if rootless else (better, first.better)
         return Differences(
-            (table[:, 0] - table[:, 2]) / (2 * step),
-            (table[:, 4] - table[:, 6]) / (4 * step),
-            (table[:, 1] - table[:, 3]) / (2 * step),
+            (table[:, 0] - table[:, 1]) / (2 * step),
+            (table[:, 2] - table[:, 3]) / (4 * step),
+            (found[:, 0] - found[:, 1]) / (2 * step),
             step,
-            self.eps * largest / step,
-            abs(first - second) / step,
-            worst,
+            self.eps * max(abs(point.found) for point in points) / step,
+            abs(first.found - second.found) / step,
+            max(point.result for point in points),
             rootless,
-            (1 + self.size) * _curvature(table[:, [0, 2, 4, 6]] - first, step),
+            self.left,
+            (1 + self.size) * _curvature(table - centre, step),
         )
 
     def randomness(self, params: Tree) -> str | None:
@@ -145,22 +166,24 @@ class OuterLoss:
                 )
         return None
 
-    def _at(self, direction: list[Tensor], size: float, *, correct: bool) -> tuple[float, float, Solution, bool]:
-        """The loss, that at the corrected solution, the inner solve, and whether a solution is near."""
+    def _at(self, direction: list[Tensor], size: float) -> _Loss:
         with torch.no_grad():
             rest = iter(direction)
             moved = tree_map(lambda leaf: leaf + size * next(rest), self.x)
             fit = solve(self.problem, moved, solver=self.solver, throw=self.throw)
             loss = float(self.problem.outer(fit.value, moved))
-        if self.path or not correct:
-            return loss, loss, fit, True
+        if self.path or self.rootless:
+            return _Loss(loss, loss, fit.result, self.path)
         try:
-            point, solved = refined(self.problem, fit.value, moved, fit.stats["num_steps"].dim(), accuracy=0.1)
+            point, solved = refined(
+                self.problem, fit.value, moved, fit.stats["num_steps"].dim(), self.left, MOST_PRODUCTS
+            )
         except NotImplementedError:  # nothing is known that vanishes at the solution
-            return loss, loss, fit, fit.result.ok
+            return _Loss(loss, loss, fit.result, fit.result.ok)
+        self.rootless = not solved
         with torch.no_grad():
             params = pytree.tree_unflatten(point.params, pytree.tree_structure(fit.value))
-            return loss, float(self.problem.outer(params, moved)), fit, solved
+            return _Loss(loss, float(self.problem.outer(params, moved)), fit.result, solved)
 
 
 def _curvature(rises: Tensor, step: float) -> float:

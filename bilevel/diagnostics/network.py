@@ -18,6 +18,7 @@ from ..hypergrad.implicit import Implicit
 from ..inner.steps import Adam, Steps
 from ..linalg.cg import CG
 from ..linalg.gauss_newton import GaussNewton, OfModule
+from ..linalg.minres import MINRES
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .problem import Bilevel, solve
@@ -93,8 +94,11 @@ def first_order_solver(problem: Bilevel, hparams: Tree) -> Steps:
 
 
 def network_hypergrad(network: Network) -> Implicit:
-    """Products with the Gauss-Newton matrix of a network, which is damped."""
-    return Implicit(CG(max_steps=PRODUCTS), operator=network.operator, damping=DAMPING)
+    """Products with the Gauss-Newton matrix of a network, which is damped.
+
+    Of so few products MINRES never leaves more than there was, which CG at times does, and is warned about.
+    """
+    return Implicit(MINRES(max_steps=PRODUCTS), operator=network.operator, damping=DAMPING)
 
 
 def fresh(point: Point) -> Point:

@@ -82,6 +82,10 @@ class Implicit:
         solver = solver_in_use(self, point.statement, operator.symmetric)
         state = point.state if isinstance(point.state, LinearState) else None
         solved = solver.solve(self._damped(operator, 0.0), b, state)
+        if self._untold and point.raveler.coarsest != b.dtype:  # no more than the coarsest params allow
+            stats = solved.stats
+            small = stats["relative_residual"] <= default_rtol(point.raveler.coarsest)
+            solved = solved.with_stats(result=marked(stats["result"], small, Result.CONVERGED))
         return self._recover(operator, b, solved) if point.throw == "fallback" else solved
 
     def operator_at(self, point: Point) -> Operator:
@@ -137,7 +141,7 @@ class Implicit:
         ``u . r`` is to first order what the distance to the solution costs the outer loss (the dual-weighted residual):
         with exact curvature it sees what the steps of the inner solver may not have seen.
         """
-        codes, goal = solved.stats["result"], Goal.of(b.dtype)
+        codes, goal = solved.stats["result"], Goal.of(b.dtype, point.raveler.coarsest)
         doubtful = torch.zeros_like(codes, dtype=torch.bool)
         found = None if point.found is None else point.found.stats
         if found is not None and "step_norm" in found and found["step_norm"].shape == codes.shape:

@@ -15,8 +15,8 @@ from .watch import InnerStep
 
 LARGE = 1000
 """Unknowns from which on a problem that does not converge is looked at, as networks have them."""
-LOOKS, PRODUCTS = (50, 100, 200, 400), 50
-"""Steps after which it is, and the products that each look costs."""
+LOOKS, PRODUCTS = (50, 100, 200, 400), (20, 50)
+"""Steps after which it is, and the products of each look: few tell of most networks, more where these do not."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,8 @@ class DefaultLBFGS(LBFGS):
         def hopeless(seen: InnerStep) -> bool:
             if seen.step not in LOOKS or seen.last:
                 return False
-            y = seen.flat
-            down = bends_down(problem, y, products=PRODUCTS, resolved=100 * torch.finfo(y.dtype).eps)
-            return bool(down.all())
+            y, resolved = seen.flat, 100 * torch.finfo(seen.flat.dtype).eps
+            return any(bool(bends_down(problem, y, products, resolved).all()) for products in PRODUCTS)
 
         found = LBFGS(self.max_steps, self.gtol, self.history, callback=hopeless).minimize(problem)
         codes = found.stats["result"]

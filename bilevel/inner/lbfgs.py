@@ -65,5 +65,5 @@ class LBFGS:
         if self.callback is None and not problem.differentiable and is_single(problem.start.y):
             return descend_single(problem, self.gtol, self.max_steps, self.history)
         memory = Memory(self.history, problem, probe=self.gtol is None)
-        nearness = Nearness(problem.start.y) if self.gtol is None else None
+        nearness = Nearness(problem.start.y, problem.raveler.coarsest) if self.gtol is None else None
         return descend(problem, self.gtol, self.max_steps, memory, nearness, watch=watch(self, problem))

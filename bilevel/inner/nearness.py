@@ -7,7 +7,7 @@ the params that were reached, so that neither the scales of loss, params and dat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,8 +38,11 @@ class Goal:
     promised: float
 
     @classmethod
-    def of(cls, dtype: torch.dtype) -> Goal:
-        """That of a precision."""
+    def of(cls, dtype: torch.dtype, coarsest: torch.dtype | None = None) -> Goal:
+        """That of a precision; where some params have a coarser one, no more is accepted or promised than theirs."""
+        if coarsest not in (None, dtype):
+            theirs = cls.of(coarsest)
+            return replace(cls.of(dtype), accepted=theirs.accepted, promised=theirs.promised)
         if dtype == torch.float64:
             return cls(1e-9, 1e-7, 1e-6)
         if dtype == torch.float32:
@@ -52,14 +55,14 @@ class Nearness:
     """The stopping rule, problem by problem; all tensors are of the batch shape.
 
     Args:
-        like: the params at the start, ``[*batch, n]``.
+        like: the params at the start, ``[*batch, n]``. coarsest: the lowest precision among them; None: all have one.
 
     Attributes:
         predicted: the distance to the solution, as the last step says.
     """
 
-    def __init__(self, like: Tensor):
-        self.goal, self.start = Goal.of(like.dtype), like
+    def __init__(self, like: Tensor, coarsest: torch.dtype | None = None):
+        self.goal, self.start = Goal.of(like.dtype, coarsest), like
         self.least = torch.full(like.shape[:-1], torch.inf, dtype=torch.float64, device=like.device)
         self.predicted = self.first = self.least
         self.idle = torch.zeros_like(self.least, dtype=torch.int64)

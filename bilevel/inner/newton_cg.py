@@ -56,6 +56,6 @@ class NewtonCG:
             unusable = ~(norm(steps) > 0) | ~torch.isfinite(steps).all(-1)
             return -torch.where(unusable.unsqueeze(-1), at.g, steps), torch.ones_like(at.f), ~unusable
 
-        nearness = Nearness(problem.start.y) if self.gtol is None else None
+        nearness = Nearness(problem.start.y, problem.raveler.coarsest) if self.gtol is None else None
         told = watch(self, problem)
         return descend(problem, self.gtol, self.max_steps, direction, nearness, watch=told, cheap=False)

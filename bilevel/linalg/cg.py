@@ -25,9 +25,9 @@ class CG(IterativeSolver):
     """Conjugate gradients (Hestenes and Stiefel 1952) for symmetric positive definite ``A``.
 
     The default: one product a step, error after k steps at most ``2 ((sqrt(c) - 1) / (sqrt(c) + 1))^k`` for
-    condition number c. Negative curvature ends a problem's solve with `Result.NEGATIVE_CURVATURE` and the iterate
-    so far (Steihaug 1983), vanishing curvature with the iterate of least residual so far; the other problems go on. A
-    tolerance is checked with the true residual (one more product).
+    condition number c. Curvature that is not positive ends a problem's solve with `Result.NEGATIVE_CURVATURE` and the
+    iterate of least residual so far, zero among them: of an indefinite matrix the later ones may be anything. The
+    other problems go on. A tolerance is checked with the true residual (one more product).
 
     Args:
         rtol, atol, max_steps: see `IterativeSolver`.
@@ -45,6 +45,7 @@ class CG(IterativeSolver):
         state = _State.begin(unit, length, stopping)
         lanczos = Lanczos(length)
         _sweep(operator, state, stopping.target, stopping.max_steps, precondition, lanczos)
+        state.take_best(state.codes == int(Result.NEGATIVE_CURVATURE))
         if not stopping.ordered:
             _verify(operator, unit, state, stopping.target, stopping.max_steps, precondition)
         condition = torch.where(torch.isfinite(state.least), state.size / state.least, torch.ones_like(state.size))
@@ -52,7 +53,10 @@ class CG(IterativeSolver):
 
 
 def truncated_cg(operator: Operator, b: Tensor, rtol: Tensor, max_steps: int) -> Tensor:
-    """At most ``max_steps`` steps towards ``A x = b``, up to negative curvature: the direction of Newton-CG."""
+    """At most ``max_steps`` steps towards ``A x = b``, up to negative curvature: the direction of Newton-CG.
+
+    There it is the last iterate, along which the quadratic falls most (Steihaug 1983), not that of least residual.
+    """
     unit, length = normalise(b)
     state = _State.begin(unit, length, Stopping(rtol, max_steps, ordered=True))
     _sweep(operator, state, rtol, max_steps, None)
@@ -107,11 +111,10 @@ class _State:
         self.best_x = chosen(better, self.x, self.best_x)
         self.best_relative = torch.where(better, self.relative, self.best_relative)
 
-    def end_nonconvex(self, where: Tensor, flat: Tensor) -> None:
-        """End with negative curvature; where it vanishes, at the best iterate: the last ones may have run away."""
-        self.mark(where, Result.NEGATIVE_CURVATURE)
-        self.x = chosen(where & flat, self.best_x, self.x)
-        self.relative = torch.where(where & flat, self.best_relative, self.relative)
+    def take_best(self, where: Tensor) -> None:
+        """Go back to the best iterate: the last ones may have run away."""
+        self.x = chosen(where, self.best_x, self.x)
+        self.relative = torch.where(where, self.best_relative, self.relative)
 
 
 def _sweep(
@@ -138,7 +141,8 @@ def _sweep(
         zero = roundoff * length * torch.fmax(stretched, state.size * length)
         convex = curvature > zero
         state.mark(state.active & ~finite, Result.NONFINITE)
-        state.end_nonconvex(state.active & finite & ~convex, curvature >= -zero)
+        state.mark(state.active & finite & ~convex, Result.NEGATIVE_CURVATURE)
+        state.take_best(state.active & finite & ~convex & (curvature >= -zero))
         state.relative = torch.where(state.active & ~finite, torch.full_like(rz, torch.nan), state.relative)
         state.steps = state.steps + state.active
         made = state.active

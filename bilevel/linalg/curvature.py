@@ -58,7 +58,16 @@ class FuncHessian(Operator):
         with torch.no_grad():
             # H is symmetric, so reverse mode gives H v. Forward mode is no faster, does not nest, and its levels are
             # global to the process: in two threads it raises, or is silently wrong.
-            _, pull, loss = torch.func.vjp(self.gradient, self.leaves, has_aux=True)  # type: ignore[misc]
+            try:
+                _, pull, loss = torch.func.vjp(self.gradient, self.leaves, has_aux=True)  # type: ignore[misc]
+            except RuntimeError as error:
+                if "saved tensor hooks" not in str(error):
+                    raise
+                raise NotImplementedError(
+                    "operator='func' cannot be used: the objective calls torch.utils.checkpoint, or has other hooks on "
+                    "saved tensors, which torch.func does not support. Use operator='graph', or call the block without "
+                    "checkpoint: the memory of unrolled steps is what hypergrad=Unroll(checkpoint=True) saves."
+                ) from error
             self.apart = torch.fmax(self.apart, (loss.double() - self.loss).abs())
         return self.raveler.ravel(pull(direction)[0])
 

@@ -96,8 +96,7 @@ class SingleCG:
         zero = self.roundoff * length * np.fmax(stretched, self.size * length)
         if not curvature > zero:
             self.code = Result.NEGATIVE_CURVATURE
-            if curvature >= -zero:
-                self.x, self.relative = self.best_x, self.best_relative
+            self.x, self.relative = self.best_x, self.best_relative
             return False
         self.least = float(np.fmin(self.least, curvature / length**2))
         alpha = rz / curvature

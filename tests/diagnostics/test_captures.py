@@ -96,3 +96,22 @@ def test_a_default_binds_no_hyperparameter():
     )
     (grad,) = torch.autograd.grad(problem.outer(bl.argmin(problem.inner, problem.init, x).value, x), x)
     torch.testing.assert_close(grad, torch.full((3,), 4.0))
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_diagnostics_take_their_derivatives_under_any_mode(mode):
+    """Params that were made under inference mode, too."""
+    x = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    with mode():
+        problem = BilevelProblem(
+            lambda y: (y - 1).square().sum() + (x.exp() * y.square()).sum(),
+            lambda y: (y - 0.3).square().sum(),
+            torch.zeros(3, dtype=torch.float64),
+        )
+        report, found, advice = check_hypergradient(problem), hypergradient(problem), advise(problem)
+        table = compare_methods(problem, {"CG": bl.Implicit(bl.CG(rtol=1e-10))}, repeats=1)
+    exact = -2 * (1 / (1 + x.exp()) - 0.3) * x.exp() / (1 + x.exp()) ** 2
+    assert report.ok
+    torch.testing.assert_close(found.value[0], exact, rtol=1e-7, atol=1e-9)
+    assert advice.inner.ok
+    assert table.rows[0].error < 1e-8

@@ -233,3 +233,55 @@ class TestAtAnOptimum:
             self.ridge(distance), solver=EXACT, hypergrad=identity, throw="ignore", raise_exception=False
         )
         assert report.verdict == "wrong"
+
+    @pytest.mark.parametrize("distance", [0.0, 1e-5, 1e-3])
+    def test_single_precision_is_right_to_its_own_noise(self, distance):
+        """The default inner solve ends at 3e-5 of the params there, which the slopes of an optimum are not above."""
+        problem, single = self.ridge(distance), Ridge(dtype=torch.float32)
+        report = check_hypergradient(
+            BilevelProblem(single.inner, single.outer, single.init, problem.hparams.float()), throw="ignore"
+        )
+        assert report.verdict == "right", str(report)
+        assert 1e-5 < report.noise < 1e-3
+        assert report.relative_error <= report.allowed < 3e-3
+        assert "raised to" in str(report)
+
+    def test_noise_excuses_no_wrong_one(self):
+        problem, single = self.ridge(1e-3), Ridge(dtype=torch.float32)
+        report = check_hypergradient(
+            BilevelProblem(single.inner, single.outer, single.init, problem.hparams.float()),
+            hypergrad=bl.Implicit(bl.Identity(1e-3)),
+            throw="ignore",
+            raise_exception=False,
+        )
+        assert report.verdict == "wrong", str(report)
+
+    def test_inner_errors_that_newton_steps_mend_leave_it_right(self):
+        """Differences between inner solutions that are this rough hide the slopes, those after Newton steps do not."""
+        report = check_hypergradient(self.ridge(1e-3), solver=EXACT, reference_solver=bl.LBFGS(gtol=1e-2))
+        assert report.verdict == "right", str(report)
+        assert report.uncertainty <= report.tolerance < report.inner
+
+
+def test_where_no_solution_is_near_it_cannot_tell_and_says_what_to_check():
+    """A network of more unknowns than are factorised, far from a minimum: few Newton steps are spent on it."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Linear(30, 1))
+    x, y = torch.randn(50, 20), torch.randn(50, 1)
+    log_decay = torch.tensor(-5.0, requires_grad=True)
+
+    def loss(params):
+        return torch.nn.functional.mse_loss(torch.func.functional_call(net, params, (x,)), y)
+
+    def inner(params):
+        return loss(params) + log_decay.exp() * sum(p.square().sum() for p in params.values())
+
+    problem = BilevelProblem(inner, loss, dict(net.named_parameters()))
+    steps = bl.Steps(bl.SGD(lr=0.1), max_steps=3)
+    with (
+        pytest.warns(bl.SolveWarning, match=r"no solution is near.*check a short path"),
+        pytest.warns(bl.SolveWarning, match=r"The adjoint solve"),
+    ):
+        report = check_hypergradient(problem, solver=steps, num_directions=1)
+    assert report.verdict == "inconclusive"
+    assert check_hypergradient(problem, solver=steps, hypergrad=bl.Unroll(), num_directions=1).verdict == "right"

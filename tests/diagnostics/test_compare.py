@@ -60,3 +60,14 @@ def test_without_a_closed_form():
     comparison = compare_methods(problem, {"implicit, CG": bl.Implicit(bl.CG(rtol=1e-8))}, repeats=1)
     assert comparison.reference == "an accurate solve of both systems"
     assert {row.method: row for row in comparison.rows}["implicit, CG"].error < 1e-7
+
+
+def test_a_decay_inside_of_the_solver_is_a_part_of_what_is_compared():
+    """The reference of a method is the solution of the loss that its solver lowers."""
+    ridge = Ridge(per_feature=True)
+    problem = BilevelProblem(ridge.inner, ridge.outer, ridge.init, ridge.hparams)
+    decayed, plain = (bl.Steps(bl.SGD(lr=0.2, weight_decay=decay), max_steps=500) for decay in (0.5, 0.0))
+    exact = bl.Implicit(bl.Cholesky())
+    methods = {"solver's": exact, "its own": (decayed, exact), "without": (plain, exact)}
+    rows = compare_methods(problem, methods, solver=decayed, repeats=1).rows
+    assert all(row.error < 1e-9 for row in rows), rows

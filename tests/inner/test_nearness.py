@@ -268,3 +268,23 @@ class TestSystems:
         for solve, fn in ((bl.root, lambda y: y.exp() - 2), (bl.fixed_point, lambda y: (y + 2 / y) / 2)):
             first = solve(fn, torch.tensor(1.0, dtype=torch.float64))
             assert solve(fn, first.value).stats["num_steps"] == 0
+
+
+@pytest.mark.parametrize("solver", [None, bl.NewtonCG()])
+@pytest.mark.parametrize("units", [1.0, 1e3])
+def test_params_of_two_precisions_converge_to_what_the_coarser_allows(solver, units):
+    torch.manual_seed(0)
+    data, x = torch.randn(6, 3, dtype=torch.float64), torch.tensor(0.1, requires_grad=True)
+
+    def inner(y):
+        fit = (data @ y["fine"] - 1).square().sum() + (y["fine"].sum() - y["coarse"].sum()).square()
+        return units * (fit + x * (y["coarse"].square().sum() + y["fine"].square().sum()))
+
+    def solve(dtype):
+        init = {"fine": torch.zeros(3, dtype=torch.float64), "coarse": torch.zeros(2, dtype=dtype)}
+        fit = bl.argmin(inner, init, solver=solver)  # no warning: they are errors here
+        return fit, *torch.autograd.grad(fit.value["coarse"].sum(), x)
+
+    (mixed, grad), (_, exact) = solve(torch.float32), solve(torch.float64)
+    assert (mixed.result, mixed.adjoint.result) == (bl.Result.CONVERGED, bl.Result.CONVERGED)
+    assert float(grad) == pytest.approx(float(exact), rel=1e-4)

@@ -64,6 +64,20 @@ def test_saddle_is_negative_curvature(b):
     assert torch.isfinite(solution.value).all()
 
 
+@pytest.mark.parametrize("max_steps", [None, 400])
+@pytest.mark.parametrize("seed", range(5))
+def test_of_an_indefinite_matrix_it_gives_what_leaves_least(seed, max_steps):
+    """The iterate before negative curvature leaves up to hundreds of times the right-hand side."""
+    eigenvalues = torch.cat([torch.tensor([-1e-3]), torch.logspace(-3, 1, 199)]).double()
+    basis = torch.linalg.qr(randn(200, 200, seed=seed))[0]
+    matrix, b = basis @ torch.diag(eigenvalues) @ basis.mT, randn(200, seed=seed + 9)
+    found = CG(rtol=1e-10, max_steps=max_steps).solve(Dense(matrix), b)
+    assert found.result is Result.NEGATIVE_CURVATURE
+    left = (b - matrix @ found.value).norm() / b.norm()
+    assert left <= 1
+    assert found.stats["relative_residual"] == pytest.approx(float(left), rel=1e-6)
+
+
 def test_singular_consistent_gives_the_minimum_norm_solution():
     """FACTS 11."""
     matrix = torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))

@@ -122,3 +122,17 @@ def test_products_by_func_measure_how_far_apart_the_losses_of_two_evaluations_ar
     for drawn, apart in ((2.0, 0.0), (1.5, 0.5), (2.25, 0.5)):  # noqa: B007 (of the objective)
         torch.testing.assert_close(operator @ v, 2 * v)
         assert operator.apart == apart
+
+
+def test_saved_tensor_hooks_are_told_where_torch_func_is_asked_for():
+    data, x = torch.ones(3, 4), torch.tensor(0.5, requires_grad=True)
+
+    def inner(y):
+        block = torch.utils.checkpoint.checkpoint(lambda z: (z * y).tanh(), data, use_reentrant=False)
+        return (block - 0.1).square().sum() + x * y.square().sum()
+
+    fit = bl.argmin(inner, torch.zeros(4), hypergrad=bl.Implicit(operator="func"))
+    with pytest.raises(NotImplementedError, match=r"torch.utils.checkpoint.*Use operator='graph'"):
+        fit.value.sum().backward()
+    bl.argmin(inner, torch.zeros(4), hypergrad=bl.Implicit()).value.sum().backward()
+    assert x.grad < 0

@@ -2,7 +2,8 @@
 
 Every contestant makes outer steps of Adam on the hyperparameters, warm from one to the next, for ``--limit`` seconds.
 Its time is that until the validation loss has made 95 % of the way from the common start to the best one that any
-contestant found. Takes some minutes; writes ``advice.md`` into ``--out``.
+contestant found. Seconds are those of the processor, which other processes change little: set ``OMP_NUM_THREADS=1``.
+Takes some minutes; writes ``advice.md`` into ``--out``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Settings:
     problems: tuple[str, ...] = tuple(PROBLEMS)
     """Which of the problems."""
     limit: float = 10.0
-    """Seconds for each contestant."""
+    """Seconds of the processor for each contestant."""
 
 
 Curve = list[tuple[float, float]]
@@ -63,15 +64,15 @@ def _advised(problem: Problem) -> Any:
 
 
 def race(problem: Problem, taken: Any, lr: float, limit: float) -> Curve:
-    """Outer steps for some seconds."""
+    """Outer steps for some seconds of the processor."""
     hparams = pytree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_(), problem.hparams)
     outer, params, fit, curve = torch.optim.Adam(pytree.tree_leaves(hparams), lr=lr), problem.init, None, []
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < limit:
+    begin = time.process_time()
+    while time.process_time() - begin < limit:
         settings = taken.settings() if isinstance(taken, bl.Adaptive) else taken
         fit = solve(problem, hparams, init=params, throw="ignore", warm_start=fit, **settings)
         loss = problem.outer(fit.value, hparams)
-        curve.append((time.perf_counter() - begin, float(loss.detach())))
+        curve.append((time.process_time() - begin, float(loss.detach())))
         if not math.isfinite(curve[-1][1]):
             break
         outer.zero_grad()
@@ -119,7 +120,7 @@ def table(name: str, limit: float) -> list[str]:
 
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
-    lines = ["# advise beside all methods", "", "Seconds of one run each, without those of `advise` itself.", ""]
+    lines = ["# advise beside all methods", "", "Seconds of the processor, without those of `advise` itself.", ""]
     for name in settings.problems:
         found = table(name, settings.limit)
         print("\n".join(found), flush=True)
