@@ -25,8 +25,10 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "TorchDispatchMode",
     "TransformType",
     "_add_batch_dim",
     "_wrap_for_grad",

@@ -93,9 +93,6 @@ def wide(tensor: Tensor) -> Tensor:
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product over the last dimension, accumulated in float64: ``[*batch, n] -> [*batch]``."""
-    if a.dtype is torch.float64 and b.dtype is torch.float64:
-        product: Tensor = torch.linalg.vecdot(a, b)
-        return product
     return _by_few(lambda a, b: (a * b).sum(-1, dtype=torch.float64), a, b)
 
 

@@ -47,6 +47,21 @@ def test_pytree():
     assert callable(_torch.pytree.register_pytree_node)
 
 
+def test_dispatch_modes_see_each_operation():
+    """`Unroll` asks whether the objective draws random numbers, and whether it may be recorded."""
+    seen = []
+
+    class Seen(_torch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(torch.Tag.nondeterministic_seeded in func.tags)
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        torch.dropout(torch.ones(3) + 1, 0.5, train=True)
+    assert not seen[0]
+    assert any(seen)
+
+
 def test_levels_of_transforms():
     """Closure conversion: which tensors belong to a transform inside the objective, and which to one around it."""
     assert _torch.maybe_current_level() is None

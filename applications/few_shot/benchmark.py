@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -153,7 +154,7 @@ def _available_mib(settings: Benchmark) -> float:
     return psutil.virtual_memory().available / memory.MEBIBYTE
 
 
-def measure(config: Config, chosen: dict[str, Any], clock: str, repeats: int) -> tuple[float, float]:
+def measure(config: Config, chosen: Mapping[str, Any], clock: str, repeats: int) -> tuple[float, float]:
     """Peak MiB above the start and median seconds of a meta-gradient; meant for a fresh process."""
     now = time.perf_counter if clock == "wall" else time.process_time
     device = set_up_device(config)

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from .._torch import after_backward, pytree
+from .._torch import TorchDispatchMode, after_backward, pytree
 from ..closure import Autocast, Closure, Tracer, in_transform, substituting
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import InnerSolver, Progress

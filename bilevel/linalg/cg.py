@@ -13,11 +13,8 @@ from ..solution import Result, marked
 from ..tree import axpy, dot, norm, scale
 from .lanczos import Lanczos
 from .operator import Operator
-from .single import cg_single, is_single
+from .single import RESTARTS, RUNAWAY, cg_single, is_single
 from .solve import IterativeSolver, Outcome, Precondition, Preconditioner, Stopping, chosen, normalise, stop_now
-
-RESTARTS = 3
-"""How often CG starts again from the true residual where its recurrence has drifted away from it."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +22,10 @@ class CG(IterativeSolver):
     """Conjugate gradients (Hestenes and Stiefel 1952) for symmetric positive definite ``A``.
 
     The default: one product a step, error after k steps at most ``2 ((sqrt(c) - 1) / (sqrt(c) + 1))^k`` for
-    condition number c. Curvature that is not positive ends a problem's solve with `Result.NEGATIVE_CURVATURE` and the
-    iterate of least residual so far, zero among them: of an indefinite matrix the later ones may be anything. The
-    other problems go on. A tolerance is checked with the true residual (one more product).
+    condition number c. Negative curvature ends a problem's solve with `Result.NEGATIVE_CURVATURE` and the iterate
+    so far (Steihaug 1983); vanishing curvature, and an iterate that leaves more than ten times the right-hand side,
+    with the iterate of least residual so far, zero among them. The other problems go on. A tolerance is checked with
+    the true residual (one more product).
 
     Args:
         rtol, atol, max_steps: see `IterativeSolver`.
@@ -45,7 +43,7 @@ class CG(IterativeSolver):
         state = _State.begin(unit, length, stopping)
         lanczos = Lanczos(length)
         _sweep(operator, state, stopping.target, stopping.max_steps, precondition, lanczos)
-        state.take_best(state.codes == int(Result.NEGATIVE_CURVATURE))
+        state.take_best((state.codes == int(Result.NEGATIVE_CURVATURE)) & (state.relative > RUNAWAY))
         if not stopping.ordered:
             _verify(operator, unit, state, stopping.target, stopping.max_steps, precondition)
         condition = torch.where(torch.isfinite(state.least), state.size / state.least, torch.ones_like(state.size))
@@ -55,7 +53,7 @@ class CG(IterativeSolver):
 def truncated_cg(operator: Operator, b: Tensor, rtol: Tensor, max_steps: int) -> Tensor:
     """At most ``max_steps`` steps towards ``A x = b``, up to negative curvature: the direction of Newton-CG.
 
-    There it is the last iterate, along which the quadratic falls most (Steihaug 1983), not that of least residual.
+    There it is the last iterate, along which the quadratic falls most (Steihaug 1983), whatever it leaves.
     """
     unit, length = normalise(b)
     state = _State.begin(unit, length, Stopping(rtol, max_steps, ordered=True))

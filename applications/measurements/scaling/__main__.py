@@ -86,7 +86,7 @@ def story(knobs: Scaling, run: Run) -> None:
                 **point(
                     run,
                     f"{n} tasks",
-                    partial(memory.peak_and_seconds, benchmark.measure, replace(few_shot, tasks=n)),
+                    partial(memory.peak_and_seconds, benchmark.measure, replace(few_shot, tasks=n), {}, "wall"),
                     knobs.repeats,
                 ),
             }

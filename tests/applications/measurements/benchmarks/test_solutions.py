@@ -154,7 +154,7 @@ def test_run_that_diverges_or_is_too_slow_is_infinite(tmp_path: Path) -> None:
 def test_every_method_and_every_stochastic_one_takes_part(small: Solutions) -> None:
     names = set(small.contestants())
     assert {f"bilevel: stochastic, {name}" for name in ours_solutions.STOCHASTIC} <= names
-    assert len(ours_solutions.STOCHASTIC) == 13
+    assert len(ours_solutions.STOCHASTIC) == 15
     assert {"bilevel: implicit, CG", "bilevel: unrolled", "bilevel: one step", "bilevel: SAMA"} <= names
 
 
