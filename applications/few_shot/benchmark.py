@@ -91,7 +91,8 @@ def main(arguments: list[str]) -> int:
             print(_line(rows[-1], settings.tasks), flush=True)
     folder = RunFolder(settings.out)
     settings.out.mkdir(parents=True, exist_ok=True)
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    threads = settings.config.threads or torch.get_num_threads()
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {threads}"
     folder.write_json(
         "benchmark.json",
         {
