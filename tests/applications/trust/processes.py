@@ -26,6 +26,7 @@ APPLICATIONS = (
     "regularization",
     "sparse_regression",
 )
+ROOT = Path(__file__).parents[3]
 TRACEBACK = 99
 """The exit code of a child that ended by an error that nobody caught."""
 
@@ -47,6 +48,9 @@ def start(application: str, arguments: Sequence[str], log: Path, seconds: int = 
         os.dup2(out, 1)
         os.dup2(out, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        # A folder that an option names without its place, such as --out=1e308, is made there and not in the checkout.
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        os.chdir(log.parent)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.alarm(seconds)
         if save_often:
