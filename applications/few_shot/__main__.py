@@ -11,6 +11,7 @@ from applications.few_shot import guard, train
 from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.methods import fixed_at_zero
 from applications.few_shot.train import TRAINING, Session
+from applications.few_shot.trained import seen_in_training, start_of
 from applications.few_shot.tuning import tunable
 from applications.frame import command
 from applications.frame.command import Subcommand, require
@@ -31,13 +32,16 @@ def story(config: Config, run: Run) -> None:
     require(config.tasks >= ranks, f"--tasks is {config.tasks} for {ranks} ranks: each needs a task. Start fewer.")
     strength = run.settings.get("strength", config.strength)
     require(strength > 0, f"--solver has a strength of {strength}: a positive number is needed.")
-    session = Session.create(config, run.settings)
+    file = train.checkpoint_file(run.folder)
+    start = None if run.folder.has_checkpoint(file) else start_of(config)
+    session = Session.create(config, run.settings, start.put_into if start else None)
     title, many = train.describe(config), f", {ranks} ranks" if ranks > 1 else ""
     run.say(f"{title}: {config.tasks} tasks a step on {session.device}{many}; run folder {run.folder.path}")
     if config.head == "zero" and not fixed_at_zero(config, session.learner.meta):
         run.say(train.NO_HEAD.format(model=config.model))
+    if start and (seen := seen_in_training(start.config, config, session.splits.test)):
+        run.say(f"{seen} of the test classes were training classes of {config.start}: the accuracy will be too good.")
     show = ("loss", "accuracy")
-    file = train.checkpoint_file(run.folder)
     run.train(TRAINING, session, show, lambda: train.validation(session), config.validate_every, file)
     if run.leads:
         from applications.few_shot import plots

@@ -15,7 +15,7 @@ from applications.frame.command import SolverKnobs, require, require_at_least_on
 Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile", "prototypical"]
 
 
-NEWER = ("backbone", "late_from", "late_inner_steps", "late_cg_steps")
+NEWER = ("backbone", "start", "late_from", "late_inner_steps", "late_cg_steps")
 """Knobs that runs of earlier versions don't have; their defaults change nothing."""
 
 
@@ -63,6 +63,9 @@ class Config(SolverKnobs):
     """Norm of conv4: batch statistics (transductive) or each image by itself (inductive)."""
     halve: Literal["pool", "stride"] = "stride"
     """How conv4 halves its maps: max-pool, or strided convolutions at a quarter of the work."""
+
+    start: str | None = None
+    """Network to start from, in place of random parameters: a shipped one, a file of `export`, or a run's folder."""
 
     head: Literal["zero", "learned"] = "zero"
     """Meta-parameters of the module called head: kept at zero, as class numbers are arbitrary, or learned."""

@@ -13,7 +13,7 @@ import bilevel as bl
 from applications.few_shot import backbone, data, evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, describe, set_up_device
-from applications.few_shot.trained import SHIPPED, Trained
+from applications.few_shot.trained import SHIPPED, Trained, seen_in_training
 from applications.frame.command import parse, require
 from applications.frame.errors import UserError
 from applications.frame.options import check_folder, check_values, settings_told
@@ -83,8 +83,9 @@ def command(arguments: list[str]) -> int:
         EvaluationConfig, rest, f"{call} {run or '--trained'}", start=EvaluationConfig(**{**vars(start), **vars(what)})
     )
     config = Config(**{field.name: getattr(parsed, field.name) for field in fields(Config)})
-    same = config.preset == start.preset and config.resume is None
-    require(same, "evaluate has no --preset and no --resume: give the settings that are to change by themselves.")
+    same = config.preset == start.preset and config.resume is None and config.start == start.start
+    why = "evaluate has no --preset, no --resume and no --start: give the settings that are to change by themselves."
+    require(same, why)
     check_values(config)
     config.check()
     check_folder(config.out, "out")
@@ -128,7 +129,7 @@ def figures(trained: Trained, config: Config, what: What) -> dict[str, Any]:
         "shots": config.shots,
         "queries": config.eval_queries,
         "inner_steps": config.eval_steps or config.inner_steps,
-        "seen_in_training": _seen(trained.config, config, classes),
+        "seen_in_training": seen_in_training(trained.config, config, classes),
         "num_classes": len(classes),
         "trained": trained.origin,
         "seconds": round(time.perf_counter() - begin, 1),
@@ -178,12 +179,3 @@ def export(arguments: list[str]) -> int:
     trained.save(path)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {trained.origin['steps']} meta-steps")
     return 0
-
-
-def _seen(training: Config, config: Config, classes: data.ImageClasses) -> int:
-    """Classes of an evaluation that the network was trained on: another split may have other classes for its test."""
-    same = (training.data, training.split, training.seed, training.held_out)
-    if same == (config.data, config.split, config.seed, config.held_out) or training.data != config.data:
-        return 0
-    splits = data.load(training.data, config.data_root, split=training.split, reading=training.reading)
-    return len(set(splits.train.names) & set(classes.names))

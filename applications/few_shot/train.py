@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,20 @@ class Session:
         self.late = self.learner.late()
 
     @classmethod
-    def create(cls, config: Config, chosen: Mapping[str, Any] | None = None) -> Session:
-        """At the start; ``chosen``: solver settings in place of those of the configuration."""
+    def create(
+        cls, config: Config, chosen: Mapping[str, Any] | None = None, start: Callable[[Learner], None] | None = None
+    ) -> Session:
+        """At the start.
+
+        Args:
+            chosen: solver settings in place of those of the configuration.
+            start: puts other meta-parameters into the learner than those at random.
+        """
         device = set_up_device(config)
         splits = backbone.splits(config)
         learner = create_learner(config, splits.train, device, chosen)
+        if start is not None:
+            start(learner)
         session = cls(config, splits, device, learner, torch.optim.Adam(learner.parameters(), config.lr))
         for stream in ("train", "validation", "test"):
             session.sampler(stream)  # what cannot be sampled is told before training, not after it

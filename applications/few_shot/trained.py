@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 import bilevel as bl
-from applications.few_shot import backbone
+from applications.few_shot import backbone, data
 from applications.few_shot.config import Config
 from applications.few_shot.methods import Learner, fixed_at_zero
 from applications.few_shot.train import checkpoint_file, untrained_network
@@ -56,8 +56,9 @@ class Trained:
     Attributes:
         meta: name -> tensor, without those of a head that stays at zero.
         log_strength: layer -> log lambda, 0-d.
-        origin: ``command``, ``hours``, ``steps``, ``seed``, and ``validation`` where it was measured: the accuracy in
-            percent on tasks of the validation classes when the file was made.
+        origin: ``command``, ``hours``, ``steps``, ``seed``; ``start``, the network that it started from, if any; and
+            ``validation`` where it was measured: the accuracy in percent on tasks of the validation classes when the
+            file was made.
         chosen: solver settings of a tuned run, in place of those of the configuration.
         trusted: what may be imported, each a ``package.module:factory``, where the configuration says that the network
             or its backbone is made by it; a file or a folder alone runs no code.
@@ -104,6 +105,8 @@ class Trained:
             "steps": state["step"],
             "seed": config.seed,
         }
+        if config.start is not None:
+            origin["start"] = config.start
         measured = [r for r in folder.metrics() if "validation_accuracy" in r and r["step"] <= state["step"]]
         if measured:
             origin["validation"] = round(measured[-1]["validation_accuracy"], 3)
@@ -136,15 +139,23 @@ class Trained:
         config = replace(self.config, ways=ways)
         net = untrained_network(config, *backbone.shape(config)).to(torch.device(device), config.dtype)
         learner = Learner.create(config, net, self.chosen)
-        fixed = fixed_at_zero(config, learner.meta)
+        self.put_into(learner)
+        put(learner.log_strength, self.log_strength)
+        return learner
+
+    def put_into(self, learner: Learner) -> None:
+        """Copy the meta-parameters into those of a learner, whose settings and lambda stay its own.
+
+        Raises:
+            UserError: it is another network, or its head was learned for another number of classes.
+        """
+        ways, fixed = learner.config.ways, fixed_at_zero(learner.config, learner.meta)
         if ways != self.config.ways and not fixed:
             raise UserError(
                 f"The network was trained for {self.config.ways} classes with a last layer that is learned, and has no "
                 f"weights for {ways}. One with a layer called head, trained with --head zero, serves any number."
             )
         put({name: param for name, param in learner.meta.items() if name not in fixed}, self.meta)
-        put(learner.log_strength, self.log_strength)
-        return learner
 
     def _content(self) -> dict[str, Any]:
         values = {**self.config.to_json(), "data_root": None}
@@ -172,6 +183,24 @@ class Trained:
         except Exception as error:  # torch.load and a file of another make raise a dozen types
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{path} is no trained network of this version, or damaged: {reason}.") from error
+
+
+def seen_in_training(training: Config, config: Config, classes: data.ImageClasses) -> int:
+    """How many of these classes a network was trained on: another split may have other classes for its test."""
+    same = (training.data, training.split, training.seed, training.held_out)
+    if same == (config.data, config.split, config.seed, config.held_out) or training.data != config.data:
+        return 0
+    splits = data.load(training.data, config.data_root, split=training.split, reading=training.reading)
+    return len(set(splits.train.names) & set(classes.names))
+
+
+def start_of(config: Config) -> Trained | None:
+    """The network to start from; None: random parameters.
+
+    Raises:
+        UserError: there is no such network.
+    """
+    return None if config.start is None else Trained.load(config.start)
 
 
 def shipped() -> list[str]:

@@ -10,6 +10,7 @@ import optuna
 import bilevel as bl
 from applications.few_shot.config import Config
 from applications.few_shot.train import Session, validation
+from applications.few_shot.trained import start_of
 from applications.frame.command import require
 from applications.frame.tune import UNENDING, Settings, Tunable
 
@@ -24,7 +25,7 @@ def tunable(config: Config) -> Tunable:
         UserError: another method, or an outer step size that follows the number of steps.
     """
     require(config.method == "imaml", f"tune searches the solvers of --method imaml, not of {config.method}.")
-    config = replace(config, schedule="constant", steps=UNENDING)
+    config, start = replace(config, schedule="constant", steps=UNENDING), start_of(config)
 
     def suggest(trial: optuna.trial.BaseTrial) -> Settings:
         # Newton's steps cost tens of gradients, so that a trial of equal seconds would make a handful of meta-steps.
@@ -39,7 +40,8 @@ def tunable(config: Config) -> Tunable:
         }
 
     def train(settings: Settings, seed: int) -> Iterator[tuple[int, Callable[[], float], bl.Solution | None]]:
-        session = Session.create(replace(config, seed=seed), settings)  # now: reading data is not training
+        # Now: reading data is not training.
+        session = Session.create(replace(config, seed=seed), settings, start.put_into if start else None)
 
         def accuracy() -> float:
             return float(validation(session, VALIDATION_TASKS)["validation_accuracy"])

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 import bilevel as bl
-from applications.few_shot import evaluation, trained
+from applications.few_shot import data, evaluation, trained
 from applications.few_shot.__main__ import main
 from applications.few_shot.config import Config
 from applications.few_shot.train import CHECKPOINT
-from applications.few_shot.trained import Trained
+from applications.few_shot.trained import Trained, seen_in_training
+from applications.few_shot.tuning import tunable
 from applications.frame.errors import UserError
 from applications.frame.run_folder import RunFolder
+from tests.applications.few_shot.conftest import QUICK
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +109,50 @@ class TestFile:
             Trained(Config(width=16), found.meta, found.log_strength, found.origin).learner()
 
 
+class TestStart:
+    def test_training_begins_at_a_network(self, file, glyph_root, tmp_path, capsys):
+        words = [*QUICK, "--data-root", str(glyph_root), "--start", str(file), "--lr", "1e-9", "--average", "1"]
+        out = tmp_path / "further"
+        assert main([*words, "--steps", "1", "--out", str(out)]) == 0
+        begun, further = Trained.load(file), Trained.load(out)
+        for name, value in further.meta.items():
+            torch.testing.assert_close(value, begun.meta[name], rtol=0, atol=1e-6)
+        assert further.origin["start"] == str(file)
+        assert f"--start {file}" in further.origin["command"]
+        assert "training classes of" not in capsys.readouterr().out
+
+    def test_it_is_needed_at_the_start_only(self, file, glyph_root, tmp_path):
+        start, out = tmp_path / "start.pt", tmp_path / "further"
+        shutil.copy(file, start)
+        words = [*QUICK, "--data-root", str(glyph_root), "--start", str(start)]
+        assert main([*words, "--steps", "1", "--out", str(out)]) == 0
+        start.unlink()
+        assert main(["--resume", str(out), "--steps", "2"]) == 0
+        assert Trained.load(out).origin["steps"] == 2
+
+    def test_a_study_begins_there_too(self, file, glyph_root):
+        config = replace(Config(), start=str(file), width=8, tasks=2, data_root=glyph_root, validate_every=0)
+        settings = {"solver": bl.GradientDescent(0.1, 2), "hypergrad": bl.Implicit(bl.CG(max_steps=2))}
+        _, accuracy, _ = next(iter(tunable(replace(config, lr=1e-9)).train(settings, seed=0)))
+        at_random = next(iter(tunable(replace(config, lr=1e-9, start=None)).train(settings, seed=0)))
+        assert accuracy() > at_random[1]()
+
+    @pytest.mark.parametrize(
+        ("more", "told"),
+        [(["--width", "16"], "not of one make"), (["--start", "no-such-network"], "There is no trained network")],
+    )
+    def test_another_network_or_none(self, more, told, file, glyph_root, tmp_path, capsys):
+        words = [*QUICK, "--data-root", str(glyph_root), "--start", str(file), "--steps", "1"]
+        assert main([*words, *more, "--out", str(tmp_path / "other")]) == 2
+        assert told in capsys.readouterr().err
+
+    def test_classes_of_the_test_that_it_was_trained_on_are_told(self, file, glyph_root, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("applications.few_shot.__main__.seen_in_training", lambda *_: 3)
+        words = [*QUICK, "--data-root", str(glyph_root), "--start", str(file), "--steps", "1"]
+        assert main([*words, "--out", str(tmp_path / "seen")]) == 0
+        assert f"3 of the test classes were training classes of {file}" in capsys.readouterr().out
+
+
 class TestEvaluate:
     def test_of_a_run_is_written_beside_it_and_never_over_another(self, run, glyph_root, capsys):
         before = {path.name: path.read_bytes() for path in run.iterdir()}
@@ -147,10 +193,10 @@ class TestEvaluate:
 
     def test_classes_that_were_trained_on_are_told(self, omniglot_root):
         training = Config(data="omniglot", data_root=omniglot_root)
-        whole = evaluation.data.load("omniglot", omniglot_root, split="alphabets")
+        whole = data.load("omniglot", omniglot_root, split="alphabets")
         changed = Config(data="omniglot", data_root=omniglot_root, split="alphabets")
-        assert evaluation._seen(training, changed, whole.test) > 1000
-        assert evaluation._seen(training, training, whole.test) == 0
+        assert seen_in_training(training, changed, whole.test) > 1000
+        assert seen_in_training(training, training, whole.test) == 0
 
 
 FIGURES = {
