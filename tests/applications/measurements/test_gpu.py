@@ -58,6 +58,7 @@ def test_a_part_that_takes_too_long_is_ended_with_what_it_started(monkeypatch, t
     assert not (tmp_path / "alive").exists()
 
 
+@pytest.mark.slow
 def test_training_steps_are_measured_and_a_missing_peer_is_told():
     rows = list(steps.workload_f(torch.device("cpu"), 60.0))
     assert [row["step"] for row in rows if "step" in row] == ["captured", "eager", "task by task"]
