@@ -7,7 +7,7 @@ The protocols and base classes themselves are public names of `bilevel`: `Operat
 from __future__ import annotations
 
 from .hypergrad.base import Point, Pulled
-from .inner.descent import descend, line_search
+from .inner.descent import LineSearch, descend
 from .inner.minimize import Progress, choose
 from .inner.roots import RootProgress
 from .linalg.operator import Damped, Dense, Transposed
@@ -29,6 +29,7 @@ __all__ = [
     "Dense",
     "Evaluation",
     "IterativeSolver",
+    "LineSearch",
     "LinearState",
     "Linearization",
     "Outcome",
@@ -48,7 +49,6 @@ __all__ = [
     "descend",
     "dot",
     "leaves",
-    "line_search",
     "norm",
     "normalise",
     "report",

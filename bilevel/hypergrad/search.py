@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..inner.minimize import InnerSolver
-from ..inner.outcome import suspicious
+from ..inner.outcome import inner_advice, suspicious
 from ..notices import Place, tell
 from ..recording import free_looks, recording
 from ..solution import Result, Solution, SolveWarning, Throw, settle
@@ -82,6 +82,11 @@ class Search:
     look: Callable[[Any, Found], Found] | None = None
     complete: Callable[[Any, Found], Found] | None = None
     own_stats: tuple[str, ...] = ()
+
+    @classmethod
+    def by(cls, solver: InnerSolver, throw: Throw, what: str, **closer: Any) -> Search:
+        """That of a solver whose failures `inner_advice` explains; ``closer``: the other attributes."""
+        return cls(solver.minimize, throw, what, partial(inner_advice, solver=solver), **closer)
 
     def __call__(
         self,

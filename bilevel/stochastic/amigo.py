@@ -43,9 +43,8 @@ class AmIGO(TwoLoops):
         super().__post_init__()
         check_count("num_linear_steps", self.num_linear_steps)
 
-    @property
-    def inner_draws(self) -> int:
-        return self.num_inner_steps + self.num_linear_steps + 1
+    def _draws(self) -> tuple[int, int]:
+        return self.num_inner_steps + self.num_linear_steps + 1, 1
 
     def _estimate(self, now: State, y: Tensor, inner: Iterator[Any], outer: Iterator[Any]) -> Estimate:
         point = Point(self._oracles, y, now["outer"])

@@ -135,11 +135,17 @@ class Stochastic(ABC):
 
     @property
     def inner_draws(self) -> int:
-        return 1
+        """Independent batches of the inner data that a step can use."""
+        return self._draws()[0]
 
     @property
     def outer_draws(self) -> int:
-        return 1
+        """Independent batches of the outer data that a step can use."""
+        return self._draws()[1]
+
+    def _draws(self) -> tuple[int, int]:
+        """The two numbers of draws: one of each for most methods."""
+        return 1, 1
 
     @property
     def wants_full_batch(self) -> bool:

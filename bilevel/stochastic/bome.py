@@ -48,9 +48,8 @@ class BOME(Stochastic):
         check_positive("control", self.control)
         check_count("num_inner_steps", self.num_inner_steps)
 
-    @property
-    def inner_draws(self) -> int:
-        return self.num_inner_steps + 1
+    def _draws(self) -> tuple[int, int]:
+        return self.num_inner_steps + 1, 1
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         y, x = now["inner"], now["outer"]

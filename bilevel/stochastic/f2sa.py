@@ -46,13 +46,8 @@ class F2SA(Stochastic):
         check_not_negative("penalty_growth", self.penalty_growth)
         check_count("num_inner_steps", self.num_inner_steps)
 
-    @property
-    def inner_draws(self) -> int:
-        return self.num_inner_steps + 1
-
-    @property
-    def outer_draws(self) -> int:
-        return self.num_inner_steps + 1
+    def _draws(self) -> tuple[int, int]:
+        return self.num_inner_steps + 1, self.num_inner_steps + 1
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         z, x = now["inner"], now["outer"]

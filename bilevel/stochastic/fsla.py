@@ -43,13 +43,8 @@ class FSLA(Stochastic):
         super().__post_init__()
         mixing_at(self.mixing, 0)
 
-    @property
-    def inner_draws(self) -> int:
-        return 3
-
-    @property
-    def outer_draws(self) -> int:
-        return 2
+    def _draws(self) -> tuple[int, int]:
+        return 3, 2
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         y, x = now["inner"], now["outer"]

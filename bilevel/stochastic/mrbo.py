@@ -42,9 +42,8 @@ class MRBO(NeumannMethod):
         super().__post_init__()
         mixing_at(self.mixing, 0)
 
-    @property
-    def inner_draws(self) -> int:
-        return self.num_terms + 2
+    def _draws(self) -> tuple[int, int]:
+        return self.num_terms + 2, 1
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         y, x = now["inner"], now["outer"]

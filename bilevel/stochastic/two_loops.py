@@ -55,9 +55,8 @@ class TwoLoops(Stochastic):
 class NeumannLoops(TwoLoops, NeumannMethod):
     """Two loops with a Neumann series for the adjoint: their base."""
 
-    @property
-    def inner_draws(self) -> int:
-        return self.num_inner_steps + self.num_terms + 1
+    def _draws(self) -> tuple[int, int]:
+        return self.num_inner_steps + self.num_terms + 1, 1
 
     def _estimate(self, now: State, y: Tensor, inner: Iterator[Any], outer: Iterator[Any]) -> Estimate:
         return Estimate(*self._hypergradient(Point(self._oracles, y, now["outer"]), self._draw(inner, outer)))

@@ -51,13 +51,9 @@ class VRBO(NeumannMethod):
         """Whether the next step is the first of a period."""
         return self.num_steps % self.period == 0
 
-    @property
-    def inner_draws(self) -> int:
-        return (self.num_inner_steps + 1) * (self.num_terms + 2) + self.wants_full_batch
-
-    @property
-    def outer_draws(self) -> int:
-        return self.num_inner_steps + 1 + self.wants_full_batch
+    def _draws(self) -> tuple[int, int]:
+        sweeps = self.num_inner_steps + 1
+        return sweeps * (self.num_terms + 2) + self.wants_full_batch, sweeps + self.wants_full_batch
 
     def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
         y, x = now["inner"], now["outer"]

@@ -50,7 +50,7 @@ torch.testing.assert_close(solved.value, torch.linalg.solve(matrix, torch.ones(2
 
 
 # %% extending.Problem extending.Evaluation extending.Progress extending.choose extending.descend:
-# %% extending.line_search extending.Raveler:
+# %% extending.LineSearch extending.Raveler:
 from dataclasses import dataclass
 
 from bilevel.extending import Problem, Progress, axpy
