@@ -10,6 +10,7 @@ from .hypergrad.base import Point, Pulled
 from .inner.descent import LineSearch, descend
 from .inner.minimize import Progress, choose
 from .inner.roots import RootProgress
+from .linalg.jacobian import GraphJacobian
 from .linalg.operator import Damped, Dense, Transposed
 from .linalg.solve import (
     IterativeSolver,
@@ -21,17 +22,20 @@ from .linalg.solve import (
     normalise,
     report,
 )
-from .problem import Evaluation, Linearization, Problem, RootProblem
-from .tree import Raveler, axpy, dot, leaves, norm, scale
+from .problem import Evaluation, Linearization, Objective, Problem, RootProblem
+from .solution import Throw
+from .tree import Raveler, Tree, axpy, dot, leaves, norm, scale
 
 __all__ = [
     "Damped",
     "Dense",
     "Evaluation",
+    "GraphJacobian",
     "IterativeSolver",
     "LineSearch",
     "LinearState",
     "Linearization",
+    "Objective",
     "Outcome",
     "Point",
     "Precondition",
@@ -43,7 +47,9 @@ __all__ = [
     "RootProblem",
     "RootProgress",
     "Stopping",
+    "Throw",
     "Transposed",
+    "Tree",
     "axpy",
     "choose",
     "descend",
