@@ -27,7 +27,11 @@ from torch.autograd.graph import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+FunctionContext = Any
+"""The ``ctx`` of a `torch.autograd.Function`: it takes any attribute, which PyTorch's own class for it does not say."""
+
 __all__ = [
+    "FunctionContext",
     "TorchDispatchMode",
     "TransformType",
     "_add_batch_dim",

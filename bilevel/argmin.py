@@ -130,7 +130,7 @@ def argmin(
 def _composite(
     objective: Objective,
     init: Tree,
-    args: tuple[Any, ...],
+    args: tuple[Tree, ...],
     solver: InnerSolver,
     prox: Prox,
     hypergrad: Hypergrad | None,
@@ -266,7 +266,7 @@ def _root(
     kind: type[ResidualStatement],
     residual: Callable[..., Tree],
     init: Tree,
-    args: tuple[Any, ...],
+    args: tuple[Tree, ...],
     solver: RootSolver,
     hypergrad: Hypergrad | None,
     batched: bool,

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -28,11 +28,11 @@ R = TypeVar("R")
 class Switch:
     """A setting of the process that holds while anyone is inside: a context to be entered by any number of threads."""
 
-    def __init__(self, switched: Callable[[], AbstractContextManager[Any]]):
+    def __init__(self, switched: Callable[[], AbstractContextManager[object]]):
         self._switched = switched
         self._lock = threading.RLock()
         self._inside = 0
-        self._entered: AbstractContextManager[Any] | None = None
+        self._entered: AbstractContextManager[object] | None = None
 
     def __enter__(self) -> None:
         with self._lock:

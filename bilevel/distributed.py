@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._torch import FunctionContext
 from .linalg.operator import Operator
 from .tree import Tree, is_continuous, tree_map
 
@@ -277,7 +278,7 @@ class _Collective(torch.autograd.Function):
     """What the two share: they work under `torch.func`, forward mode and vmap too."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Group], output: Tensor) -> None:
+    def setup_context(ctx: FunctionContext, inputs: tuple[Tensor, Group], output: Tensor) -> None:
         ctx.group = inputs[1]
 
     @classmethod
@@ -285,7 +286,7 @@ class _Collective(torch.autograd.Function):
         return cls.apply(tensor, group), in_dims[0]
 
     @classmethod
-    def jvp(cls, ctx: Any, tangent: Tensor, _: None) -> Tensor:
+    def jvp(cls, ctx: FunctionContext, tangent: Tensor, _: None) -> Tensor:
         moved: Tensor = cls.apply(tangent, ctx.group)
         return moved
 
@@ -301,7 +302,7 @@ class _Replicate(_Collective):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionContext, grad: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(grad, ctx.group), None
 
 
@@ -313,5 +314,5 @@ class _Sum(_Collective):
         return all_reduce(tensor, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionContext, grad: Tensor) -> tuple[Tensor, None]:
         return _Replicate.apply(grad, ctx.group), None

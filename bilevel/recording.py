@@ -223,7 +223,7 @@ def _kernels() -> tuple[bool, bool, bool]:
     return matmul, convolution, torch.are_deterministic_algorithms_enabled()
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """The device is the current one: streams, and what ``fn`` makes without naming a device, belong to it."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 

@@ -128,7 +128,7 @@ class PathMethod(Protocol):
     """A method that differentiates the path to the solution, and so runs the solver itself."""
 
     def run(
-        self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw
+        self, objective: Objective, init: Tree, args: tuple[Tree, ...], solver: InnerSolver, throw: Throw
     ) -> Solution:
         """The solution, its value a tree like ``init`` with the graph of the derivative."""
         ...

@@ -71,8 +71,8 @@ class Call:
     batch_dims: int
     hypergrad: Hypergrad
     search: Search
-    problem: Any = None
-    minimize: Callable[[Any], Solution[Tensor]] | None = None
+    problem: Problem | RootProblem | None = None
+    minimize: Callable[[Problem], Solution[Tensor]] | None = None
     linear_state: Any = None
     place: Place | None = None
     findings: Findings = field(default_factory=Findings)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .._torch import pytree
 from ..closure import Autocast, Closure, Tracer, in_transform
 from ..notices import place_of_user
+from ..problem import Posed, Problem
 from ..reach import Reach
 from ..recording import free_looks
 from ..solution import Solution
@@ -28,13 +29,13 @@ def differentiable_solve(
     kind: Callable[[Closure], Statement],
     fn: Callable[..., Any],
     init: Tree,
-    args: tuple[Any, ...],
+    args: tuple[Tree, ...],
     *,
-    build: Callable[[Tracer], Any],
+    build: Callable[[Tracer], Posed],
     batch_dims_of: Callable[[Any, Tree], int],
-    search: Search,
+    search: Search[Posed],
     hypergrad: Hypergrad | None,
-    minimize: Callable[[Any], Solution[Tensor]] | None = None,
+    minimize: Callable[[Problem], Solution[Tensor]] | None = None,
     warm_start: Solution | None = None,
 ) -> Solution:
     """Solve a problem, and make its solution a function of every tensor that ``fn`` reached.

@@ -131,7 +131,7 @@ def on_leaves(tree: Any, init: Tree) -> Prox:
     return Leaves(tuple(parts), tuple(leaf.numel() for leaf in leaves(init)))
 
 
-def within(bounds: tuple[Any, Any], init: Tree) -> Prox:
+def within(bounds: tuple[Tree, Tree], init: Tree) -> Prox:
     """The box of ``(lower, upper)``, each None, a number, a tensor, or a tree like ``init`` of these.
 
     Raises:
