@@ -211,10 +211,18 @@ for use, extra, package in (
     (lambda: bl.tuning.create_study("study"), "tuning", "optuna"),
     (lambda: bl.tuning.open_storage("study.db"), "tuning", "optuna"),
     (comparison.to_png, "applications", "matplotlib"),
+    (bl.ProgressBar, "progress", "tqdm"),
     (lambda: importlib.import_module("bilevel.testing"), "test", "pytest"),
 ):
     said = sentence(use)
     assert said.startswith(package + " is not installed") and 'pip install "bilevel[' + extra + ']"' in said, said
+try:
+    bl.extending.Dense(torch.eye(2)).to_curvlinops()
+except ImportError as error:
+    assert "pip install curvlinops-for-pytorch" in str(error)
+else:
+    raise AssertionError("curvlinops is visible")
+assert bl.tuning.from_json(bl.tuning.to_json(bl.LBFGS(gtol=1e-6))) == bl.LBFGS(gtol=1e-6)
 print("all is well")
 """
 

@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from .._torch import (
     FunctionContext,
     TransformType,
+    forward_grad_enabled,
     get_interpreter_stack,
     get_unwrapped,
     is_gradtrackingtensor,
@@ -128,7 +129,7 @@ def _nesting(jvp: Callable[..., Any]) -> Callable[..., Any]:
         stack = get_interpreter_stack() or []
         if sum(interpreter.key() == TransformType.Jvp for interpreter in stack) < 2:
             return jvp(ctx, *tangents)
-        with forward_ad._set_fwd_grad_enabled(True):
+        with forward_grad_enabled():
             return jvp(_Below(ctx), *(_below(tangent) for tangent in tangents))
 
     return nesting
