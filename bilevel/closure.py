@@ -281,7 +281,7 @@ class Closure:
     autocast: Autocast = field(repr=False)
     spared: Spared = field(default_factory=Spared, repr=False)
 
-    def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
+    def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tree:
         if _unchanged(self.captured, tensors):
             mode, args = sparing(self.spared), self.args
         else:
@@ -304,7 +304,7 @@ class VmappedClosure:
         """The tree of ``params``."""
         return self.inner.spec
 
-    def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
+    def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tree:
         swapped = torch.vmap(lambda p, t: self.inner(p, t), in_dims=(0, list(self.in_dims)))
         return swapped(list(params), list(tensors))
 

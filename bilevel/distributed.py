@@ -242,7 +242,7 @@ def _device(group: Group) -> torch.device:
     )
 
 
-def from_first(value: Any, group: Group = None) -> Any:
+def from_first(value: Tree, group: Group = None) -> Tree:
     """What rank 0 has, on every rank: a decision that all must take alike. Anything that can be pickled."""
     if world_size(group) == 1:
         return value
@@ -251,7 +251,7 @@ def from_first(value: Any, group: Group = None) -> Any:
     return box[0]
 
 
-def _replicate(leaf: Any, group: Group) -> Any:
+def _replicate(leaf: object, group: Group) -> object:
     if isinstance(leaf, Tensor) and is_continuous(leaf):
         return _Replicate.apply(leaf, group)
     return leaf

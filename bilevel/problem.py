@@ -409,7 +409,7 @@ def check_residual(found: Tree, init: Tree, what: str = "residual") -> None:
         )
 
 
-def _shapes(tree: Tree) -> Any:
+def _shapes(tree: Tree) -> Tree:
     return pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, tree)
 
 

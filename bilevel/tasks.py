@@ -225,7 +225,7 @@ class _Known(torch.autograd.Function):
 
 def _in_chunks(
     fn: Callable[..., Any], data: tuple[Tree, ...], chunk_size: int | None, num_threads: int
-) -> Iterator[Any]:
+) -> Iterator[Tree]:
     """``fn`` of each chunk, in order; no more than a few results wait for their turn."""
     for name, value in (("chunk_size", chunk_size), ("num_threads", num_threads)):
         if value is not None and value < 1:
@@ -243,7 +243,7 @@ def _in_chunks(
     autocasts = [Autocast.current(torch.device(kind)) for kind in sorted({device.type, "cpu"})]
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
-    def work(chunk: tuple[Tree, ...]) -> Any:
+    def work(chunk: tuple[Tree, ...]) -> Tree:
         # A new thread has the first device, its default stream, and no autocast.
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(grad))
@@ -253,7 +253,7 @@ def _in_chunks(
                 stack.enter_context(torch.cuda.stream(stream))
             return fn(*chunk)
 
-    before, waiting = torch.get_num_threads(), deque[Future[Any]]()
+    before, waiting = torch.get_num_threads(), deque[Future[Tree]]()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, num_threads // workers),))
     try:
         for chunk in chunks:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +53,7 @@ def box_of(problem: Problem, bounds: tuple[Tree, Tree]) -> Bounds:
         return Bounds(*(shrink(torch.full_like(like, side), one) for side in (-torch.inf, torch.inf)))
 
 
-def check_bounds(bounds: Any) -> None:
+def check_bounds(bounds: object) -> None:
     """Refuse what is no pair of bounds."""
     if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2):
         raise ValueError(f"bounds is {bounds!r}: a pair (lower, upper) is needed, where None is no bound.")
