@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from ..solution import Result, marked
 from .operator import Operator
 from .solve import Precondition, Stopping
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass
