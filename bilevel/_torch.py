@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,15 +28,23 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
 )
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
+from torch.nn.utils import stateless
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+FunctionContext = Any
+"""The ``ctx`` of a `torch.autograd.Function`: it takes any attribute, which PyTorch's own class for it does not say."""
+
 __all__ = [
+    "FunctionContext",
     "TorchDispatchMode",
     "TransformType",
     "_add_batch_dim",
     "_wrap_for_grad",
     "after_backward",
+    "break_graph",
+    "compiler_is_loaded",
+    "forward_grad_enabled",
     "get_interpreter_stack",
     "get_unwrapped",
     "in_dual_level",
@@ -50,6 +62,7 @@ __all__ = [
     "pytree",
     "saved_tensors_hooks",
     "sequence_number",
+    "swapped_last_in_first_out",
 ]
 
 
@@ -61,6 +74,11 @@ def num_function_modes() -> int:
 def in_dual_level() -> bool:
     """Whether a forward-mode pass is open."""
     return forward_ad._current_level >= 0
+
+
+def forward_grad_enabled() -> AbstractContextManager[object]:
+    """Forward mode inside of a ``jvp``, where it is off: for a tangent that is differentiated itself."""
+    return forward_ad._set_fwd_grad_enabled(True)
 
 
 def sequence_number(node: Node) -> int:
@@ -87,3 +105,28 @@ def after_backward(callback: Callable[[], None]) -> None:
 def saved_tensors_hooks() -> Any:
     """The innermost pair of hooks on tensors that autograd saves, or None."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+@contextlib.contextmanager
+def swapped_last_in_first_out() -> Iterator[None]:
+    """`torch.func.functional_call` puts back last what it swapped first.
+
+    By itself it puts back in the order of the names: a module that stands at two places is swapped twice, and is left
+    with the tensors of the call.
+    """
+    swapped = stateless._reparametrize_module
+    stateless._reparametrize_module = functools.partial(swapped, stack_weights=True)
+    try:
+        yield
+    finally:
+        stateless._reparametrize_module = swapped
+
+
+def compiler_is_loaded() -> bool:
+    """Whether anything was compiled: `torch.compiler` loads the compiler to ask."""
+    return "torch._dynamo" in sys.modules
+
+
+def break_graph(fn: Callable[..., Any]) -> None:
+    """Let a compiled function that calls this one break its graph there, as `torch.compiler.disable` does."""
+    fn._torchdynamo_disable = True  # type: ignore[attr-defined]

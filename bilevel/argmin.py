@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +26,7 @@ from .inner.default import DefaultLBFGS
 from .inner.fixed_point import Anderson
 from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
-from .inner.outcome import RANDOM_ADVICE, inner_advice, is_random, look_closer
+from .inner.outcome import RANDOM_ADVICE, is_random, look_closer
 from .inner.proximal import look_of, own_stats_of, prox_of
 from .inner.roots import Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
@@ -114,14 +113,6 @@ def argmin(
     if prox is not None:
         return _composite(objective, init, args, solver, prox, hypergrad, throw, warm_start)
 
-    search = Search(
-        solver.minimize,
-        throw,
-        "The inner solve",
-        partial(inner_advice, solver=solver),
-        fallback=NewtonCG(),
-        look=look_closer,
-    )
     return differentiable_solve(
         ObjectiveStatement,
         objective,
@@ -129,7 +120,7 @@ def argmin(
         args,
         build=lambda tracer: Problem(objective, init, args, tracer=tracer),
         batch_dims_of=_check_loss,
-        search=search,
+        search=Search.by(solver, throw, "The inner solve", fallback=NewtonCG(), look=look_closer),
         hypergrad=hypergrad,
         minimize=solver.minimize,
         warm_start=warm_start,
@@ -139,7 +130,7 @@ def argmin(
 def _composite(
     objective: Objective,
     init: Tree,
-    args: tuple[Any, ...],
+    args: tuple[Tree, ...],
     solver: InnerSolver,
     prox: Prox,
     hypergrad: Hypergrad | None,
@@ -275,7 +266,7 @@ def _root(
     kind: type[ResidualStatement],
     residual: Callable[..., Tree],
     init: Tree,
-    args: tuple[Any, ...],
+    args: tuple[Tree, ...],
     solver: RootSolver,
     hypergrad: Hypergrad | None,
     batched: bool,

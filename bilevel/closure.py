@@ -209,7 +209,7 @@ class Substitute(_UncompiledMode):
         return _wrap_for_grad(new, level)
 
 
-def substituting(old: Sequence[Tensor], new: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
+def substituting(old: Sequence[Tensor], new: Sequence[Tensor]) -> contextlib.AbstractContextManager[object]:
     """A `Substitute`, or where every tensor stays as it is nothing: the mode costs time in every operation."""
     return _NOTHING if _unchanged(old, new) else Substitute(old, new)
 
@@ -218,7 +218,7 @@ def _unchanged(old: Sequence[Tensor], new: Sequence[Tensor]) -> bool:
     return all(before is after for before, after in zip(old, new, strict=True))
 
 
-def sparing(spared: Spared) -> contextlib.AbstractContextManager[Any]:
+def sparing(spared: Spared) -> contextlib.AbstractContextManager[object]:
     """Around an evaluation that is kept from what was found in the first one."""
     return Substitute(spared=spared) if spared else _NOTHING
 
@@ -250,7 +250,7 @@ class Autocast:
         with torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False):
             yield
 
-    def evaluating(self) -> contextlib.AbstractContextManager[Any]:
+    def evaluating(self) -> contextlib.AbstractContextManager[object]:
         """Around an evaluation of what the user wrote."""
         return self._evaluating() if self._is_needed() else EVALUATING
 
@@ -276,12 +276,12 @@ class Closure:
 
     fn: Callable[..., Any]
     spec: pytree.TreeSpec
-    args: tuple[Any, ...]
+    args: tuple[Tree, ...]
     captured: list[Tensor]
     autocast: Autocast = field(repr=False)
     spared: Spared = field(default_factory=Spared, repr=False)
 
-    def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
+    def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tree:
         if _unchanged(self.captured, tensors):
             mode, args = sparing(self.spared), self.args
         else:
@@ -304,7 +304,7 @@ class VmappedClosure:
         """The tree of ``params``."""
         return self.inner.spec
 
-    def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Any:
+    def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tree:
         swapped = torch.vmap(lambda p, t: self.inner(p, t), in_dims=(0, list(self.in_dims)))
         return swapped(list(params), list(tensors))
 

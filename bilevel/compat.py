@@ -313,5 +313,5 @@ def _linear_solver(solve: LinearSolver | Solve | None) -> LinearSolver | None:
     return solve if solve is None or hasattr(solve, "solve") else _MatvecSolver(solve)
 
 
-def _detached(tree: Any) -> Any:
+def _detached(tree: Tree) -> Tree:
     return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)

@@ -9,16 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils import stateless
 
+from ._torch import break_graph, compiler_is_loaded, swapped_last_in_first_out
 from .tree import Tree, map_tensors, tensors
 
 P = ParamSpec("P")
@@ -28,11 +27,11 @@ R = TypeVar("R")
 class Switch:
     """A setting of the process that holds while anyone is inside: a context to be entered by any number of threads."""
 
-    def __init__(self, switched: Callable[[], AbstractContextManager[Any]]):
+    def __init__(self, switched: Callable[[], AbstractContextManager[object]]):
         self._switched = switched
         self._lock = threading.RLock()
         self._inside = 0
-        self._entered: AbstractContextManager[Any] | None = None
+        self._entered: AbstractContextManager[object] | None = None
 
     def __enter__(self) -> None:
         with self._lock:
@@ -62,31 +61,16 @@ def _twice_differentiable() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _last_in_first_out() -> Iterator[None]:
-    """`torch.func.functional_call` puts back last what it swapped first.
-
-    By itself it puts back in the order of the names: a module that stands at two places is swapped twice, and is left
-    with the tensors of the call.
-    """
-    swapped = stateless._reparametrize_module
-    stateless._reparametrize_module = functools.partial(swapped, stack_weights=True)
-    try:
-        yield
-    finally:
-        stateless._reparametrize_module = swapped
-
-
-@contextlib.contextmanager
 def _uncompiled() -> Iterator[None]:
     """Compiled functions run as they were written. Where nothing was ever compiled, the compiler is not even loaded."""
-    if "torch._dynamo" not in sys.modules:
+    if not compiler_is_loaded():
         yield
         return
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
-LAST_IN_FIRST_OUT = Switch(_last_in_first_out)
+LAST_IN_FIRST_OUT = Switch(swapped_last_in_first_out)
 """Around a `torch.func.functional_call`: it leaves modules that share submodules as they were."""
 EVALUATING = Switch(_twice_differentiable)
 """Around every evaluation of what the user wrote."""
@@ -131,13 +115,13 @@ def uncompiled(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if "torch._dynamo" not in sys.modules:
+        if not compiler_is_loaded():
             return fn(*args, **kwargs)
         if not disabled:
             disabled.append(torch.compiler.disable(fn))
         return disabled[0](*args, **kwargs)
 
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # a graph break where it is called
+    break_graph(call)
     call.__signature__ = inspect.signature(fn)  # type: ignore[attr-defined]
     return call
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._torch import FunctionContext
 from .linalg.operator import Operator
 from .tree import Tree, is_continuous, tree_map
 
@@ -241,7 +242,7 @@ def _device(group: Group) -> torch.device:
     )
 
 
-def from_first(value: Any, group: Group = None) -> Any:
+def from_first(value: Tree, group: Group = None) -> Tree:
     """What rank 0 has, on every rank: a decision that all must take alike. Anything that can be pickled."""
     if world_size(group) == 1:
         return value
@@ -250,7 +251,7 @@ def from_first(value: Any, group: Group = None) -> Any:
     return box[0]
 
 
-def _replicate(leaf: Any, group: Group) -> Any:
+def _replicate(leaf: object, group: Group) -> object:
     if isinstance(leaf, Tensor) and is_continuous(leaf):
         return _Replicate.apply(leaf, group)
     return leaf
@@ -277,7 +278,7 @@ class _Collective(torch.autograd.Function):
     """What the two share: they work under `torch.func`, forward mode and vmap too."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Group], output: Tensor) -> None:
+    def setup_context(ctx: FunctionContext, inputs: tuple[Tensor, Group], output: Tensor) -> None:
         ctx.group = inputs[1]
 
     @classmethod
@@ -285,7 +286,7 @@ class _Collective(torch.autograd.Function):
         return cls.apply(tensor, group), in_dims[0]
 
     @classmethod
-    def jvp(cls, ctx: Any, tangent: Tensor, _: None) -> Tensor:
+    def jvp(cls, ctx: FunctionContext, tangent: Tensor, _: None) -> Tensor:
         moved: Tensor = cls.apply(tangent, ctx.group)
         return moved
 
@@ -301,7 +302,7 @@ class _Replicate(_Collective):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionContext, grad: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(grad, ctx.group), None
 
 
@@ -313,5 +314,5 @@ class _Sum(_Collective):
         return all_reduce(tensor, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionContext, grad: Tensor) -> tuple[Tensor, None]:
         return _Replicate.apply(grad, ctx.group), None

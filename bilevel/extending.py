@@ -7,9 +7,10 @@ The protocols and base classes themselves are public names of `bilevel`: `Operat
 from __future__ import annotations
 
 from .hypergrad.base import Point, Pulled
-from .inner.descent import descend, line_search
+from .inner.descent import LineSearch, descend
 from .inner.minimize import Progress, choose
 from .inner.roots import RootProgress
+from .linalg.jacobian import GraphJacobian
 from .linalg.operator import Damped, Dense, Transposed
 from .linalg.solve import (
     IterativeSolver,
@@ -21,16 +22,20 @@ from .linalg.solve import (
     normalise,
     report,
 )
-from .problem import Evaluation, Linearization, Problem, RootProblem
-from .tree import Raveler, axpy, dot, leaves, norm, scale
+from .problem import Evaluation, Linearization, Objective, Problem, RootProblem
+from .solution import Throw
+from .tree import Raveler, Tree, axpy, dot, leaves, norm, scale
 
 __all__ = [
     "Damped",
     "Dense",
     "Evaluation",
+    "GraphJacobian",
     "IterativeSolver",
+    "LineSearch",
     "LinearState",
     "Linearization",
+    "Objective",
     "Outcome",
     "Point",
     "Precondition",
@@ -42,13 +47,14 @@ __all__ = [
     "RootProblem",
     "RootProgress",
     "Stopping",
+    "Throw",
     "Transposed",
+    "Tree",
     "axpy",
     "choose",
     "descend",
     "dot",
     "leaves",
-    "line_search",
     "norm",
     "normalise",
     "report",

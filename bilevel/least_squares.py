@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +20,6 @@ from .hypergrad.search import Search
 from .hypergrad.statement import ObjectiveStatement
 from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
-from .inner.outcome import inner_advice
 from .inner.trust_region import LevenbergMarquardt, Loss, Rho, Terms
 from .linalg.cg import CG
 from .linalg.direct import Cholesky
@@ -124,6 +122,7 @@ def least_squares(
         return problem
 
     method = solver or LevenbergMarquardt()
+    complete = None if throw == "ignore" else _look_at_curvature
     found: Solution[Params] = differentiable_solve(
         lambda closure: LeastSquaresStatement(closure, replace(closure, fn=flat), of_residuals),
         cost,
@@ -131,14 +130,7 @@ def least_squares(
         args,
         build=build,
         batch_dims_of=lambda _, __: dims,
-        search=Search(
-            method.minimize,
-            throw,
-            "The fit",
-            partial(inner_advice, solver=method),
-            fallback=LBFGS(),
-            complete=None if throw == "ignore" else _look_at_curvature,
-        ),
+        search=Search.by(method, throw, "The fit", fallback=LBFGS(), complete=complete),
         hypergrad=_adjoint(hypergrad, init, dims, curvature, flat, of_residuals),
         minimize=LBFGS().minimize,
         warm_start=warm_start,

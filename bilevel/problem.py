@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class Problem:
         self,
         objective: Objective,
         init: Tree,
-        args: tuple[Any, ...] = (),
+        args: tuple[Tree, ...] = (),
         *,
         differentiable: bool = False,
         max_batch_dims: int = 1,
@@ -220,7 +220,7 @@ class RootProblem:
         self,
         residual: Callable[..., Tree],
         init: Tree,
-        args: tuple[Any, ...] = (),
+        args: tuple[Tree, ...] = (),
         *,
         batch_dims: int = 0,
         tracer: Tracer | None = None,
@@ -279,6 +279,14 @@ class RootProblem:
 
     def _residual(self, point: Sequence[Tensor]) -> list[Tensor]:
         return leaves(self.under_rules(self.residual, self.raveler.unflatten(point)))
+
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar as DefaultTypeVar
+
+    Posed = DefaultTypeVar("Posed", bound=Problem | RootProblem, default=Any)
+else:
+    Posed = TypeVar("Posed")
 
 
 def linearize_residual(
@@ -401,7 +409,7 @@ def check_residual(found: Tree, init: Tree, what: str = "residual") -> None:
         )
 
 
-def _shapes(tree: Tree) -> Any:
+def _shapes(tree: Tree) -> Tree:
     return pytree.tree_map(lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__, tree)
 
 
@@ -422,7 +430,7 @@ def check_loss(loss: Tensor, init: Tree, max_batch_dims: int = 1) -> None:
             )
 
 
-def blame_nonfinite(what: str, init: Tree, args: tuple[Any, ...]) -> str:
+def blame_nonfinite(what: str, init: Tree, args: tuple[Tree, ...]) -> str:
     culprits = [name for name, tree in _named_inputs(init, args) if _has_nonfinite(tree)]
     if culprits:
         return f"{' and '.join(culprits)} contains NaN or infinite values: mend the data before the solve."
@@ -432,7 +440,7 @@ def blame_nonfinite(what: str, init: Tree, args: tuple[Any, ...]) -> str:
     )
 
 
-def _named_inputs(init: Tree, args: tuple[Any, ...]) -> Iterator[tuple[str, Tree]]:
+def _named_inputs(init: Tree, args: tuple[Tree, ...]) -> Iterator[tuple[str, Tree]]:
     yield "init", init
     for index, arg in enumerate(args):
         yield f"args[{index}]", arg

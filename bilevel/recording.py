@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -171,7 +171,7 @@ _TENSOR = object()
 class _Program:
     """One recording, with inputs of its own."""
 
-    def __init__(self, fn: Callable[..., Tree], flat: Sequence[Any], spec: pytree.TreeSpec):
+    def __init__(self, fn: Callable[..., Tree], flat: Sequence[object], spec: pytree.TreeSpec):
         kept = [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in flat if isinstance(leaf, Tensor)]
 
         def program(*tensors: Tensor) -> list[Tensor]:
@@ -223,7 +223,7 @@ def _kernels() -> tuple[bool, bool, bool]:
     return matmul, convolution, torch.are_deterministic_algorithms_enabled()
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """The device is the current one: streams, and what ``fn`` makes without naming a device, belong to it."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 

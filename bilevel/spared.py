@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ._torch import is_functorch_wrapped_tensor, pytree
-from .tree import map_tensors
+from .tree import Tree, map_tensors
 
 METADATA = frozenset({"requires_grad_", "retain_grad_", "detach_", "share_memory_", "rename_"})
 _OPERATORS = (
@@ -78,13 +78,13 @@ class Copies:
             self.spared.written[id(tensor)] = tensor
             self._copy(tensor)
 
-    def swap(self, tree: Any) -> Any:
+    def swap(self, tree: Tree) -> Tree:
         """Operands, with the copies in place of their originals."""
         if not self.new:
             return tree
         return map_tensors(lambda tensor: self.new.get(id(tensor), tensor), tree)
 
-    def returned(self, out: Any) -> Any:
+    def returned(self, out: Tree) -> Tree:
         """What an operation returns to the program."""
         return self.old.get(id(out), out) if self.old and isinstance(out, Tensor) else out
 

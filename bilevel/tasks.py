@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ._torch import num_function_modes, pytree
+from ._torch import FunctionContext, num_function_modes, pytree
 from .closure import Autocast, in_transform, is_dual
 from .context import uncompiled
 from .problem import graph_nodes, other_variable
@@ -48,13 +48,13 @@ def map_tasks(fn: Callable[..., Tree], *data: Tree, chunk_size: int | None = Non
 
 @uncompiled
 def mean_over_tasks(
-    fn: Callable[..., tuple[Tensor, Any]],
+    fn: Callable[..., tuple[Tensor, Tree]],
     params: Tree,
     *data: Tree,
     chunk_size: int | None = None,
     num_threads: int = 1,
-    keep: Callable[[Any], Any] | None = None,
-) -> tuple[Tensor, list[Any]]:
+    keep: Callable[[Tree], Tree] | None = None,
+) -> tuple[Tensor, list[Tree]]:
     """The mean of the losses of T tasks, as a function of ``params``: the meta-objective of few-shot learning.
 
     The gradient is computed at once, chunk by chunk, and each chunk's graph is dropped: memory is that of
@@ -86,7 +86,7 @@ def mean_over_tasks(
     sums: list[Tensor] = [torch.zeros_like(leaf) for leaf in shared]
     of_chunks: list[list[Tensor]] = []
 
-    def chunk_gradient(*chunk: Tree) -> tuple[Tensor, list[Tensor], Any]:
+    def chunk_gradient(*chunk: Tree) -> tuple[Tensor, list[Tensor], Tree]:
         return _run(_gradient, fn, flat, spec, chunk, 1 / num_tasks, keep)
 
     for losses, grads, rest in _in_chunks(chunk_gradient, data, chunk_size, num_threads):
@@ -100,12 +100,12 @@ def mean_over_tasks(
 
 @uncompiled
 def losses_of_tasks(
-    fn: Callable[..., tuple[Tensor, Any]],
+    fn: Callable[..., tuple[Tensor, Tree]],
     params: Tree,
     *data: Tree,
     chunk_size: int | None = None,
     num_threads: int = 1,
-) -> tuple[Tensor, list[Any]]:
+) -> tuple[Tensor, list[Tree]]:
     """The losses of T tasks, as a function of ``params`` of their own: the outer losses at T solutions.
 
     As `mean_over_tasks`, but with T sets of parameters.
@@ -123,7 +123,7 @@ def losses_of_tasks(
     flat, spec = pytree.tree_flatten(params)
     total, all_grads, rests = [], [], []
 
-    def chunk_gradient(own: list[Tensor], *chunk: Tree) -> tuple[Tensor, list[Tensor], Any]:
+    def chunk_gradient(own: list[Tensor], *chunk: Tree) -> tuple[Tensor, list[Tensor], Tree]:
         return _run(_gradient, fn, own, spec, chunk, 1.0)
 
     for losses, grads, rest in _in_chunks(chunk_gradient, (flat, *data), chunk_size, num_threads):
@@ -156,13 +156,13 @@ def _free(leaf: Tensor) -> Tensor:
 
 
 def _gradient(
-    fn: Callable[..., tuple[Tensor, Any]],
+    fn: Callable[..., tuple[Tensor, Tree]],
     flat: list[Tensor],
     spec: pytree.TreeSpec,
     chunk: tuple[Tree, ...],
     by: float,
-    keep: Callable[[Any], Any] | None = None,
-) -> tuple[Tensor, list[Tensor], Any]:
+    keep: Callable[[Tree], Tree] | None = None,
+) -> tuple[Tensor, list[Tensor], Tree]:
     """Losses, the gradients of ``by`` times their sum, and what is kept of the rest.
 
     The gradients are those for the leaves of the params, then of the chunk, that require grad.
@@ -207,12 +207,12 @@ class _Known(torch.autograd.Function):
     """Values whose gradients are known already: a mean ``[]``, or losses ``[T]`` of what has T in front."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, grads: list[Tensor], *params: Tensor) -> Tensor:
+    def forward(ctx: FunctionContext, value: Tensor, grads: list[Tensor], *params: Tensor) -> Tensor:
         ctx.grads = grads
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, by_value: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, by_value: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "A graph of the gradient was asked for (create_graph=True), but the gradient was computed task by task "
@@ -225,7 +225,7 @@ class _Known(torch.autograd.Function):
 
 def _in_chunks(
     fn: Callable[..., Any], data: tuple[Tree, ...], chunk_size: int | None, num_threads: int
-) -> Iterator[Any]:
+) -> Iterator[Tree]:
     """``fn`` of each chunk, in order; no more than a few results wait for their turn."""
     for name, value in (("chunk_size", chunk_size), ("num_threads", num_threads)):
         if value is not None and value < 1:
@@ -243,7 +243,7 @@ def _in_chunks(
     autocasts = [Autocast.current(torch.device(kind)) for kind in sorted({device.type, "cpu"})]
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
 
-    def work(chunk: tuple[Tree, ...]) -> Any:
+    def work(chunk: tuple[Tree, ...]) -> Tree:
         # A new thread has the first device, its default stream, and no autocast.
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(grad))
@@ -253,7 +253,7 @@ def _in_chunks(
                 stack.enter_context(torch.cuda.stream(stream))
             return fn(*chunk)
 
-    before, waiting = torch.get_num_threads(), deque[Future[Any]]()
+    before, waiting = torch.get_num_threads(), deque[Future[Tree]]()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(1, num_threads // workers),))
     try:
         for chunk in chunks:

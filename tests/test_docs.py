@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,17 @@ def test_the_workflow_runs_all_that_is_supported():
     (oldest,) = re.findall(r'"torch>=([\d.]+)"', project)
     assert f"torch=={oldest}.*" in (ROOT / ".ci" / "oldest.txt").read_text()
     assert [step["run"] for step in workflow["jobs"]["run"]["steps"] if "run" in step] == [".ci/run"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the workflow's Python has tomllib")
+@pytest.mark.parametrize(("urls", "code"), [("", 1), ('[project.urls]\nSource = "https://example.org"\n', 0)])
+def test_nothing_is_published_without_an_address(urls, code, tmp_path):
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "publish.yml").read_text())
+    (step,) = (step for step in workflow["jobs"]["build"]["steps"] if step.get("name") == "The project has an address")
+    (tmp_path / "pyproject.toml").write_text(f'[project]\nname = "bilevel"\n{urls}')
+    command = step["run"].replace("python ", f"{sys.executable} ")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, "no [project.urls]" in done.stdout) == (code, bool(code)), done.stderr
 
 
 def test_reports_of_bugs_have_the_doctor_s_output():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -17,17 +20,30 @@ from bilevel import _torch
 ROOT = Path(bilevel.__file__).parent
 
 
+NAMED = ("_sequence_nr", "_current_level", "kineto_results", "_torchdynamo_disable")
+
+
 def private_names(path):
     """Private modules and attributes of `torch` that a file names."""
     tree = ast.parse(path.read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    of_torch = {alias.name for node in imports if node.module.split(".")[0] == "torch" for alias in node.names}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
             parts = [*node.module.split("."), *(alias.name for alias in node.names)]
             yield from (part for part in parts if part.startswith("_"))
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch."):
             yield from [node.attr] if node.attr.startswith("_") and not node.attr.startswith("__") else []
-        if isinstance(node, ast.Attribute) and node.attr in ("_sequence_nr", "_current_level", "kineto_results"):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in of_torch:
+            yield from [node.attr] if node.attr.startswith("_") and not node.attr.startswith("__") else []
+        if isinstance(node, ast.Attribute) and node.attr in NAMED:
             yield node.attr
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and re.fullmatch(r"torch(\.\w+)*\._\w+", node.value)
+        ):
+            yield node.value
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
@@ -166,3 +182,60 @@ def test_events_of_a_profile():
         torch.empty(1000)
     sizes = [event.nbytes() for event in _torch.profiled_events(profile) if event.name() == "[memory]"]
     assert max(sizes) >= 4000
+
+
+def test_a_shared_module_gets_its_own_tensors_back():
+    """Objectives that call a network with a module at two places: it would be left with the tensors of the call."""
+    shared = torch.nn.Linear(2, 2)
+    net = torch.nn.Sequential(shared, shared)
+    own, given = dict(net.named_parameters(remove_duplicate=False)), torch.zeros(2, 2)
+    with _torch.swapped_last_in_first_out():
+        torch.func.functional_call(net, {"0.weight": given, "1.weight": given}, (torch.ones(1, 2),), tie_weights=False)
+    assert shared.weight is own["0.weight"]
+
+
+def test_the_compiler_is_not_loaded_before_anything_is_compiled():
+    """`import bilevel` and a solve would take seconds more."""
+    program = "import bilevel, bilevel._torch as t; print(t.compiler_is_loaded()); import torch._dynamo; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program}print(t.compiler_is_loaded())"], capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
+def test_a_compiled_caller_breaks_its_graph():
+    """A solve inside of a compiled training step: the compiler would follow its data-dependent loops."""
+
+    def solve(x):
+        return x * 2 if bool(x.sum() > 0) else x
+
+    _torch.break_graph(solve)
+    one = torch.ones(2)
+    torch.testing.assert_close(torch.compile(lambda x: solve(x) + 1, backend="eager")(one), 3 * one)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(lambda x: solve(x) + 1, backend="eager", fullgraph=True)(one)
+
+
+def test_forward_mode_inside_of_a_jvp():
+    """Forward mode over forward mode of `bl.nn`: the second derivative would be zero without a word."""
+    seen = []
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return x * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_forward(*inputs)
+
+        @staticmethod
+        def jvp(ctx, tangent):
+            seen.append(torch._C._is_fwd_grad_enabled())
+            with _torch.forward_grad_enabled():
+                seen.append(torch._C._is_fwd_grad_enabled())
+            return 2 * ctx.saved_tensors[0] * tangent
+
+    with forward_ad.dual_level():
+        Square.apply(forward_ad.make_dual(torch.ones(2), torch.ones(2)))
+    assert seen == [False, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
@@ -210,10 +211,18 @@ for use, extra, package in (
     (lambda: bl.tuning.create_study("study"), "tuning", "optuna"),
     (lambda: bl.tuning.open_storage("study.db"), "tuning", "optuna"),
     (comparison.to_png, "applications", "matplotlib"),
+    (bl.ProgressBar, "progress", "tqdm"),
     (lambda: importlib.import_module("bilevel.testing"), "test", "pytest"),
 ):
     said = sentence(use)
     assert said.startswith(package + " is not installed") and 'pip install "bilevel[' + extra + ']"' in said, said
+try:
+    bl.extending.Dense(torch.eye(2)).to_curvlinops()
+except ImportError as error:
+    assert "pip install curvlinops-for-pytorch" in str(error)
+else:
+    raise AssertionError("curvlinops is visible")
+assert bl.tuning.from_json(bl.tuning.to_json(bl.LBFGS(gtol=1e-6))) == bl.LBFGS(gtol=1e-6)
 print("all is well")
 """
 
@@ -226,3 +235,44 @@ def test_its_doctor_names_what_is_missing(python, tmp_path):
     said = run(str(python), "-I", "-m", "bilevel.doctor", cwd=tmp_path)
     assert 'missing scikit-learn, threadpoolctl: pip install "bilevel[sklearn]"' in said
     assert "WRONG" not in said
+
+
+TYPED = """
+import torch
+from torch import Tensor
+
+import bilevel as bl
+
+
+def loss(y: Tensor, x: Tensor) -> Tensor:
+    return (y - x).square().sum()
+
+
+x = torch.ones(2, requires_grad=True)
+fit = bl.argmin(loss, torch.zeros(2), x, solver=bl.LBFGS(gtol=1e-6), hypergrad=bl.Implicit(bl.CG()), throw="raise")
+value: Tensor = fit.value
+tree = bl.argmin(lambda p: p["w"].square().sum(), {"w": torch.ones(2)}, hypergrad=None)
+weight: Tensor = tree.value["w"]
+equation = bl.root(lambda y: y**2 - 2, torch.ones(2), solver=bl.Newton())
+
+bl.argmin(loss, torch.zeros(2), x, solver=bl.CG())  # wrong
+bl.argmin(loss, torch.zeros(2), x, hypergrad="implicit")  # wrong
+bl.argmin(loss, torch.zeros(2), x, throw="never")  # wrong
+bl.argmin(loss, torch.zeros(2), x, tolerance=1e-6)  # wrong
+bl.root(loss, torch.zeros(2), x, solver=bl.LBFGS())  # wrong
+number: int = fit.value  # wrong
+"""
+
+
+@pytest.mark.parametrize("python", ["wheel"], indirect=True)
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_type_checkers_see_a_wrong_use_and_no_other(checker, python, tmp_path):
+    """In a folder outside of the checkout, by ``py.typed`` of what was installed."""
+    if shutil.which(checker) is None and checker == "pyright":
+        pytest.skip("pyright is not installed")
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", str(python)]
+    command = mypy if checker == "mypy" else ["pyright", "--pythonpath", str(python)]
+    (tmp_path / "program.py").write_text(TYPED)
+    said = subprocess.run([*command, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=600).stdout
+    lines = [number for number, line in enumerate(TYPED.splitlines(), 1) if line.endswith("# wrong")]
+    assert sorted({int(line) for line in re.findall(r"program\.py:(\d+):.*error", said)}) == lines, said

@@ -46,14 +46,9 @@ def tunable(knobs: Config) -> tune.Tunable:
 
         return tune.follow(cleaning, loss)
 
-    default = {
-        "inner": "LBFGS",
-        "inner.max_steps": 500,
-        "inner.gtol": 1e-3,
-        "hypergrad": "Implicit",
-        "hypergrad.damped": False,
-        "linear": "CG",
-        "linear.max_steps": 40,
-        "linear.rtol": 1e-2,
-    }
+    default = tune.chosen(
+        inner=("LBFGS", {"max_steps": 500, "gtol": 1e-3}),
+        hypergrad=("Implicit", {"damped": False}),
+        linear=("CG", {"max_steps": 40, "rtol": 1e-2}),
+    )
     return tune.Tunable("validation loss", "minimize", default, suggest, train, seconds=1.0, steps=20)

@@ -50,14 +50,10 @@ def tunable(config: Config) -> tune.Tunable:
 
         return tune.follow(training, loss)
 
-    default = {
-        "inner": "LBFGS",
-        "inner.max_steps": CUT_OFF["solver"].max_steps,
-        "inner.gtol": CUT_OFF["solver"].gtol,
-        "hypergrad": "Implicit",
-        "hypergrad.damped": False,
-        "linear": "CG",
-        "linear.max_steps": CUT_OFF["hypergrad"].linear_solver.max_steps,
-        "linear.rtol": CUT_OFF["hypergrad"].linear_solver.rtol,
-    }
+    solver, linear = CUT_OFF["solver"], CUT_OFF["hypergrad"].linear_solver
+    default = tune.chosen(
+        inner=("LBFGS", {"max_steps": solver.max_steps, "gtol": solver.gtol}),
+        hypergrad=("Implicit", {"damped": False}),
+        linear=("CG", {"max_steps": linear.max_steps, "rtol": linear.rtol}),
+    )
     return tune.Tunable("validation loss", "minimize", default, suggest, train, seconds=5.0, steps=20)

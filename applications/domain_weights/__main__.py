@@ -101,7 +101,7 @@ def with_half(scores: Tensor) -> Tensor:
 
 
 def losses(knobs: Config, corpus: Corpus, run: Run, name: str, scores: Tensor) -> Row:
-    """Of a transformer that is trained from its start on a mixture."""
+    """Losses of a transformer that is trained from its start on a mixture."""
     trained: MixtureTraining = training(knobs, corpus, knobs.steps, scores)
     run.train(f"mixture, {name}", trained)
     return {"validation loss": trained.loss_on(corpus.validation), "test loss": trained.loss_on(corpus.test)}

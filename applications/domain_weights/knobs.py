@@ -61,7 +61,7 @@ class Config(SolverKnobs):
     every: int = 5
     """Steps of the transformer for one of the weights."""
     precision: Literal["float32", "float64"] = "float32"
-    """Of everything."""
+    """Floating-point numbers of all that is computed."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
 

@@ -12,7 +12,7 @@ from applications.frame import memory
 from applications.frame.device import select_device
 
 STEPS = 3
-"""Of each training that is measured."""
+"""Steps of each training that is measured."""
 
 
 def peak_memory(knobs: Config, hypergrads: Mapping[str, Any]) -> dict[str, float]:

@@ -32,7 +32,7 @@ class Transformer(nn.Module):
 
 
 def logits_of(module: nn.Module, params: Params, windows: Tensor) -> Tensor:
-    """Of all but the first character of windows ``[..., c + 1]``, ``[..., c, characters]``."""
+    """Logits of all but the first character of windows ``[..., c + 1]``: ``[..., c, characters]``."""
     found: Tensor = bl.nn.functional_call(module, params, (windows[..., :-1].flatten(0, -2),))
     return found.unflatten(0, windows.shape[:-1])
 

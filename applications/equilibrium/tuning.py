@@ -48,14 +48,9 @@ def tunable(config: Config) -> tune.Tunable:
 
         return tune.follow(fitting, loss)
 
-    default = {
-        "inner": "Anderson",
-        "inner.max_steps": config.max_iterations,
-        "inner.tol": config.tol,
-        "inner.damping": 1.0,
-        "inner.history": config.history,
-        "linear": "Neumann",
-        "linear.max_steps": ADJOINT_STEPS,
-        "linear.rtol": config.adjoint_rtol,
-    }
+    own = {"max_steps": config.max_iterations, "tol": config.tol, "damping": 1.0, "history": config.history}
+    default = tune.chosen(
+        inner=("Anderson", own),
+        linear=("Neumann", {"max_steps": ADJOINT_STEPS, "rtol": config.adjoint_rtol}),
+    )
     return tune.Tunable("validation loss", "minimize", default, suggest, train, seconds=1.5, steps=100)

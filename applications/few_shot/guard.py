@@ -103,11 +103,13 @@ def rescale(gradients: list[Tensor], clipping: Clipping, num_tasks: int, kept: f
         The norm of the mean, and what clipping multiplied it by.
     """
     if 0 < kept < num_tasks:
-        torch._foreach_mul_(gradients, num_tasks / kept)
+        for gradient in gradients:
+            gradient.mul_(num_tasks / kept)
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients])).item()
     factor = clipping.factor(norm) if math.isfinite(norm) and kept > 0 else 1.0
     if factor < 1:
-        torch._foreach_mul_(gradients, factor)
+        for gradient in gradients:
+            gradient.mul_(factor)
     return norm, factor
 
 

@@ -190,7 +190,7 @@ class Learner:
         return sum(terms[1:], terms[0])
 
     def _squared_distance(self, params: Params, names: list[str]) -> Tensor:
-        """Of parameters of T tasks from the meta-parameters, ``[T]``; as one vector, which is few operations."""
+        """Distances of the parameters of T tasks from the meta-parameters, ``[T]``: as one vector, fast."""
         moved = _joined([self._flat(params[name], name) for name in names])
         return (moved - _joined([self.meta[name].reshape(-1) for name in names])).square().sum(-1)
 

@@ -12,7 +12,7 @@ from applications.few_shot.config import Config
 from applications.few_shot.train import Session, validation
 from applications.few_shot.trained import start_of
 from applications.frame.command import require
-from applications.frame.tune import UNENDING, Settings, Tunable
+from applications.frame.tune import UNENDING, Settings, Tunable, chosen
 
 LINEAR = ("CG", "MINRES", "Neumann", "Nystrom", "Identity")
 VALIDATION_TASKS = 60
@@ -48,15 +48,11 @@ def tunable(config: Config) -> Tunable:
 
         return ((row["step"], accuracy, session.solution) for row in session.rows())
 
-    default = {
-        "inner": "GradientDescent",
-        "inner.max_steps": config.inner_steps,
-        "inner.lr": config.inner_lr,
-        "inner.momentum": config.inner_momentum,
-        "hypergrad": "Implicit",
-        "hypergrad.damped": False,
-        "linear": "CG",
-        "linear.max_steps": max(1, config.cg_steps),
-        "strength": config.strength,
-    }
+    own = {"max_steps": config.inner_steps, "lr": config.inner_lr, "momentum": config.inner_momentum}
+    default = chosen(
+        inner=("GradientDescent", own),
+        hypergrad=("Implicit", {"damped": False}),
+        linear=("CG", {"max_steps": max(1, config.cg_steps)}),
+    )
+    default["strength"] = config.strength
     return Tunable("validation accuracy (%)", "maximize", default, suggest, train, seconds=8.0, steps=20)

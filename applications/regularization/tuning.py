@@ -55,17 +55,11 @@ def penalties(knobs: Config, examples: Examples) -> tune.Tunable:
         groups, x = regression.groups(count), search.hparams["log_penalties"]
         return tune.follow(search, lambda: float(regression.fitted(x[groups])["validation_loss"]))
 
-    default = {
-        "inner": "LBFGS",
-        "inner.max_steps": 1000,
-        "inner.gtol": 1e-6,
-        "hypergrad": "Implicit",
-        "hypergrad.damped": False,
-        "linear": "Jacobi-CG",
-        "linear.max_steps": 300,
-        "linear.rtol": 1e-2,
-        "linear.num_probes": 3,
-    }
+    default = tune.chosen(
+        inner=("LBFGS", {"max_steps": 1000, "gtol": 1e-6}),
+        hypergrad=("Implicit", {"damped": False}),
+        linear=("Jacobi-CG", {"max_steps": 300, "rtol": 1e-2, "num_probes": 3}),
+    )
     return tune.Tunable("validation loss", "minimize", default, suggest, train, seconds=3.0, steps=5)
 
 
@@ -96,17 +90,11 @@ def decays(knobs: Config, examples: Examples) -> tune.Tunable:
 
         return tune.follow(search, loss)
 
-    default = {
-        "inner": "GradientDescent",
-        "inner.max_steps": weights.INNER_STEPS,
-        "inner.lr": weights.LR,
-        "inner.momentum": 0.9,
-        "hypergrad": "Implicit",
-        "hypergrad.damped": False,
-        "linear": "Neumann",
-        "linear.max_steps": weights.NEUMANN_STEPS,
-        "linear.alpha": weights.LR,
-    }
+    default = tune.chosen(
+        inner=("GradientDescent", {"max_steps": weights.INNER_STEPS, "lr": weights.LR, "momentum": 0.9}),
+        hypergrad=("Implicit", {"damped": False}),
+        linear=("Neumann", {"max_steps": weights.NEUMANN_STEPS, "alpha": weights.LR}),
+    )
     return tune.Tunable("validation loss", "minimize", default, suggest, train, seconds=3.0, steps=8)
 
 
@@ -135,13 +123,9 @@ def strengths(knobs: Config, examples: Examples) -> tune.Tunable:
 
         return tune.follow(search, loss)
 
-    default = {
-        "inner": "LBFGS",
-        "inner.max_steps": 10,
-        "hypergrad": "Implicit",
-        "hypergrad.damped": True,
-        "hypergrad.damping": augmentation.DAMPING,
-        "linear": "CG",
-        "linear.max_steps": 10,
-    }
+    default = tune.chosen(
+        inner=("LBFGS", {"max_steps": 10}),
+        hypergrad=("Implicit", {"damped": True, "damping": augmentation.DAMPING}),
+        linear=("CG", {"max_steps": 10}),
+    )
     return tune.Tunable("validation loss", "minimize", default, suggest, train, seconds=1.5, steps=15)

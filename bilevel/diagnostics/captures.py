@@ -36,16 +36,16 @@ class Opened:
         captured: the leaves of the hyperparameters that the user's function holds.
     """
 
-    fn: Callable[[Tree], Any]
+    fn: Callable[[Tree], Tree]
     captured: Sequence[Tensor]
 
-    def __call__(self, params: Tree, hparams: Tree) -> Any:
+    def __call__(self, params: Tree, hparams: Tree) -> Tree:
         with Substitute(self.captured, leaves(hparams)):
             return self.fn(params)
 
 
 @differentiates
-def captured_hparams(functions: Sequence[Callable[[Tree], Any]], init: Tree, hparams: Tree, *, complete: bool) -> Tree:
+def captured_hparams(functions: Sequence[Callable[[Tree], Tree]], init: Tree, hparams: Tree, *, complete: bool) -> Tree:
     """The hyperparameters of functions of the params alone; ``hparams`` where they are given.
 
     Args:

@@ -215,7 +215,7 @@ class _Counted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.problem, name)
 
-    def inner(self, params: Tree, hparams: Tree) -> Any:
+    def inner(self, params: Tree, hparams: Tree) -> Tree:
         self.calls += 1
         return self.problem.inner(params, hparams)
 

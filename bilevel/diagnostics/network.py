@@ -65,7 +65,7 @@ def find_network(problem: Bilevel, hparams: Tree) -> Network | None:
     """The outermost module that the inner loss calls with params; None: it calls none."""
     modules: list[nn.Module] = []
 
-    def note(module: nn.Module, args: Any, found: Any) -> None:
+    def note(module: nn.Module, args: tuple[Tree, ...], found: Tree) -> None:
         own = any(id(tensor) in given or not isinstance(tensor, nn.Parameter) for tensor in module.parameters())
         if own and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(found)):
             modules.append(module)  # the outermost one returns last

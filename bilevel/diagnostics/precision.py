@@ -33,7 +33,7 @@ class DoubleProblem:
         self.symmetric = getattr(problem, "symmetric", False)
         self.init, self.hparams = (tree_map(as_double, tree) for tree in (problem.init, problem.hparams))
 
-    def inner(self, params: Tree, hparams: Tree) -> Any:
+    def inner(self, params: Tree, hparams: Tree) -> Tree:
         """The loss, residual or map, from float64 operands."""
         return self._evaluated(self.problem.inner, params, hparams)
 
@@ -42,16 +42,16 @@ class DoubleProblem:
         loss: Tensor = self._evaluated(self.problem.outer, params, hparams)
         return loss
 
-    def residual(self, params: Tree, hparams: Tree) -> Any:
+    def residual(self, params: Tree, hparams: Tree) -> Tree:
         """What vanishes at the solution, of a problem that solves itself."""
         return self._evaluated(self.problem.residual, params, hparams)  # type: ignore[attr-defined]
 
-    def _evaluated(self, fn: Callable[[Tree, Tree], Any], params: Tree, hparams: Tree) -> Any:
+    def _evaluated(self, fn: Callable[[Tree, Tree], Tree], params: Tree, hparams: Tree) -> Tree:
         with DoubleOperands():
             return tree_map(as_double, fn(params, hparams))
 
 
-def as_double(value: Any) -> Any:
+def as_double(value: Tree) -> Tree:
     """A real floating-point tensor in float64; anything else as it is."""
     if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
         return value.double()

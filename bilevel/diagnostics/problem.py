@@ -48,7 +48,7 @@ class Bilevel(Protocol):
     @property
     def kind(self) -> str: ...
 
-    def inner(self, params: Tree, hparams: Tree) -> Any:
+    def inner(self, params: Tree, hparams: Tree) -> Tree:
         """The loss, residual or map."""
         ...
 

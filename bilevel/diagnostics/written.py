@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from ..linalg.gauss_newton import OfModule
 
 
-def written(setting: Any) -> str:
+def written(setting: object) -> str:
     """``bl.Implicit(bl.CG(rtol=0.001))``: what makes an equal object; defaults are left out.
 
     The module of `GaussNewton.of` is called ``model``, and its loss by its own name.

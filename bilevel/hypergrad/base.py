@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from .._torch import pytree
 from ..inner.minimize import InnerSolver
 from ..inner.outcome import inner_advice
+from ..linalg.solve import LinearState
 from ..problem import Linearization, Objective, Problem
 from ..solution import Solution, Throw, settle
 from ..tree import Raveler, Tree, leaves
@@ -38,7 +39,7 @@ class Point:
     throw: Throw
     minimize: Callable[[Problem], Solution[Tensor]] | None = None
     found: Solution[Tensor] | None = None
-    state: Any = None
+    state: LinearState | None = None
     seen: Seen | None = None
     _at: Linearization | None = field(default=None, repr=False)
 
@@ -128,7 +129,7 @@ class PathMethod(Protocol):
     """A method that differentiates the path to the solution, and so runs the solver itself."""
 
     def run(
-        self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw
+        self, objective: Objective, init: Tree, args: tuple[Tree, ...], solver: InnerSolver, throw: Throw
     ) -> Solution:
         """The solution, its value a tree like ``init`` with the graph of the derivative."""
         ...

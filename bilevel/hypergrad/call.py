@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._torch import pytree
 from ..linalg.curvature import fused_norm, has_layer_norm
+from ..linalg.solve import LinearState
 from ..notices import Place
 from ..problem import Linearization, Problem, RootProblem, graph_nodes, refuse_hidden
 from ..recording import recording
@@ -71,9 +72,9 @@ class Call:
     batch_dims: int
     hypergrad: Hypergrad
     search: Search
-    problem: Any = None
-    minimize: Callable[[Any], Solution[Tensor]] | None = None
-    linear_state: Any = None
+    problem: Problem | RootProblem | None = None
+    minimize: Callable[[Problem], Solution[Tensor]] | None = None
+    linear_state: LinearState | None = None
     place: Place | None = None
     findings: Findings = field(default_factory=Findings)
 

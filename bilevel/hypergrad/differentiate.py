@@ -12,6 +12,7 @@ from torch import Tensor
 from .._torch import pytree
 from ..closure import Autocast, Closure, Tracer, in_transform
 from ..notices import place_of_user
+from ..problem import Posed, Problem
 from ..reach import Reach
 from ..recording import free_looks
 from ..solution import Solution
@@ -28,13 +29,13 @@ def differentiable_solve(
     kind: Callable[[Closure], Statement],
     fn: Callable[..., Any],
     init: Tree,
-    args: tuple[Any, ...],
+    args: tuple[Tree, ...],
     *,
-    build: Callable[[Tracer], Any],
-    batch_dims_of: Callable[[Any, Tree], int],
-    search: Search,
+    build: Callable[[Tracer], Posed],
+    batch_dims_of: Callable[[Tree, Tree], int],
+    search: Search[Posed],
     hypergrad: Hypergrad | None,
-    minimize: Callable[[Any], Solution[Tensor]] | None = None,
+    minimize: Callable[[Problem], Solution[Tensor]] | None = None,
     warm_start: Solution | None = None,
 ) -> Solution:
     """Solve a problem, and make its solution a function of every tensor that ``fn`` reached.
@@ -61,7 +62,7 @@ def differentiable_solve(
             batch_dims = batch_dims_of(fn(pytree.tree_unflatten(start, spec), *args), init)
     closure = Closure(fn, spec, args, tracer.captured, Autocast.current(flat[0].device), tracer.spared)
     method = hypergrad or Implicit()
-    state = warm_start and _state(warm_start)
+    state = None if warm_start is None or warm_start.adjoint is None else warm_start.adjoint.state
     place = None if free_looks(flat[0]) else place_of_user()
     call = Call(kind(closure), spec, batch_dims, method, search, problem, minimize, state, place)
     start = flat if method.reaches_init else [leaf.detach() for leaf in flat]
@@ -78,7 +79,3 @@ def differentiable_solve(
         adjoint_cell=call.findings.adjoint_cell,
         reach=None if hypergrad is None else Reach.of(fn, init, args, tracer.captured, method.reaches_init),
     )
-
-
-def _state(warm_start: Solution) -> Any:
-    return warm_start.adjoint.state if warm_start.adjoint is not None else None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import FunctionContext
 from ..inner.minimize import InnerSolver
 from ..inner.steps import State
 from ..problem import Objective
@@ -37,7 +38,7 @@ class ForwardMode:
             raise ValueError(f"max_hparams is {self.max_hparams}: at least one is needed.")
 
     def run(
-        self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw
+        self, objective: Objective, init: Tree, args: tuple[Tree, ...], solver: InnerSolver, throw: Throw
     ) -> Solution:
         """See `PathMethod`."""
         path = Path(objective, init, args, fixed_steps(solver, "ForwardMode"), "ForwardMode", to_init=False)
@@ -99,13 +100,15 @@ class _Linear(torch.autograd.Function):
     """The last point, with the derivative that was carried along."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, tangents: Tensor, directions: Tensor, method: str, *operands: Tensor) -> Tensor:
+    def forward(
+        ctx: FunctionContext, y: Tensor, tangents: Tensor, directions: Tensor, method: str, *operands: Tensor
+    ) -> Tensor:
         ctx.tangents, ctx.directions, ctx.method = tangents, directions, method
         ctx.like = [tensor.new_empty(()).expand(tensor.shape) for tensor in operands]
         return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 f"A second derivative was asked for through hypergrad={ctx.method}, which gives first ones only. Use "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class ForwardGradient:
             raise ValueError(f"generator is on {self.generator.device}: a generator of the CPU is needed.")
 
     def run(
-        self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw
+        self, objective: Objective, init: Tree, args: tuple[Tree, ...], solver: InnerSolver, throw: Throw
     ) -> Solution:
         """See `PathMethod`."""
         steps = fixed_steps(solver, "ForwardGradient")

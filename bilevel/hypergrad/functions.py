@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import TransformType, get_interpreter_stack, is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from .._torch import (
+    FunctionContext,
+    TransformType,
+    get_interpreter_stack,
+    is_functorch_wrapped_tensor,
+    is_legacy_batchedtensor,
+)
 from ..closure import in_transform
 from ..context import uncompiled
 from ..solution import Solution
@@ -58,7 +64,7 @@ class _Solution(torch.autograd.Function):
         return (*value, *[found.stats[name].clone() for name in findings.names])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         call, *tensors = inputs
         ctx.call = call
         _, hparams = call.split(tensors)
@@ -69,7 +75,7 @@ class _Solution(torch.autograd.Function):
 
     @staticmethod
     @uncompiled
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         params, hparams = call.split(ctx.saved_tensors)
         cotangents = _filled(grads[: call.num_leaves], params)
@@ -84,7 +90,7 @@ class _Solution(torch.autograd.Function):
         return (None, *(pulled.start or none), *pulled.hparams)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    def jvp(ctx: FunctionContext, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         implicit = _implicit(call, "a forward-mode derivative")
         assert implicit
@@ -120,7 +126,7 @@ class _Adjoint(torch.autograd.Function):
         return tuple(leaf.clone() for leaf in raveler.unravel(solved.value))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call, ctx.transpose, *tensors = inputs
         _, params, hparams = ctx.call.split(tensors, 2)
         kept = (*output, *params, *hparams)
@@ -129,7 +135,7 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     @uncompiled
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         _refuse_layer_norm(call)
         u, params, hparams = call.split(ctx.saved_tensors, 2)
@@ -152,7 +158,7 @@ class _Adjoint(torch.autograd.Function):
         return (None, None, *w, *[-grad for grad in by_params], *by_hparams)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+    def jvp(ctx: FunctionContext, _: None, __: None, *tangents: Tensor | None) -> tuple[Tensor, ...]:
         call: Call = ctx.call
         _refuse_layer_norm(call)
         _refuse_nested_forward_mode()
@@ -193,12 +199,12 @@ class _Pull(torch.autograd.Function):
         return (*(pulled.start or [torch.zeros_like(leaf) for leaf in params]), *grads)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.call = inputs[0]
 
     @staticmethod
     @uncompiled
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _implicit(ctx.call, "a second derivative")
         raise AssertionError("unreachable")
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from .._torch import TorchDispatchMode, after_backward, pytree
+from .._torch import FunctionContext, TorchDispatchMode, after_backward, pytree
 from ..closure import Autocast, Closure, Tracer, in_transform, substituting
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import InnerSolver, Progress
@@ -85,7 +85,7 @@ class Path:
     """
 
     def __init__(
-        self, objective: Objective, init: Tree, args: tuple[Any, ...], steps: Steps, method: str, *, to_init: bool
+        self, objective: Objective, init: Tree, args: tuple[Tree, ...], steps: Steps, method: str, *, to_init: bool
     ):
         tracer = Tracer()
         tracer.note(steps.rule.tensors)
@@ -133,7 +133,7 @@ class _Draws(TorchDispatchMode):
 
 
 def eager_problem(
-    objective: Objective, init: Tree, args: tuple[Any, ...], settings: Sequence[Tensor]
+    objective: Objective, init: Tree, args: tuple[Tree, ...], settings: Sequence[Tensor]
 ) -> tuple[Problem, bool]:
     """A problem whose steps leave a graph, where gradients are on, and whether its objective has a layer norm.
 
@@ -223,12 +223,12 @@ class _Guarded(torch.autograd.Function):
     """The value itself; in the backward pass that begins here, gradients of hyperparameters have to be finite."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, hparams: list[Tensor], found: Solution) -> Tensor:
+    def forward(ctx: FunctionContext, value: Tensor, hparams: list[Tensor], found: Solution) -> Tensor:
         ctx.hparams, ctx.found = hparams, found
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionContext, *grads: Tensor) -> tuple[Tensor, None, None]:
         hooks: list[Any] = []
 
         def remove() -> None:
@@ -249,11 +249,11 @@ class _FirstOrderOnly(torch.autograd.Function):
     """The value itself; refuses the second derivatives that PyTorch gets wrong."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor) -> Tensor:
+    def forward(ctx: FunctionContext, value: Tensor) -> Tensor:
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+    def backward(ctx: FunctionContext, *grads: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "A second derivative (create_graph=True) was asked for through the unrolled steps of an objective with "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._torch import FunctionContext
 from ..inner.steps import State
 from ..recording import recording
 from ..tree import norm
@@ -160,7 +160,7 @@ class Replayed(torch.autograd.Function):
     """The last point and state of a walk, from its first point and state and from the hyperparameters."""
 
     @staticmethod
-    def forward(ctx: Any, replay: Replay, g: Tensor | None, y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionContext, replay: Replay, g: Tensor | None, y: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         first = replay.spot(y, dict(zip(replay.names, rest, strict=False)))
         kept = replay.run(first, 0, replay.num_steps, replay.needed(0, replay.num_steps, 0), g)
         last = kept.pop(replay.num_steps)
@@ -171,7 +171,7 @@ class Replayed(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         replay, saved, width = ctx.replay, iter(ctx.saved_tensors), 1 + len(ctx.replay.names)
         spots = {}
         for index, random in ctx.randoms.items():

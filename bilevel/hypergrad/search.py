@@ -7,13 +7,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Generic
 
 from torch import Tensor
 
 from ..inner.minimize import InnerSolver
-from ..inner.outcome import suspicious
+from ..inner.outcome import inner_advice, suspicious
 from ..notices import Place, tell
+from ..problem import Posed, Problem
 from ..recording import free_looks, recording
 from ..solution import Result, Solution, SolveWarning, Throw, settle
 
@@ -60,7 +61,7 @@ class Later:
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(Generic[Posed]):
     """How a problem is solved, and how a failure is told.
 
     Attributes:
@@ -74,18 +75,23 @@ class Search:
         own_stats: names of stats that the solver knows better than they can be measured.
     """
 
-    method: Callable[[Any], Found]
+    method: Callable[[Posed], Found]
     throw: Throw
     what: str
-    advice: str | Callable[[Any, Found], str]
+    advice: str | Callable[[Posed, Found], str]
     fallback: InnerSolver | None = None
-    look: Callable[[Any, Found], Found] | None = None
-    complete: Callable[[Any, Found], Found] | None = None
+    look: Callable[[Posed, Found], Found] | None = None
+    complete: Callable[[Posed, Found], Found] | None = None
     own_stats: tuple[str, ...] = ()
+
+    @classmethod
+    def by(cls, solver: InnerSolver, throw: Throw, what: str, **closer: Any) -> Search[Problem]:
+        """That of a solver whose failures `inner_advice` explains; ``closer``: the other attributes."""
+        return Search(solver.minimize, throw, what, partial(inner_advice, solver=solver), **closer)
 
     def __call__(
         self,
-        problem: Any,
+        problem: Posed,
         measure: Callable[[Found], Found],
         postpone: Callable[[Later], None] | None = None,
         place: Place | None = None,
@@ -111,12 +117,13 @@ class Search:
         if seen >= FAILED:
             problem.refuse_nonfinite()
         if seen >= FAILED and self.throw == "fallback" and self.fallback is not None:
+            assert isinstance(problem, Problem)
             found = measure(self.fallback.minimize(problem))
             found = replace(found, recovered=(type(self.fallback).__name__,))
             seen = int(_flags(found))
         return self._heard(problem, found, seen)
 
-    def _heard(self, problem: Any, found: Found, seen: int, place: Place | None = None) -> Found:
+    def _heard(self, problem: Posed, found: Found, seen: int, place: Place | None = None) -> Found:
         """Look closer where that is due, and let a failure be heard."""
         if place is not None and seen >= FAILED:
             problem.refuse_nonfinite()
@@ -129,7 +136,7 @@ class Search:
             settle(found, self.throw, self.what, advice, start=start, place=place)
         return found
 
-    def _completed(self, problem: Any, found: Found) -> Found:
+    def _completed(self, problem: Posed, found: Found) -> Found:
         return found if self.complete is None else self.complete(problem, found)
 
 

@@ -7,11 +7,11 @@ differences, penalties, steps run again from a checkpoint) is right only where i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..problem import Problem, RootProblem
 from ..recording import recording
 from ..tree import norm
 
@@ -47,12 +47,14 @@ class Seen:
     residual_scale: Tensor
 
     @classmethod
-    def of(cls, problem: Any, loss: Tensor | None, residual: Tensor) -> Seen:
+    def of(cls, problem: Problem | RootProblem, loss: Tensor | None, residual: Tensor) -> Seen:
         """What a `Problem` or `RootProblem` gave at its solution."""
+        scale = norm(problem.first_residual)
         if loss is None:
-            return cls(None, residual, norm(residual), norm(problem.r))
+            return cls(None, residual, norm(residual), scale)
+        assert isinstance(problem, Problem)
         loss = loss.detach().double()
-        return cls(loss, residual, torch.maximum(loss.abs(), problem.start.f.abs()), norm(problem.start.g))
+        return cls(loss, residual, torch.maximum(loss.abs(), problem.start.f.abs()), scale)
 
     def check(self, loss: Tensor | None, residual: Tensor) -> None:
         """Hold an evaluation of both against what was seen.

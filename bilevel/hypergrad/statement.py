@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Statement(ABC):
         """The residual, as `torch.func` differentiates it."""
 
     @abstractmethod
-    def problem(self, start: list[Tensor], hparams: Sequence[Tensor], batch_dims: int) -> Any:
+    def problem(self, start: list[Tensor], hparams: Sequence[Tensor], batch_dims: int) -> Problem | RootProblem:
         """What solvers see at these hyperparameters."""
 
     @abstractmethod

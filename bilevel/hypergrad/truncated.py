@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -35,7 +34,7 @@ class Truncated:
             raise ValueError(f"last is {self.last}: at least one step must be differentiated.")
 
     def run(
-        self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw
+        self, objective: Objective, init: Tree, args: tuple[Tree, ...], solver: InnerSolver, throw: Throw
     ) -> Solution:
         """See `PathMethod`."""
         steps = fixed_steps(solver, "Truncated")

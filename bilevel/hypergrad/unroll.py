@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -55,7 +55,7 @@ class Unroll:
             raise ValueError(f"mode is {self.mode!r}: it is 'plain' or 'mixed'.")
 
     def run(
-        self, objective: Objective, init: Tree, args: tuple[Any, ...], solver: InnerSolver, throw: Throw
+        self, objective: Objective, init: Tree, args: tuple[Tree, ...], solver: InnerSolver, throw: Throw
     ) -> Solution:
         """See `PathMethod`."""
         if (self.checkpoint or self.mode == "mixed") and torch.is_grad_enabled():

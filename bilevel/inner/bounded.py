@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +11,12 @@ from ..problem import Evaluation, Problem
 from ..prox.parts import within
 from ..recording import recording
 from ..solution import Result, Solution
-from ..tree import axpy, dot, norm, scale
+from ..tree import Tree, axpy, dot, norm, scale
 from .descent import MAX_TRIALS, SUFFICIENT_DECREASE, grows
 from .minimize import Progress, choose
 from .nearness import Nearness
 from .outcome import look_closer
-from .pairs import Pair, first_step, two_loops
+from .pairs import first_step, pair_of, two_loops, unit_of
 from .watch import Watch
 
 
@@ -45,7 +44,7 @@ class Bounds:
         return Evaluation(at.y, at.f, self.slope(at))
 
 
-def box_of(problem: Problem, bounds: tuple[Any, Any]) -> Bounds:
+def box_of(problem: Problem, bounds: tuple[Tree, Tree]) -> Bounds:
     """The bounds as the solver of a problem sees them; those of the hyperparameters, where these are derived by."""
     like = problem.start.y.detach()
     shrink = problem.shrink or within(bounds, problem.tree).prox
@@ -54,7 +53,7 @@ def box_of(problem: Problem, bounds: tuple[Any, Any]) -> Bounds:
         return Bounds(*(shrink(torch.full_like(like, side), one) for side in (-torch.inf, torch.inf)))
 
 
-def check_bounds(bounds: Any) -> None:
+def check_bounds(bounds: object) -> None:
     """Refuse what is no pair of bounds."""
     if bounds is not None and not (isinstance(bounds, tuple) and len(bounds) == 2):
         raise ValueError(f"bounds is {bounds!r}: a pair (lower, upper) is needed, where None is no bound.")
@@ -108,8 +107,7 @@ class BoundedMemory:
 
     def __init__(self, problem: Problem, at: Evaluation, box: Bounds, history: int):
         self.box, self.history = box, history
-        size = norm(at.g)
-        self.unit = torch.where((size > 0) & torch.isfinite(size), 1 / size, torch.ones_like(size))
+        self.unit = unit_of(at.g)
         self.changes: list[tuple[Tensor, Tensor]] = []
         self.previous: Evaluation | None = None
         self.first = first_step(problem, at)
@@ -129,20 +127,13 @@ class BoundedMemory:
         # Params as near to their bound as a step along the gradient goes are held by it, with a metric of their own.
         self.gap = torch.minimum(self.gap, norm(self.box.clip(at.y - scale(self.gamma, g)) - at.y))
         held = self.box.held(at, self.gap)
-        pairs = [_among(~held, *change) for change in self.changes]
-        useful = pairs[-1][2] > 0
-        newest = dot(pairs[-1][1], pairs[-1][1])
-        self.gamma = torch.where(useful, 1 / (pairs[-1][2] * newest), self.gamma)
-        free = two_loops(pairs, self.gamma, torch.where(held, torch.zeros_like(g), g))
+        zero = torch.zeros_like(g)
+        among = [pair_of(*(torch.where(held, zero, part) for part in change)) for change in self.changes]
+        _, size, useful = among[-1]
+        self.gamma = torch.where(useful, size, self.gamma)
+        free = two_loops([pair for pair, _, _ in among], self.gamma, torch.where(held, zero, g))
         towards = -torch.where(held, scale(self.gamma, g), free)
         return towards, torch.ones_like(at.f), useful | held.all(-1)
-
-
-def _among(free: Tensor, s: Tensor, y: Tensor) -> Pair:
-    s, y = (torch.where(free, part, torch.zeros_like(part)) for part in (s, y))
-    curvature = dot(s, y)
-    useful = curvature > torch.finfo(s.dtype).eps * norm(s) * norm(y)
-    return s, y, torch.where(useful, 1 / curvature, torch.zeros_like(curvature))
 
 
 def _search(

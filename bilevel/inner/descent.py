@@ -38,12 +38,14 @@ class LineSearch:
     (the approximate Wolfe condition of Hager and Zhang 2005), so that small gradient norms can be reached.
 
     Args:
-        step: the sizes to try first.
+        at: where the search starts: points ``[*batch, n]`` with their losses and gradients.
+        direction: ``[*batch, n]``, downhill. step: ``[*batch]``, the sizes to try first.
+        active: ``[*batch]``, the problems that take part.
         near: problems that are near their minimum, where a step that fails does so by rounding: few trials tell.
 
     Attributes:
         best, taken: the accepted points (the old ones where none was found yet), and the step sizes there.
-        pending: the problems that are still searching.
+        moved: where a step was found. pending: the problems that are still searching.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class LineSearch:
             if self.trials >= MAX_TRIALS:
                 self.pending = torch.zeros_like(self.pending)
 
-    def finish(self) -> None:
-        """All trials that it takes; looks after each."""
+    def run(self) -> LineSearch:
+        """All trials that it takes, with a look after each whether it has ended; the search itself is returned."""
         while self.trials < MAX_TRIALS and bool(self.pending.any()):
             self.advance(1, free=True)
+        return self
 
     @property
     def moved(self) -> Tensor:
@@ -107,24 +110,6 @@ class LineSearch:
         partial = pending & enough & (trial.f < self.best.f)
         self.best, self.taken = choose(partial, trial, self.best), torch.where(partial, step, self.taken)
         self.step = torch.where(torch.isinf(self.high), 2 * self.low, (self.low + self.high) / 2)
-
-
-def line_search(
-    problem: Problem,
-    at: Evaluation,
-    direction: Tensor,
-    step: Tensor,
-    active: Tensor,
-    near: Tensor | None = None,
-) -> tuple[Evaluation, Tensor, Tensor]:
-    """A whole `LineSearch`, which looks after each trial whether it has ended.
-
-    Returns:
-        The accepted points (the old ones where none was found), the step sizes, and the mask of success.
-    """
-    search = LineSearch(problem, at, direction, step, active, near)
-    search.finish()
-    return search.best, search.taken, search.moved
 
 
 class Direction(Protocol):
@@ -187,8 +172,7 @@ class _Walk:
         """
         search = LineSearch(problem, self.at, self.towards, self.first, self.progress.active, self.near)
         if free:
-            search.finish()
-            new = self.after(search)
+            new = self.after(search.run())
             return new, new.goes_on()
         search.advance(1)
         while True:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..linalg.solve import stop_now
 from ..problem import RootProblem
 from ..solution import Result, Solution
 from ..tree import norm
@@ -95,7 +94,7 @@ class Anderson:
         for step in range(self.max_steps + 1):
             if told is not None and told(step, y, r, None, progress.active):
                 progress.stop()
-            if step == self.max_steps or stop_now(progress.active, step):
+            if step == self.max_steps or progress.done(step):
                 break
             move = -self.damping * r
             if changes:

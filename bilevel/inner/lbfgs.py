@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -42,7 +41,7 @@ class LBFGS:
     max_steps: int = 500
     gtol: float | None = None
     history: int = 10
-    bounds: tuple[Any, Any] | None = None
+    bounds: tuple[Tree, Tree] | None = None
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:

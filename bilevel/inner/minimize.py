@@ -64,9 +64,15 @@ class Ends:
         self.codes = marked(self.codes, where, result)
 
     def count(self) -> None:
+        """The active problems have made one more step."""
         self.steps = self.steps + self.active
 
+    def done(self, step: int) -> bool:
+        """Whether all have ended, before this step: where a look is not free, now and then."""
+        return stop_now(self.active, step)
+
     def solution(self, y: Tensor, **stats: Tensor) -> Solution[Tensor]:
+        """What a solver gives back where it ends at ``y [*batch, n]``, with ``stats`` of its own ``[*batch]``."""
         return Solution(y, {"num_steps": self.steps, "result": self.codes, **stats})
 
 
@@ -91,8 +97,8 @@ class Progress(Ends):
         self.end(~(torch.isfinite(size) & torch.isfinite(at.f)), Result.NONFINITE)
 
     def done(self, step: int) -> bool:
-        """Whether all have ended; without a tolerance it does not ask."""
-        return self.gtol is not None and stop_now(self.active, step)
+        """The same; without a tolerance it does not ask."""
+        return self.gtol is not None and super().done(step)
 
 
 def choose(where: Tensor, new: Evaluation, old: Evaluation) -> Evaluation:

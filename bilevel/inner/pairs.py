@@ -54,20 +54,19 @@ class Memory:
 
     def __init__(self, history: int, problem: Problem, probe: bool = True):
         self.history, self.problem, self.probe = history, problem, probe
-        size = norm(problem.start.g)
-        self.unit = torch.where((size > 0) & torch.isfinite(size), 1 / size, torch.ones_like(size))
+        self.unit = unit_of(problem.start.g)
+        self.gamma = torch.ones_like(self.unit)
         self.pairs: list[Pair] = []
         self.previous: Evaluation | None = None
-        self.gamma: Tensor | None = None
 
     def __call__(self, at: Evaluation, last: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
         """The direction, its first step size, and where the newest curvature is positive; see `Direction`."""
         if self.previous is None:
             self.previous = at
             return first_step(self.problem) if self.probe else self._cautious(at)
-        useful = self._remember(at.y - self.previous.y, scale(self.unit, at.g - self.previous.g))
-        self.previous = at
-        assert self.gamma is not None
+        pair, size, useful = pair_of(at.y - self.previous.y, scale(self.unit, at.g - self.previous.g))
+        self.pairs, self.previous = [*self.pairs, pair][-self.history :], at
+        self.gamma = torch.where(useful, size, self.gamma)
         towards = two_loops(self.pairs, self.gamma, scale(self.unit, at.g))
         return -towards, torch.ones_like(at.f), useful
 
@@ -78,17 +77,27 @@ class Memory:
         downhill = scale(torch.where(slope > 0, -1 / slope, torch.zeros_like(slope)), at.g)
         return downhill, slope.clamp_max(1.0), torch.zeros_like(slope, dtype=torch.bool)
 
-    def _remember(self, s: Tensor, y: Tensor) -> Tensor:
-        curvature, yy = dot(s, y), dot(y, y)
-        useful = curvature > torch.finfo(s.dtype).eps * norm(s) * yy.sqrt()
-        rho = torch.where(useful, 1 / curvature, torch.zeros_like(curvature))
-        self.gamma = torch.where(useful, curvature / yy, torch.ones_like(yy) if self.gamma is None else self.gamma)
-        self.pairs = [*self.pairs, (s, y, rho)][-self.history :]
-        return useful
-
 
 Pair = tuple[Tensor, Tensor, Tensor]
 """A step, the change of the gradient over it, and one over their product (0: the pair counts as none)."""
+
+
+def unit_of(g: Tensor) -> Tensor:
+    """One over the norms of these gradients, ``[*batch]``: 1 where there is none."""
+    size = norm(g)
+    return torch.where((size > 0) & torch.isfinite(size), 1 / size, torch.ones_like(size))
+
+
+def pair_of(s: Tensor, y: Tensor) -> tuple[Pair, Tensor, Tensor]:
+    """The pair of a step and of the change over it.
+
+    Returns:
+        The pair; the size ``s y / y y`` of the inverse Hessian along it, and where its curvature is positive,
+        ``[*batch]``.
+    """
+    curvature, yy = dot(s, y), dot(y, y)
+    useful = curvature > torch.finfo(s.dtype).eps * norm(s) * yy.sqrt()
+    return (s, y, torch.where(useful, 1 / curvature, torch.zeros_like(curvature))), curvature / yy, useful
 
 
 def two_loops(pairs: Sequence[Pair], gamma: Tensor, g: Tensor) -> Tensor:

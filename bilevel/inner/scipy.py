@@ -62,7 +62,7 @@ class ScipyMinimize:
     method: str = "L-BFGS-B"
     max_steps: int = 1000
     gtol: float | None = None
-    bounds: tuple[Any, Any] | None = None
+    bounds: tuple[Tree, Tree] | None = None
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:

@@ -248,7 +248,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))
 
 
-def may_be_looked_at(setting: Any) -> bool:
+def may_be_looked_at(setting: object) -> bool:
     """Whether a setting can be checked: of a learned one each step makes a new tensor, and a look may not be free."""
     return not isinstance(setting, Tensor) or free_looks(setting)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .._torch import FunctionContext
 from ..closure import in_transform, is_dual
 from ..solution import Solution, settle
 from .operator import Operator
@@ -49,12 +50,12 @@ class _Solved(torch.autograd.Function):
     """``x + A^{-1} r`` at ``r = 0``."""
 
     @staticmethod
-    def forward(ctx: Any, residual: Tensor, x: Tensor, solver: LinearSolver, operator: Operator) -> Tensor:
+    def forward(ctx: FunctionContext, residual: Tensor, x: Tensor, solver: LinearSolver, operator: Operator) -> Tensor:
         ctx.solver, ctx.operator = solver, operator
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 f"A second derivative (create_graph=True) was asked for through {type(ctx.solver).__name__}.solve, "

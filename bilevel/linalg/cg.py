@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..recording import free_looks, recording
-from ..solution import Result, marked
+from ..solution import Result
 from ..tree import axpy, dot, norm, scale
 from .lanczos import Lanczos
 from .operator import Operator
 from .single import RESTARTS, RUNAWAY, cg_single, is_single
 from .solve import IterativeSolver, Outcome, Precondition, Preconditioner, Stopping, chosen, normalise, stop_now
+from .sweep import SweepState
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class CG(IterativeSolver):
     ) -> Outcome:
         if is_single(unit) and not torch.is_grad_enabled():  # else a derivative may be asked for
             return cg_single(operator, unit, length, stopping, precondition)
-        state = _State.begin(unit, length, stopping)
+        state = _State.begin(operator, unit, length, stopping, precondition)
         lanczos = Lanczos(length)
-        _sweep(operator, state, stopping.target, stopping.max_steps, precondition, lanczos)
+        _sweep(state, stopping.max_steps, lanczos)
         state.take_best((state.codes == int(Result.NEGATIVE_CURVATURE)) & (state.relative > RUNAWAY))
         if not stopping.ordered:
-            _verify(operator, unit, state, stopping.target, stopping.max_steps, precondition)
+            _verify(state, unit, stopping.max_steps)
         condition = torch.where(torch.isfinite(state.least), state.size / state.least, torch.ones_like(state.size))
         return Outcome(state.x, state.codes, state.steps, state.relative, lanczos, condition, state.least)
 
@@ -56,52 +57,26 @@ def truncated_cg(operator: Operator, b: Tensor, rtol: Tensor, max_steps: int) ->
     There it is the last iterate, along which the quadratic falls most (Steihaug 1983), whatever it leaves.
     """
     unit, length = normalise(b)
-    state = _State.begin(unit, length, Stopping(rtol, max_steps, ordered=True))
-    _sweep(operator, state, rtol, max_steps, None)
+    state = _State.begin(operator, unit, length, Stopping(rtol, max_steps, ordered=True))
+    _sweep(state, max_steps)
     return scale(torch.nan_to_num(length, 0, 0, 0), state.x)
 
 
 @dataclass
-class _State:
-    """Where each problem stands; ``x``, ``r``, ``best_x`` are ``[*batch, n]``, the others ``[*batch]``.
+class _State(SweepState):
+    """Where each problem stands; ``best_x`` is ``[*batch, n]``, the others ``[*batch]``.
 
-    ``size`` is about ``||A||``: curvature is zero where it is below the rounding error of that. ``least`` is the
-    smallest positive curvature of a direction.
+    Curvature is zero where it is below the rounding error of ``size``. ``least`` is the smallest positive curvature of
+    a direction.
     """
 
-    x: Tensor
-    r: Tensor
-    relative: Tensor
-    active: Tensor
-    steps: Tensor
-    codes: Tensor
-    size: Tensor
-    least: Tensor
-    best_x: Tensor
-    best_relative: Tensor
+    least: Tensor = field(init=False)
+    best_x: Tensor = field(init=False)
+    best_relative: Tensor = field(init=False)
 
-    @classmethod
-    def begin(cls, unit: Tensor, length: Tensor, stopping: Stopping) -> _State:
-        usable = (length > 0) & torch.isfinite(length)
-        relative, done = usable.double(), stopping.target >= 1
-        zero = unit.new_zeros(()).expand_as(unit)
-        state = cls(
-            x=zero,
-            r=unit,
-            relative=relative,
-            active=usable & ~done,
-            steps=torch.zeros_like(length, dtype=torch.int64),
-            codes=stopping.initial_codes(),
-            size=torch.zeros_like(length),
-            least=torch.full_like(length, torch.inf),
-            best_x=zero,
-            best_relative=relative,
-        )
-        state.mark(done, Result.CONVERGED)
-        return state
-
-    def mark(self, where: Tensor, result: Result) -> None:
-        self.codes = marked(self.codes, where, result)
+    def __post_init__(self) -> None:
+        self.least = torch.full_like(self.relative, torch.inf)
+        self.best_x, self.best_relative = self.x, self.relative
 
     def remember(self) -> None:
         """Keep the iterate of least residual: on an inconsistent system the later ones grow along its null space."""
@@ -115,23 +90,16 @@ class _State:
         self.relative = torch.where(where, self.best_relative, self.relative)
 
 
-def _sweep(
-    operator: Operator,
-    state: _State,
-    target: Tensor,
-    max_steps: int,
-    precondition: Precondition | None,
-    lanczos: Lanczos | None = None,
-) -> None:
+def _sweep(state: _State, max_steps: int, lanczos: Lanczos | None = None) -> None:
     """CG steps from ``state.x`` until no problem is active: the algorithm box, with masks."""
     roundoff = torch.finfo(state.r.dtype).eps
-    z = precondition(state.r) if precondition else state.r
+    z = state.preconditioned(state.r)
     p, rz = z, dot(state.r, z)
     carried = torch.zeros_like(rz)
     for step in range(max_steps):
         if stop_now(state.active, step):
             break
-        product = operator.matvec(p)
+        product = state.operator.matvec(p)
         curvature = dot(p, product)
         finite = torch.isfinite(curvature)
         length, stretched = norm(p), norm(product)
@@ -152,10 +120,10 @@ def _sweep(
         remaining = norm(state.r)
         state.relative = torch.where(state.active, remaining, state.relative)
         state.remember()
-        state.mark(state.active & (state.relative <= target), Result.CONVERGED)
-        state.active = state.active & (state.relative > target)
-        z = precondition(state.r) if precondition else state.r
-        rz_next = dot(state.r, z) if precondition else remaining.square()
+        state.mark(state.active & (state.relative <= state.target), Result.CONVERGED)
+        state.active = state.active & (state.relative > state.target)
+        z = state.preconditioned(state.r)
+        rz_next = dot(state.r, z) if state.precondition else remaining.square()
         beta = torch.where(state.active, rz_next / rz, torch.zeros_like(rz))
         if lanczos is not None:
             lanczos.append(curvature / rz + carried, beta.clamp_min(0).sqrt() * curvature / rz, made)
@@ -163,26 +131,19 @@ def _sweep(
         p, rz = axpy(beta, p, z), torch.where(state.active, rz_next, rz)
 
 
-def _verify(
-    operator: Operator,
-    unit: Tensor,
-    state: _State,
-    target: Tensor,
-    max_steps: int,
-    precondition: Precondition | None,
-) -> None:
+def _verify(state: _State, unit: Tensor, max_steps: int) -> None:
     """Replace the recurrence's residual by the true one, and go on from it where the two have drifted apart."""
     if free_looks(state.steps) and not bool(state.steps.any()):
         return
     for attempt in range(RESTARTS + 1):
         finite = torch.isfinite(state.relative)
-        state.r = unit - operator.matvec(state.x)
+        state.r = unit - state.operator.matvec(state.x)
         state.relative = torch.where(finite, norm(state.r), state.relative)
-        drifted = (state.codes == int(Result.CONVERGED)) & (state.relative > target)
+        drifted = (state.codes == int(Result.CONVERGED)) & (state.relative > state.target)
         spent = state.steps >= max_steps
         if attempt == RESTARTS or recording() or not bool((drifted & ~spent).any()):
             break
         state.active = drifted & ~spent
-        _sweep(operator, state, target, max_steps - int(state.steps.max()), precondition)
+        _sweep(state, max_steps - int(state.steps.max()))
     state.mark(drifted, Result.STAGNATED)
     state.mark(drifted & spent, Result.MAX_STEPS)

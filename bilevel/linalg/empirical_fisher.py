@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..closure import Tracer
-from ..problem import Linearization, Objective, Problem
-from .gauss_newton import Sandwich, check_outputs, free_leaves, hessian_of
-from .operator import Operator
+from ..problem import Objective, Problem
+from ..tree import Tree
+from .gauss_newton import Middle, OfOutputs, check_outputs
 
 
 @dataclass(frozen=True)
-class EmpiricalFisher:
+class EmpiricalFisher(OfOutputs):
     """``1/n sum_i g_i g_i^T + H_rest`` with the gradient ``g_i`` of the i-th example's loss.
 
     For log-likelihoods of a well-specified model with much data, where it approaches the Hessian; far from that it can
@@ -34,10 +32,9 @@ class EmpiricalFisher:
     losses: Callable[..., Tensor]
     rest: Objective | None = None
 
-    def __call__(self, problem: Problem, at: Linearization) -> Operator:
-        free = free_leaves(at)
-        with torch.enable_grad(), problem.autocast.evaluating(), Tracer(differentiable=False):
-            losses = self.losses(problem.raveler.unflatten(free), *problem.args)
+    def through(self, problem: Problem, params: Tree) -> tuple[Tensor, Middle]:
+        """The losses, and the identity over their number."""
+        losses = self.losses(params, *problem.args)
         check_outputs("losses", losses, problem)
         expected = len(problem.raveler.batch_shape) + 1
         if losses.dim() != expected:
@@ -45,5 +42,4 @@ class EmpiricalFisher:
                 f"losses returned a tensor of shape {tuple(losses.shape)}: one loss for each example is needed, in "
                 f"{expected} dimensions. Take reduction='none'."
             )
-        rest = None if self.rest is None else hessian_of(problem, free, self.rest)
-        return Sandwich(problem, free, [losses], lambda tangents: [tangents[0] / losses.shape[-1]], rest)
+        return losses, lambda tangents: [tangents[0] / losses.shape[-1]]

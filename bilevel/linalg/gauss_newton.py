@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,26 @@ Middle = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 """The symmetric matrix between the two Jacobians: a product on tensors of the shapes of the outputs."""
 
 
+class OfOutputs(ABC):
+    """Base of the matrices that stand in the place of the Hessian by way of some outputs, and leave ``rest`` exact."""
+
+    rest: Objective | None
+
+    def __call__(self, problem: Problem, at: Linearization) -> Operator:
+        """The matrix at a solution."""
+        free = free_leaves(at)
+        with torch.enable_grad(), problem.autocast.evaluating(), Tracer(differentiable=False):
+            outputs, middle = self.through(problem, problem.raveler.unflatten(free))
+        rest = None if self.rest is None else hessian_of(problem, free, self.rest)
+        return Sandwich(problem, free, [outputs], middle, rest)
+
+    @abstractmethod
+    def through(self, problem: Problem, params: Tree) -> tuple[Tensor, Middle]:
+        """The outputs, and the matrix between their two Jacobians."""
+
+
 @dataclass(frozen=True)
-class GaussNewton:
+class GaussNewton(OfOutputs):
     """``J^T H_loss J + H_rest`` (Schraudolph 2002): for networks, whose Hessians are often too indefinite for `CG`.
 
     ``J`` is the Jacobian of ``outputs`` and ``H_loss`` the Hessian of ``loss`` with respect to them. What is left out,
@@ -46,22 +65,19 @@ class GaussNewton:
     loss: Callable[..., Tensor]
     rest: Objective | None = None
 
-    def __call__(self, problem: Problem, at: Linearization) -> Operator:
-        free = free_leaves(at)
-        with torch.enable_grad(), problem.autocast.evaluating(), Tracer(differentiable=False):
-            outputs = self.outputs(problem.raveler.unflatten(free), *problem.args)
-            check_outputs("outputs", outputs, problem)
-            point = outputs.detach().requires_grad_()
-            loss = self.loss(point, *problem.args)
-            if loss.shape != problem.raveler.batch_shape:
-                raise ValueError(
-                    f"loss returned a tensor of shape {tuple(loss.shape)} for an objective of shape "
-                    f"{tuple(problem.raveler.batch_shape)}: one loss for each problem is needed."
-                )
-            slope = torch.autograd.grad(loss.sum(), point, create_graph=True)[0]
-
-        rest = None if self.rest is None else hessian_of(problem, free, self.rest)
-        return Sandwich(problem, free, [outputs], curvature([slope], [point]), rest)
+    def through(self, problem: Problem, params: Tree) -> tuple[Tensor, Middle]:
+        """The outputs, and the Hessian of the loss there."""
+        outputs = self.outputs(params, *problem.args)
+        check_outputs("outputs", outputs, problem)
+        point = outputs.detach().requires_grad_()
+        loss = self.loss(point, *problem.args)
+        if loss.shape != problem.raveler.batch_shape:
+            raise ValueError(
+                f"loss returned a tensor of shape {tuple(loss.shape)} for an objective of shape "
+                f"{tuple(problem.raveler.batch_shape)}: one loss for each problem is needed."
+            )
+        slope = torch.autograd.grad(loss.sum(), point, create_graph=True)[0]
+        return outputs, curvature([slope], [point])
 
     @staticmethod
     def of(module: nn.Module, loss: Callable[..., Any] | None = None) -> OfModule:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..recording import free_looks, recording
-from ..solution import Result, marked
+from ..solution import Result
 from ..tree import dot, norm, scale
 from .lanczos import Lanczos
 from .operator import Operator
 from .solve import IterativeSolver, Outcome, Precondition, Preconditioner, Stopping, stop_now
+from .sweep import SweepState
 
 RESTARTS = 3
 """How often MINRES starts again from the true residual where its estimate was too good or a step was not trusted."""
@@ -47,63 +48,44 @@ class MINRES(IterativeSolver):
     def iterate(
         self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
     ) -> Outcome:
-        state = _State.begin(unit, length, stopping)
+        state = _State.begin(operator, unit, length, stopping, precondition)
         lanczos = Lanczos(length)
-        _sweep(operator, state, stopping.target, stopping.max_steps, precondition, lanczos)
+        _sweep(state, stopping.max_steps, lanczos)
         for attempt in range(RESTARTS + 1):
             if free_looks(state.steps) and not bool(state.steps.any()):
                 break
-            short = state.verify(operator, unit, stopping) & (state.steps < stopping.max_steps)
+            short = state.verify(unit) & (state.steps < stopping.max_steps)
             if stopping.ordered or attempt == RESTARTS or recording() or not bool(short.any()):
                 break
             state.active = short
-            _sweep(operator, state, stopping.target, stopping.max_steps - int(state.steps.max()), precondition)
+            _sweep(state, stopping.max_steps - int(state.steps.max()))
         unmet = (state.codes == int(Result.CONVERGED)) & ~(state.relative <= SLACK * stopping.target)
         state.mark(unmet, Result.STAGNATED)
         return Outcome(state.x, state.codes, state.steps, state.relative, lanczos)
 
 
 @dataclass
-class _State:
-    """Where each problem stands; ``x``, ``r`` are ``[*batch, n]``, the others ``[*batch]``.
+class _State(SweepState):
+    """Where each problem stands; ``verified`` holds ``x``, its true residual, and the norm of that."""
 
-    ``size`` is about ``||A||``; ``verified`` holds ``x``, its true residual, and the norm of that.
-    """
+    verified: tuple[Tensor, Tensor, Tensor] = field(init=False)
 
-    x: Tensor
-    r: Tensor
-    relative: Tensor
-    active: Tensor
-    steps: Tensor
-    codes: Tensor
-    size: Tensor
-    verified: tuple[Tensor, Tensor, Tensor]
+    def __post_init__(self) -> None:
+        self.verified = self.x, self.r, self.relative
 
-    @classmethod
-    def begin(cls, unit: Tensor, length: Tensor, stopping: Stopping) -> _State:
-        usable, done, zero = (length > 0) & torch.isfinite(length), stopping.target >= 1, torch.zeros_like(unit)
-        steps = torch.zeros_like(length, dtype=torch.int64)
-        size, codes, start = torch.zeros_like(stopping.target), stopping.initial_codes(), (zero, unit, usable.double())
-        state = cls(*start, usable & ~done, steps, codes, size, start)
-        state.mark(done, Result.CONVERGED)
-        return state
-
-    def verify(self, operator: Operator, unit: Tensor, stopping: Stopping) -> Tensor:
+    def verify(self, unit: Tensor) -> Tensor:
         """Replace estimates by true residuals, and what became worse by what was before; where to start again."""
         finite, (x, r, relative) = torch.isfinite(self.relative), self.verified
-        residual = unit - operator.matvec(self.x)
+        residual = unit - self.operator.matvec(self.x)
         worse = finite & ~(norm(residual) < relative)
         self.x = torch.where(worse.unsqueeze(-1), x, self.x)
         self.r = torch.where(worse.unsqueeze(-1), r, residual)
         self.relative = torch.where(worse, relative, torch.where(finite, norm(residual), self.relative))
         self.verified = self.x, self.r, self.relative
-        met = finite & (self.relative <= SLACK * stopping.target)
+        met = finite & (self.relative <= SLACK * self.target)
         self.mark(met, Result.CONVERGED)
         ended = (self.codes == int(Result.CONVERGED)) | (self.codes == int(Result.STAGNATED))
         return ended & finite & ~met & ~worse
-
-    def mark(self, where: Tensor, result: Result) -> None:
-        self.codes = marked(self.codes, where, result)
 
     def end(self, where: Tensor, result: Result) -> None:
         """Mark those that are active, and let them go."""
@@ -132,18 +114,11 @@ class _Anchor:
         return runaway | (stationary & (norm(x) > JUMP * torch.fmax(norm(state.x), unit)))
 
 
-def _sweep(
-    operator: Operator,
-    state: _State,
-    target: Tensor,
-    max_steps: int,
-    precondition: Precondition | None,
-    lanczos: Lanczos | None = None,
-) -> None:
+def _sweep(state: _State, max_steps: int, lanczos: Lanczos | None = None) -> None:
     """MINRES steps from ``state.x`` until no problem is active: Lanczos, two old rotations, a new one, the step."""
     roundoff = torch.finfo(state.r.dtype).eps
     previous, current = torch.zeros_like(state.r), state.r
-    z = precondition(current) if precondition else current
+    z = state.preconditioned(current)
     beta = dot(current, z).clamp_min(0).sqrt()
     zeros, ones = torch.zeros_like(beta), torch.ones_like(beta)
     left, first, start = beta, beta.clamp_min(torch.finfo(torch.float64).tiny), norm(state.r)
@@ -155,7 +130,7 @@ def _sweep(
             break
         inverse = torch.where(beta > 0, 1 / beta, zeros)
         v = scale(inverse, z)
-        product = operator.matvec(v)
+        product = state.operator.matvec(v)
         alpha = dot(v, product)
         made = state.active
         state.steps = state.steps + made
@@ -163,7 +138,7 @@ def _sweep(
         state.end(~torch.isfinite(alpha), Result.NONFINITE)
         following = product - scale(alpha * inverse, current) - scale(coupling, previous)
         previous, current = scale(inverse, current), following
-        z = precondition(current) if precondition else current
+        z = state.preconditioned(current)
         beta_next = dot(current, z).clamp_min(0).sqrt()
         if lanczos is not None:
             lanczos.append(alpha, beta_next, made)
@@ -188,6 +163,6 @@ def _sweep(
         keep = state.active
         state.x = torch.where(keep.unsqueeze(-1), x, state.x)
         state.relative = torch.where(keep, relative, state.relative)
-        state.end(relative <= target, Result.CONVERGED)
+        state.end(relative <= state.target, Result.CONVERGED)
         state.end(beta_next <= 10 * roundoff * size, Result.STAGNATED)
         coupling, beta = beta_next, beta_next

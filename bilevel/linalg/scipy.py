@@ -53,7 +53,7 @@ class ScipySolver(IterativeSolver):
 
         steps = 0
 
-        def count(_: Any) -> None:
+        def count(_: object) -> None:
             nonlocal steps
             steps += 1
 

@@ -48,7 +48,11 @@ class LinearSolver(Protocol):
     """Solves ``A x = b``. Frozen settings only: the same object twice gives the same answer."""
 
     def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
-        """``b`` of shape ``[*batch, n]``; the solution's ``value`` has the same shape."""
+        """Solve for ``b`` of shape ``[*batch, n]``, from ``state.x0`` where that is the better start.
+
+        The solution's ``value`` is like ``b``; its ``state`` is a `LinearState`, from which a later solve may start;
+        its stats are those of `report`. What is not finite is `Result.NONFINITE`.
+        """
         ...
 
 
@@ -240,13 +244,13 @@ def report(
 
     Args:
         residual: ``||b - A x||``. scale: ``||b||``. Both float64.
-        state: what a later solve can start from.
+        state: what a later solve can start from; None: the value alone.
     """
     relative = torch.where(scale > 0, residual / scale, torch.zeros_like(residual))
     worse = (relative > WORSE) & (codes < int(Result.MAX_STEPS))
     codes = marked(codes, worse, Result.DIVERGED)
     stats = {"num_steps": steps, "residual_norm": residual, "relative_residual": relative, "result": codes}
-    return Solution(value, stats, state=state)
+    return Solution(value, stats, state=state or LinearState(value))
 
 
 def relative_tolerance(rtol: float | Tensor, atol: float, scale: Tensor) -> Tensor:

@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
 from .._torch import (
+    FunctionContext,
     TransformType,
+    forward_grad_enabled,
     get_interpreter_stack,
     get_unwrapped,
     is_gradtrackingtensor,
@@ -37,7 +39,7 @@ class BatchedFunction(Function):
         cls.vmap = staticmethod(lambda *args: _vmap(cls, *args))  # type: ignore[method-assign]
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: Any) -> None:
         tensors = [value for value in inputs if isinstance(value, Tensor)]
         ctx.settings = inputs[len(tensors) :]
         ctx.save_for_backward(*tensors)
@@ -105,7 +107,7 @@ def _vmap(cls: type[BatchedFunction], info: Any, in_dims: tuple[int | None, ...]
     return (parts[0], 0) if single else (tuple(parts), (0,) * len(parts))
 
 
-def _bilinear_jvp(cls: type[Function], ctx: Any, ta: Tensor | None, tb: Tensor | None, *_: None) -> Tensor:
+def _bilinear_jvp(cls: type[Function], ctx: FunctionContext, ta: Tensor | None, tb: Tensor | None, *_: None) -> Tensor:
     a, b = ctx.saved_tensors
     terms: list[Tensor] = []
     if ta is not None:
@@ -123,11 +125,11 @@ def _nesting(jvp: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(jvp)
-    def nesting(ctx: Any, *tangents: Any) -> Any:
+    def nesting(ctx: FunctionContext, *tangents: Any) -> Any:
         stack = get_interpreter_stack() or []
         if sum(interpreter.key() == TransformType.Jvp for interpreter in stack) < 2:
             return jvp(ctx, *tangents)
-        with forward_ad._set_fwd_grad_enabled(True):
+        with forward_grad_enabled():
             return jvp(_Below(ctx), *(_below(tangent) for tangent in tangents))
 
     return nesting
@@ -136,7 +138,7 @@ def _nesting(jvp: Callable[..., Any]) -> Callable[..., Any]:
 class _Below:
     """The context of a function, with what it saved as it is below the level at hand."""
 
-    def __init__(self, ctx: Any):
+    def __init__(self, ctx: FunctionContext):
         self._ctx = ctx
         self.saved_tensors = tuple(_below(tensor) for tensor in ctx.saved_tensors)
 

@@ -8,12 +8,11 @@ kernels serve every order, and a Hessian product costs two gradients.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .._torch import FunctionContext
 from . import kernels
 from .batched import BilinearFunction, check_operands, per_channel
 from .kernels import Geometry, Pair
@@ -76,7 +75,7 @@ class _Output(BilinearFunction):
         return kernels.output(x, weight, geometry)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, g: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), (geometry,) = ctx.saved_tensors, ctx.settings
         gx = _Input.apply(g, weight, geometry, x.shape[-2:]) if ctx.needs_input_grad[0] else None
         gw = _Weight.apply(x, g, geometry, weight.shape[-2:]) if ctx.needs_input_grad[1] else None
@@ -93,7 +92,7 @@ class _Input(BilinearFunction):
         return kernels.input(g, weight, geometry, size)
 
     @staticmethod
-    def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, x: Tensor) -> tuple[Tensor | None, ...]:
         (g, weight), (geometry, _) = ctx.saved_tensors, ctx.settings
         gg = _Output.apply(x, weight, geometry) if ctx.needs_input_grad[0] else None
         gw = _Weight.apply(x, g, geometry, weight.shape[-2:]) if ctx.needs_input_grad[1] else None
@@ -110,7 +109,7 @@ class _Weight(BilinearFunction):
         return kernels.weight(x, g, geometry, size)
 
     @staticmethod
-    def backward(ctx: Any, weight: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, weight: Tensor) -> tuple[Tensor | None, ...]:
         (x, g), (geometry, _) = ctx.saved_tensors, ctx.settings
         gx = _Input.apply(g, weight, geometry, x.shape[-2:]) if ctx.needs_input_grad[0] else None
         gg = _Output.apply(x, weight, geometry) if ctx.needs_input_grad[1] else None

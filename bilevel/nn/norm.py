@@ -14,7 +14,7 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .._torch import in_dual_level, maybe_current_level
+from .._torch import FunctionContext, in_dual_level, maybe_current_level
 from ..recording import recording
 from .batched import BatchedFunction, check_operands, per_channel
 from .convolution import check_convolution, checked_geometry
@@ -106,12 +106,12 @@ class _Statistics(BatchedFunction):
         return mean, (centred.mul_(centred).sum(PIXELS) / _count(x) + eps).rsqrt_()
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(inputs[0], *output)
         ctx.save_for_forward(inputs[0], *output)
 
     @staticmethod
-    def backward(ctx: Any, by_mean: Tensor, by_rstd: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionContext, by_mean: Tensor, by_rstd: Tensor) -> tuple[Tensor, None]:
         x, mean, rstd = ctx.saved_tensors
         slope = by_rstd * rstd**3 / -_count(x)
         offset = per_channel(by_mean / _count(x) - slope * mean)
@@ -119,7 +119,7 @@ class _Statistics(BatchedFunction):
         return (by_x + offset if torch.is_grad_enabled() else by_x.add_(offset)), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> tuple[Tensor, Tensor]:
+    def jvp(ctx: FunctionContext, tangent: Tensor, _: None) -> tuple[Tensor, Tensor]:
         x, mean, rstd = ctx.saved_tensors
         spread = ((x - per_channel(mean)) * tangent).sum(PIXELS)
         return tangent.sum(PIXELS) / _count(x), spread * rstd**3 / -_count(x)
@@ -136,7 +136,7 @@ class _Affine(BatchedFunction):
         return torch.addcmul(per_channel(bias - mean * scale), y, per_channel(scale))
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: FunctionContext, g: Tensor) -> tuple[Tensor, ...]:
         y, mean, rstd, weight, _ = ctx.saved_tensors
         scale = rstd * weight
         by_bias = g.sum(PIXELS)
@@ -144,7 +144,7 @@ class _Affine(BatchedFunction):
         return g * per_channel(scale), -scale * by_bias, by_scale * weight, by_scale * rstd, by_bias
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+    def jvp(ctx: FunctionContext, *tangents: Tensor | None) -> Tensor:
         y, mean, rstd, weight, bias = ctx.saved_tensors
         ty, tm, tr, tw, tb = (
             torch.zeros_like(t) if tangent is None else tangent
@@ -181,7 +181,7 @@ class _Largest(Function):
     """The largest entry of each window, and where it is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: FunctionContext, x: Tensor, size: int) -> tuple[Tensor, Tensor]:
         values, index = _pooled(x, size)
         ctx.shape, ctx.size = x.shape[-2:], size
         ctx.set_materialize_grads(False)  # zeros for the index
@@ -190,7 +190,7 @@ class _Largest(Function):
         return values, index
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, None]:
+    def backward(ctx: FunctionContext, g: Tensor | None, _: None) -> tuple[Tensor | None, None]:
         return (None if g is None else _Put.apply(g, *ctx.saved_tensors, ctx.shape, ctx.size)), None
 
 
@@ -204,18 +204,18 @@ class _Take(BatchedFunction):
         return _taken(x, index)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, index, ctx.size = inputs
         ctx.shape = x.shape[-2:]
         ctx.save_for_backward(index)
         ctx.save_for_forward(index)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, g: Tensor) -> tuple[Tensor | None, ...]:
         return _Put.apply(g, *ctx.saved_tensors, ctx.shape, ctx.size), None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    def jvp(ctx: FunctionContext, tangent: Tensor, *_: None) -> Tensor:
         taken: Tensor = _Take.apply(tangent, *ctx.saved_tensors, ctx.size)
         return taken
 
@@ -235,17 +235,17 @@ class _Put(BatchedFunction):
         return out if g.dim() == 4 else apart(out, len(g))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: FunctionContext, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, index, ctx.shape, ctx.size = inputs
         ctx.save_for_backward(index)
         ctx.save_for_forward(index)
 
     @staticmethod
-    def backward(ctx: Any, x: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, x: Tensor) -> tuple[Tensor | None, ...]:
         return _Take.apply(x, *ctx.saved_tensors, ctx.size), None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    def jvp(ctx: FunctionContext, tangent: Tensor, *_: None) -> Tensor:
         put: Tensor = _Put.apply(tangent, *ctx.saved_tensors, ctx.shape, ctx.size)
         return put
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .._torch import packed_product
+from .._torch import FunctionContext, packed_product
 from .batched import BilinearFunction
 
 THIN, LARGE = (4, 128), 256
@@ -53,7 +51,7 @@ class _Product(BilinearFunction):
         return _times_transposed(a, b.mT)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: FunctionContext, grad: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         ga = matmul(grad, b.mT) if ctx.needs_input_grad[0] else None
         gb = matmul(a.mT, grad) if ctx.needs_input_grad[1] else None

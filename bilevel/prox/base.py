@@ -22,11 +22,16 @@ Setting = float | Tensor
 class Prox(ABC):
     """A closed convex function with a prox.
 
-    ``separable``: it acts on each coordinate by itself, so that its Jacobian is diagonal. Two are equal where their
-    numbers are, and their tensors are the same tensors.
+    ``separable``: it acts on each coordinate by itself, so that its Jacobian is diagonal. ``not_negative``: the names
+    of its settings that must be 0 or more. Two are equal where their numbers are, and their tensors are the same
+    tensors.
     """
 
     separable: ClassVar[bool] = False
+    not_negative: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        check_not_negative(**{name: getattr(self, name) for name in self.not_negative})
 
     @abstractmethod
     def prox(self, y: Tensor, step: Setting) -> Tensor:
@@ -60,9 +65,7 @@ class L1(Prox):
 
     strength: Setting = 1.0
     separable: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_not_negative(strength=self.strength)
+    not_negative: ClassVar[tuple[str, ...]] = ("strength",)
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
         return soft_threshold(y, per_problem(step, y) * self.strength)
@@ -78,9 +81,7 @@ class ElasticNet(Prox):
     l1: Setting = 1.0
     l2: Setting = 1.0
     separable: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_not_negative(l1=self.l1, l2=self.l2)
+    not_negative: ClassVar[tuple[str, ...]] = ("l1", "l2")
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
         step = per_problem(step, y)
@@ -101,9 +102,10 @@ class GroupLasso(Prox):
 
     groups: Tensor
     strength: Setting = 1.0
+    not_negative: ClassVar[tuple[str, ...]] = ("strength",)
 
     def __post_init__(self) -> None:
-        check_not_negative(strength=self.strength)
+        super().__post_init__()
         if self.groups.dtype != torch.int64 or self.groups.dim() != 1 or bool((self.groups < 0).any()):
             raise ValueError("groups is a vector of int64 that names the group of each coordinate, counted from 0.")
 
@@ -172,9 +174,7 @@ class Simplex(Prox):
     """``y >= 0, sum y = total`` (Held, Wolfe, Crowder 1974; by sorting)."""
 
     total: Setting = 1.0
-
-    def __post_init__(self) -> None:
-        check_not_negative(total=self.total)
+    not_negative: ClassVar[tuple[str, ...]] = ("total",)
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
         # Moving all coordinates by one number changes nothing, and keeps what is compared small.
@@ -196,13 +196,16 @@ class Simplex(Prox):
 
 
 @dataclass(frozen=True, eq=False)
-class L2Ball(Prox):
-    """``||y|| <= radius``."""
+class Ball(Prox):
+    """Base of the balls: all that is no farther from zero than ``radius``, in a norm that a subclass knows."""
 
     radius: Setting = 1.0
+    not_negative: ClassVar[tuple[str, ...]] = ("radius",)
 
-    def __post_init__(self) -> None:
-        check_not_negative(radius=self.radius)
+
+@dataclass(frozen=True, eq=False)
+class L2Ball(Ball):
+    """``||y|| <= radius``."""
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
         outside = self._size(y.detach()) > self.radius

@@ -111,7 +111,7 @@ class LeafBox(Box):
         return flat
 
 
-def on_leaves(tree: Any, init: Tree) -> Prox:
+def on_leaves(tree: Tree, init: Tree) -> Prox:
     """A prox, or a tree of them, as one prox of the flat params.
 
     Args:
@@ -131,7 +131,7 @@ def on_leaves(tree: Any, init: Tree) -> Prox:
     return Leaves(tuple(parts), tuple(leaf.numel() for leaf in leaves(init)))
 
 
-def within(bounds: tuple[Any, Any], init: Tree) -> Prox:
+def within(bounds: tuple[Tree, Tree], init: Tree) -> Prox:
     """The box of ``(lower, upper)``, each None, a number, a tensor, or a tree like ``init`` of these.
 
     Raises:
@@ -150,11 +150,11 @@ def within(bounds: tuple[Any, Any], init: Tree) -> Prox:
     return boxes[0] if len(boxes) == 1 else Leaves(boxes, tuple(leaf.numel() for leaf in flat))
 
 
-def _broadcast(tree: Any, spec: Any, what: str, is_part: Callable[[Any], bool]) -> list[Any]:
+def _broadcast(tree: Tree, spec: pytree.TreeSpec, what: str, is_part: Callable[[object], bool]) -> list[Any]:
     """The parts of a tree, one for each leaf of another; a part stands for all leaves below it."""
     parts: list[Any] = []
 
-    def put(part: Any, below: Tree) -> None:
+    def put(part: Tree, below: Tree) -> None:
         parts.extend([part] * pytree.tree_structure(below).num_leaves)
 
     try:

@@ -8,17 +8,12 @@ import torch
 from torch import Tensor
 
 from .._torch import is_functorch_wrapped_tensor
-from .base import Prox, Setting, Simplex, check_not_negative
+from .base import Ball, Prox, Setting, Simplex
 
 
 @dataclass(frozen=True, eq=False)
-class L1Ball(Prox):
+class L1Ball(Ball):
     """``sum |y| <= radius`` (Duchi et al. 2008): sparse, as the lasso, at a size that is given."""
-
-    radius: Setting = 1.0
-
-    def __post_init__(self) -> None:
-        check_not_negative(radius=self.radius)
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
         size = y.abs()

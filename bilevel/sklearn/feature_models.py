@@ -12,6 +12,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -33,15 +34,15 @@ class FeatureRidge(RegressorMixin, BaseEstimator):
         self.alphas = alphas
         self.fit_intercept = fit_intercept
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> FeatureRidge:
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> FeatureRidge:
         """Fit; sets ``coef_ [d]`` and ``intercept_``. ``sample_weight`` as in `Ridge`."""
-        X, y = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
-        scale = 1 / np.sqrt(for_each_feature("alphas", self.alphas, X.shape[1]))
-        model = Ridge(alpha=1.0, fit_intercept=self.fit_intercept).fit(X * scale, y, sample_weight)
+        x, targets = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
+        scale = 1 / np.sqrt(for_each_feature("alphas", self.alphas, x.shape[1]))
+        model = Ridge(alpha=1.0, fit_intercept=self.fit_intercept).fit(x * scale, targets, sample_weight)
         self.coef_, self.intercept_ = model.coef_ * scale, model.intercept_
         return self
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: ArrayLike) -> np.ndarray:
         check_is_fitted(self)
         predicted: np.ndarray = validate_data(self, X, reset=False, dtype=np.float64) @ self.coef_ + self.intercept_
         return predicted
@@ -74,31 +75,31 @@ class FeatureLogistic(ClassifierMixin, BaseEstimator):
         self.tol = tol
         self.class_weight = class_weight
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> FeatureLogistic:
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> FeatureLogistic:
         """Fit; sets ``classes_``, ``coef_`` and ``intercept_`` as scikit-learn does."""
-        X, y = validate_data(self, X, y, dtype=np.float64)
-        scale = 1 / np.sqrt(for_each_feature("penalties", self.penalties, X.shape[1]))
+        x, targets = validate_data(self, X, y, dtype=np.float64)
+        scale = 1 / np.sqrt(for_each_feature("penalties", self.penalties, x.shape[1]))
         model = LogisticRegression(
             C=1.0,
             fit_intercept=self.fit_intercept,
             max_iter=self.max_iter,
             tol=self.tol,
             class_weight=self.class_weight,
-        ).fit(X * scale, y, sample_weight)
+        ).fit(x * scale, targets, sample_weight)
         self.classes_, self.n_iter_ = model.classes_, model.n_iter_
         self._model, self._scale = model, scale
         self.coef_, self.intercept_ = model.coef_ * scale, model.intercept_
         return self
 
-    def decision_function(self, X: Any) -> np.ndarray:
+    def decision_function(self, X: ArrayLike) -> np.ndarray:
         scores: np.ndarray = self._fitted().decision_function(self._scaled(X))
         return scores
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: ArrayLike) -> np.ndarray:
         shares: np.ndarray = self._fitted().predict_proba(self._scaled(X))
         return shares
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: ArrayLike) -> np.ndarray:
         predicted: np.ndarray = self._fitted().predict(self._scaled(X))
         return predicted
 
@@ -106,7 +107,7 @@ class FeatureLogistic(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         return self._model
 
-    def _scaled(self, X: Any) -> np.ndarray:
+    def _scaled(self, X: ArrayLike) -> np.ndarray:
         scaled: np.ndarray = validate_data(self, X, reset=False, dtype=np.float64) * self._scale
         return scaled
 
@@ -126,22 +127,24 @@ class FeatureKernelRidge(RegressorMixin, BaseEstimator):
         self.alpha = alpha
         self.gammas = gammas
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> FeatureKernelRidge:
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> FeatureKernelRidge:
         """Fit; sets ``dual_coef_ [n]``. ``sample_weight`` as in `KernelRidge`."""
-        X, y = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
-        gammas = 1 / X.shape[1] if self.gammas is None else self.gammas
-        self._scale = np.sqrt(for_each_feature("gammas", gammas, X.shape[1]))
-        self._model = KernelRidge(alpha=self.alpha, kernel="rbf", gamma=1.0).fit(X * self._scale, y, sample_weight)
+        x, targets = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
+        gammas = 1 / x.shape[1] if self.gammas is None else self.gammas
+        self._scale = np.sqrt(for_each_feature("gammas", gammas, x.shape[1]))
+        self._model = KernelRidge(alpha=self.alpha, kernel="rbf", gamma=1.0).fit(
+            x * self._scale, targets, sample_weight
+        )
         self.dual_coef_ = self._model.dual_coef_
         return self
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: ArrayLike) -> np.ndarray:
         check_is_fitted(self)
         predicted: np.ndarray = self._model.predict(validate_data(self, X, reset=False, dtype=np.float64) * self._scale)
         return predicted
 
 
-def for_each_feature(name: str, value: Any, num_features: int) -> np.ndarray:
+def for_each_feature(name: str, value: ArrayLike, num_features: int) -> np.ndarray:
     """A number, or a vector of them, as a positive vector ``[d]``.
 
     Raises:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from .base import State
 from .neumann import Point
+from .oracles import Batch
 from .schedule import StepSize, check_count
 from .two_loops import Estimate, TwoLoops
 
@@ -43,11 +43,10 @@ class AmIGO(TwoLoops):
         super().__post_init__()
         check_count("num_linear_steps", self.num_linear_steps)
 
-    @property
-    def inner_draws(self) -> int:
-        return self.num_inner_steps + self.num_linear_steps + 1
+    def _draws(self) -> tuple[int, int]:
+        return self.num_inner_steps + self.num_linear_steps + 1, 1
 
-    def _estimate(self, now: State, y: Tensor, inner: Iterator[Any], outer: Iterator[Any]) -> Estimate:
+    def _estimate(self, now: State, y: Tensor, inner: Iterator[Batch], outer: Iterator[Batch]) -> Estimate:
         point = Point(self._oracles, y, now["outer"])
         f = self._oracles.outer_gradients(y, now["outer"], next(outer))
         u = now.get("adjoint", y.new_zeros(y.shape))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..solution import Result, Solution, SolveError, make_codes
 from ..tree import Raveler, Tree, named_leaves, norm
 from .divergence import Growth, Seen, complaints
-from .oracles import Loss, Oracles, batches_of, supply
+from .oracles import Batch, Loss, Oracles, batches_of, supply
 from .params import check_params, copies, copy_into
 from .schedule import StepSize, check_positive, size_at
 from .state import Layout, blank, check_state
@@ -135,18 +135,24 @@ class Stochastic(ABC):
 
     @property
     def inner_draws(self) -> int:
-        return 1
+        """Independent batches of the inner data that a step can use."""
+        return self._draws()[0]
 
     @property
     def outer_draws(self) -> int:
-        return 1
+        """Independent batches of the outer data that a step can use."""
+        return self._draws()[1]
+
+    def _draws(self) -> tuple[int, int]:
+        """The two numbers of draws: one of each for most methods."""
+        return 1, 1
 
     @property
     def wants_full_batch(self) -> bool:
         """Whether the next step should be given all the data; never for most methods."""
         return False
 
-    def step(self, inner_batch: Any = None, outer_batch: Any = None) -> Step:
+    def step(self, inner_batch: Batch = None, outer_batch: Batch = None) -> Step:
         """One step on these batches; None for losses that hold all their data.
 
         A step that raises, for whatever reason, has changed nothing: params, state, counters and the random numbers of
@@ -180,7 +186,7 @@ class Stochastic(ABC):
         return record
 
     @abstractmethod
-    def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
+    def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:
         """The step of the paper: from the state to the next, drawing batches; changes nothing."""
 
     def _shortened(self, now: State, found: Advance) -> Advance:
@@ -209,7 +215,7 @@ class Stochastic(ABC):
         """All of this method, checked."""
         return {name: self._lr(name) for name in ("inner_lr", "linear_lr", "outer_lr") if hasattr(self, name)}
 
-    def _judge(self, now: State, found: Advance, record: Step, inner: list[Any], outer: list[Any]) -> Growth:
+    def _judge(self, now: State, found: Advance, record: Step, inner: list[Batch], outer: list[Batch]) -> Growth:
         """The growth with this step; one device-to-host copy, which the last finite iterate is worth."""
         directions = {"inner": (record.inner_norm, "inner"), "outer": (record.outer_norm, "outer")}
         if record.linear_norm is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ..tree import dot
 from .base import Advance, State, Stochastic
+from .oracles import Batch
 from .schedule import check_count, check_positive
 
 
@@ -48,11 +48,10 @@ class BOME(Stochastic):
         check_positive("control", self.control)
         check_count("num_inner_steps", self.num_inner_steps)
 
-    @property
-    def inner_draws(self) -> int:
-        return self.num_inner_steps + 1
+    def _draws(self) -> tuple[int, int]:
+        return self.num_inner_steps + 1, 1
 
-    def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
+    def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:
         y, x = now["inner"], now["outer"]
         inner_lr, outer_lr = self._sizes()
         target = y

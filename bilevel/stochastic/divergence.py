@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..tree import norm
-from .oracles import Oracles
+from .oracles import Batch, Oracles
 
 LENGTH = 10
 """Steps of which a divergence consists at least."""
@@ -87,7 +86,7 @@ class Growth:
 
 
 def complaints(
-    oracles: Oracles, y: Tensor, x: Tensor, inner: Sequence[Any], outer: Sequence[Any], second: bool
+    oracles: Oracles, y: Tensor, x: Tensor, inner: Sequence[Batch], outer: Sequence[Batch], second: bool
 ) -> list[str]:
     """What is not finite on these batches at (y, x) shrunk to unit norm: what no shorter step would mend.
 

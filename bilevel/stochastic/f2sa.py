@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from .base import Advance, State, Stochastic
+from .oracles import Batch
 from .schedule import check_count, check_not_negative, check_positive
 
 
@@ -46,15 +46,10 @@ class F2SA(Stochastic):
         check_not_negative("penalty_growth", self.penalty_growth)
         check_count("num_inner_steps", self.num_inner_steps)
 
-    @property
-    def inner_draws(self) -> int:
-        return self.num_inner_steps + 1
+    def _draws(self) -> tuple[int, int]:
+        return self.num_inner_steps + 1, self.num_inner_steps + 1
 
-    @property
-    def outer_draws(self) -> int:
-        return self.num_inner_steps + 1
-
-    def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
+    def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:
         z, x = now["inner"], now["outer"]
         y = now.get("penalised", z)
         penalty = self.penalty + self.penalty_growth * self.num_steps

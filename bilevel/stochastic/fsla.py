@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from .base import Advance, State, Stochastic
-from .oracles import Gradients, Linearized
+from .oracles import Batch, Gradients, Linearized
 from .schedule import StepSize, size_at
 
 
@@ -43,15 +42,10 @@ class FSLA(Stochastic):
         super().__post_init__()
         mixing_at(self.mixing, 0)
 
-    @property
-    def inner_draws(self) -> int:
-        return 3
+    def _draws(self) -> tuple[int, int]:
+        return 3, 2
 
-    @property
-    def outer_draws(self) -> int:
-        return 2
-
-    def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
+    def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:
         y, x = now["inner"], now["outer"]
         u = now.get("adjoint", y.new_zeros(y.shape))
         inner_lr, outer_lr = self._sizes()
@@ -77,10 +71,10 @@ class FSLA(Stochastic):
         }
         return Advance(state, inner_loss, f.loss, gradient, direction, linear)
 
-    def _linearize(self, y: Tensor, x: Tensor, inner_batch: Any, outer_batch: Any) -> tuple[Linearized, Gradients]:
+    def _linearize(self, y: Tensor, x: Tensor, inner_batch: Batch, outer_batch: Batch) -> tuple[Linearized, Gradients]:
         return self._oracles.linearize(y, x, inner_batch), self._oracles.outer_gradients(y, x, outer_batch)
 
-    def _hypergradient(self, y: Tensor, x: Tensor, u: Tensor, batches: tuple[Any, Any]) -> Tensor:
+    def _hypergradient(self, y: Tensor, x: Tensor, u: Tensor, batches: tuple[Batch, Batch]) -> Tensor:
         g, f = self._linearize(y, x, *batches)
         return f.outer - g.cross(u)
 

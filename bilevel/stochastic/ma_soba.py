@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from .base import Advance, State
 from .fsla import mixing_at
+from .oracles import Batch
 from .schedule import StepSize
 from .soba import SOBA
 
@@ -41,7 +41,7 @@ class MASOBA(SOBA):
         super().__post_init__()
         mixing_at(self.mixing, 0)
 
-    def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
+    def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:
         x = now["outer"]
         average = now.get("outer_average", x.new_zeros(x.shape))
         found = super()._advance(now, inner, outer)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from .base import Advance, State
 from .fsla import mixing_at
 from .neumann import NeumannMethod, Point
+from .oracles import Batch
 from .schedule import StepSize
 
 
@@ -42,11 +42,10 @@ class MRBO(NeumannMethod):
         super().__post_init__()
         mixing_at(self.mixing, 0)
 
-    @property
-    def inner_draws(self) -> int:
-        return self.num_terms + 2
+    def _draws(self) -> tuple[int, int]:
+        return self.num_terms + 2, 1
 
-    def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
+    def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:
         y, x = now["inner"], now["outer"]
         gradient_batch, sample = next(inner), self._draw(inner, outer)
         point = Point(self._oracles, y, x)

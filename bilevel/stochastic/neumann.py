@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from .base import Stochastic
-from .oracles import Linearized, Oracles
+from .oracles import Batch, Linearized, Oracles
 from .schedule import StepSize, check_count, check_positive, peak
 
 
@@ -18,9 +18,9 @@ from .schedule import StepSize, check_count, check_positive, peak
 class Sample:
     """The batches of one estimate, kept so that it can be repeated at another point."""
 
-    outer: Any
-    hessian: tuple[Any, ...]
-    cross: Any
+    outer: Batch
+    hessian: tuple[Batch, ...]
+    cross: Batch
 
 
 class Series(Protocol):
@@ -29,7 +29,7 @@ class Series(Protocol):
     @property
     def num_terms(self) -> int: ...
 
-    def draw(self, inner: Iterator[Any], outer: Iterator[Any], step: int) -> Sample: ...
+    def draw(self, inner: Iterator[Batch], outer: Iterator[Batch], step: int) -> Sample: ...
 
     def invert(self, at: Point, b: Tensor, sample: Sample, lr: float) -> Tensor: ...
 
@@ -43,7 +43,7 @@ class NeumannSum:
 
     num_terms: int
 
-    def draw(self, inner: Iterator[Any], outer: Iterator[Any], step: int) -> Sample:
+    def draw(self, inner: Iterator[Batch], outer: Iterator[Batch], step: int) -> Sample:
         return Sample(next(outer), tuple(next(inner) for _ in range(self.num_terms)), next(inner))
 
     def invert(self, at: Point, b: Tensor, sample: Sample, lr: float) -> Tensor:
@@ -65,7 +65,7 @@ class NeumannTerm:
     num_terms: int
     seed: int = 0
 
-    def draw(self, inner: Iterator[Any], outer: Iterator[Any], step: int) -> Sample:
+    def draw(self, inner: Iterator[Batch], outer: Iterator[Batch], step: int) -> Sample:
         random = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
         count = int(torch.randint(self.num_terms, (), generator=random))
         return Sample(next(outer), tuple(next(inner) for _ in range(count)), next(inner))
@@ -84,9 +84,9 @@ class Point:
     oracles: Oracles
     y: Tensor
     x: Tensor
-    last: tuple[Any, Linearized] | None = None
+    last: tuple[Batch, Linearized] | None = None
 
-    def linearize(self, batch: Any) -> Linearized:
+    def linearize(self, batch: Batch) -> Linearized:
         if self.last is None or self.last[0] is not batch:
             self.last = (batch, self.oracles.linearize(self.y, self.x, batch))
         return self.last[1]
@@ -118,7 +118,7 @@ class NeumannMethod(Stochastic):
     def _series(self) -> Series:
         return NeumannSum(self.num_terms)
 
-    def _draw(self, inner: Iterator[Any], outer: Iterator[Any]) -> Sample:
+    def _draw(self, inner: Iterator[Batch], outer: Iterator[Batch]) -> Sample:
         return self._series().draw(inner, outer, self.num_steps)
 
     def _hypergradient(self, at: Point, sample: Sample) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,10 @@ from ..linalg.jacobian import pull_back
 from ..problem import graph_nodes
 from ..tree import Raveler, Tree
 
-Loss = Callable[[Any, Any, Any], Tensor]
+Batch = Any
+"""What a loss takes as its data: a tensor, a tree of tensors, None; whatever the user's loss knows."""
+
+Loss = Callable[[Tree, Tree, Batch], Tensor]
 """``loss(params, hparams, batch)``: a scalar, the mean over the batch."""
 
 
@@ -28,20 +31,20 @@ class Draws:
     (one graph), but products of the same batch are correlated, which biases Neumann series.
     """
 
-    batches: tuple[Any, ...]
+    batches: tuple[Batch, ...]
 
-    def __init__(self, batches: Iterable[Any]):
+    def __init__(self, batches: Iterable[Batch]):
         object.__setattr__(self, "batches", tuple(batches))
         if not self.batches:
             raise ValueError("Draws holds no batches: at least one is needed.")
 
 
-def batches_of(batch: Any) -> list[Any]:
+def batches_of(batch: Batch) -> list[Batch]:
     """All that a step was given."""
     return list(batch.batches) if isinstance(batch, Draws) else [batch]
 
 
-def supply(batch: Any) -> Iterator[Any]:
+def supply(batch: Batch) -> Iterator[Batch]:
     """The batches of a step, without end."""
     return cycle(batches_of(batch))
 
@@ -103,7 +106,7 @@ class Oracles:
     products: int = 0
     _checked: set[str] = field(default_factory=set)
 
-    def inner_gradient(self, y: Tensor, x: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+    def inner_gradient(self, y: Tensor, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """The inner loss and its gradient towards ``y`` alone: a step of the inner loop."""
         with torch.enable_grad():
             y = y.detach().requires_grad_()
@@ -111,15 +114,15 @@ class Oracles:
         self.gradients += 1
         return loss.detach(), torch.autograd.grad(loss, y)[0]
 
-    def inner_gradients(self, y: Tensor, x: Tensor, batch: Any) -> Gradients:
+    def inner_gradients(self, y: Tensor, x: Tensor, batch: Batch) -> Gradients:
         """The inner loss and its two gradients."""
         return self._gradients("inner_loss", y, x, batch)
 
-    def outer_gradients(self, y: Tensor, x: Tensor, batch: Any) -> Gradients:
+    def outer_gradients(self, y: Tensor, x: Tensor, batch: Batch) -> Gradients:
         """The outer loss and its two gradients; the second is zero where the outer loss ignores ``x``."""
         return self._gradients("outer_loss", y, x, batch)
 
-    def linearize(self, y: Tensor, x: Tensor, batch: Any) -> Linearized:
+    def linearize(self, y: Tensor, x: Tensor, batch: Batch) -> Linearized:
         """The inner gradient, with products."""
         with torch.enable_grad():
             y, x = y.detach().requires_grad_(), x.detach().requires_grad_()
@@ -131,7 +134,7 @@ class Oracles:
     def _count_product(self) -> None:
         self.products += 1
 
-    def _gradients(self, what: str, y: Tensor, x: Tensor, batch: Any) -> Gradients:
+    def _gradients(self, what: str, y: Tensor, x: Tensor, batch: Batch) -> Gradients:
         with torch.enable_grad():
             y, x = y.detach().requires_grad_(), x.detach().requires_grad_()
             loss = self._evaluate(what, y, x, batch)
@@ -139,7 +142,7 @@ class Oracles:
         inner, outer = torch.autograd.grad(loss, [y, x], materialize_grads=True)
         return Gradients(loss.detach(), inner, outer)
 
-    def _evaluate(self, what: str, y: Tensor, x: Tensor, batch: Any) -> Tensor:
+    def _evaluate(self, what: str, y: Tensor, x: Tensor, batch: Batch) -> Tensor:
         with EVALUATING, UNCOMPILED:
             loss: Tensor = getattr(self, what)(self._tree(self.inner, y), self._tree(self.outer, x), batch)
         if what not in self._checked:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import State, Step
+from .oracles import Batch
 from .schedule import check_count, check_positive
 from .soba import SOBA, Directions
 from .state import Layout
@@ -50,8 +51,8 @@ class SABA(SOBA):
 
     def step(
         self,
-        inner_batch: Any = None,
-        outer_batch: Any = None,
+        inner_batch: Batch = None,
+        outer_batch: Batch = None,
         *,
         inner_index: int | None = None,
         outer_index: int | None = None,
@@ -78,7 +79,7 @@ class SABA(SOBA):
             )
         return int(index)
 
-    def _directions(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Directions:
+    def _directions(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Directions:
         y, x, u = now["inner"], now["outer"], now["adjoint"]
         g = self._oracles.linearize(y, x, next(inner))
         f = self._oracles.outer_gradients(y, x, next(outer))

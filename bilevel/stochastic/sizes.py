@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..tree import Raveler, Tree, norm, scale
-from .oracles import Loss, Oracles
+from .oracles import Batch, Loss, Oracles
 from .params import check_params
 from .schedule import Decay, check_positive
 
@@ -25,7 +25,7 @@ def step_sizes(
     inner_params: Tree,
     outer_params: Tree,
     inner_loss: Loss,
-    batch: Any = None,
+    batch: Batch = None,
     *,
     ratio: float = 1.0,
 ) -> dict[str, Any]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from .base import Advance, State, Stochastic
+from .oracles import Batch
 from .schedule import StepSize
 
 
@@ -49,7 +50,7 @@ class SOBA(Stochastic):
 
     _kept: ClassVar[tuple[str, ...]] = ("adjoint",)
 
-    def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
+    def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:
         now = {"adjoint": now["inner"].new_zeros(now["inner"].shape), **now}
         found = self._directions(now, inner, outer)
         inner_lr, outer_lr = self._sizes()
@@ -63,10 +64,10 @@ class SOBA(Stochastic):
             state, found.inner_loss, found.outer_loss, found.inner, found.outer, found.linear, found.remember
         )
 
-    def _directions(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Directions:
+    def _directions(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Directions:
         return self._plain(now, next(inner), next(outer))
 
-    def _plain(self, at: State, inner_batch: Any, outer_batch: Any) -> Directions:
+    def _plain(self, at: State, inner_batch: Batch, outer_batch: Batch) -> Directions:
         """The three directions on one batch each."""
         y, x, u = at["inner"], at["outer"], at["adjoint"]
         g = self._oracles.linearize(y, x, inner_batch)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
 from ..linalg.noise import uniform
 from .base import Advance, State
 from .neumann import check_seed
+from .oracles import Batch
 from .schedule import check_positive
 from .srba import RecursiveMethod
 
@@ -58,7 +58,7 @@ class SPABA(RecursiveMethod):
         host = torch.device("cpu")
         return bool(uniform((), self.seed * 2**32 + self.num_steps, host) < self.probability)
 
-    def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
+    def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:
         found = super()._advance(now, inner, outer)
         if self.clip is None:
             return found

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from .base import State
+from .oracles import Batch
 from .schedule import check_count
 from .soba import SOBA, Directions
 
@@ -20,7 +20,7 @@ class RecursiveMethod(SOBA):
         *("inner_direction", "linear_direction", "outer_direction"),
     )
 
-    def _directions(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Directions:
+    def _directions(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Directions:
         inner_batch, outer_batch = next(inner), next(outer)
         new = self._plain(now, inner_batch, outer_batch)
         if self.wants_full_batch:

@@ -50,7 +50,7 @@ def check_state(
             _check_layout(name, state[name], layout)
 
 
-def _check_layout(name: str, found: Any, expected: Layout) -> None:
+def _check_layout(name: str, found: object, expected: Layout) -> None:
     if not isinstance(found, Mapping) or list(found) != list(expected):
         names = list(found) if isinstance(found, Mapping) else type(found).__name__
         raise ValueError(f"state has {name} {names}, this method has {list(expected)}, in this order.")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
 from .base import Advance, State, Stochastic
 from .neumann import NeumannMethod, Point
+from .oracles import Batch
 from .schedule import check_count
 
 
@@ -34,7 +34,7 @@ class TwoLoops(Stochastic):
         super().__post_init__()
         check_count("num_inner_steps", self.num_inner_steps)
 
-    def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
+    def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:
         y, x = now["inner"], now["outer"]
         inner_lr, outer_lr = self._sizes()
         losses = []
@@ -47,7 +47,7 @@ class TwoLoops(Stochastic):
         return Advance(state, losses[0], found.outer_loss, gradient, found.outer, found.linear)
 
     @abstractmethod
-    def _estimate(self, now: State, y: Tensor, inner: Iterator[Any], outer: Iterator[Any]) -> Estimate:
+    def _estimate(self, now: State, y: Tensor, inner: Iterator[Batch], outer: Iterator[Batch]) -> Estimate:
         """The hypergradient at the new ``y`` and the old ``x``."""
 
 
@@ -55,9 +55,8 @@ class TwoLoops(Stochastic):
 class NeumannLoops(TwoLoops, NeumannMethod):
     """Two loops with a Neumann series for the adjoint: their base."""
 
-    @property
-    def inner_draws(self) -> int:
-        return self.num_inner_steps + self.num_terms + 1
+    def _draws(self) -> tuple[int, int]:
+        return self.num_inner_steps + self.num_terms + 1, 1
 
-    def _estimate(self, now: State, y: Tensor, inner: Iterator[Any], outer: Iterator[Any]) -> Estimate:
+    def _estimate(self, now: State, y: Tensor, inner: Iterator[Batch], outer: Iterator[Batch]) -> Estimate:
         return Estimate(*self._hypergradient(Point(self._oracles, y, now["outer"]), self._draw(inner, outer)))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from .base import Advance, State
 from .neumann import NeumannMethod, Point, Sample
+from .oracles import Batch
 from .schedule import check_count
 
 
@@ -51,15 +51,11 @@ class VRBO(NeumannMethod):
         """Whether the next step is the first of a period."""
         return self.num_steps % self.period == 0
 
-    @property
-    def inner_draws(self) -> int:
-        return (self.num_inner_steps + 1) * (self.num_terms + 2) + self.wants_full_batch
+    def _draws(self) -> tuple[int, int]:
+        sweeps = self.num_inner_steps + 1
+        return sweeps * (self.num_terms + 2) + self.wants_full_batch, sweeps + self.wants_full_batch
 
-    @property
-    def outer_draws(self) -> int:
-        return self.num_inner_steps + 1 + self.wants_full_batch
-
-    def _advance(self, now: State, inner: Iterator[Any], outer: Iterator[Any]) -> Advance:
+    def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:
         y, x = now["inner"], now["outer"]
         inner_lr, outer_lr = self._sizes()
         losses = []

@@ -98,6 +98,8 @@ class LinearSolverTests(Suite[LinearSolver]):
     def test_warm_start(self) -> None:
         solver = self.make()
         cold = solver.solve(Dense(self.matrix), self.b)
+        assert isinstance(cold.state, LinearState), "a later solve starts from the state of the solution"
+        assert cold.state.x0 is not None
         assert torch.equal(cold.state.x0, cold.value)
         warm = solver.solve(Dense(self.matrix), self.b, LinearState(self.truth + 1e-8 * randn(3, 12, seed=4)))
         assert warm.result is Result.CONVERGED

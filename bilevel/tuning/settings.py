@@ -156,7 +156,7 @@ def _check_types(kind: type, values: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} is {value!r}, which is no {hints[name]}")
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: Any) -> bool:
     """Whether a value from a file is of a declared type; a truth value is no number, and a whole number is one."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import re
 import shutil
 import sys
 
@@ -15,33 +14,23 @@ from applications.few_shot.__main__ import main
 from applications.few_shot.classifier import FewShot
 from applications.few_shot.trained import Trained
 from applications.frame.errors import UserError
+from tests.applications.refusals import refusals
 
 TINY = ["--steps", "2", "--tasks", "2", "--eval-tasks", "2", "--validate-every", "0", "--width", "8", "--queries", "1"]
+CODE = ["os:system", "json:loads", "torch.nn:Linear"]
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "told"),
-    [
-        ("--seed", "-1", "--seed is -1"),
-        ("--ways", "-1", "--ways is -1"),
-        ("--lr", "inf", "--lr is inf"),
-        ("--lr", "1e308", "cannot go on after step 1"),
-        ("--strength", "inf", "--strength is inf"),
-        ("--threads", "100000", "--threads is 100000"),
-        ("--width", "100000", "Look at --width 100000, "),
-        ("--tasks", "100000000000", "--tasks is 100000000000"),
-        ("--model", "os:system", "--model os:system makes no network"),
-        ("--model", "json:loads", "--model json:loads makes no network"),
-        ("--model", "torch.nn:Linear", "--model torch.nn:Linear makes no network"),
-        ("--out", "x" * 300, "--out is 'xxx"),
-        ("--resume", "x" * 300, "--resume is 'xxx"),
-    ],
+@refusals(
+    *("--seed -1", "--ways -1", "--lr inf", "--strength inf", "--threads 100000", "--tasks 100000000000"),
+    (["--lr", "1e308"], "cannot go on after step 1"),
+    (["--width", "100000"], "Look at --width 100000, "),
+    *((["--model", code], f"--model {code} makes no network") for code in CODE),
+    *(([option, "x" * 300], f"{option} is 'xxx") for option in ("--out", "--resume")),
 )
-def test_values(option, value, told, glyph_root, tmp_path, capsys, monkeypatch):
+def test_values(arguments, message, glyph_root, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main([*TINY, "--data-root", str(glyph_root), f"{option}={value}"]) == 2
-    message = capsys.readouterr().err
-    assert re.search(told, message), message
+    assert main([*TINY, "--data-root", str(glyph_root), *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["few_shot", "data_cleaning", "search", "sparse_regression"])

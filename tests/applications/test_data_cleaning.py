@@ -25,7 +25,7 @@ from applications.frame.command import main
 from applications.frame.data import Examples, load
 from applications.frame.mini_batches import STOCHASTIC
 from applications.frame.run_folder import RunFolder
-from tests.applications.refusals import refusals
+from tests.applications.refusals import NO_DATA, refusals
 
 
 def clean(*arguments: str) -> int:
@@ -202,18 +202,12 @@ def test_a_network_is_cleaned_too(tmp_path):
 
 
 @refusals(
-    (("--noise", "1"), "--noise is 1"),
-    (("--steps", "0"), "--steps is 0"),
-    (("--ridge", "0"), "--ridge is 0"),
-    (("--fit-ridge", "-1"), "--fit-ridge is -1"),
-    (("--lr", "0"), "--lr is 0"),
+    *("--noise 1", "--steps 0", "--ridge 0", "--fit-ridge -1", "--lr 0", "--num-val 0"),
     (("--setting", "stochastic", "--seconds", "0"), "--seconds is 0"),
     (("--setting", "stochastic", "--model", "mlp"), "of softmax regression"),
     (("--num-train", "1700", "--num-val", "200"), "parts of 1700, 200"),
     (("--num-train", "5"), "digits cannot be split"),
-    (("--num-val", "0"), "--num-val is 0"),
-    (("--data", "digit"), "no data set 'digit'"),
-    (("--data", "mnist", "--data-root", "nowhere"), "MNIST is not in"),
+    *NO_DATA,
 )
 def test_bad_options_are_told_and_nothing_is_written(arguments, message, refused):
     assert message in refused(clean, *arguments)

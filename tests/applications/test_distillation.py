@@ -128,14 +128,10 @@ def test_parts_and_sets_of_images():
 
 
 @refusals(
+    *("--images-per-class 0", "--convnet-lr nan", "--l2 0", "--repeats 1", "--seed -1"),
     (["--data", "iris"], "has 4 features a row and no word of height and width"),
     (["--data", "nonsense"], "no data set 'nonsense'"),
     (["--images-per-class", "500"], "the smallest class of digits has"),
-    (["--images-per-class", "0"], "--images-per-class is 0"),
-    (["--convnet-lr", "nan"], "--convnet-lr is nan"),
-    (["--l2", "0"], "--l2 is 0"),
-    (["--repeats", "1"], "--repeats is 1"),
-    (["--seed", "-1"], "--seed is -1"),
 )
 def test_bad_input(refused, arguments, message):
     assert message in refused(command, *arguments)

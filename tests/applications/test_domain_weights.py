@@ -259,10 +259,8 @@ def test_two_ranks_are_one(tmp_path):
 
 
 @refusals(
-    (["--steps", "0"], "--steps is 0"),
+    *("--steps 0", "--validation 1", "--warm-up 6"),
     (["--heads", "3"], "a multiple of --heads 3"),
-    (["--validation", "1"], "--validation is 1"),
-    (["--warm-up", "6"], "--warm-up is 6"),
     (["--methods", "sama", "sama"], "each once"),
     (["--target", "odes"], "odes.txt is needed"),
     (["--texts", "nowhere"], "has the texts none"),

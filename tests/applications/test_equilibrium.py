@@ -21,7 +21,7 @@ from applications.equilibrium.network import Convolutional, Dense
 from applications.equilibrium.train import Fitting
 from applications.frame.command import main
 from applications.frame.run_folder import RunFolder
-from tests.applications.refusals import refusals
+from tests.applications.refusals import NO_DATA, refusals
 from tests.applications.runs import comparable
 
 
@@ -214,15 +214,11 @@ def test_bad_files_end_with_2_and_write_nothing(bad_file, refused):
 
 
 @refusals(
-    (("--contraction", "1.0"), "--contraction is 1.0"),
-    (("--epochs", "0"), "--epochs is 0"),
-    (("--tol", "-1"), "--tol is -1"),
-    (("--history", "-1"), "--history is -1"),
+    *("--contraction 1.0", "--epochs 0", "--tol -1", "--history -1"),
     (("--depths", "0"), "--depths"),
     (("--data", "wine", "--net", "convolutional"), "needs images"),
-    (("--data", "diabetes"), "no data set 'diabetes'"),
     (("--max-train", "3"), "cannot be split"),
-    (("--data", "mnist", "--data-root", "/nowhere"), "MNIST is not in /nowhere"),
+    *NO_DATA,
 )
 def test_bad_knobs_end_with_2_and_write_nothing(arguments, message, refused):
     assert message in refused(command, *arguments)

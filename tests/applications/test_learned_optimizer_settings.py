@@ -21,7 +21,7 @@ from applications.learned_optimizer_settings.learn import EXACT, Learning, end_o
 from applications.learned_optimizer_settings.networks import Data, Networks, losses, train
 from applications.learned_optimizer_settings.settings import Settings
 from applications.learned_optimizer_settings.tuning import tunable
-from tests.applications.refusals import refusals
+from tests.applications.refusals import NO_DATA, refusals
 from tests.applications.runs import comparable
 
 STEPS = 8
@@ -252,16 +252,11 @@ def test_bad_solver_settings_end_with_2(content, message, tmp_path, refused):
 
 
 @refusals(
-    (["--steps", "1"], "--steps is 1"),
-    (["--batch", "0"], "--batch is 0"),
+    *("--steps 1", "--batch 0", "--start-lr nan", "--start-momentum 1", "--fresh 1"),
     (["--points", "7", "--steps", "6"], "--points is 7"),
-    (["--start-lr", "nan"], "--start-lr is nan"),
-    (["--start-momentum", "1"], "--start-momentum is 1"),
     (["--windows", "5", "200"], "--windows has 200"),
     (["--windows", "5", "5"], "twice"),
-    (["--fresh", "1"], "--fresh is 1"),
-    (["--data", "nothing"], "no data set 'nothing'"),
-    (["--data", "mnist", "--data-root", "."], "MNIST is not in"),
+    *NO_DATA,
 )
 def test_bad_settings_end_with_2_and_write_nothing(arguments, message, refused):
     assert message in refused(command, *arguments)

@@ -220,14 +220,13 @@ def test_bad_files_are_refused_and_nothing_is_written(bad_files, tmp_path, capsy
 
 
 @refusals(
+    *("--steps -1", "--hidden 0"),
     (("--problem", "weights", "--data", "SPARSE"), "needs dense features"),
     (("--problem", "augmentation", "--data", "wine"), "is no set of images"),
     (("--problem", "weights", "--train", "2000"), "leave none to test on"),
     (("--problem", "features", "--data", "iris", "--train", "2"), "cannot be split"),
     (("--data", "20newsgroups"), "add --problem features"),
     (("--problem", "features", "--data", "20newsgroups", "--data-root", "EMPTY"), "20 newsgroups is not in"),
-    (("--steps", "-1"), "--steps is -1"),
-    (("--hidden", "0"), "--hidden is 0"),
     (("--solver", "best.json"), "add the --problem that they were tuned on"),
 )
 def test_what_cannot_be_run_is_refused(bad_files, tmp_path, capsys, arguments, message):

@@ -228,15 +228,11 @@ def test_bad_files_end_with_2_and_leave_nothing(bad_files, tmp_path, capsys, nam
 
 
 @refusals(
+    *("--draws 0", "--folds 0", "--evaluations 1", "--noise-features -1", "--block-size 0"),
     (["--data", "boston"], "no data set 'boston' for regression"),
     (["--data", "diabetes", "diabetes"], "names one twice"),
-    (["--draws", "0"], "--draws is 0"),
-    (["--folds", "0"], "--folds is 0"),
     (["--test-size", "1"], "--test-size is 1.0"),
     (["--data", "diabetes", "--test-size", "0.97"], "at least 20 are needed"),
-    (["--evaluations", "1"], "--evaluations is 1"),
-    (["--noise-features", "-1"], "--noise-features is -1"),
-    (["--block-size", "0"], "--block-size is 0"),
 )
 def test_bad_settings_end_with_2_and_leave_nothing(refused, arguments, message):
     assert message in refused(sparse_regression, *arguments)

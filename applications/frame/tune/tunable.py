@@ -55,6 +55,15 @@ class Tunable:
         return self.suggest(optuna.trial.FixedTrial(dict(params)))
 
 
+def chosen(**parts: tuple[str, dict[str, Any]]) -> dict[str, Any]:
+    """The parameters of a trial that chose so, such as ``linear=("CG", {"max_steps": 10})``: of each part its name, and
+    its settings behind a dot."""
+    params: dict[str, Any] = {}
+    for part, (name, settings) in parts.items():
+        params |= {part: name, **{f"{part}.{setting}": value for setting, value in settings.items()}}
+    return params
+
+
 def follow(
     training: Training, score: Callable[[], float]
 ) -> Iterator[tuple[int, Callable[[], float], bl.Solution | None]]:

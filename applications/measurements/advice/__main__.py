@@ -29,7 +29,7 @@ LARGEST_FACTORISED = 600
 
 
 @dataclass(frozen=True)
-class Settings:
+class Config:
     """What to race, for how long, and where to write the table."""
 
     out: Path = Path("runs/advice")
@@ -119,7 +119,7 @@ def table(name: str, limit: float) -> list[str]:
 
 
 def main() -> None:
-    settings = tyro.cli(Settings, description=__doc__)
+    settings = tyro.cli(Config, description=__doc__)
     lines = ["# advise beside all methods", "", "Seconds of the processor, without those of `advise` itself.", ""]
     for name in settings.problems:
         found = table(name, settings.limit)

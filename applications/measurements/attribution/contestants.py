@@ -19,7 +19,7 @@ from applications.influence.model import Batch, Params, losses
 Curvature = Literal["gauss_newton", "full"]
 GAUSS: Curvature = "gauss_newton"
 DIMENSION = 256
-"""Of the projections."""
+"""Numbers that the projections keep of a gradient."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ FEATURES = 1_000
 
 
 @dataclass(frozen=True)
-class Compare(Knobs):
+class Config(Knobs):
     """One bilevel problem with 1 to 1,000 hyperparameters, by hypergradients and by black-box search, equal seconds."""
 
     sizes: tuple[int, ...] = (1, 10, 100, 1_000)
@@ -36,7 +36,7 @@ class Compare(Knobs):
         require(self.seconds > 0, f"--seconds is {self.seconds}: it must be positive.")
 
 
-def story(knobs: Compare, run: Run) -> None:
+def story(knobs: Config, run: Run) -> None:
     """Each method at each size is a part; then the table and the picture."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     rows: list[Row] = []
@@ -93,4 +93,4 @@ def curves(found: dict[int, dict[str, Row]], seconds: float) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main("measurements.compare", sys.argv[1:], Compare, story))
+    sys.exit(main("measurements.compare", sys.argv[1:], Config, story))

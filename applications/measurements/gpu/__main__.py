@@ -48,7 +48,7 @@ TOLD = 4000
 
 
 @dataclass(frozen=True)
-class Settings:
+class Config:
     """Measure on a GPU; each part is a process of its own, and results.json is written after each."""
 
     minutes: float = 8.0
@@ -67,11 +67,11 @@ class Settings:
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for bad input, which is told in one message."""
-    settings = tyro.cli(Settings, args=arguments, prog="python -m applications.measurements.gpu")
+    settings = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.gpu")
     return exit_code(lambda: run(settings, arguments), "Interrupted; what was measured is in the folder.")
 
 
-def run(settings: Settings, arguments: list[str]) -> int:
+def run(settings: Config, arguments: list[str]) -> int:
     """All parts; 1 where one failed."""
     unknown = [part for part in settings.parts if part not in (*SHARES, "paper")]
     if unknown or not settings.minutes > 0:
@@ -128,7 +128,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _command(settings: Settings, part: str, device: str, seconds: float) -> list[str]:
+def _command(settings: Config, part: str, device: str, seconds: float) -> list[str]:
     python = [sys.executable, "-m"]
     few_shot = [*python, "applications.few_shot", "--device", device]
     data = [] if settings.data_root is None else ["--data", "omniglot", "--data-root", str(settings.data_root)]
@@ -154,7 +154,7 @@ def _command(settings: Settings, part: str, device: str, seconds: float) -> list
     ]
 
 
-def _place(settings: Settings, part: str) -> Path:
+def _place(settings: Config, part: str) -> Path:
     """The folder of a training: the paper's goes on in a second call, the others begin anew."""
     path, count = settings.out / part, 2
     while part != "paper" and path.exists():

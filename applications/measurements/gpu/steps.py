@@ -99,7 +99,7 @@ def training_step_of(config: Config) -> Callable[[], Any]:
 
 
 def flops_of(run: Callable[[], Any]) -> float:
-    """Of one run, as PyTorch counts those of its matrix products and convolutions."""
+    """Floating-point operations of one run, as PyTorch counts those of matrix products and convolutions."""
     run()  # the first one on a card tries kernels out
     with FlopCounterMode(display=False) as counter:
         run()

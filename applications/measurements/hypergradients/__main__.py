@@ -30,7 +30,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Config:
     """Hypergradients of random problems in float64, ours beside those of JAXopt and optimistix."""
 
     python: str = sys.executable
@@ -79,7 +79,7 @@ def ours(kind: str, values: dict[str, np.ndarray]) -> np.ndarray:
     return found.numpy()
 
 
-def run(settings: Settings) -> int:
+def run(settings: Config) -> int:
     """Compare, print a row for each kind and peer; 1 where one is off by more than `TOLERANCE`."""
     require_at_least_one(settings, "problems", "size")
     require(settings.seed >= 0, f"--seed is {settings.seed}: it cannot be negative.")
@@ -134,4 +134,4 @@ def of_peers(python: str, problems: dict[str, dict[str, np.ndarray]]) -> dict[st
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: run(tyro.cli(Settings, prog="python -m applications.measurements.hypergradients"))))
+    sys.exit(exit_code(lambda: run(tyro.cli(Config, prog="python -m applications.measurements.hypergradients"))))

@@ -29,7 +29,7 @@ from applications.measurements.scaling.penalized import Size
 
 
 @dataclass(frozen=True)
-class Scaling(Knobs):
+class Config(Knobs):
     """Grow tasks, parameters, inner steps, hyperparameters and ranks one by one: seconds and peak memory of each."""
 
     tasks: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
@@ -68,7 +68,7 @@ STEPPED, PENALIZED = 256, 1_000
 """Hidden units where the width does not grow."""
 
 
-def story(knobs: Scaling, run: Run) -> None:
+def story(knobs: Config, run: Run) -> None:
     """An axis after the other; each point is a part, so that an interrupted run goes on."""
     curves: dict[str, tuple[str, list[Row]]] = {}
 
@@ -134,7 +134,7 @@ def point(run: Run, name: str, measure: Callable[..., tuple[float, float]], repe
     return run.part(name, both)
 
 
-def over_ranks(knobs: Scaling, run: Run) -> tuple[list[Row], list[Row]]:
+def over_ranks(knobs: Config, run: Run) -> tuple[list[Row], list[Row]]:
     """The same work on more processes: a few-shot meta-step, and a hypergradient whose data are in shards."""
     rows: list[Row] = []
     reduces: list[Row] = []
@@ -150,7 +150,7 @@ def over_ranks(knobs: Scaling, run: Run) -> tuple[list[Row], list[Row]]:
     return rows, reduces
 
 
-def meta_step_seconds(knobs: Scaling, run: Run, count: int) -> float:
+def meta_step_seconds(knobs: Config, run: Run, count: int) -> float:
     """Mean seconds of the meta-steps of a training that is done under torchrun, without the first."""
     out = run.folder.path / f"few-shot-{count}"
     shutil.rmtree(out, ignore_errors=True)  # of an interrupted call
@@ -214,4 +214,4 @@ def picture(curves: dict[str, tuple[str, list[Row]]]) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main("measurements.scaling", sys.argv[1:], Scaling, story))
+    sys.exit(main("measurements.scaling", sys.argv[1:], Config, story))

@@ -50,7 +50,7 @@ torch.testing.assert_close(solved.value, torch.linalg.solve(matrix, torch.ones(2
 
 
 # %% extending.Problem extending.Evaluation extending.Progress extending.choose extending.descend:
-# %% extending.line_search extending.Raveler:
+# %% extending.LineSearch extending.Raveler:
 from dataclasses import dataclass
 
 from bilevel.extending import Problem, Progress, axpy
@@ -78,7 +78,35 @@ fit = bl.argmin(lambda y: (y - x).square().sum(), torch.zeros(2, dtype=torch.flo
 torch.testing.assert_close(fit.value, x.expand(2), rtol=1e-5, atol=1e-5)
 
 
-# %% extending.Point extending.Pulled extending.Linearization extending.RootProblem extending.RootProgress:
+# %% extending.GraphJacobian extending.RootProblem extending.RootProgress:
+from dataclasses import dataclass
+
+from bilevel.extending import GraphJacobian, RootProblem, RootProgress, norm
+
+
+@dataclass(frozen=True)
+class PlainNewton:  # a solver of systems of your own: whole steps with the dense Jacobian
+    tol: float = 1e-10
+
+    def find(self, problem: RootProblem) -> bl.Solution:
+        y, r = problem.y, problem.r
+        progress = RootProgress.begin(r, self.tol)
+        for index in range(50):
+            if progress.done(index):
+                break
+            jacobian = GraphJacobian(problem.raveler, problem.linearize(y)).to_dense()
+            y = y - torch.linalg.solve(jacobian, r.unsqueeze(-1)).squeeze(-1)
+            r = problem.evaluate(y)
+            progress.count()
+            progress.look(norm(r))
+        return progress.solution(y)
+
+
+fit = bl.root(lambda y: y**2 - 2, torch.ones(2, dtype=torch.float64), solver=PlainNewton())
+torch.testing.assert_close(fit.value, torch.full((2,), 2.0, dtype=torch.float64).sqrt())
+
+
+# %% extending.Point extending.Pulled extending.Linearization:
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -97,3 +125,28 @@ x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 fit = bl.argmin(lambda y: (y - x).square().sum() / 2, torch.zeros(2, dtype=torch.float64), hypergrad=Unit())
 fit.value.sum().backward()
 torch.testing.assert_close(x.grad, torch.tensor(2.0, dtype=torch.float64))  # the Hessian is the identity here
+
+
+# %% extending.Objective extending.Throw extending.Tree:
+from dataclasses import dataclass
+
+from bilevel.extending import Objective, Throw, Tree
+
+
+@dataclass(frozen=True)
+class LastSteps:  # a method of the path of your own, made of one that is there
+    last: int = 50
+
+    def run(
+        self, objective: Objective, init: Tree, args: tuple[Tree, ...], solver: bl.InnerSolver, throw: Throw
+    ) -> bl.Solution:
+        return bl.Truncated(self.last).run(objective, init, args, solver, throw)
+
+
+x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+steps = bl.GradientDescent(lr=0.3, max_steps=100)
+fit = bl.argmin(
+    lambda y: (y - x).square().sum(), torch.zeros(2, dtype=torch.float64), solver=steps, hypergrad=LastSteps()
+)
+(grad,) = torch.autograd.grad(fit.value.sum(), x)
+torch.testing.assert_close(grad, torch.tensor(2.0, dtype=torch.float64))

@@ -141,8 +141,7 @@ def test_limits_become_constraints_and_a_study_without_a_winner_says_so(tmp_path
 
 
 @refusals(
-    (["--trials", "0"], "--trials is 0"),
-    (["--confirm", "1"], "--confirm is 1"),
+    *("--trials 0", "--confirm 1"),
     (["--workers", "2", "--storage", "sqlite:///x.db"], "SQLite is not for several processes"),
     (["--storage", "nothing"], "cannot be opened"),
     (["--storage", "postgresql+psycopg2://nobody@127.0.0.1:1/none"], "cannot be opened"),

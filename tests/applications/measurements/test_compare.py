@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from applications.frame.command import main
-from applications.measurements.compare.__main__ import Compare, story
+from applications.measurements.compare.__main__ import Config, story
 from applications.measurements.compare.methods import METHODS, trace
 from applications.measurements.compare.problem import make
 
@@ -59,16 +59,16 @@ def test_the_trace_keeps_the_best_within_the_time():
 
 
 def test_bad_sizes(tmp_path, capsys):
-    assert main("compare", ["--sizes", "0", "--out", str(tmp_path / "x")], Compare, story) == 2
+    assert main("compare", ["--sizes", "0", "--out", str(tmp_path / "x")], Config, story) == 2
     assert "--sizes has 0" in capsys.readouterr().err
-    assert main("compare", ["--seconds", "-1", "--out", str(tmp_path / "x")], Compare, story) == 2
+    assert main("compare", ["--seconds", "-1", "--out", str(tmp_path / "x")], Config, story) == 2
 
 
 @pytest.mark.applications
 def test_with_many_penalties_hypergradients_win(tmp_path):
     """Half of the README's sizes and time: at 100 penalties black-box search is far behind."""
     arguments = ["--sizes", "1", "100", "--seconds", "3", "--out", str(tmp_path / "run")]
-    assert main("compare", arguments, Compare, story) == 0
+    assert main("compare", arguments, Config, story) == 0
     (rows,) = json.loads((tmp_path / "run" / "results.json").read_text())["tables"].values()
     loss = {(row["hyperparameters"], row["method"]): row["validation loss"] for row in rows}
     others = [name for name in METHODS if name != "hypergradient"]

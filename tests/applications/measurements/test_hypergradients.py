@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from applications.frame.errors import UserError
-from applications.measurements.hypergradients.__main__ import KINDS, Settings, data, ours, run
+from applications.measurements.hypergradients.__main__ import KINDS, Config, data, ours, run
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -40,11 +40,11 @@ def test_ours_by_its_closed_form(kind):
 @pytest.mark.skipif(importlib.util.find_spec("jaxopt") is not None, reason="the peers are here")
 def test_where_there_are_no_peers_it_says_what_to_install():
     with pytest.raises(UserError, match="install jaxopt optimistix"):
-        run(Settings(sys.executable, problems=1, size=2))
+        run(Config(sys.executable, problems=1, size=2))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("optimistix") is None, reason="needs the extra bench")
 def test_all_within_the_tolerance(capsys):
-    assert run(Settings(problems=3)) == 0
+    assert run(Config(problems=3)) == 0
     assert "All within 1e-08" in capsys.readouterr().out

@@ -38,7 +38,7 @@ def test_the_command(tmp_path, monkeypatch):
     """In this process: that a fresh one is measured, few-shot's benchmark tells."""
     monkeypatch.setattr(memory, "in_own_process", lambda function, *arguments: function(*arguments))
     arguments = [*SMALL, "--ranks", "1", "--out", str(tmp_path / "run")]
-    assert main("scaling", arguments, application.Scaling, application.story) == 0
+    assert main("scaling", arguments, application.Config, application.story) == 0
     tables = json.loads((tmp_path / "run" / "results.json").read_text())["tables"]
     assert len(tables) == 5
     assert all(row["seconds"] > 0 for title, rows in tables.items() for row in rows if title != "Ranks of one thread")
@@ -51,6 +51,6 @@ def test_the_command(tmp_path, monkeypatch):
     (["--examples", "1"], "each rank needs one"),
 )
 def test_bad_input(tmp_path, capsys, arguments, message):
-    assert main("scaling", [*arguments, "--out", str(tmp_path / "run")], application.Scaling, application.story) == 2
+    assert main("scaling", [*arguments, "--out", str(tmp_path / "run")], application.Config, application.story) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -37,9 +37,7 @@ def test_a_short_run_writes_curves_and_picture(tmp_path, capsys):
 
 
 @refusals(
-    (["--seconds", "0"], "--seconds is 0"),
-    (["--seconds", "nan"], "--seconds is nan"),
-    (["--batches", "0"], "--batches is 0"),
+    *("--seconds 0", "--seconds nan", "--batches 0"),
     (["--batches", "1000"], "--batches is 1000: there are 256"),
 )
 def test_bad_options_are_told_in_one_message(arguments, message, refused):
