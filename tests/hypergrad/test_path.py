@@ -134,6 +134,17 @@ def test_a_hyperparameter_without_influence_is_no_loss():
     assert [grad.item() for grad in grads] == pytest.approx([3.0, 0.0], abs=1e-8)
 
 
+def test_a_small_difference_that_a_longer_move_confirms_is_no_loss():
+    """Beside a slope of 1e5, and params in float32, it could be rounding; the gradients are exact in float64."""
+    x = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def inner(y):
+        return (y.double() - x).square().sum() + 1e5 * x
+
+    fit = bl.argmin(inner, torch.ones(3), hypergrad=bl.FiniteDifference(0.5), throw="raise")
+    assert torch.autograd.grad(fit.value.sum(), x)[0].item() == pytest.approx(3.0, rel=1e-4)
+
+
 def test_sama_takes_the_rule_of_the_solver():
     x = torch.ones(3, dtype=torch.float64, requires_grad=True)
     solver = bl.Steps(bl.Adam(0.1), max_steps=20)
