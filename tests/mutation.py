@@ -42,7 +42,11 @@ from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkI
 PATHS = ("bilevel/linalg", "bilevel/hypergrad", "bilevel/inner", "bilevel/argmin.py")
 LOOKS_AT_CLASSES = tuple(
     f"tests/test_checks.py::test_{name}"
-    for name in ("settings_cannot_be_changed", "all_that_does_not_grow_is_frozen", "a_method_without_a_body_is_abstract")
+    for name in (
+        "settings_cannot_be_changed",
+        "all_that_does_not_grow_is_frozen",
+        "a_method_without_a_body_is_abstract",
+    )
 )
 PASSED, FAILED, NOT_IMPORTED, UNCLEAR = 0, 1, 100, 101
 

@@ -166,7 +166,6 @@ class TestAdvice:
         assert messages[0] == messages[1]
         assert "relative residual norm 0." in messages[0]
 
-
     @pytest.mark.parametrize(
         ("results", "steps", "for_networks"),
         [

@@ -57,7 +57,9 @@ def test_a_dense_step_minimises_the_quadratic_in_its_region(name, used):
     assert bool((lam[:2] > 0).all())
     torch.testing.assert_close(model.length(p)[:2], RADII[:2], rtol=1e-8, atol=0.0)
     assert bool((p[:, used:] == 0).all())
-    torch.testing.assert_close(torch.linalg.vector_norm(model.push(p), dim=-1).square(), (p * times(hessian, p)).sum(-1))
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(model.push(p), dim=-1).square(), (p * times(hessian, p)).sum(-1)
+    )
 
 
 def test_a_longer_column_is_remembered():
