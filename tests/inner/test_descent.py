@@ -41,7 +41,7 @@ MATRIX = torch.diag(torch.tensor([1.0, 2.0, 5.0, 10.0, 30.0], dtype=torch.float6
 
 
 def test_lbfgs_meets_the_newest_secant_equation_and_forgets():
-    """``H (g_k - g_{k-1}) = y_k - y_{k-1}``, from gradients of any size; and the direction is ``-H g`` of the last two."""
+    """``H (g_k - g_{k-1}) = y_k - y_{k-1}``, in units of the first gradient; ``-H g`` is of two pairs."""
     slope = randn(5, seed=3)
     points = [randn(2, 5, seed=seed) for seed in range(5)]
     problem = Problem(lambda y: 1e-3 * bowls(y, MATRIX, slope), points[0], ())

@@ -19,7 +19,7 @@ def residuals(leaves, used=4):
 
 
 def quadratics(model, loss, used=4):
-    """The gradients ``[3, 4]`` and matrices ``[3, 4, 4]`` at `START` by autograd: ``sum rho'' r'^2`` of each residual."""
+    """The gradients ``[3, 4]`` and matrices ``[3, 4, 4]`` at `START` by autograd: ``sum rho'' r'^2``."""
     jacobian = torch.stack([torch.func.jacrev(lambda y: residuals([y], used))(y) for y in START])
     r = residuals([START], used)
     slope = torch.func.grad(lambda r: loss.cost(r).sum())(r)
