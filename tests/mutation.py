@@ -33,21 +33,23 @@ import coverage
 import hypothesis  # noqa: F401 (imported once, for all children)
 import pytest
 import scipy.optimize  # noqa: F401
-import torch  # noqa: F401
+import sklearn.datasets
+import sklearn.linear_model  # noqa: F401
+import torch._dynamo  # noqa: F401
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkItem, WorkResult
 
 PATHS = ("bilevel/linalg", "bilevel/hypergrad", "bilevel/inner", "bilevel/argmin.py")
-LOOKS_AT_CLASSES = tuple(
-    f"tests/test_checks.py::test_{name}"
+LOOKS_AT_CLASSES = [
+    f"tests/test_checks.py::{name}"
     for name in (
-        "settings_cannot_be_changed",
-        "all_that_does_not_grow_is_frozen",
-        "a_method_without_a_body_is_abstract",
+        "test_settings_cannot_be_changed",
+        "test_all_that_does_not_grow_is_frozen",
+        "test_a_method_without_a_body_is_abstract",
     )
-)
+]
 PASSED, FAILED, NOT_IMPORTED, UNCLEAR = 0, 1, 100, 101
 
 
@@ -98,9 +100,9 @@ class Tests:
         reached = self.data.contexts_by_lineno(str(mutant.module_path.resolve()))
         lines = statement_lines(ast.parse(mutant.module_path.read_text()), mutant.start_pos[0])
         names = {context.removesuffix("|run") for line in lines for context in reached.get(line, ())}
-        if not names & self.seconds.keys():  # it runs at import
-            names = {name for name in self.seconds if name.startswith(LOOKS_AT_CLASSES)}
-            names |= {name.removesuffix("|run") for found in reached.values() for name in found}
+        at_import = not names & self.seconds.keys()
+        if at_import:
+            names = {context.removesuffix("|run") for found in reached.values() for context in found}
         own = "/".join(("tests", *mutant.module_path.parent.parts[1:], f"test_{mutant.module_path.stem}.py"))
         word = plain(mutant.module_path.stem)
         turns: Counter[tuple[str, bool]] = Counter()
@@ -109,9 +111,9 @@ class Tests:
             function, other = name.partition("[")[0], not (name.startswith(own) or word in plain(name))
             cases.append((turns[function, other], other, self.seconds[name], name))
             turns[function, other] += 1
-        chosen, spent = [], 0.0
+        chosen, spent = [*LOOKS_AT_CLASSES] if at_import else [], 0.0
         for _, _, needed, name in sorted(cases):
-            if not chosen or spent + needed <= seconds:
+            if not spent or spent + needed <= seconds:
                 chosen.append(name)
                 spent += needed
         return chosen
@@ -256,7 +258,7 @@ def main(arguments: list[str]) -> int:
             if not wanted:
                 continue
             chosen = given.tests or tests.of(mutant, given.seconds)
-            result = attempt(mutant, chosen, int(10 + 3 * given.seconds))
+            result = attempt(mutant, chosen, int(10 + 3 * sum(tests.seconds.get(test, 1.0) for test in chosen)))
             database.set_result(item.job_id, result)
             outcome, first = "killed" if result.is_killed else "survived", (result.output or "").partition("\n")[0]
             print(f"{item.job_id}: {outcome} {first}", flush=True)
