@@ -55,6 +55,24 @@ def test_a_nudge_below_rounding_is_heard():
         loss().backward()
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(bl.ForwardMode(), bl.ForwardGradient(), bl.Truncated(3)),
+        *(bl.Unroll(), bl.Unroll(checkpoint=True), bl.Unroll(checkpoint="tree"), bl.Unroll(mode="mixed")),
+    ],
+    ids=repr,
+)
+def test_where_nothing_is_to_be_differentiated_the_steps_are_made(method):
+    x, start = torch.ones(2, dtype=torch.float64, requires_grad=True), torch.zeros(2, dtype=torch.float64)
+    fits = [bl.argmin(lambda y: (y - 1).square().sum(), start, solver=STEPS, hypergrad=method)]
+    with torch.no_grad():
+        fits.append(bl.argmin(lambda y: (y - x).square().sum(), start, solver=STEPS, hypergrad=method))
+    for fit in fits:
+        assert fit.value.tolist() == pytest.approx([1 - 0.8**9] * 2)
+        assert int(fit.stats["num_steps"]) == 9
+
+
 NUDGED = {
     "tight": (bl.LBFGS(gtol=1e-6), False),
     "default": (None, False),
