@@ -172,9 +172,7 @@ def _child(tests: Sequence[str], told: Path, module: Path | None, source: str) -
         return NOT_IMPORTED
     flags = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
     code = pytest.main([*flags, *tests], plugins=[FirstFailure(told)])
-    if (
-        code == pytest.ExitCode.USAGE_ERROR and not told.exists()
-    ):  # the names of some cases are made of what has changed
+    if code == pytest.ExitCode.USAGE_ERROR and not told.exists():  # what has changed is in their names
         functions = dict.fromkeys(test.partition("[")[0] for test in tests)
         code = pytest.main([*flags, *functions], plugins=[FirstFailure(told)])
     if code and told.exists():  # a test that failed, or a file that cannot be imported any more
