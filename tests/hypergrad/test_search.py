@@ -58,6 +58,15 @@ class TestLater:
         assert not told
 
 
+    @pytest.mark.parametrize("name", ["recording", "sys.is_finalizing"])
+    def test_nothing_is_looked_at_in_a_recording_or_at_the_end_of_the_process(self, name, monkeypatch):
+        told = []
+        later = Later(torch.tensor(2), told.append, PLACE)
+        monkeypatch.setattr(f"bilevel.hypergrad.search.{name}", lambda: True)
+        del later
+        assert not told
+
+
 def searched(results, throw, **settings):
     """A search on a bowl whose solver ends with these results, and what it heard."""
     problem = Problem(lambda y: (y - 1).square().sum(-1), torch.zeros(len(results), 2).double(), ())
