@@ -263,7 +263,7 @@ def main(arguments: list[str]) -> int:
             if not wanted:
                 continue
             chosen = given.tests or tests.of(mutant, given.seconds)
-            result = attempt(mutant, chosen, int(10 + 3 * sum(tests.seconds.get(test, 1.0) for test in chosen)))
+            result = attempt(mutant, chosen, int(10 + sum(tests.seconds.get(test, 1.0) for test in chosen)))
             database.set_result(item.job_id, result)
             outcome, first = "killed" if result.is_killed else "survived", (result.output or "").partition("\n")[0]
             print(f"{item.job_id}: {outcome} {first}", flush=True)
