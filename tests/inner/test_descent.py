@@ -171,6 +171,13 @@ def test_the_curvature_is_looked_for_in_all_params():
         assert step.item() == pytest.approx(math.sqrt(7) / 3, rel=1e-6)
 
 
+def test_a_change_of_the_gradient_by_rounding_is_not_seen():
+    y, g = torch.ones(2, 4).double(), randn(2, 4, seed=1)
+    off = torch.tensor([[5.0], [20.0]]).double() * torch.finfo(torch.float64).eps
+    _, seen = curvature_seen(lambda y: g * (1 + off), y, g, y.norm(dim=-1))
+    assert seen.tolist() == [False, True]
+
+
 def test_a_proximal_step_is_halved_until_the_model_is_an_upper_bound():
     """Of ``c |y|^2 / 2`` that is where the step is at most 1 / c: 1, 1/4, 1/32."""
     curvature = torch.tensor([0.5, 3.0, 20.0, 20.0], dtype=torch.float64)
