@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from bilevel import GradientDescent
 from bilevel.inner.bounded import Bounds, snapped
 from bilevel.inner.descent import line_search
 from bilevel.inner.pairs import Memory, first_step, two_loops
@@ -126,6 +127,28 @@ def test_a_line_search_ends_at_a_weak_wolfe_point(start):
     new, taken, moved = line_search(problem, at, direction, sizes, only)
     assert moved.tolist() == only.tolist()
     assert torch.equal(new.y[~only], y[~only])
+
+
+@pytest.mark.parametrize("lr", [0.003, 0.01, 0.02])
+def test_gradient_descent_tries_twice_the_last_step_first(lr):
+    """After ``lr`` at the start; each problem by itself."""
+    tried, curvature = [], torch.tensor([[40.0, 3.0], [10.0, 1.0]], dtype=torch.float64)
+
+    def loss(y):
+        tried.append(y.detach().clone())
+        return (curvature * (y - 1).square()).sum(-1) / 2
+
+    def solved(max_steps):
+        tried.clear()
+        solver = GradientDescent(lr, max_steps=max_steps, line_search=True)
+        return solver.minimize(Problem(loss, torch.zeros(2, 2, dtype=torch.float64), ()))
+
+    first = solved(1)
+    begun = len(tried)
+    solved(2)
+    slope = curvature * (first.value - 1)
+    assert any(torch.equal(y, lr * curvature) for y in tried)
+    torch.testing.assert_close(tried[begun], first.value - 2 * first.stats["step_size"].unsqueeze(-1) * slope)
 
 
 def test_newton_goes_back_to_the_first_half_that_lowers_the_residual():
