@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch counts its threa
 import argparse
 import ast
 import difflib
+import functools
 import importlib.machinery
 import importlib.util
 import random
@@ -22,7 +23,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -32,14 +33,23 @@ import coverage
 import hypothesis  # noqa: F401 (imported once, for all children)
 import pytest
 import scipy.optimize  # noqa: F401
-import torch  # noqa: F401
+import sklearn.datasets
+import sklearn.linear_model  # noqa: F401
+import torch._dynamo  # noqa: F401
 from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import MutationSpec, TestOutcome, WorkerOutcome, WorkItem, WorkResult
 
 PATHS = ("bilevel/linalg", "bilevel/hypergrad", "bilevel/inner", "bilevel/argmin.py")
-LOOKS_AT_CLASSES = "tests.test_checks.test_settings_cannot_be_changed"
+LOOKS_AT_CLASSES = [
+    f"tests/test_checks.py::{name}"
+    for name in (
+        "test_settings_cannot_be_changed",
+        "test_all_that_does_not_grow_is_frozen",
+        "test_a_method_without_a_body_is_abstract",
+    )
+]
 PASSED, FAILED, NOT_IMPORTED, UNCLEAR = 0, 1, 100, 101
 
 
@@ -71,37 +81,40 @@ def span(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:
 
 
 class Tests:
-    """Which tests reach a line, the quickest first."""
+    """Which tests reach a line, and how long they take."""
 
     def __init__(self, data: Path, times: Sequence[Path]):
         self.data = coverage.CoverageData(str(data))
         self.data.read()
-        self.cases: dict[str, list[tuple[float, str]]] = defaultdict(list)
-        """Of each test function what follows its name, with the seconds that it takes."""
+        self.seconds: dict[str, float] = {}
+        """Of each test that passed, by its name for pytest."""
         for case in (case for path in times for case in ElementTree.parse(path).iter("testcase")):
-            function, bracket, parameters = case.get("name", "").partition("[")
             if not {"failure", "error", "skipped"} & {child.tag for child in case}:
-                name = f"{case.get('classname')}.{function}"
-                self.cases[name].append((float(case.get("time", 0)), bracket + parameters))
+                self.seconds[node_id(f"{case.get('classname')}.", case.get("name", ""))] = float(case.get("time", 0))
 
     def of(self, mutant: MutationSpec, seconds: float) -> list[str]:
-        """As many as take so long in sum, those first that are made for the module, by their file or name."""
+        """As many as take so long in sum: a case of each test function, then another of each.
+
+        Those that are made for the module, by their file or name, come first, and the quicker ones.
+        """
         reached = self.data.contexts_by_lineno(str(mutant.module_path.resolve()))
         lines = statement_lines(ast.parse(mutant.module_path.read_text()), mutant.start_pos[0])
-        names = {name for line in lines for name in reached.get(line, ())} & self.cases.keys()
-        if not names:  # what runs at import: any test of the module may see it, and those that look at all classes
-            names = {LOOKS_AT_CLASSES, *(name for found in reached.values() for name in found)} & self.cases.keys()
-        own = ".".join(("tests", *mutant.module_path.parent.parts[1:], f"test_{mutant.module_path.stem}."))
+        names = {context.removesuffix("|run") for line in lines for context in reached.get(line, ())}
+        at_import = not names & self.seconds.keys()
+        if at_import:
+            names = {context.removesuffix("|run") for found in reached.values() for context in found}
+        own = "/".join(("tests", *mutant.module_path.parent.parts[1:], f"test_{mutant.module_path.stem}.py"))
         word = plain(mutant.module_path.stem)
-        cases = [
-            (not (name.startswith(own) or word in plain(name + parameters)), needed, name, parameters)
-            for name in names
-            for needed, parameters in self.cases[name]
-        ]
-        chosen, spent = [], 0.0
-        for _, needed, name, parameters in sorted(cases):
-            if not chosen or spent + needed <= seconds:
-                chosen.append(node_id(name) + parameters)
+        turns: Counter[tuple[str, bool]] = Counter()
+        cases = []
+        for name in sorted(names & self.seconds.keys(), key=lambda name: (self.seconds[name], name)):
+            function, other = name.partition("[")[0], not (name.startswith(own) or word in plain(name))
+            cases.append((turns[function, other], other, self.seconds[name], name))
+            turns[function, other] += 1
+        chosen, spent = [*LOOKS_AT_CLASSES] if at_import else [], 0.0
+        for _, _, needed, name in sorted(cases):
+            if not spent or spent + needed <= seconds:
+                chosen.append(name)
                 spent += needed
         return chosen
 
@@ -120,11 +133,12 @@ def statement_lines(tree: ast.AST, line: int) -> range:
     return found
 
 
-def node_id(name: str) -> str:
-    """``tests.linalg.test_cg.test_x`` as pytest names it."""
-    parts = name.split(".")
+@functools.cache
+def node_id(place: str, test: str) -> str:
+    """``tests.linalg.test_cg.`` and ``test_x[1]`` as pytest names it."""
+    parts = place.strip(".").split(".")
     file = next(number for number in range(len(parts), 0, -1) if Path(*parts[:number]).with_suffix(".py").exists())
-    return "::".join(["/".join(parts[:file]) + ".py", *parts[file:]])
+    return "::".join(["/".join(parts[:file]) + ".py", *parts[file:], test])
 
 
 def run(tests: Sequence[str], seconds: int, module: Path | None = None, source: str = "") -> tuple[int, str]:
@@ -158,7 +172,12 @@ def _child(tests: Sequence[str], told: Path, module: Path | None, source: str) -
         return NOT_IMPORTED
     flags = ["-x", "-q", "-n", "0", "-p", "no:cacheprovider"]
     code = pytest.main([*flags, *tests], plugins=[FirstFailure(told)])
-    return {0: PASSED, 1: FAILED, 2: FAILED}.get(int(code), UNCLEAR)  # 2: a file could not be imported any more
+    if code == pytest.ExitCode.USAGE_ERROR and not told.exists():  # what has changed is in their names
+        functions = dict.fromkeys(test.partition("[")[0] for test in tests)
+        code = pytest.main([*flags, *functions], plugins=[FirstFailure(told)])
+    if code and told.exists():  # a test that failed, or a file that cannot be imported any more
+        return FAILED
+    return UNCLEAR if code else PASSED
 
 
 class FirstFailure:
@@ -244,7 +263,7 @@ def main(arguments: list[str]) -> int:
             if not wanted:
                 continue
             chosen = given.tests or tests.of(mutant, given.seconds)
-            result = attempt(mutant, chosen, int(10 + 3 * given.seconds))
+            result = attempt(mutant, chosen, int(10 + sum(tests.seconds.get(test, 1.0) for test in chosen)))
             database.set_result(item.job_id, result)
             outcome, first = "killed" if result.is_killed else "survived", (result.output or "").partition("\n")[0]
             print(f"{item.job_id}: {outcome} {first}", flush=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
+import pkgutil
+from typing import Protocol
 
 import pytest
 import torch
@@ -113,3 +117,39 @@ def test_settings_cannot_be_changed(settings):
     """The same object twice gives the same answer; a `History` is what grows."""
     with pytest.raises(dataclasses.FrozenInstanceError):
         object.__new__(settings).rtol = 0.5
+
+
+def classes(*packages):
+    """All classes that the modules of these packages define, and those beside them."""
+    names = [module.name for module in pkgutil.walk_packages(bl.__path__, "bilevel.")]
+    chosen = [name for name in names if name.count(".") == 1 or name.split(".")[1] in packages]
+    modules = [importlib.import_module(name) for name in chosen]
+    found = {one for module in modules for one in vars(module).values() if isinstance(one, type)}
+    return {one for one in found if one.__module__ in chosen}
+
+
+CORE = classes("linalg", "inner", "hypergrad")
+GROWING = (
+    *("History", "Lanczos", "_Anchor", "_State", "_Walk", "Ends", "Progress", "RootProgress"),
+    *("AdjointCell", "Findings", "Point"),
+)
+"""What a solve writes into as it goes on; all else is made once."""
+
+
+def test_all_that_does_not_grow_is_frozen():
+    made = {one for one in CORE if dataclasses.is_dataclass(one)}
+    assert {one.__name__ for one in made if not one.__dataclass_params__.frozen} == set(GROWING)
+
+
+def documented():
+    """Nothing else."""
+
+
+def test_a_method_without_a_body_is_abstract():
+    """So that a class that forgets it cannot be made."""
+    for one in (one for one in CORE if Protocol not in one.__bases__):
+        for name, member in vars(one).items():
+            function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if inspect.isfunction(function) and not name.startswith("__"):
+                empty = function.__code__.co_code == documented.__code__.co_code and function.__doc__
+                assert not empty or getattr(function, "__isabstractmethod__", False), f"{one.__name__}.{name}"

@@ -73,16 +73,15 @@ def descend_within(
     if nearness is not None:
         progress.mark(progress.active, Result.MAX_STEPS)
     for step in range(max_steps + 1):
-        if not bool(progress.active.any()):
-            break
-        towards, _, known = memory(at, at.f)
         near = None
-        if nearness is not None:
-            move = box.clip(at.y + towards) - at.y
-            decrement = dot(at.g, move).abs()
-            predicted = torch.where(known | (decrement == 0), norm(move), torch.inf)
-            progress.end(nearness.look(predicted, at.y, decrement, at.f), Result.CONVERGED)
-            near = nearness.acceptable
+        if bool(progress.active.any()):
+            towards, _, known = memory(at, at.f)
+            if nearness is not None:
+                move = box.clip(at.y + towards) - at.y
+                decrement = dot(at.g, move).abs()
+                predicted = torch.where(known | (decrement == 0), norm(move), torch.inf)
+                progress.end(nearness.look(predicted, at.y, decrement, at.f), Result.CONVERGED)
+                near = nearness.acceptable
         if watch is not None and watch(step, at.y, box.slope(at), at.f, progress.active):
             progress.stop()
             break

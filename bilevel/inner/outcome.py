@@ -122,8 +122,8 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
 
 def _still_bends_down(problem: Problem, found: Solution) -> bool:
     """Whether a problem that failed after many steps has negative curvature, as networks have."""
-    failed, steps = ~(found.stats["result"] <= int(Result.STEPS_DONE)), found.stats["num_steps"]
-    if not bool((failed & (steps >= ENOUGH_STEPS)).any()):
+    failed = ~(found.stats["result"] <= int(Result.STEPS_DONE)) & (found.stats["num_steps"] >= ENOUGH_STEPS)
+    if not bool(failed.any()):
         return False
     down = bends_down(problem, found.value, ENOUGH_STEPS, 100 * torch.finfo(found.value.dtype).eps)
     return bool((down & failed).any())

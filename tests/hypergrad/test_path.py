@@ -55,6 +55,24 @@ def test_a_nudge_below_rounding_is_heard():
         loss().backward()
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        *(bl.ForwardMode(), bl.ForwardGradient(), bl.Truncated(3)),
+        *(bl.Unroll(), bl.Unroll(checkpoint=True), bl.Unroll(checkpoint="tree"), bl.Unroll(mode="mixed")),
+    ],
+    ids=repr,
+)
+def test_where_nothing_is_to_be_differentiated_the_steps_are_made(method):
+    x, start = torch.ones(2, dtype=torch.float64, requires_grad=True), torch.zeros(2, dtype=torch.float64)
+    fits = [bl.argmin(lambda y: (y - 1).square().sum(), start, solver=STEPS, hypergrad=method)]
+    with torch.no_grad():
+        fits.append(bl.argmin(lambda y: (y - x).square().sum(), start, solver=STEPS, hypergrad=method))
+    for fit in fits:
+        assert fit.value.tolist() == pytest.approx([1 - 0.8**9] * 2)
+        assert int(fit.stats["num_steps"]) == 9
+
+
 NUDGED = {
     "tight": (bl.LBFGS(gtol=1e-6), False),
     "default": (None, False),
@@ -132,6 +150,17 @@ def test_a_hyperparameter_without_influence_is_no_loss():
     fit = bl.argmin(inner, torch.ones(3, dtype=torch.float64), hypergrad=bl.FiniteDifference(0.5), throw="raise")
     grads = torch.autograd.grad(fit.value.sum(), (x, z))
     assert [grad.item() for grad in grads] == pytest.approx([3.0, 0.0], abs=1e-8)
+
+
+def test_a_small_difference_that_a_longer_move_confirms_is_no_loss():
+    """Beside a slope of 1e5, and params in float32, it could be rounding; the gradients are exact in float64."""
+    x = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+
+    def inner(y):
+        return (y.double() - x).square().sum() + 1e5 * x
+
+    fit = bl.argmin(inner, torch.ones(3), hypergrad=bl.FiniteDifference(0.5), throw="raise")
+    assert torch.autograd.grad(fit.value.sum(), x)[0].item() == pytest.approx(3.0, rel=1e-4)
 
 
 def test_sama_takes_the_rule_of_the_solver():

@@ -100,17 +100,11 @@ class TestAnotherObjective:
         assert torch.equal(first, gradient(fit.value.sum(), x)) or name in ("func", "penalty", "finite difference")
 
 
+DIFFERENTIATED = [bl.Implicit(), bl.OneStep(0.5), bl.FiniteDifference(), bl.Unroll(), bl.Unroll(checkpoint=True)]
+
+
 class TestNotFinite:
-    @pytest.mark.parametrize(
-        "method",
-        [
-            bl.Implicit(),
-            bl.OneStep(0.5),
-            bl.FiniteDifference(),
-            bl.Unroll(),
-            bl.Unroll(checkpoint=True),
-        ],
-    )
+    @pytest.mark.parametrize("method", DIFFERENTIATED, ids=repr)
     @pytest.mark.parametrize("throw", ["raise", "warn"])
     def test_an_infinite_slope_by_a_hyperparameter(self, method, throw):
         x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
@@ -123,11 +117,14 @@ class TestNotFinite:
         with pytest.raises(bl.SolveError, match="NaN or"):
             gradient(fit.value.square().sum(), x)
 
-    def test_is_left_to_those_who_ignore(self):
+    @pytest.mark.parametrize("method", DIFFERENTIATED, ids=repr)
+    def test_is_left_to_those_who_ignore(self, method):
         x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
         fit = bl.argmin(
             lambda y: 0.5 * (y - 1).square().sum() + (torch.where(x > 0, x.sqrt(), 0 * x) * y).sum(),
             torch.zeros(2).double(),
+            hypergrad=method,
+            solver=bl.GradientDescent(0.5, 30),
             throw="ignore",
         )
         assert gradient(fit.value.square().sum(), x).isnan().all()

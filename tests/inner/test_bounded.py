@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -147,6 +149,59 @@ def test_saddles_and_losses_without_end_are_told():
     with pytest.warns(bl.SolveWarning, match="still falls"):
         fit = bl.argmin(lambda y: -y.sum(), tensor([1.0, 2.0]), solver=LBFGS(bounds=(0.0, None)))
     assert fit.result is Result.UNBOUNDED
+
+
+SHIFTED = tensor([[2.0, -3.0, 0.4], [0.0, 0.3, 0.2]])
+STIFF = tensor([1.0, 5.0, 20.0])
+
+
+def shifted(y):
+    """At most 1, its first minimum is at ``(1, -1, 0.4)``; the second is inside."""
+    return (STIFF * (y - SHIFTED).square()).sum(-1) + 0.1 * (y - SHIFTED).pow(4).sum(-1)
+
+
+@pytest.mark.parametrize("gtol", [1e-6, 1e-2, None])
+def test_a_tolerance_is_for_the_gradient_of_the_free(gtol):
+    solver = LBFGS(bounds=(-1.0, 1.0), gtol=gtol)
+    fit = bl.argmin(shifted, torch.zeros(2, 3, dtype=torch.float64), solver=solver, throw="raise", hypergrad=None)
+    torch.testing.assert_close(fit.value, SHIFTED.clamp(-1, 1), rtol=0, atol=1e-6 if gtol is None else gtol)
+    assert fit.value[0, :2].tolist() == [1.0, -1.0]
+    assert fit.stats["result"].tolist() == [int(Result.CONVERGED)] * 2
+    assert ("step_norm" in fit.stats) == (gtol is None)
+    again = bl.argmin(shifted, fit.value, solver=solver, throw="raise", hypergrad=None)
+    assert bool((again.stats["num_steps"] <= (0 if gtol else 1)).all())
+
+
+@pytest.mark.parametrize("gtol", [1e-9, None])
+def test_the_limit_of_steps_within_bounds_holds(gtol):
+    solver = LBFGS(bounds=(-1.0, 1.0), gtol=gtol, max_steps=2)
+    fit = bl.argmin(shifted, torch.zeros(2, 3, dtype=torch.float64), solver=solver, throw="ignore")
+    assert fit.stats["num_steps"].tolist() == [2, 2]
+    assert fit.stats["result"].tolist() == [int(Result.MAX_STEPS)] * 2
+
+
+@pytest.mark.parametrize("make", [LBFGS, functools.partial(ScipyMinimize, "L-BFGS-B")], ids=IDS)
+@pytest.mark.parametrize("gtol", [1e-6, None])
+def test_each_step_within_bounds_is_told_and_may_be_the_last(make, gtol):
+    """The losses fall, the params stay inside, and the norm is that of the slope of what is free."""
+    seen: list[bl.InnerStep] = []
+    solver = make(bounds=(-1.0, 1.0), gtol=gtol, callback=seen.append)
+    start = torch.zeros(2, 3, dtype=torch.float64)
+    fit = bl.argmin(shifted, start, solver=solver, throw="raise", hypergrad=None)
+    assert [one.step for one in seen] == list(range(len(seen)))
+    assert len(seen) == int(fit.stats["num_steps"].max()) + 1
+    for one in seen:
+        assert bool((one.params.abs() <= 1).all())
+        g = torch.func.grad(lambda y: shifted(y).sum())(one.params)
+        free = torch.where((one.params >= 1) & (g < 0) | (one.params <= -1) & (g > 0), 0.0, g)
+        torch.testing.assert_close(one.residual_norm, free.norm(dim=-1), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(one.loss, shifted(one.params))
+    assert bool((seen[-1].loss < seen[0].loss).all())
+    assert seen[-1].last or make is not LBFGS
+    stopped = make(bounds=(-1.0, 1.0), gtol=gtol, callback=lambda one: one.step == 1)
+    fit = bl.argmin(shifted, start, solver=stopped, hypergrad=None)
+    assert fit.result is Result.STEPS_DONE
+    assert int(fit.stats["num_steps"].max()) == 1
 
 
 def test_a_start_outside_is_moved_inside():

@@ -124,3 +124,21 @@ def test_units_are_exact_and_undo_themselves():
 def test_bad_settings_name_the_argument(settings, name):
     with pytest.raises(ValueError, match=name):
         InteriorPoint(**settings)
+
+
+@pytest.mark.parametrize(
+    ("c", "h", "degenerate"),
+    [
+        ((0.0, 0.0), (0.0, 5.0), True),  # z_0 is at its bound, and would be there without it
+        ((-1.0, 0.0), (0.0, 5.0), False),  # it is pulled against its bound
+        ((0.0, 0.0), (1.0, 5.0), False),
+        ((-3.0, 5.0), (1.0, 2.0), False),
+        ((-3.0, -2.0), (1.0, 2.0), True),
+    ],
+)
+def test_an_active_constraint_without_a_multiplier_is_degenerate(c, h, degenerate):
+    """``min |z|^2 / 2 + c z`` where ``z <= h``: at ``min(-c, h)``."""
+    c, h, eye = torch.tensor(c).double(), torch.tensor(h).double(), torch.eye(2, dtype=torch.float64)
+    found = solve(eye, c, None, None, eye, h)
+    torch.testing.assert_close(found.value[0], torch.minimum(-c, h), rtol=0, atol=1e-8)
+    assert bool(found.stats["degenerate"]) == degenerate

@@ -8,6 +8,8 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy, softplus
 
 import bilevel as bl
+from bilevel.inner.outcome import inner_advice
+from bilevel.problem import Problem
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -163,6 +165,24 @@ class TestAdvice:
         ]
         assert messages[0] == messages[1]
         assert "relative residual norm 0." in messages[0]
+
+    @pytest.mark.parametrize(
+        ("results", "steps", "for_networks"),
+        [
+            (("max_steps", "converged"), (60, 60), True),
+            (("max_steps", "max_steps"), (50, 60), True),
+            (("converged", "max_steps"), (60, 60), False),  # that which failed is convex there
+            (("max_steps", "max_steps"), (49, 60), False),  # the other one has few steps
+            (("max_steps", "converged"), (10, 60), False),
+        ],
+    )
+    def test_of_a_batch_that_counts_which_failed_after_many_steps(self, results, steps, for_networks):
+        """At 0.1 the double well is concave, at 0.9 it is convex."""
+        problem = Problem(lambda y: ((y**2 - 1) ** 2).sum(-1), torch.tensor([[0.1] * 2, [0.9] * 2]).double(), ())
+        codes = [int(bl.Result[name.upper()]) for name in results]
+        stats = {"result": torch.tensor(codes, dtype=torch.int8), "num_steps": torch.tensor(steps)}
+        said = inner_advice(problem, bl.Solution(problem.start.y, stats), bl.LBFGS())
+        assert ("the Hessian still has negative curvature here" in said) == for_networks
 
 
 class TestTheDefaultSolver:

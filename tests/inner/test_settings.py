@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
+import numpy as np
 import pytest
+import scipy.optimize
 import torch
 
 import bilevel as bl
@@ -24,6 +28,83 @@ EDGES = [
     bl.NewtonCG(gtol=1e-12),
     bl.ProximalGradient(bl.prox.L1(0.0)),
 ]
+
+
+L1 = bl.prox.L1(0.1)
+STEPPED = {
+    "gtol": [
+        *(bl.GradientDescent, bl.LBFGS, bl.NewtonCG, bl.ScipyMinimize, bl.LevenbergMarquardt, bl.GaussNewtonCG),
+        *(functools.partial(bl.Steps, bl.SGD()), functools.partial(bl.TorchOptim, torch.optim.SGD, lr=0.1)),
+    ],
+    "tol": [bl.Newton, bl.Picard, bl.Anderson, bl.ScipyRoot, functools.partial(bl.ProximalGradient, L1)],
+}
+
+
+@pytest.mark.parametrize(("name", "make"), [(name, make) for name, makes in STEPPED.items() for make in makes])
+def test_limits_and_tolerances_of_every_solver(name, make):
+    """One step and a tolerance of zero are the least that can be asked for."""
+    with pytest.raises(ValueError, match="max_steps is 0: at least one"):
+        make(max_steps=0)
+    for bad in (-1e-9, float("nan")):
+        with pytest.raises(ValueError, match=rf"^{name} is {bad}: .* cannot be negative"):
+            make(**{name: bad})
+    assert make(max_steps=1, **{name: 0.0}).max_steps == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "good", "bad"),
+    [
+        (lambda value: bl.NewtonCG(cg_steps=value), [1], [0]),
+        (lambda value: bl.GaussNewtonCG(cg_steps=value), [1], [0]),
+        (lambda value: bl.LBFGS(history=value), [1], [0]),
+        (lambda value: bl.Anderson(history=value), [0, 1], [-1]),
+        (lambda value: bl.Anderson(damping=value), [1.0, 0.01], [0.0, 1.01, float("nan")]),
+        (lambda value: bl.Picard(damping=value), [1.0, 0.01], [0.0, 1.01, float("nan")]),
+        (lambda value: bl.Anderson(ridge=value), [0.0, 2.0], [-1e-9, float("nan")]),
+        (lambda value: bl.LevenbergMarquardt(radius=value), [1e-9, 2.0], [0.0, -1.0, float("nan")]),
+        (lambda value: bl.GradientDescent(lr=value), [1e-9, 2.0, (0.1, 2.0)], [0.0, -1.0, (0.1, 0.0), float("nan")]),
+        (lambda value: bl.GradientDescent(momentum=value), [0.0, 0.99], [-0.01, 1.0, float("nan")]),
+        (lambda value: bl.ProximalGradient(L1, step_size=value), [1e-9, 2.0], [0.0, -1.0, float("nan")]),
+        (lambda value: bl.Bisection(0.0, value), [1e-9], [0.0, -1.0]),
+        (lambda value: bl.Bisection(0.0, 1.0, max_steps=value), [1], [0]),
+    ],
+)
+def test_the_edges_of_each_setting(make, good, bad):
+    for value in good:
+        make(value)
+    for value in bad:
+        with pytest.raises(ValueError, match=r" is .*: "):
+            make(value)
+
+
+@pytest.mark.parametrize("settings", [{"momentum": 0.5}, {"safeguard": True}], ids=repr)
+def test_a_line_search_excludes_what_finds_steps_otherwise(settings):
+    with pytest.raises(ValueError, match="line_search excludes momentum and safeguard"):
+        bl.GradientDescent(line_search=True, **settings)
+
+
+@pytest.mark.parametrize("method", ["L-BFGS-B", "BFGS", "CG", "trust-ncg"])
+def test_a_loose_tolerance_ends_scipy_sooner(method):
+    def solved(gtol):
+        curvature = torch.logspace(0, 3, 10, dtype=torch.float64)
+        start = torch.zeros(10, dtype=torch.float64)
+        solver = bl.ScipyMinimize(method, gtol=gtol)
+        return bl.argmin(lambda y: (curvature * (y - 1).square() + y.pow(4)).sum(), start, solver=solver).stats
+
+    loose, tight = solved(10.0), solved(1e-4)
+    assert loose["residual_norm"] <= 10.0
+    assert tight["residual_norm"] <= 1e-4
+    assert loose["num_steps"] < tight["num_steps"]
+
+
+@pytest.mark.parametrize("error", [ValueError, FloatingPointError, np.linalg.LinAlgError])
+def test_what_breaks_scipy_down_is_told_in_words(error, monkeypatch):
+    def broken(*args, **settings):
+        raise error("no inverse")
+
+    monkeypatch.setattr(scipy.optimize, "root", broken)
+    with pytest.raises(ValueError, match=r"ScipyRoot\('hybr'\) broke down: no inverse. Try Newton\(\)"):
+        bl.root(lambda y: y - 1, torch.zeros(2, dtype=torch.float64), solver=bl.ScipyRoot())
 
 
 @pytest.mark.parametrize(("solver", "settings"), BAD)

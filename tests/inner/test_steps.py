@@ -134,6 +134,19 @@ def test_the_state_of_the_last_step():
     assert torch.equal(redone, found.value)
 
 
+def test_steps_that_go_on_are_told_by_their_numbers():
+    """From step 2 of 5, with the state of Adam: they end where all five do."""
+    problem, seen = quadratic_problem(), []
+    whole = Steps(Adam(0.1), max_steps=5).minimize(problem)
+    begun = Steps(Adam(0.1), max_steps=2).minimize(problem)
+    watched = Steps(Adam(0.1), max_steps=5, callback=seen.append)
+    found = watched.resume(problem, problem.evaluate(begun.value), begun.state.rule, 2)
+    assert torch.equal(found.value, whole.value)
+    assert [(one.step, one.last) for one in seen] == [(2, False), (3, False), (4, False), (5, True)]
+    assert torch.equal(seen[-1].flat, whole.value)
+    assert found.stats["num_steps"].tolist() == [3, 3]
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [
