@@ -12,7 +12,6 @@ from applications.few_shot.train import describe
 from applications.frame.errors import UserError
 from applications.frame.figures import png
 from applications.frame.run_folder import RunFolder
-from bilevel import files
 
 PAPER = {(5, 1): (99.16, 99.50), (5, 5): (99.67, 99.74), (20, 1): (94.46, 96.18), (20, 5): (98.69, 99.14)}
 """Ways and shots on Omniglot -> accuracy of implicit MAML by gradient descent and Hessian-free, in percent: table 2 of
@@ -27,7 +26,7 @@ def command(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     picture = draw([Path(argument) for argument in arguments[:-1]])
-    files.write_atomically(Path(arguments[-1]), lambda file: file.write(picture))
+    RunFolder(Path(arguments[-1]).parent).write_bytes(Path(arguments[-1]).name, picture)
     return 0
 
 

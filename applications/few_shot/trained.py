@@ -24,6 +24,7 @@ from applications.few_shot.train import checkpoint_file, untrained_network
 from applications.frame import schema
 from applications.frame.command import names_code, refuse_code
 from applications.frame.errors import UserError
+from applications.frame.options import is_file
 from applications.frame.run_folder import RunFolder
 from applications.frame.tune import read_settings
 
@@ -78,11 +79,11 @@ class Trained:
             UserError: there is none, or the file is damaged or of another make.
         """
         path = Path(source)
-        if (path / "config.json").is_file():
+        if is_file(path / "config.json"):
             return cls.from_run(path)
-        if not path.is_file():
+        if not is_file(path):
             path = SHIPPED / f"{source}.pt"
-        if not path.is_file():
+        if not is_file(path):
             raise UserError(
                 f"There is no trained network {str(source)!r}: it is neither the folder of a run, nor a file, nor one "
                 f"of those that are shipped ({', '.join(shipped()) or 'none yet'})."
@@ -114,12 +115,15 @@ class Trained:
         return cls(config, kept, dict(log_strength), origin, chosen)
 
     def save(self, path: Path) -> None:
-        """Write it as a file of tensors, numbers and strings, which loads without executing anything."""
+        """Write it as a new file of tensors, numbers and strings, which loads without executing anything.
+
+        Raises:
+            UserError: there is a file of that name, or it cannot be written.
+        """
         content = self._content()
         buffer = io.BytesIO()
         torch.save({**content, "hash": digest(content)}, buffer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bl.files.write_atomically(path, lambda file: file.write(buffer.getvalue()))
+        RunFolder(path.parent).write_new([path.name], buffer.getvalue())
 
     def learner(self, ways: int | None = None, device: torch.device | str = "cpu") -> Learner:
         """The network with its parameters, for tasks of ``ways`` classes; None: as many as in training.

@@ -90,10 +90,14 @@ def main(name: str, arguments: list[str], rest: Callable[[list[str]], Tunable]) 
     Returns:
         0; 2 for bad input; 130 after Ctrl-C, which keeps the study.
     """
-    options, left = tyro.cli(
-        Config, args=arguments, prog=f"python -m applications.{name} tune", return_unknown_args=True
-    )
-    return exit_code(lambda: _begun(name, options, arguments, lambda: rest(left)), KEPT)
+
+    def command() -> int:
+        options, left = tyro.cli(
+            Config, args=arguments, prog=f"python -m applications.{name} tune", return_unknown_args=True
+        )
+        return _begun(name, options, arguments, lambda: rest(left))
+
+    return exit_code(command, KEPT)
 
 
 def _begun(name: str, options: Config, arguments: list[str], tunable: Callable[[], Tunable]) -> int:

@@ -5,15 +5,13 @@ Each trial takes a size and a folder of its own, and returns its figures: a `Fou
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,9 @@ import torch
 import bilevel as bl
 from applications.frame.checkpoint import Damaged, differences, from_bytes
 from applications.frame.run_folder import RunFolder
-from applications.frame.tune.command import Config as Tuning
+from tests.applications.trust.commands import DATA, OUT, RUN, SMALL, all_tried
 from tests.applications.trust.processes import (
-    APPLICATIONS,
+    OVER,
     TRACEBACK,
     finish,
     kill_after,
@@ -33,14 +31,10 @@ from tests.applications.trust.processes import (
     start,
     wait,
     wait_for,
+    wait_for_any,
 )
 
-FEW = ["--steps", "12", "--eval-tasks", "2", "--validate-every", "4", "--threads", "1"]
-TINY: dict[str, list[str]] = {
-    "few_shot": [*["--width", "8", "--tasks", "2", "--inner-steps", "2"], *FEW],
-    "data_cleaning": ["--repeats", "1", "--steps", "6"],
-    "search": ["--data", "iris", "--candidates", "2"],
-}
+TINY = {name: list(SMALL[name]) for name in ("few_shot", "data_cleaning", "search")}
 """Short commands of the applications whose trainings are killed."""
 
 
@@ -134,32 +128,42 @@ def cuts(count: int, folder: Path, seed: int = 0) -> Found:
 
 
 BAD = ("-1", "-1e-9", "0", "1e308", "inf", "nan", str(10**20), "", "x" * 300, "a\0b")
+FINE = (0, 1, 2, -OVER, -signal.SIGALRM)
+"""Exit codes: done; measured, and not as it should be; refused; more than was waited for."""
 
 
-def options(part: float, folder: Path, seconds: int = 4, seed: int = 0) -> Found:
-    """Bad values of the options of all commands and of ``tune``: none ends with a traceback or a crash.
+def options(
+    application: str, part: float, folder: Path, at_once: int = 1, seconds: float = 1.5, seed: int = 0
+) -> Found:
+    """Bad values of all options of the commands of an application: none ends with a traceback or a crash.
 
     Args:
-        part: of all pairs of an option and a value, chosen at random. seconds: for a command; one that runs longer took
-            the value for a good one.
+        part: of all pairs of an option and a value, chosen at random. at_once: processes.
+        seconds: of the processor for a command; one that needs more took the value for a good one.
     """
-    chance, failures, tried = random.Random(seed), [], 0
-    for application, words, option in _options():
+    chance, failures, tried, running = random.Random(f"{application} {seed}"), [], 0, {}
+
+    def judge(child: int, code: int) -> None:
+        line, log, out = running.pop(child)
+        text = log.read_text(errors="replace")
+        if code not in FINE or "Traceback" in text:
+            last = text.strip().splitlines()[-1:] or [""]
+            failures.append(f"{application} {line}: exit code {code}, {last[0][:150]}")
+        shutil.rmtree(out, ignore_errors=True)
+
+    for one in all_tried(application):
         for value in BAD:
             if chance.random() >= part:
                 continue
+            if len(running) == at_once:
+                judge(*wait_for_any(running))
             tried += 1
-            out, log = folder / "options", folder / f"option-{tried}.log"
-            small = [] if words else [*TINY.get(application, []), *_data(application, folder)]
-            place = [] if option == "--out" else ["--out", str(out)]
-            code = finish(application, [*words, *small, *place, f"{option}={value}"], log, seconds)
-            text = log.read_text(errors="replace")
-            if code not in (0, 2, -signal.SIGALRM) or "Traceback" in text:
-                last = text.strip().splitlines()[-1:] or [""]
-                failures.append(
-                    f"{application} {' '.join(words)} {option}={value[:20]!r}: exit code {code}, {last[0][:150]}"
-                )
-            shutil.rmtree(out, ignore_errors=True)
+            out, log = folder / f"options-{tried}", folder / f"option-{tried}.log"
+            places = {RUN: str(_run(folder)), OUT: str(out), DATA: str(folder / "data")}
+            child = start(application, [places.get(word, word) for word in one.line(value)], log, seconds)
+            running[child] = " ".join((*one.before[:2], f"{one.option}={value[:20]!r}")), log, out
+    while running:
+        judge(*wait_for_any(running))
     return found(tried, failures)
 
 
@@ -233,15 +237,6 @@ def writers(count: int, folder: Path) -> Found:
         for path in folder.glob(f"shared-{number}*"):
             shutil.rmtree(path)
     return found(2 * count, failures)
-
-
-def _options() -> Iterator[tuple[str, list[str], str]]:
-    for application in APPLICATIONS:
-        module = importlib.import_module(f"applications.{application}.__main__")
-        for field in fields(module.Config):
-            yield application, [], f"--{field.name.replace('_', '-')}"
-    for field in fields(Tuning):
-        yield "data_cleaning", ["tune", "--repeats", "1", "--trials", "1"], f"--{field.name.replace('_', '-')}"
 
 
 def _accepted(content: bytes) -> bool:
