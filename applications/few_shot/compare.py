@@ -24,7 +24,7 @@ from applications.frame.measurement import one_writer
 from applications.frame.options import check_folder, check_values, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import markdown
-from applications.frame.run_folder import RunFolder
+from applications.frame.run_folder import RunFolder, understood
 
 START = Config(data="omniglot", width=64, minutes=60.0, steps=1_000_000, threads=1, eval_tasks=1000)
 """Settings of all methods where nothing is said: an hour of one core, 5-way 1-shot."""
@@ -92,7 +92,10 @@ def _train(config: Config, folder: Path, train: Callable[[list[str]], int]) -> i
 
 def write(place: Path, arguments: list[str]) -> None:
     """Table, figures and picture of the runs that are done: ``comparison.md``, ``.json`` and ``.png``."""
-    runs = [read(path.parent) for path in sorted(place.glob("*/evaluation.json"))]
+    runs = []
+    for path in sorted(place.glob("*/evaluation.json")):
+        with understood(path.parent):
+            runs.append(read(path.parent))
     rows = summary(runs)
     folder = RunFolder(place)
     call = " ".join(["python -m applications.few_shot compare", *arguments])

@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 import bilevel as bl
 from applications.few_shot import backbone
@@ -22,10 +22,11 @@ from applications.few_shot.config import Config
 from applications.few_shot.methods import Learner, fixed_at_zero
 from applications.few_shot.train import checkpoint_file, untrained_network
 from applications.frame import schema
+from applications.frame.checkpoint import not_finite
 from applications.frame.command import names_code, refuse_code
 from applications.frame.errors import UserError
-from applications.frame.options import is_file
-from applications.frame.run_folder import RunFolder
+from applications.frame.options import check_values, is_file
+from applications.frame.run_folder import RunFolder, understood
 from applications.frame.tune import read_settings
 
 SHIPPED = Path(__file__).parent / "trained"
@@ -44,6 +45,27 @@ class State(TypedDict):
     optimizer: dict[str, Any]
     step: int
     seconds: float
+
+
+class Origin(TypedDict):
+    """How a network came about."""
+
+    command: str
+    hours: float
+    steps: int
+    seed: int
+    validation: NotRequired[float]
+
+
+class Content(TypedDict):
+    """A file of a trained network, but for its hash."""
+
+    format: Literal[1]
+    config: dict[str, Any]
+    origin: Origin
+    solver: str
+    meta: dict[str, Tensor]
+    log_strength: dict[str, Tensor]
 
 
 SETTINGS = ("solver", "hypergrad", "strength")
@@ -107,7 +129,8 @@ class Trained:
         }
         measured = [r for r in folder.metrics() if "validation_accuracy" in r and r["step"] <= state["step"]]
         if measured:
-            origin["validation"] = round(measured[-1]["validation_accuracy"], 3)
+            with understood(path / "metrics.jsonl"):
+                origin["validation"] = round(float(measured[-1]["validation_accuracy"]), 3)
         fixed = fixed_at_zero(config, meta)
         kept = {name: value.detach().clone() for name, value in meta.items() if name not in fixed}
         solver = path / "solver.json"
@@ -166,10 +189,15 @@ class Trained:
             found = content.pop("hash")
             if found != digest(content):
                 raise UserError(f"{path} is damaged: its content has another hash than it says. Fetch it again.")
+            schema.check(content, Content, path, "trained network of this version")
             today = Config().to_json()  # knobs may have come and gone since
             config = Config.from_json({**today, **{k: v for k, v in content["config"].items() if k in today}})
             text = content["solver"]
             chosen = {} if not text else _through_a_file(lambda path: path.write_text(text), bl.tuning.load)
+            check_values(config)
+            config.check()
+            if bad := next(not_finite({"meta": content["meta"], "log_strength": content["log_strength"]}), None):
+                raise UserError(f"{path} is of no use: {bad} is not finite.")
             return cls(config, content["meta"], content["log_strength"], content["origin"], chosen)
         except UserError:
             raise

@@ -11,6 +11,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -25,7 +26,7 @@ from applications.frame.errors import UserError, exit_code
 from applications.frame.options import check_folder, check_values, option, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import SOLVER, Interrupted, Run
-from applications.frame.run_folder import RunFolder
+from applications.frame.run_folder import RunFolder, understood
 
 PLACE = ("out", "resume", "solver")
 """What config.json does not hold; the settings of the solver's file are kept beside it."""
@@ -230,7 +231,8 @@ def _told(
         if solver is not None and isinstance(knobs, SolverKnobs):
             run.settings = tune.read_settings(solver, knobs.solver_settings, name)
         try:
-            story(knobs, run)
+            with nullcontext() if knobs.resume is None else understood(f"The run folder {folder.path}"):
+                story(knobs, run)
         except (Interrupted, KeyboardInterrupt) as interruption:
             if run.leads:
                 saved = f"what was done is saved. Go on with: --resume {folder.path}"

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,24 @@ class ReadOnly(RunFolder):
     def write_bytes(self, name: str, content: bytes) -> None: ...
 
     def append_metrics(self, row: dict[str, Any]) -> None: ...
+
+
+@contextlib.contextmanager
+def understood(what: object) -> Iterator[None]:
+    """Use what files from elsewhere hold: where that is not what this program writes, it is told.
+
+    Raises:
+        UserError: an entry is missing, or is of another type or form than is needed.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(
+            f"{what} does not hold what this program writes ({told}, at {Path(place.filename).name}, line "
+            f"{place.lineno}): it is damaged, or of another version. Restore it from a copy, or start a new run."
+        ) from error
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)

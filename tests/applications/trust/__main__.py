@@ -32,7 +32,7 @@ FULL: dict[str, Callable[[float, Path], Found]] = {
     "studies": lambda part, folder: trials.studies(round(50 * part), folder),
     "flips": lambda part, folder: trials.flips(round(1500 * part), folder),
     "cuts": lambda part, folder: trials.cuts(round(200 * part), folder),
-    **{f"options of {name}": partial(trials.options, name, at_once=os.cpu_count() or 1) for name in SMALL},
+    **{f"options of {name}": partial(trials.options, name) for name in SMALL},
     "memory": lambda part, folder: trials.memory(1800 * part, folder),
     "signals": lambda part, folder: trials.signals(round(10 * part), folder),
     "writers": lambda part, folder: trials.writers(round(20 * part), folder),

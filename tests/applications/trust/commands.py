@@ -76,10 +76,7 @@ SUBCOMMANDS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
 }
 """Their module, what the dataclass of their options is called, and the command in small."""
 POSITIONAL = {
-    "few_shot": (
-        *("evaluate", f"evaluate {RUN}", "evaluate --trained", "export", f"export {RUN}", "hours", f"hours {RUN}"),
-        "papers",
-    )
+    "few_shot": (*("evaluate", f"evaluate {RUN}", "evaluate --trained", "export", "hours", f"hours {RUN}", "papers"),)
 }
 """Commands that take a name or a folder as their next word, and some a second one."""
 
@@ -106,7 +103,7 @@ def all_tried(application: str) -> Iterator[Tried]:
         for option in _options(getattr(importlib.import_module(f"applications.{place}"), name)):
             yield Tried(_placed(small, option), option)
     for command in POSITIONAL.get(application, ()):
-        yield Tried(words(command), "", words("a.png") if command == "hours" else ())
+        yield Tried(words(command), "", words("a.png") if command in ("export", "hours") else ())
 
 
 def _placed(line: tuple[str, ...], option: str) -> tuple[str, ...]:

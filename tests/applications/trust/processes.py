@@ -85,12 +85,11 @@ def wait_for_any(children: Collection[int]) -> tuple[int, int]:
     return child, os.waitstatus_to_exitcode(status)
 
 
-def kill_after(child: int, seconds: float) -> bool:
-    """Whether it was killed, and had not ended before."""
-    time.sleep(seconds)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    return wait(child) == -signal.SIGKILL
+def kill_after(child: int, seconds: float) -> None:
+    """Kill it when it has used so much of the processor, unless it has ended before."""
+    wait_for(child, seconds)
+    os.kill(child, signal.SIGKILL)  # nobody has waited for it, so that its number is still its own
+    wait(child)
 
 
 def processor_seconds(child: int) -> float:
@@ -100,9 +99,9 @@ def processor_seconds(child: int) -> float:
 
 
 def wait_for(child: int, seconds: float) -> None:
-    """Until it has used so much of the processor."""
-    while processor_seconds(child) < seconds:
-        time.sleep(0.1)
+    """Until it has used so much of the processor, or has ended."""
+    while processor_seconds(child) < seconds and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.02)
 
 
 def _code(application: str, arguments: Sequence[str]) -> int:
