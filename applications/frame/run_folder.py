@@ -17,7 +17,7 @@ from applications.frame import checkpoint, schema
 from applications.frame.checkpoint import Damaged
 from applications.frame.errors import UserError, note
 from applications.frame.lock import Lock
-from bilevel import files
+from bilevel import files, tuning
 
 
 class RunFolder:
@@ -242,7 +242,9 @@ def understood(what: object) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if tuning.of_a_trial(error):
+            raise
         place = traceback.extract_tb(error.__traceback__)[-1]
         told = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise UserError(

@@ -50,7 +50,7 @@ SMALL = {
 }
 """A command, and options with which it takes a second or a few."""
 
-OPTIONS = {
+SETTINGS = {
     "measurements.advice": "Settings",
     "measurements.compare": "Compare",
     "measurements.gpu": "Settings",
@@ -59,26 +59,23 @@ OPTIONS = {
 }
 """What the dataclass of its options is called, where that is not ``Config``."""
 
-SUBCOMMANDS: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
-    "few_shot": (
-        ("few_shot.evaluation", "EvaluationConfig", ("evaluate", RUN, *HERE)),
-        (
-            *("few_shot.compare", "ComparisonConfig"),
-            ("compare", *SMALL["few_shot"], "--minutes", "None", "--methods", "fomaml", "--seeds", "1", *HERE),
-        ),
-        ("few_shot.gradients", "Config", words("gradients --size 2 --tasks 1 --steps 1")),
-        (
-            *("few_shot.benchmark", "Benchmark"),
-            words(f"benchmark --repeats 1 --inner-steps 1 --methods fomaml --config.width 8 --config.data-root {DATA}"),
-        ),
+SUBCOMMANDS = {
+    "few_shot evaluate": ("few_shot.evaluation", "EvaluationConfig", (RUN, *HERE)),
+    "few_shot compare": (
+        *("few_shot.compare", "ComparisonConfig"),
+        (*SMALL["few_shot"], *words("--minutes None --methods fomaml --seeds 1"), *HERE),
     ),
-    "data_cleaning": (("frame.tune.command", "Config", words("tune --repeats 1 --trials 1 --seconds 0.01")),),
+    "few_shot gradients": ("few_shot.gradients", "Config", words("--size 2 --tasks 1 --steps 1")),
+    "few_shot benchmark": (
+        *("few_shot.benchmark", "Benchmark"),
+        words(f"--repeats 1 --inner-steps 1 --methods fomaml --config.width 8 --config.data-root {DATA}"),
+    ),
+    "data_cleaning tune": ("frame.tune.command", "Config", words("--repeats 1 --trials 1 --seconds 0.01")),
 }
-"""Their module, what the dataclass of their options is called, and the command in small."""
-POSITIONAL = {
-    "few_shot": (*("evaluate", f"evaluate {RUN}", "evaluate --trained", "export", "hours", f"hours {RUN}", "papers"),)
-}
-"""Commands that take a name or a folder as their next word, and some a second one."""
+"""Their module, what the dataclass of their options is called, and options as in `SMALL`."""
+COMMANDS = (*SMALL, *SUBCOMMANDS)
+WORDS = ("evaluate", f"evaluate {RUN}", "evaluate --trained", "export", "hours", f"hours {RUN}", "papers")
+"""Commands of few-shot learning that take a name or a folder as their next word, and some a second one."""
 
 
 @dataclass(frozen=True)
@@ -93,17 +90,17 @@ class Tried:
         return [*self.before, f"{self.option}={value}" if self.option else value, *self.after]
 
 
-def all_tried(application: str) -> Iterator[Tried]:
-    """Every option of every command of an application, and the words of those that take some."""
-    module = importlib.import_module(f"applications.{application}.__main__")
-    small = SMALL[application] if application != "few_shot" else (*SMALL[application], *HERE)
-    for option in _options(getattr(module, OPTIONS.get(application, "Config"))):
-        yield Tried(_placed(small, option), option)
-    for place, name, small in SUBCOMMANDS.get(application, ()):
-        for option in _options(getattr(importlib.import_module(f"applications.{place}"), name)):
-            yield Tried(_placed(small, option), option)
-    for command in POSITIONAL.get(application, ()):
-        yield Tried(words(command), "", words("a.png") if command in ("export", "hours") else ())
+def all_tried(command: str) -> Iterator[Tried]:
+    """Every option of one of the `COMMANDS`; with those of ``few_shot`` the words that its other commands take."""
+    application, _, word = command.partition(" ")
+    place, name, small = SUBCOMMANDS.get(command) or (
+        *(f"{application}.__main__", SETTINGS.get(application, "Config")),
+        (*SMALL[application], *(HERE if application == "few_shot" else ())),
+    )
+    for option in _options(getattr(importlib.import_module(f"applications.{place}"), name)):
+        yield Tried(_placed((*([word] if word else []), *small), option), option)
+    for before in WORDS if command == "few_shot" else ():
+        yield Tried(words(before), "", words("a.png") if before in ("export", "hours") else ())
 
 
 def _placed(line: tuple[str, ...], option: str) -> tuple[str, ...]:

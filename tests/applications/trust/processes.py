@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -69,20 +69,12 @@ def wait(child: int) -> int:
 
 
 def finish(application: str, arguments: Sequence[str], log: Path, seconds: float = 0) -> int:
-    """Run a command to its end."""
-    return wait(start(application, arguments, log, seconds))
-
-
-def wait_for_any(children: Collection[int]) -> tuple[int, int]:
-    """The first of them that ends, and its exit code; the processes that it left are ended too."""
-    while True:
-        child, status = os.wait()
-        if child in children:
-            break
-    for left in psutil.Process().children():
-        if left.pid not in children:
-            left.kill()
-    return child, os.waitstatus_to_exitcode(status)
+    """Run a command to its end; where its time is limited, the processes that it left are ended too."""
+    code = wait(start(application, arguments, log, seconds))
+    for left in psutil.Process().children() if seconds else ():
+        left.kill()
+        left.wait()
+    return code
 
 
 def kill_after(child: int, seconds: float) -> None:

@@ -31,7 +31,6 @@ from tests.applications.trust.processes import (
     start,
     wait,
     wait_for,
-    wait_for_any,
 )
 
 TINY = {name: list(SMALL[name]) for name in ("few_shot", "data_cleaning", "search")}
@@ -132,38 +131,29 @@ FINE = (0, 1, 2, -OVER, -signal.SIGALRM)
 """Exit codes: done; measured, and not as it should be; refused; more than was waited for."""
 
 
-def options(
-    application: str, part: float, folder: Path, at_once: int = 1, seconds: float = 1.5, seed: int = 0
-) -> Found:
-    """Bad values of all options of the commands of an application: none ends with a traceback or a crash.
+def options(command: str, part: float, folder: Path, seconds: float = 1.5, seed: int = 0) -> Found:
+    """Bad values of all options of a command: none ends with a traceback or a crash.
 
     Args:
-        part: of all pairs of an option and a value, chosen at random. at_once: processes.
-        seconds: of the processor for a command; one that needs more took the value for a good one.
+        part: of all pairs of an option and a value, chosen at random. seconds: of the processor for a command; one that
+            needs more took the value for a good one.
     """
-    chance, failures, tried, running = random.Random(f"{application} {seed}"), [], 0, {}
-
-    def judge(child: int, code: int) -> None:
-        line, log, out = running.pop(child)
-        text = log.read_text(errors="replace")
-        if code not in FINE or "Traceback" in text:
-            last = text.strip().splitlines()[-1:] or [""]
-            failures.append(f"{application} {line}: exit code {code}, {last[0][:150]}")
-        shutil.rmtree(out, ignore_errors=True)
-
-    for one in all_tried(application):
+    chance, failures, tried = random.Random(f"{command} {seed}"), [], 0
+    for one in all_tried(command):
         for value in BAD:
             if chance.random() >= part:
                 continue
-            if len(running) == at_once:
-                judge(*wait_for_any(running))
             tried += 1
-            out, log = folder / f"options-{tried}", folder / f"option-{tried}.log"
+            out, log = folder / "options", folder / f"option-{tried}.log"
             places = {RUN: str(_run(folder)), OUT: str(out), DATA: str(folder / "data")}
-            child = start(application, [places.get(word, word) for word in one.line(value)], log, seconds)
-            running[child] = " ".join((*one.before[:2], f"{one.option}={value[:20]!r}")), log, out
-    while running:
-        judge(*wait_for_any(running))
+            line = [places.get(word, word) for word in one.line(value)]
+            code = finish(command.partition(" ")[0], line, log, seconds)
+            text = log.read_text(errors="replace")
+            if code not in FINE or "Traceback" in text:
+                last = text.strip().splitlines()[-1:] or [""]
+                told = " ".join((*one.before[:2], f"{one.option}={value[:20]!r}"))
+                failures.append(f"{command}: {told}: exit code {code}, {last[0][:150]}")
+            shutil.rmtree(out, ignore_errors=True)
     return found(tried, failures)
 
 
