@@ -82,7 +82,16 @@ def features(config: Config, images: Tensor) -> Tensor:
 def _frozen(name: str, channels: int, size: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same every time, where a factory draws weights
-        net = imported("--backbone", name)(channels, size)
+        factory = imported("--backbone", name)
+        try:
+            net = factory(channels, size)
+            if not isinstance(net, nn.Module):
+                raise TypeError(f"it returned {type(net).__name__}, which is no torch.nn.Module")
+        except (Exception, SystemExit) as error:  # it is the user's code
+            raise UserError(
+                f"--backbone {name} makes no network ({type(error).__name__}: {error}). It is called with (channels, "
+                "image size)."
+            ) from error
     return net.eval().requires_grad_(False)
 
 

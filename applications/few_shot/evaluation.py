@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import tyro
 
-import bilevel as bl
 from applications.few_shot import backbone, data, evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, describe, set_up_device
@@ -81,6 +80,7 @@ def command(arguments: list[str]) -> int:
         raise UserError(f"{call} takes the folder of a run or --trained NAME: one of them.")
     trained = Trained.from_run(run) if run is not None else Trained.load(what.trained or "")
     trained = replace(trained, trusted=(said.model, said.backbone))
+    trained.refuse_code()
     start = replace(trained.config, threads=None)
     if run is None:
         queries = Config().eval_queries if start.data in data.NAMES else start.eval_queries
@@ -105,7 +105,7 @@ def command(arguments: list[str]) -> int:
         if place is not None:
             print(f"The figures are in {write(RunFolder(place), found, 'evaluation' if config.out else None)}")
         if config.out and trained.chosen:
-            bl.tuning.save(config.out / SOLVER, trained.chosen)
+            RunFolder(config.out).write_settings(SOLVER, trained.chosen)
     return 0
 
 

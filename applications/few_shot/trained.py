@@ -148,6 +148,17 @@ class Trained:
         torch.save({**content, "hash": digest(content)}, buffer)
         RunFolder(path.parent).write_new([path.name], buffer.getvalue())
 
+    def refuse_code(self) -> None:
+        """To be called before anything of the configuration is used.
+
+        Raises:
+            UserError: it names code that is not `trusted`.
+        """
+        for name in self.config.names_code:
+            value = getattr(self.config, name)
+            if names_code(self.config, name) and value not in self.trusted:
+                refuse_code(value, name, "The trained network")
+
     def learner(self, ways: int | None = None, device: torch.device | str = "cpu") -> Learner:
         """The network with its parameters, for tasks of ``ways`` classes; None: as many as in training.
 
@@ -155,10 +166,7 @@ class Trained:
             UserError: the head was learned, for another number of classes; the network's code is another one now, or
                 is not `trusted`.
         """
-        for name in self.config.names_code:
-            value = getattr(self.config, name)
-            if names_code(self.config, name) and value not in self.trusted:
-                refuse_code(value, name, "The trained network")
+        self.refuse_code()
         ways = ways or self.config.ways
         config = replace(self.config, ways=ways)
         net = untrained_network(config, *backbone.shape(config)).to(torch.device(device), config.dtype)

@@ -49,6 +49,8 @@ class Knobs:
     """The knob that a resumed run may raise, where there is one: the run becomes longer, and no other."""
     names_code: ClassVar[Collection[str]] = ()
     """Knobs that may name code of the user's, as ``package.module:name``; a run folder alone never makes it run."""
+    own_code: ClassVar[Collection[str]] = ()
+    """Names of the project's own that they may have all the same."""
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is.
@@ -299,7 +301,7 @@ def _prepare(knobs: Knobs) -> None:
 def names_code(knobs: Knobs, name: str) -> bool:
     """Whether a knob names code that is not the project's own."""
     value = str(getattr(knobs, name))
-    return name in knobs.names_code and ":" in value and not value.startswith("applications.")
+    return name in knobs.names_code and ":" in value and value not in knobs.own_code
 
 
 def refuse_code(value: str, name: str, place: object) -> None:

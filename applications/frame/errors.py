@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a place that cannot be written."""
 
 
 class UserError(Exception):
@@ -26,7 +30,8 @@ def _tell(text: str) -> None:
 def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted; what was saved is complete.") -> int:
     """That of a command, None being 0.
 
-    2 for a `UserError`, which is told in one message, 130 after Ctrl-C, 141 where the reader of the output has gone.
+    2 for a `UserError` and for a place that cannot be written, which are told in one message; 130 after Ctrl-C, 141
+    where the reader of the output has gone.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was while the command was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,6 +46,11 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _tell(f"error: {error}. Free space, or choose another place.")
+        return 2
     except KeyboardInterrupt:
         _tell(interrupted)
         return 130
@@ -60,5 +70,5 @@ def _flush() -> None:
         raise
     except (OSError, ValueError) as error:
         with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         note(f"standard output cannot be written ({getattr(error, 'strerror', None) or error}).")

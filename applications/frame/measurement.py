@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -45,12 +47,29 @@ def main(
         check_values(options)
         place: Path | None = None if folder is None else getattr(options, folder)
         check_folder(place, str(folder))
-        with settings_told(options), forgiving():
+        with settings_told(options), forgiving(), ended_by_signals():
             check(options)
             with nullcontext() if place is None else one_writer(place):
                 return run(options)
 
     return exit_code(command, interrupted)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what is within as an error does, so that the processes which it started end with it."""
+
+    def end(number: int, frame: types.FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -129,7 +129,10 @@ PLACES = ("out", "resume", "worker")
 def changed(options: Any) -> str:
     """The options that are not at their defaults, the farthest from them first, as what to look at."""
     given = []
-    for name, value, usual in _flat(options, type(options)()):
+    required = {
+        f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.default is dataclasses.MISSING
+    }
+    for name, value, usual in _flat(options, type(options)(**required)):
         if value != usual and name not in PLACES:
             numbers = all(isinstance(number, int | float) for number in (value, usual))
             given.append((value / usual if numbers and usual else 0.0, f"{option(name)} {_shortened(value)}"))

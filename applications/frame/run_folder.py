@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 
 from applications.frame import checkpoint, schema
 from applications.frame.checkpoint import Damaged
-from applications.frame.errors import UserError, note
+from applications.frame.errors import FULL, UserError, note
 from applications.frame.lock import Lock
 from bilevel import files, tuning
 
@@ -102,6 +101,11 @@ class RunFolder:
         """Write a whole file atomically: after a crash there is the old one or the new one."""
         with _told(f"{self.path / name} could not be written; its earlier version is untouched"):
             files.write_atomically(self.path / name, lambda file: file.write(content))
+
+    def write_settings(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Settings of solvers, as `bilevel.tuning.save` writes them."""
+        with _told(f"{self.path / name} could not be written; its earlier version is untouched"):
+            tuning.save(self.path / name, settings)
 
     def write_new(self, names: Iterable[str], content: bytes) -> Path:
         """Write a whole file under the first of the names that is free, whoever else takes names at the same time.
@@ -251,9 +255,6 @@ def understood(what: object) -> Iterator[None]:
             f"{what} does not hold what this program writes ({told}, at {Path(place.filename).name}, line "
             f"{place.lineno}): it is damaged, or of another version. Restore it from a copy, or start a new run."
         ) from error
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 HERE = ("--data-root", DATA)
-FEW = "--steps 12 --eval-tasks 2 --validate-every 4 --threads 1"
+FEW = "--steps 12 --ways 2 --queries 2 --eval-tasks 2 --eval-queries 2 --validate-every 6 --threads 1"
 SMALL = {
     "few_shot": words(f"--width 8 --tasks 2 --inner-steps 2 {FEW}"),
     "data_cleaning": words("--repeats 1 --steps 6"),

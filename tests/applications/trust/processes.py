@@ -23,6 +23,8 @@ OVER, WAITED = signal.SIGPROF, 60
 """The signal that ends a child which used up its time of the processor, and the seconds that any may take."""
 PR_SET_CHILD_SUBREAPER = 36
 ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a child leaves becomes a child of this process
+LOADED_LATE = ("torch._dynamo", "matplotlib.pyplot", "scipy.stats", "applications.frame.tune.report")
+"""What commands import when they need it, and each child would anew."""
 TRACEBACK = 99
 """The exit code of a child that ended by an error that nobody caught."""
 
@@ -34,7 +36,8 @@ def start(application: str, arguments: Sequence[str], log: Path, seconds: float 
         log: what it prints. seconds: of the processor, after which it is killed by `OVER`; 0: never.
         save_often: a checkpoint after every step.
     """
-    importlib.import_module(f"applications.{application}.__main__")
+    for module in (f"applications.{application}.__main__", *LOADED_LATE):
+        importlib.import_module(module)
     child = os.fork()
     if child:
         return child
