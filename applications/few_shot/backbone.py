@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from applications.few_shot import data
 from applications.few_shot.config import Config
 from applications.few_shot.data import ImageClasses, Splits
-from applications.frame.data.files import read_npz
+from applications.frame.data.files import cached
 from applications.frame.errors import UserError
 from applications.frame.options import imported
-from bilevel import files
 
 AT_ONCE = 64
 """Images in one pass of a backbone."""
@@ -83,19 +82,28 @@ def features(config: Config, images: Tensor) -> Tensor:
 def _frozen(name: str, channels: int, size: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same every time, where a factory draws weights
-        net = imported("--backbone", name)(channels, size)
+        factory = imported("--backbone", name)
+        try:
+            net = factory(channels, size)
+            if not isinstance(net, nn.Module):
+                raise TypeError(f"it returned {type(net).__name__}, which is no torch.nn.Module")
+        except (Exception, SystemExit) as error:  # it is the user's code
+            raise UserError(
+                f"--backbone {name} makes no network ({type(error).__name__}: {error}). It is called with (channels, "
+                "image size)."
+            ) from error
     return net.eval().requires_grad_(False)
 
 
 def _kept(config: Config, classes: ImageClasses, cache: Path) -> ImageClasses:
     path = cache / f"{_key(config, classes)}.npz"
     count, instances = classes.images.shape[:2]
-    if not path.exists():
+
+    def make() -> dict[str, np.ndarray]:
         rows = torch.cat([features(config, images.float() / 255) for images in classes.images])
-        cache.mkdir(parents=True, exist_ok=True)
-        found = rows.view(count, instances, -1).numpy()
-        files.write_atomically(path, lambda file: np.savez(file, allow_pickle=False, features=found))
-    found = read_npz(path, {"features": ("float32", (count, instances, None))})["features"]
+        return {"features": rows.view(count, instances, -1).numpy()}
+
+    found = cached(path, {"features": ("float32", (count, instances, None))}, make)["features"]
     return replace(classes, images=torch.from_numpy(found)[..., None, None])
 
 

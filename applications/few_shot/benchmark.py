@@ -7,18 +7,18 @@ import time
 from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 import bilevel as bl
 from applications.few_shot import data, plots
 from applications.few_shot.config import Config, Method
 from applications.few_shot.methods import meta_step
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, set_up_device
-from applications.frame import memory
+from applications.frame import measurement, memory
 from applications.frame.command import PLACE, require
 from applications.frame.errors import UserError
 from applications.frame.run_folder import RunFolder
@@ -75,13 +75,21 @@ class Measurement:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the benchmark, print the table and write table, figures and plot."""
-    settings = tyro.cli(Benchmark, args=arguments, prog="python -m applications.few_shot benchmark")
-    if not settings.inner_steps or min(settings.inner_steps) < 1 or settings.repeats < 1 or settings.tasks < 1:
-        raise UserError("--inner-steps, --repeats and --tasks must be at least 1.")
+    """Run the command."""
+    return measurement.main("few_shot benchmark", arguments, Benchmark, partial(run, arguments=arguments), check)
+
+
+def check(settings: Benchmark) -> None:
+    """Refuse what cannot be run, before anything is."""
+    few = min(settings.inner_steps, default=0) < 1 or min(settings.repeats, settings.tasks) < 1
+    require(not few, "--inner-steps, --repeats and --tasks must be at least 1.")
     given = [name for name in ("preset", *PLACE) if getattr(settings.config, name) != getattr(DEFAULTS, name)]
     require(not given, f"benchmark has no --config.{' and no --config.'.join(given)}.")
     settings.config.check()
+
+
+def run(settings: Benchmark, arguments: list[str]) -> None:
+    """Measure, print the table and write table, figures and plot."""
     device = set_up_device(settings.config)
     data.load(settings.config.data, settings.config.data_root, split=settings.config.split)  # cached for the processes
     rows: list[Measurement] = []
@@ -90,7 +98,6 @@ def main(arguments: list[str]) -> int:
             rows.append(_in_own_process(settings, method, steps, rows))
             print(_line(rows[-1], settings.tasks), flush=True)
     folder = RunFolder(settings.out)
-    settings.out.mkdir(parents=True, exist_ok=True)
     threads = settings.config.threads or torch.get_num_threads()
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, threads: {threads}"
     folder.write_json(
@@ -107,7 +114,6 @@ def main(arguments: list[str]) -> int:
     folder.write_bytes("table.md", table.encode())
     folder.write_bytes("memory.png", plots.memory([asdict(row) for row in rows], NAMES, machine))
     print(f"\nTable, figures and plot are in {settings.out}")
-    return 0
 
 
 HEADER = "| method | inner steps | peak memory (MiB) | seconds | tasks/s |\n| --- | ---: | ---: | ---: | ---: |"

@@ -50,7 +50,9 @@ class FewShot:
         Raises:
             UserError: there is no such network, the file is damaged, or there is no GPU.
         """
-        return cls(replace(Trained.load(source), trusted=(model, backbone)), select_device(device))
+        trained = replace(Trained.load(source), trusted=(model, backbone))
+        trained.refuse_code()
+        return cls(trained, select_device(device))
 
     def adapt(self, images: Images, labels: Sequence[Hashable] | np.ndarray | Tensor) -> Classifier:
         """Adapt to the classes of some labelled images, as in an evaluation: with its number of steps.

@@ -20,8 +20,11 @@ from applications.few_shot.trained import options
 from applications.frame.command import PLACE, parse, require, require_at_least_one
 from applications.frame.errors import UserError
 from applications.frame.figures import png
+from applications.frame.measurement import one_writer
+from applications.frame.options import check_folder, check_values, settings_told
+from applications.frame.output import forgiving
 from applications.frame.run import markdown
-from applications.frame.run_folder import RunFolder
+from applications.frame.run_folder import RunFolder, understood
 
 START = Config(data="omniglot", width=64, minutes=60.0, steps=1_000_000, threads=1, eval_tasks=1000)
 """Settings of all methods where nothing is said: an hour of one core, 5-way 1-shot."""
@@ -54,19 +57,22 @@ def command(arguments: list[str], train: Callable[[list[str]], int]) -> int:
     )
     given = [name for name in ("preset", *PLACE[1:]) if getattr(parsed, name) != getattr(START, name)]
     require(not given, f"compare has no --{' and no --'.join(given)}: the same command goes on where it stopped.")
+    check_values(parsed)
     require_at_least_one(parsed, "seeds")
     require(len(set(parsed.methods)) == len(parsed.methods) > 0, "--methods names each method once.")
     config = Config(**{field.name: getattr(parsed, field.name) for field in fields(Config)})
     for method in parsed.methods:
         replace(config, method=method).check()
+    check_folder(parsed.out, "out")
     place = parsed.out or Path("runs/few_shot-compare")
-    for seed in range(config.seed, config.seed + parsed.seeds):
-        for method in parsed.methods:
-            folder = place / f"{method}-{seed}"
-            if (code := _train(replace(config, method=method, seed=seed, out=None), folder, train)) != 0:
-                return code
-            write(place, arguments)
-    print((place / "comparison.md").read_text())
+    with settings_told(parsed), forgiving(), one_writer(place):
+        for seed in range(config.seed, config.seed + parsed.seeds):
+            for method in parsed.methods:
+                folder = place / f"{method}-{seed}"
+                if (code := _train(replace(config, method=method, seed=seed, out=None), folder, train)) != 0:
+                    return code
+                write(place, arguments)
+        print((place / "comparison.md").read_text())
     return 0
 
 
@@ -86,7 +92,10 @@ def _train(config: Config, folder: Path, train: Callable[[list[str]], int]) -> i
 
 def write(place: Path, arguments: list[str]) -> None:
     """Table, figures and picture of the runs that are done: ``comparison.md``, ``.json`` and ``.png``."""
-    runs = [read(path.parent) for path in sorted(place.glob("*/evaluation.json"))]
+    runs = []
+    for path in sorted(place.glob("*/evaluation.json")):
+        with understood(path.parent):
+            runs.append(read(path.parent))
     rows = summary(runs)
     folder = RunFolder(place)
     call = " ".join(["python -m applications.few_shot compare", *arguments])

@@ -130,6 +130,7 @@ class Config(SolverKnobs):
 
     solver_settings = ("solver", "hypergrad", "strength")
     names_code = ("model", "backbone")
+    own_code = ("applications.few_shot.backbone:resnet18",)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any, Literal
 
 import tyro
 
-import bilevel as bl
 from applications.few_shot import backbone, data, evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, describe, set_up_device
@@ -17,12 +17,16 @@ from applications.few_shot.trained import SHIPPED, Trained, seen_in_training
 from applications.frame.command import parse, require
 from applications.frame.errors import UserError
 from applications.frame.options import check_folder, check_values, settings_told
+from applications.frame.output import forgiving
 from applications.frame.run import SOLVER
-from applications.frame.run_folder import RunFolder
+from applications.frame.run_folder import RunFolder, as_json
 from applications.frame.tune import read_settings
 
 NUM_TASKS = 1000
 """That a trained network is evaluated on where nothing is said."""
+
+NETWORK = ("model", "backbone", "width", "norm", "halve")
+"""Knobs that training decides."""
 
 USAGE = """\
 usage: python -m applications.few_shot evaluate RUN [options]              the last checkpoint of a run
@@ -70,11 +74,13 @@ def command(arguments: list[str]) -> int:
     require(bool(arguments), f"{call} needs the folder of a run as its first word, or --trained NAME.")
     run, rest = (None, arguments) if arguments[0].startswith("-") else (Path(arguments[0]), arguments[1:])
     what, _ = tyro.cli(What, args=rest, return_unknown_args=True, add_help=False)
+    check_values(what)
     said, _ = tyro.cli(_Said, args=rest, return_unknown_args=True, add_help=False)
     if (run is None) == (what.trained is None):
         raise UserError(f"{call} takes the folder of a run or --trained NAME: one of them.")
     trained = Trained.from_run(run) if run is not None else Trained.load(what.trained or "")
     trained = replace(trained, trusted=(said.model, said.backbone))
+    trained.refuse_code()
     start = replace(trained.config, threads=None)
     if run is None:
         queries = Config().eval_queries if start.data in data.NAMES else start.eval_queries
@@ -86,20 +92,21 @@ def command(arguments: list[str]) -> int:
     same = config.preset == start.preset and config.resume is None and config.start == start.start
     why = "evaluate has no --preset, no --resume and no --start: give the settings that are to change by themselves."
     require(same, why)
+    other = [name for name in NETWORK if getattr(config, name) != getattr(start, name)]
+    require(not other, f"--{' and --'.join(other)}: evaluate takes the network as it was trained. Leave it out.")
     check_values(config)
     config.check()
     check_folder(config.out, "out")
     if config.solver:
         trained = replace(trained, chosen=read_settings(config.solver, config.solver_settings, "few_shot"))
-    with settings_told(config):
+    with settings_told(config), forgiving():
         found = figures(trained, config, what)
-    tell(found, config)
-    place = config.out or run
-    if place is not None:
-        name = write(RunFolder(place), found, "evaluation" if config.out else None)
-        print(f"The figures are in {place / name}")
-    if config.out and trained.chosen:
-        bl.tuning.save(config.out / SOLVER, trained.chosen)
+        tell(found, config)
+        place = config.out or run
+        if place is not None:
+            print(f"The figures are in {write(RunFolder(place), found, 'evaluation' if config.out else None)}")
+        if config.out and trained.chosen:
+            RunFolder(config.out).write_settings(SOLVER, trained.chosen)
     return 0
 
 
@@ -153,17 +160,12 @@ def tell(found: dict[str, Any], config: Config) -> None:
     print(f"{found['seconds']:.0f} seconds")
 
 
-def write(folder: RunFolder, found: dict[str, Any], stem: str | None = None) -> str:
-    """Write the figures into a folder and return the file's name: a new one, whatever is there already."""
+def write(folder: RunFolder, found: dict[str, Any], stem: str | None = None) -> Path:
+    """Write the figures into a folder and return their file: a new one, whatever is there already."""
     setting = f"{found['ways']}way-{found['shots']}shot-{found['split']}-{found['classes']}"
     stem = stem or f"evaluation-step-{found['trained']['steps']}-{setting}"
-    folder.path.mkdir(parents=True, exist_ok=True)
-    name, count = f"{stem}.json", 1
-    while (folder.path / name).exists():
-        count += 1
-        name = f"{stem}-{count}.json"
-    folder.write_json(name, found)
-    return name
+    names = (f"{stem}{number}.json" for number in itertools.chain([""], (f"-{count}" for count in itertools.count(2))))
+    return folder.write_new(names, as_json(found))
 
 
 def export(arguments: list[str]) -> int:
@@ -174,8 +176,6 @@ def export(arguments: list[str]) -> int:
     trained, path = Trained.from_run(Path(arguments[0])), Path(arguments[1])
     if path.suffix != ".pt":
         path = SHIPPED / f"{arguments[1]}.pt"
-    if path.exists():
-        raise UserError(f"{path} exists, and is not overwritten. Delete it, or take another name.")
     trained.save(path)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {trained.origin['steps']} meta-steps")
     return 0

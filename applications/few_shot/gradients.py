@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from matplotlib import pyplot as plt
 from torch import Tensor
 
 import bilevel as bl
-from applications.frame.command import require_at_least_one, require_positive
+from applications.frame import measurement
+from applications.frame.command import require, require_at_least_one, require_positive
 from applications.frame.figures import png
-from bilevel import files
+from applications.frame.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -112,19 +112,27 @@ def meta_gradient(tasks: Tasks, strength: float, steps: int, hypergrad: Any) -> 
 
 
 def command(arguments: list[str]) -> int:
-    """Print the errors and draw them."""
-    options = tyro.cli(Config, args=arguments, prog="python -m applications.few_shot gradients")
+    """Run the command."""
+    return measurement.main("few_shot gradients", arguments, Config, run, check, folder=None)
+
+
+def check(options: Config) -> None:
+    """Refuse what cannot be run, before anything is."""
     require_at_least_one(options, "size", "tasks")
     require_positive(options, "condition", "strength")
+    require(min(options.steps, default=0) > 0, f"--steps is {options.steps}: numbers of at least 1 are needed.")
+    require(not options.out.is_dir(), f"--out is {options.out}, a folder: the name of a file is needed.")
+
+
+def run(options: Config) -> None:
+    """Compute, print the errors and draw them."""
     found: dict[str, list[float]] = {}
     for name, _, error in errors(options):
         found.setdefault(name, []).append(error)
     print(f"| inner steps | {' | '.join(found)} |\n| ---: |{' ---: |' * len(found)}")
     for row, steps in enumerate(options.steps):
         print(f"| {steps} | {' | '.join(f'{errors[row]:.1e}' for errors in found.values())} |")
-    picture = draw(options, found)
-    files.write_atomically(options.out, lambda file: file.write(picture))
-    return 0
+    RunFolder(options.out.parent).write_bytes(options.out.name, draw(options, found))
 
 
 def draw(options: Config, found: dict[str, list[float]]) -> bytes:

@@ -11,8 +11,7 @@ from applications.few_shot.config import Config
 from applications.few_shot.train import describe
 from applications.frame.errors import UserError
 from applications.frame.figures import png
-from applications.frame.run_folder import RunFolder
-from bilevel import files
+from applications.frame.run_folder import RunFolder, understood
 
 PAPER = {(5, 1): (99.16, 99.50), (5, 5): (99.67, 99.74), (20, 1): (94.46, 96.18), (20, 5): (98.69, 99.14)}
 """Ways and shots on Omniglot -> accuracy of implicit MAML by gradient descent and Hessian-free, in percent: table 2 of
@@ -27,14 +26,14 @@ def command(arguments: list[str]) -> int:
         print(USAGE)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     picture = draw([Path(argument) for argument in arguments[:-1]])
-    files.write_atomically(Path(arguments[-1]), lambda file: file.write(picture))
+    RunFolder(Path(arguments[-1]).parent).write_bytes(Path(arguments[-1]).name, picture)
     return 0
 
 
 def validations(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
     """Hours of training and accuracy in percent, for each validation of a run."""
     hours = {row["step"]: row["seconds"] / 3600 for row in rows if "seconds" in row}
-    return [(hours[r["step"]], r["validation_accuracy"]) for r in rows if "validation_accuracy" in r]
+    return [(hours[r["step"]], float(r["validation_accuracy"])) for r in rows if "validation_accuracy" in r]
 
 
 def draw(runs: list[Path]) -> bytes:
@@ -48,7 +47,8 @@ def draw(runs: list[Path]) -> bytes:
     for path in runs:
         folder = RunFolder.open(path)
         config = Config.from_json(folder.read_json("config.json"))
-        points = validations(folder.metrics())
+        with understood(path / "metrics.jsonl"):
+            points = validations(folder.metrics())
         if not points:
             raise UserError(f"{path} has no validation yet: there is nothing to draw. Train on, with --validate-every.")
         (line,) = axis.plot(*zip(*points, strict=True), ".-", label=f"{describe(config)} ({path.name})")

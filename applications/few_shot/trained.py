@@ -10,11 +10,11 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 import bilevel as bl
 from applications.few_shot import backbone, data
@@ -22,9 +22,11 @@ from applications.few_shot.config import Config
 from applications.few_shot.methods import Learner, fixed_at_zero
 from applications.few_shot.train import checkpoint_file, untrained_network
 from applications.frame import schema
+from applications.frame.checkpoint import not_finite
 from applications.frame.command import names_code, refuse_code
 from applications.frame.errors import UserError
-from applications.frame.run_folder import RunFolder
+from applications.frame.options import check_values, is_file
+from applications.frame.run_folder import RunFolder, understood
 from applications.frame.tune import read_settings
 
 SHIPPED = Path(__file__).parent / "trained"
@@ -43,6 +45,28 @@ class State(TypedDict):
     optimizer: dict[str, Any]
     step: int
     seconds: float
+
+
+class Origin(TypedDict):
+    """How a network came about."""
+
+    command: str
+    hours: float
+    steps: int
+    seed: int
+    start: NotRequired[str]
+    validation: NotRequired[float]
+
+
+class Content(TypedDict):
+    """A file of a trained network, but for its hash."""
+
+    format: Literal[1]
+    config: dict[str, Any]
+    origin: Origin
+    solver: str
+    meta: dict[str, Tensor]
+    log_strength: dict[str, Tensor]
 
 
 SETTINGS = ("solver", "hypergrad", "strength")
@@ -79,11 +103,11 @@ class Trained:
             UserError: there is none, or the file is damaged or of another make.
         """
         path = Path(source)
-        if (path / "config.json").is_file():
+        if is_file(path / "config.json"):
             return cls.from_run(path)
-        if not path.is_file():
+        if not is_file(path):
             path = SHIPPED / f"{source}.pt"
-        if not path.is_file():
+        if not is_file(path):
             raise UserError(
                 f"There is no trained network {str(source)!r}: it is neither the folder of a run, nor a file, nor one "
                 f"of those that are shipped ({', '.join(shipped()) or 'none yet'})."
@@ -109,7 +133,8 @@ class Trained:
             origin["start"] = config.start
         measured = [r for r in folder.metrics() if "validation_accuracy" in r and r["step"] <= state["step"]]
         if measured:
-            origin["validation"] = round(measured[-1]["validation_accuracy"], 3)
+            with understood(path / "metrics.jsonl"):
+                origin["validation"] = round(float(measured[-1]["validation_accuracy"]), 3)
         fixed = fixed_at_zero(config, meta)
         kept = {name: value.detach().clone() for name, value in meta.items() if name not in fixed}
         solver = path / "solver.json"
@@ -117,12 +142,26 @@ class Trained:
         return cls(config, kept, dict(log_strength), origin, chosen)
 
     def save(self, path: Path) -> None:
-        """Write it as a file of tensors, numbers and strings, which loads without executing anything."""
+        """Write it as a new file of tensors, numbers and strings, which loads without executing anything.
+
+        Raises:
+            UserError: there is a file of that name, or it cannot be written.
+        """
         content = self._content()
         buffer = io.BytesIO()
         torch.save({**content, "hash": digest(content)}, buffer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bl.files.write_atomically(path, lambda file: file.write(buffer.getvalue()))
+        RunFolder(path.parent).write_new([path.name], buffer.getvalue())
+
+    def refuse_code(self) -> None:
+        """To be called before anything of the configuration is used.
+
+        Raises:
+            UserError: it names code that is not `trusted`.
+        """
+        for name in self.config.names_code:
+            value = getattr(self.config, name)
+            if names_code(self.config, name) and value not in self.trusted:
+                refuse_code(value, name, "The trained network")
 
     def learner(self, ways: int | None = None, device: torch.device | str = "cpu") -> Learner:
         """The network with its parameters, for tasks of ``ways`` classes; None: as many as in training.
@@ -131,10 +170,7 @@ class Trained:
             UserError: the head was learned, for another number of classes; the network's code is another one now, or
                 is not `trusted`.
         """
-        for name in self.config.names_code:
-            value = getattr(self.config, name)
-            if names_code(self.config, name) and value not in self.trusted:
-                refuse_code(value, name, "The trained network")
+        self.refuse_code()
         ways = ways or self.config.ways
         config = replace(self.config, ways=ways)
         net = untrained_network(config, *backbone.shape(config)).to(torch.device(device), config.dtype)
@@ -173,10 +209,15 @@ class Trained:
             found = content.pop("hash")
             if found != digest(content):
                 raise UserError(f"{path} is damaged: its content has another hash than it says. Fetch it again.")
+            schema.check(content, Content, path, "trained network of this version")
             today = Config().to_json()  # knobs may have come and gone since
             config = Config.from_json({**today, **{k: v for k, v in content["config"].items() if k in today}})
             text = content["solver"]
             chosen = {} if not text else _through_a_file(lambda path: path.write_text(text), bl.tuning.load)
+            check_values(config)
+            config.check()
+            if bad := next(not_finite({"meta": content["meta"], "log_strength": content["log_strength"]}), None):
+                raise UserError(f"{path} is of no use: {bad} is not finite.")
             return cls(config, content["meta"], content["log_strength"], content["origin"], chosen)
         except UserError:
             raise

@@ -11,6 +11,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -25,7 +26,7 @@ from applications.frame.errors import UserError, exit_code
 from applications.frame.options import check_folder, check_values, option, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import SOLVER, Interrupted, Run
-from applications.frame.run_folder import RunFolder
+from applications.frame.run_folder import RunFolder, understood
 
 PLACE = ("out", "resume", "solver")
 """What config.json does not hold; the settings of the solver's file are kept beside it."""
@@ -48,6 +49,8 @@ class Knobs:
     """The knob that a resumed run may raise, where there is one: the run becomes longer, and no other."""
     names_code: ClassVar[Collection[str]] = ()
     """Knobs that may name code of the user's, as ``package.module:name``; a run folder alone never makes it run."""
+    own_code: ClassVar[Collection[str]] = ()
+    """Names of the project's own that they may have all the same."""
 
     def check(self) -> None:
         """Refuse what cannot be run, before anything is.
@@ -230,7 +233,8 @@ def _told(
         if solver is not None and isinstance(knobs, SolverKnobs):
             run.settings = tune.read_settings(solver, knobs.solver_settings, name)
         try:
-            story(knobs, run)
+            with nullcontext() if knobs.resume is None else understood(f"The run folder {folder.path}"):
+                story(knobs, run)
         except (Interrupted, KeyboardInterrupt) as interruption:
             if run.leads:
                 saved = f"what was done is saved. Go on with: --resume {folder.path}"
@@ -297,7 +301,7 @@ def _prepare(knobs: Knobs) -> None:
 def names_code(knobs: Knobs, name: str) -> bool:
     """Whether a knob names code that is not the project's own."""
     value = str(getattr(knobs, name))
-    return name in knobs.names_code and ":" in value and not value.startswith("applications.")
+    return name in knobs.names_code and ":" in value and value not in knobs.own_code
 
 
 def refuse_code(value: str, name: str, place: object) -> None:

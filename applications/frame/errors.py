@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a place that cannot be written."""
 
 
 class UserError(Exception):
@@ -15,23 +19,56 @@ class UserError(Exception):
 
 def note(text: str) -> None:
     """What a user should know of a run that goes on, on standard error."""
+    _tell(f"note: {text}")
+
+
+def _tell(text: str) -> None:
     with suppress(OSError, ValueError, AttributeError):  # closed, full, or none at all
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted; what was saved is complete.") -> int:
     """That of a command, None being 0.
 
-    2 for a `UserError`, which is told in one message, 130 after Ctrl-C, 141 where the reader of the output has gone.
+    2 for a `UserError` and for a place that cannot be written, which are told in one message; 130 after Ctrl-C, 141
+    where the reader of the output has gone.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as it was while the command was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        return command() or 0
+        try:
+            return command() or 0
+        finally:
+            _flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _tell(f"error: {error}. Free space, or choose another place.")
+        return 2
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
+        _tell(interrupted)
         return 130
+
+
+def _flush() -> None:
+    """Print what is left while an error can still be told; Python would, at its end, show where it came from.
+
+    Raises:
+        BrokenPipeError: nobody reads it.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError) as error:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        note(f"standard output cannot be written ({getattr(error, 'strerror', None) or error}).")

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -56,8 +57,26 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
     Raises:
         BrokenProcessPool: the process was killed, for memory mostly.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except BaseException:  # a signal: the pool would wait for the function to end
+            for process in multiprocessing.active_children():
+                process.kill()
+            raise
+
+
+def _end_with_parent() -> None:
+    """A process that waits for work would outlive the one that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def peak_and_seconds(measure: Callable[..., tuple[float, float]], *arguments: Any, repeats: int) -> tuple[float, float]:

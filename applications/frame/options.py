@@ -26,12 +26,21 @@ def check_values(options: Any) -> None:
     Raises:
         UserError: naming the option.
     """
-    for field in dataclasses.fields(options):
-        values = getattr(options, field.name)
+    for name, values, _ in _flat(options, options):
         for value in values if isinstance(values, tuple) else (values,):
-            reason = _refused(field.name, value)
+            reason = _refused(name, value)
             if reason is not None:
-                raise UserError(f"{option(field.name)} is {_shortened(value)}: {reason}.")
+                raise UserError(f"{option(name)} is {_shortened(value)}: {reason}.")
+
+
+def _flat(options: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, value and default of each; those of options within options are called ``outer.inner``."""
+    for field in dataclasses.fields(options):
+        name, value, usual = prefix + field.name, getattr(options, field.name), getattr(default, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flat(value, usual, f"{name}.")
+        else:
+            yield name, value, usual
 
 
 def option(name: str) -> str:
@@ -62,7 +71,7 @@ def _refused(name: str, value: Any) -> str | None:
         return "a finite number is needed"
     if isinstance(value, int | float) and value < 0:
         return "it cannot be negative"
-    if name == "threads" and value is not None and value > most_threads():
+    if name.endswith("threads") and value is not None and value > most_threads():
         return f"more than {most_threads()} threads are of no use on this machine"
     if isinstance(value, int) and value > LARGEST:
         return f"at most {LARGEST:,} makes sense"
@@ -75,6 +84,14 @@ def _refused(name: str, value: Any) -> str | None:
 
 def most_threads() -> int:
     return max(64, 4 * (os.cpu_count() or 1))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; not where no file can have this name, or where nobody may look."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def check_folder(path: Path | None, name: str) -> None:
@@ -111,12 +128,14 @@ PLACES = ("out", "resume", "worker")
 
 def changed(options: Any) -> str:
     """The options that are not at their defaults, the farthest from them first, as what to look at."""
-    default, given = type(options)(), []
-    for field in dataclasses.fields(options):
-        value, usual = getattr(options, field.name), getattr(default, field.name)
-        if value != usual and field.name not in PLACES:
+    given = []
+    required = {
+        f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.default is dataclasses.MISSING
+    }
+    for name, value, usual in _flat(options, type(options)(**required)):
+        if value != usual and name not in PLACES:
             numbers = all(isinstance(number, int | float) for number in (value, usual))
-            given.append((value / usual if numbers and usual else 0.0, f"{option(field.name)} {_shortened(value)}"))
+            given.append((value / usual if numbers and usual else 0.0, f"{option(name)} {_shortened(value)}"))
     told = ", ".join(text for _, text in sorted(given, key=lambda one: -one[0]))
     return f"Look at {told}." if given else "All options are at their defaults."
 

@@ -206,7 +206,7 @@ class Run:
         if not self._begun:
             self.folder.begin(self._config)
             if self.settings and self.leads:  # the run is whole without the file that they came from
-                bl.tuning.save(self.folder.path / SOLVER, self.settings)
+                self.folder.write_settings(SOLVER, self.settings)
             self._begun = True
 
     def _save(self) -> None:

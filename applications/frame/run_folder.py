@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 
 from applications.frame import checkpoint, schema
 from applications.frame.checkpoint import Damaged
-from applications.frame.errors import UserError, note
+from applications.frame.errors import FULL, UserError, note
 from applications.frame.lock import Lock
-from bilevel import files
+from bilevel import files, tuning
 
 
 class RunFolder:
@@ -30,6 +30,7 @@ class RunFolder:
         self.path = path
         self._new = False
         self._lock: Lock | None = None
+        self._made: list[Path] = []
 
     @classmethod
     def new(cls, path: Path) -> RunFolder:
@@ -42,8 +43,9 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """The folder of an earlier run."""
-        if not (path / "config.json").is_file():
-            raise UserError(f"{path} is not the folder of a run: it has no config.json. Is the path right?")
+        with _told(f"{path} is not the folder of a run"):
+            if not (path / "config.json").is_file():
+                raise UserError(f"{path} is not the folder of a run: it has no config.json. Is the path right?")
         return cls(path)
 
     def begin(self, config: dict[str, Any]) -> None:
@@ -57,17 +59,21 @@ class RunFolder:
     def hold(self) -> None:
         """Be the one writer to the folder until `release`, and remove what killed writers left half written."""
         if self._lock is None:
-            with _told(f"The run folder {self.path} cannot be made"):
+            with _told(f"The folder {self.path} cannot be made"):
+                self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
                 self.path.mkdir(parents=True, exist_ok=True)
                 self._lock = Lock(self.path)
                 for left in (*self.path.glob(".*.partial"), *self.path.glob("*.next")):
                     left.unlink()
 
     def release(self) -> None:
-        """Let other writers in."""
+        """Let other writers in; folders that `hold` made, and that nothing was written into, go again."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+            with contextlib.suppress(OSError):
+                for folder in self._made:
+                    folder.rmdir()
 
     def read_json(self, name: str) -> Any:
         with _told(f"{self.path / name} cannot be read"):
@@ -89,12 +95,37 @@ class RunFolder:
         (self.path / "results.json").unlink(missing_ok=True)
 
     def write_json(self, name: str, value: Any) -> None:
-        self.write_bytes(name, (json.dumps(value, indent=2) + "\n").encode())
+        self.write_bytes(name, as_json(value))
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a whole file atomically: after a crash there is the old one or the new one."""
         with _told(f"{self.path / name} could not be written; its earlier version is untouched"):
             files.write_atomically(self.path / name, lambda file: file.write(content))
+
+    def write_settings(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Settings of solvers, as `bilevel.tuning.save` writes them."""
+        with _told(f"{self.path / name} could not be written; its earlier version is untouched"):
+            tuning.save(self.path / name, settings)
+
+    def write_new(self, names: Iterable[str], content: bytes) -> Path:
+        """Write a whole file under the first of the names that is free, whoever else takes names at the same time.
+
+        Raises:
+            UserError: none of them is free.
+        """
+        path = self.path
+        for name in names:
+            path = self.path / name
+            with _told(f"{path} could not be written"), contextlib.suppress(FileExistsError):
+                self.path.mkdir(parents=True, exist_ok=True)
+                path.open("xb").close()
+                try:
+                    self.write_bytes(name, content)
+                except BaseException:
+                    path.unlink(missing_ok=True)
+                    raise
+                return path
+        raise UserError(f"{path} exists, and is not overwritten. Delete it, or take another name.")
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line of ``metrics.jsonl``, at once."""
@@ -182,6 +213,11 @@ class RunFolder:
             )
 
 
+def as_json(value: Any) -> bytes:
+    """What `RunFolder.write_json` writes."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
 def before(path: Path) -> Path:
     """Where the checkpoint before the last one lies."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
@@ -201,7 +237,24 @@ class ReadOnly(RunFolder):
     def append_metrics(self, row: dict[str, Any]) -> None: ...
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+@contextlib.contextmanager
+def understood(what: object) -> Iterator[None]:
+    """Use what files from elsewhere hold: where that is not what this program writes, it is told.
+
+    Raises:
+        UserError: an entry is missing, or is of another type or form than is needed.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        if tuning.of_a_trial(error):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise UserError(
+            f"{what} does not hold what this program writes ({told}, at {Path(place.filename).name}, line "
+            f"{place.lineno}): it is damaged, or of another version. Restore it from a copy, or start a new run."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-import bilevel as bl
-from applications.frame.errors import UserError
+from applications.frame.run_folder import RunFolder
 
 Precision = Literal["both", "float64", "float32"]
 
@@ -63,9 +62,6 @@ def write(out: Path, name: str, text: str, cells: Sequence[Cell]) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    content = json.dumps([asdict(cell) for cell in cells], indent=1).encode()
-    try:
-        bl.files.write_atomically(out / f"{name}.md", lambda file: file.write(text.encode()))
-        bl.files.write_atomically(out / f"{name}.json", lambda file: file.write(content))
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}. Choose another folder.") from error
+    folder = RunFolder(out)
+    folder.write_bytes(f"{name}.md", text.encode())
+    folder.write_bytes(f"{name}.json", json.dumps([asdict(cell) for cell in cells], indent=1).encode())

@@ -112,23 +112,36 @@ def foreign(run, monkeypatch):
     (run / "payload.py").write_text(
         "from pathlib import Path\nPath(__file__).with_name('RAN').touch()\n\ndef factory(*a):\n    raise SystemExit\n"
     )
-    changed(model="payload:factory")(run)
     monkeypatch.syspath_prepend(str(run))
     yield run
     sys.modules.pop("payload", None)
 
 
+@pytest.mark.parametrize("option", ["model", "backbone"])
 @pytest.mark.parametrize("words", [["evaluate"], ["train", "--resume"]])
-def test_code_that_a_folder_names_does_not_run_until_the_command_names_it_too(words, foreign, capsys):
+def test_code_that_a_folder_names_does_not_run_until_the_command_names_it_too(words, option, foreign, capsys):
+    changed(**{option: "payload:factory"})(foreign)
     assert main([*words, str(foreign)]) == 2
-    assert "giving the option again: --model payload:factory" in capsys.readouterr().err
+    assert f"giving the option again: --{option} payload:factory" in capsys.readouterr().err
     assert not (foreign / "RAN").exists()
-    assert main([*words, str(foreign), "--model", "payload:factory"]) == 2  # what it makes is no network
+    assert main([*words, str(foreign), f"--{option}", "payload:factory"]) == 2  # what it makes is no network
+    assert f"--{option} payload:factory makes no network" in capsys.readouterr().err
     assert (foreign / "RAN").exists()
 
 
-def test_code_that_a_file_names_does_not_run_either(foreign, tmp_path):
+@pytest.mark.parametrize("option", ["model", "backbone"])
+def test_what_the_projects_modules_import_is_no_code_of_the_project(option, run, capsys):
+    changed(**{option: "applications.frame.lock:os.kill", "image_size": 99999999})(run)
+    assert main(["evaluate", str(run)]) == 2
+    assert f"giving the option again: --{option} applications.frame.lock:os.kill" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["model", "backbone"])
+def test_code_that_a_file_names_does_not_run_either(option, foreign, tmp_path, capsys):
+    changed(**{option: "payload:factory"})(foreign)
     Trained.from_run(foreign).save(tmp_path / "x.pt")
     with pytest.raises(UserError, match="names code of its own"):
-        FewShot.load(tmp_path / "x.pt").trained.learner()
+        FewShot.load(tmp_path / "x.pt")
+    assert main(["evaluate", "--trained", str(tmp_path / "x.pt")]) == 2
+    assert f"giving the option again: --{option} payload:factory" in capsys.readouterr().err
     assert not (foreign / "RAN").exists()

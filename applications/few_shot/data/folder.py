@@ -14,9 +14,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from applications.few_shot.data.classes import ImageClasses, Splits
-from applications.frame.data.files import read_npz, torchvision_datasets
+from applications.frame.data.files import cached, torchvision_datasets
 from applications.frame.errors import UserError
-from bilevel import files
 
 PARTS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 """Names of the folders that a split may be given by."""
@@ -132,14 +131,15 @@ def _read(folder: Path, classes: Classes, reading: Reading, cache: Path) -> Imag
     channels = 1 if reading.grey else 3
     shape = (len(names), max(counts), channels, reading.size, reading.size)
     path = cache / f"{_key(folder, classes, reading)}.npz"
-    if not path.exists():
+
+    def make() -> dict[str, np.ndarray]:
         images = np.zeros(shape, np.uint8)
         for row, paths in enumerate(classes.values()):
             for column, file in enumerate(paths):
                 images[row, column] = _image(file, reading)
-        cache.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(path, lambda file: np.savez_compressed(file, allow_pickle=False, images=images))
-    images = read_npz(path, {"images": ("uint8", shape)})["images"]
+        return {"images": images}
+
+    images = cached(path, {"images": ("uint8", shape)}, make)["images"]
     return ImageClasses(torch.from_numpy(images), names, tuple(counts))
 
 

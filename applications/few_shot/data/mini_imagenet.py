@@ -8,6 +8,7 @@ forbids passing the images on, so there is no download.
 from __future__ import annotations
 
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,7 @@ def _cached(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """The cached pixels, unless there are none, they are damaged or the folders now hold another number."""
     try:
         pixels = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
     return pixels if isinstance(pixels, np.ndarray) and (pixels.dtype, pixels.shape) == (np.uint8, shape) else None
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
 from applications.frame.errors import UserError
+from applications.frame.options import is_file
+from bilevel import files
 
 Shape = tuple[int | None, ...]  # None stands for any size
+Arrays = dict[str, np.ndarray]
 
 
 def data_root(root: str | Path | None = None) -> Path:
@@ -30,7 +35,7 @@ def data_root(root: str | Path | None = None) -> Path:
     return path
 
 
-def read_npz(path: Path, layout: Mapping[str, tuple[str, Shape]]) -> dict[str, np.ndarray]:
+def read_npz(path: Path, layout: Mapping[str, tuple[str, Shape]]) -> Arrays:
     """Read the arrays of an npz file and check them.
 
     Args:
@@ -47,6 +52,22 @@ def read_npz(path: Path, layout: Mapping[str, tuple[str, Shape]]) -> dict[str, n
             _check(key, arrays[key], dtype, shape)
     except Exception as error:  # numpy, zipfile and zlib raise a dozen types, by where the damage is
         raise unusable(path, error) from error
+    return arrays
+
+
+def cached(path: Path, layout: Mapping[str, tuple[str, Shape]], make: Callable[[], Arrays]) -> Arrays:
+    """Arrays that are made once and kept in an npz file.
+
+    A damaged file is made again; where it can't be written, a warning is given and the arrays are made each time.
+    """
+    if is_file(path):
+        with suppress(UserError):
+            return read_npz(path, layout)
+    arrays = make()
+    try:
+        files.write_atomically(path, lambda file: np.savez_compressed(file, allow_pickle=False, **arrays))
+    except OSError as error:
+        warnings.warn(f"{path} can't be cached ({error}): what it holds is made anew each time")
     return arrays
 
 

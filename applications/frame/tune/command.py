@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from applications.frame.interruption import Interruption
 from applications.frame.options import check_folder, check_values, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import Interrupted, Run
-from applications.frame.run_folder import RunFolder
+from applications.frame.run_folder import RunFolder, understood
 from applications.frame.tune import hooks
 from applications.frame.tune.storage import password, without_password
 from applications.frame.tune.tunable import Tunable, best_or_none, score_after, score_within
@@ -90,10 +90,14 @@ def main(name: str, arguments: list[str], rest: Callable[[list[str]], Tunable]) 
     Returns:
         0; 2 for bad input; 130 after Ctrl-C, which keeps the study.
     """
-    options, left = tyro.cli(
-        Config, args=arguments, prog=f"python -m applications.{name} tune", return_unknown_args=True
-    )
-    return exit_code(lambda: _begun(name, options, arguments, lambda: rest(left)), KEPT)
+
+    def command() -> int:
+        options, left = tyro.cli(
+            Config, args=arguments, prog=f"python -m applications.{name} tune", return_unknown_args=True
+        )
+        return _begun(name, options, arguments, lambda: rest(left))
+
+    return exit_code(command, KEPT)
 
 
 def _begun(name: str, options: Config, arguments: list[str], tunable: Callable[[], Tunable]) -> int:
@@ -115,14 +119,26 @@ def _begun(name: str, options: Config, arguments: list[str], tunable: Callable[[
 
 def run(name: str, options: Config, arguments: list[str], tunable: Tunable, folder: RunFolder) -> int:
     """The study, and unless this is one of several workers, what it found."""
-    trials = options.trials or tunable.trials
-    seconds = options.seconds or tunable.seconds
+    trials, seconds = options.trials or tunable.trials, options.seconds or tunable.seconds
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = open_study(name, options, tunable, folder.path)
-    if options.worker is not None:
-        warm_up(tunable, options.seed)
-        work(study, options, tunable, trials, seconds)
-        return 0
+    storage = options.storage or default_storage(options, folder.path)
+    study = open_study(name, options, tunable, storage)
+    where = f"The study in {without_password(storage, storage)}"
+    others = len(study.get_trials(deepcopy=False)) > 1  # more than the settings in use today, which every study has
+    with storage_told(storage), understood(where) if others else nullcontext():
+        if options.worker is not None:
+            warm_up(tunable, options.seed)
+            work(study, options, tunable, trials, seconds)
+        else:
+            lead(name, options, arguments, tunable, folder, study)
+    return 0
+
+
+def lead(
+    name: str, options: Config, arguments: list[str], tunable: Tunable, folder: RunFolder, study: optuna.Study
+) -> None:
+    """Make the trials, alone or with workers, and tell what they found."""
+    trials, seconds = options.trials or tunable.trials, options.seconds or tunable.seconds
     config = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}
     if options.storage is not None:
         config["storage"] = without_password(options.storage, options.storage)
@@ -140,7 +156,6 @@ def run(name: str, options: Config, arguments: list[str], tunable: Tunable, fold
     if options.artifacts is not None:
         names = hooks.keep(study, folder.path, options.artifacts)
         output.say(f"{len(names)} files are new in the artifact store {options.artifacts}")
-    return 0
 
 
 def check(options: Config) -> None:
@@ -150,6 +165,7 @@ def check(options: Config) -> None:
     else:
         check_values(replace(options, storage=None))
     check_folder(options.out, "out")
+    check_folder(options.artifacts, "artifacts")
     for option in ("trials", "timeout", "seconds", "limit_mib", "limit_step_seconds", "workers"):
         value = getattr(options, option)
         if value is not None and not value > 0:
@@ -163,14 +179,16 @@ def check(options: Config) -> None:
         )
 
 
-def open_study(name: str, options: Config, tunable: Tunable, out: Path) -> optuna.Study:
+def default_storage(options: Config, out: Path) -> str:
+    """In the folder: a journal, where there is one or several processes need it, else SQLite."""
+    parallel = options.workers > 1 or (out / "study.log").exists()
+    return str(out / "study.log") if parallel else f"sqlite:///{out / 'study.db'}"
+
+
+def open_study(name: str, options: Config, tunable: Tunable, storage: str) -> optuna.Study:
     """The study in its storage, with the settings in use today as its first trial."""
-    storage = options.storage
-    if storage is None:
-        parallel = options.workers > 1 or (out / "study.log").exists()
-        storage = str(out / "study.log") if parallel else f"sqlite:///{out / 'study.db'}"
     directions = [tunable.direction, "minimize", "minimize"] if options.objective == "pareto" else tunable.direction
-    try:
+    with storage_told(storage, ValueError, LookupError, TypeError, AttributeError, ImportError):
         study = bl.tuning.create_study(
             f"{name} {options.objective}",
             storage,
@@ -180,12 +198,6 @@ def open_study(name: str, options: Config, tunable: Tunable, out: Path) -> optun
             worker=options.worker or 0,
             defaults=tunable.default,
         )
-    except (ValueError, OSError, KeyError, TypeError, optuna.exceptions.OptunaError, ImportError) as error:
-        raise _unusable(storage, error) from None  # its traceback may have the password
-    except Exception as error:
-        if "sqlalchemy" in type(error).__module__:
-            raise _unusable(storage, error) from None
-        raise
     same = {"seconds": options.seconds or tunable.seconds, "score": tunable.score}
     if options.worker is None:
         earlier = study.user_attrs.get("settings")
@@ -202,10 +214,22 @@ def open_study(name: str, options: Config, tunable: Tunable, out: Path) -> optun
     return study
 
 
-def _unusable(storage: str, error: Exception) -> UserError:
-    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-    told = f"--storage {storage} cannot be opened: {reason}. Is the address right, or the file damaged?"
-    return UserError(without_password(told, storage))
+@contextmanager
+def storage_told(storage: str, *damages: type[Exception]) -> Iterator[None]:
+    """Within it, what the storage of a study cannot do names it, without its password; ``damages`` are of it too.
+
+    Raises:
+        UserError: it cannot be opened, read or written.
+    """
+    try:
+        yield
+    except Exception as error:
+        of_storage = (OSError, optuna.exceptions.OptunaError, *damages)
+        if not isinstance(error, of_storage) and "sqlalchemy" not in type(error).__module__:
+            raise
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        told = f"--storage {storage} cannot be used: {reason}. Is the address right, the disk full, the file damaged?"
+        raise UserError(without_password(told, storage)) from None  # its traceback may have the password
 
 
 def warm_up(tunable: Tunable, seed: int) -> None:

@@ -48,7 +48,7 @@ def winner(
 ) -> None:
     """Measure the best trial's settings and the defaults on the same fresh seeds, in turn; print, write, paste."""
     settings = tunable.settings(best.params)
-    bl.tuning.save(run.folder.path / "best.json", settings)
+    run.folder.write_settings("best.json", settings)
     run.say(f"\nBest: trial {best.number}, {tunable.score} {best.value:.4g}. As Python, or by --solver best.json:")
     for name, setting in settings.items():
         run.say(f"  {name} = {bl.tuning.expression(setting)}")
@@ -115,7 +115,7 @@ def front(run: Run, study: optuna.Study, tunable: Tunable) -> None:
     within = filter(bl.tuning.within_limits, study.best_trials)
     for trial in sorted(within, key=lambda trial: sign * trial.values[0]):
         settings = tunable.settings(trial.params)
-        bl.tuning.save(run.folder.path / f"front-{trial.number}.json", settings)
+        run.folder.write_settings(f"front-{trial.number}.json", settings)
         texts = ", ".join(f"{name}={bl.tuning.expression(setting)}" for name, setting in settings.items())
         score, seconds, mib = trial.values
         row = {"trial": str(trial.number), tunable.score: score, "seconds": seconds, "MiB": mib, "settings": texts}

@@ -9,6 +9,7 @@ Takes some minutes; writes ``advice.md`` into ``--out``.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
 import bilevel as bl
+from applications.frame import measurement
+from applications.frame.command import require, require_positive
+from applications.frame.run_folder import RunFolder
 from applications.measurements.advice.problems import PROBLEMS, Problem
 from bilevel._torch import pytree
 from bilevel.diagnostics import advise, methods_for, solve
@@ -118,16 +121,27 @@ def table(name: str, limit: float) -> list[str]:
     return [*lines, ""]
 
 
-def main() -> None:
-    settings = tyro.cli(Config, description=__doc__)
+def check(settings: Config) -> None:
+    """Refuse what cannot be run, before anything is."""
+    require_positive(settings, "limit")
+    unknown = [name for name in settings.problems if name not in PROBLEMS]
+    require(not unknown, f"--problems has {', '.join(unknown)}: there are {', '.join(PROBLEMS)}.")
+
+
+def run(settings: Config) -> None:
+    """Race on each problem, print its table and write all."""
     lines = ["# advise beside all methods", "", "Seconds of the processor, without those of `advise` itself.", ""]
     for name in settings.problems:
         found = table(name, settings.limit)
         print("\n".join(found), flush=True)
         lines += found
-    content = "\n".join(lines).encode()
-    bl.files.write_atomically(settings.out / "advice.md", lambda file: file.write(content))
+    RunFolder(settings.out).write_bytes("advice.md", "\n".join(lines).encode())
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command."""
+    return measurement.main("measurements.advice", arguments, Config, run, check)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

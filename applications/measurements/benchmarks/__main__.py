@@ -7,15 +7,16 @@ import platform
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
+from applications.frame import measurement, schema
 from applications.frame.device import select_device
-from applications.frame.errors import UserError, exit_code
+from applications.frame.errors import UserError
 from applications.frame.figures import OURS
 from applications.frame.run_folder import RunFolder
 from applications.measurements.benchmarks import report
@@ -60,15 +61,14 @@ class Config:
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for bad input, which is told in one message."""
-    settings = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.benchmarks")
-    return exit_code(lambda: run(settings, arguments), "Interrupted; the workloads that were done are in the folder.")
+    told, work = "Interrupted; the workloads that were done are in the folder.", partial(run, arguments=arguments)
+    return measurement.main("measurements.benchmarks", arguments, Config, work, check, told)
 
 
 def run(settings: Config, arguments: list[str]) -> int:
     """All workloads; the folder is written after each."""
-    check(settings)
     folder = RunFolder(settings.out)
-    results: dict[str, Any] = folder.read_json("results.json") if (settings.out / "results.json").exists() else {}
+    results = kept_results(folder, "results.json") if (settings.out / "results.json").exists() else {}
     for name in settings.workloads:
         kind, changes = NAMES[name]
         changes = dict(changes)
@@ -109,13 +109,20 @@ def run(settings: Config, arguments: list[str]) -> int:
 def compare(results: dict[str, Any], settings: Config) -> int:
     """Tell how the figures stand to the ones that were kept; 1 where one has grown too much."""
     assert settings.against is not None
-    kept = RunFolder(settings.against.parent).read_json(settings.against.name)
+    kept = kept_results(RunFolder(settings.against.parent), settings.against.name)
     found = report.changes({name: results[name] for name in settings.workloads}, kept)
     for name, ratio in found.items():
         print(f"{ratio:5.2f} times the kept figure: {name}{'  <- slower' if ratio > settings.allowed else ''}")
     if not found:
         raise UserError(f"--against {settings.against} has none of the figures of {', '.join(settings.workloads)}.")
     return int(max(found.values()) > settings.allowed)
+
+
+def kept_results(folder: RunFolder, name: str) -> dict[str, Any]:
+    """Workload -> what an earlier call measured, from its file."""
+    found: dict[str, Any] = folder.read_json(name)
+    schema.check(found, dict[str, report.Entry], folder.path / name, "file of results")
+    return found
 
 
 def check(settings: Config) -> None:

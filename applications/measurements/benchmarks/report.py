@@ -10,8 +10,33 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from typing_extensions import TypedDict
 
 from applications.frame.figures import BLUE, GREY, OURS, png
+
+
+class Row(TypedDict):
+    """One contestant."""
+
+    name: str
+    seconds: list[float | None]
+    error: float | None
+    beyond: int
+    checked: int
+    peak_mib: float | None
+    facts: dict[str, Any]
+    note: str
+
+
+class Entry(TypedDict):
+    """One workload in ``results.json``."""
+
+    title: str
+    command: str
+    machine: dict[str, Any]
+    matmul_gflops: float
+    flops: float | None
+    rows: list[Row]
 
 
 def median(row: dict[str, Any]) -> float:

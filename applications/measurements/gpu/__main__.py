@@ -12,15 +12,16 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
+from applications.frame import measurement, schema
+from applications.frame.command import require, require_positive
 from applications.frame.device import select_device
-from applications.frame.errors import UserError, exit_code
 from applications.frame.run_folder import RunFolder
 from applications.measurements.gpu.parts import PARTS
 
@@ -67,20 +68,24 @@ class Config:
 
 def main(arguments: list[str]) -> int:
     """Exit code 2 for bad input, which is told in one message."""
-    settings = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.gpu")
-    return exit_code(lambda: run(settings, arguments), "Interrupted; what was measured is in the folder.")
+    told = "Interrupted; what was measured is in the folder."
+    return measurement.main("measurements.gpu", arguments, Config, partial(run, arguments=arguments), check, told)
+
+
+def check(settings: Config) -> None:
+    """Refuse what cannot be run, before anything is."""
+    known = (*SHARES, "paper")
+    unknown = [part for part in settings.parts if part not in known]
+    require(not unknown, f"--parts {' '.join(unknown)}: there are {', '.join(known)}.")
+    require_positive(settings, "minutes")
 
 
 def run(settings: Config, arguments: list[str]) -> int:
     """All parts; 1 where one failed."""
-    unknown = [part for part in settings.parts if part not in (*SHARES, "paper")]
-    if unknown or not settings.minutes > 0:
-        wrong = f"--parts {' '.join(unknown)}: there are {', '.join((*SHARES, 'paper'))}." if unknown else ""
-        raise UserError(wrong or f"--minutes is {settings.minutes}: it must be positive.")
     device, begin = select_device(settings.device).type, time.monotonic()
     seconds, folder = 60 * settings.minutes, RunFolder(settings.out)
     settings.out.mkdir(parents=True, exist_ok=True)
-    known = folder.read_json("results.json")["parts"] if (settings.out / "results.json").exists() else {}
+    known = _known(folder)
     results: dict[str, Any] = {**_machine(device, arguments), "parts": known}
     for part in settings.parts:
         left = seconds - (time.monotonic() - begin)
@@ -94,6 +99,17 @@ def run(settings: Config, arguments: list[str]) -> int:
         folder.write_json("results.json", results)
         print(f"{part}: {found['status']} in {found['seconds']:.0f} s", flush=True)
     return int(any(results["parts"][part]["status"] == "failed" for part in settings.parts))
+
+
+def _known(folder: RunFolder) -> dict[str, dict[str, Any]]:
+    """The parts that an earlier call measured."""
+    path = folder.path / "results.json"
+    if not path.exists():
+        return {}
+    found = folder.read_json(path.name)
+    parts: Any = found.get("parts") if isinstance(found, dict) else found
+    schema.check(parts, dict[str, dict[str, Any]], path, "file of results")
+    return parts
 
 
 def _trained(path: Path) -> dict[str, Any]:

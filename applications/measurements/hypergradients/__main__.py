@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 from torch.nn.functional import softplus
 
 import bilevel as bl
-from applications.frame.command import require, require_at_least_one
-from applications.frame.errors import UserError, exit_code
+from applications.frame import measurement
+from applications.frame.command import require_at_least_one
+from applications.frame.errors import UserError
 from applications.frame.run import aligned
 
 KINDS = ("ridge", "logistic", "fixed-point")
@@ -79,10 +79,13 @@ def ours(kind: str, values: dict[str, np.ndarray]) -> np.ndarray:
     return found.numpy()
 
 
+def check(settings: Config) -> None:
+    """Refuse what cannot be run, before anything is."""
+    require_at_least_one(settings, "problems", "size")
+
+
 def run(settings: Config) -> int:
     """Compare, print a row for each kind and peer; 1 where one is off by more than `TOLERANCE`."""
-    require_at_least_one(settings, "problems", "size")
-    require(settings.seed >= 0, f"--seed is {settings.seed}: it cannot be negative.")
     problems = {
         f"{kind} {index}": data(kind, settings.size, settings.seed + 1000 * number + index)
         for number, kind in enumerate(KINDS)
@@ -133,5 +136,10 @@ def of_peers(python: str, problems: dict[str, dict[str, np.ndarray]]) -> dict[st
             return dict(archive)
 
 
+def main(arguments: list[str]) -> int:
+    """Run the command."""
+    return measurement.main("measurements.hypergradients", arguments, Config, run, check, folder=None)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: run(tyro.cli(Config, prog="python -m applications.measurements.hypergradients"))))
+    sys.exit(main(sys.argv[1:]))

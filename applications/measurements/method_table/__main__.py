@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 import bilevel as bl
-from applications.frame.errors import exit_code
+from applications.frame import measurement
 from applications.measurements import cells
 
 COMMAND = "python -m applications.measurements.method_table --out docs"
@@ -117,9 +116,8 @@ def page(measured: list[Cell]) -> str:
     return cells.page(head, measured, table)
 
 
-def main(arguments: list[str]) -> int:
+def run(config: Config) -> int:
     """Measure, print and write."""
-    config = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.method_table")
     measured = cells.main(config, "method_table", measure, page)
     broken = [cell for cell in measured if not cell.kept]
     for cell in broken:
@@ -127,5 +125,10 @@ def main(arguments: list[str]) -> int:
     return 1 if broken else 0
 
 
+def main(arguments: list[str]) -> int:
+    """Run the command."""
+    return measurement.main("measurements.method_table", arguments, Config, run)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 
-from applications.frame.errors import UserError, exit_code
+from applications.frame import measurement
+from applications.frame.command import require, require_at_least_one, require_positive
 from applications.frame.mini_batches import Batches
+from applications.frame.run_folder import RunFolder
 from applications.frame.trace import trace
 from applications.measurements.stochastic_curves import plots
 from applications.measurements.stochastic_curves.methods import Problem, methods
-from bilevel import files, problems, stochastic
+from bilevel import problems, stochastic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +44,15 @@ PROBLEMS: dict[str, type[Problem]] = {
 
 
 def main(arguments: list[str]) -> int:
-    """Run all methods; the exit code is 2 for bad input, which is told in one message."""
-    config = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.stochastic_curves")
-    return exit_code(lambda: run(config))
+    """Run the command."""
+    return measurement.main("measurements.stochastic_curves", arguments, Config, run, check)
 
 
 def run(config: Config) -> None:
     """Trace each method, print its last point, write the curves and their picture."""
-    check(config)
     problem = PROBLEMS[config.problem]()
-    if config.batches > problem.num_samples:
-        raise UserError(f"--batches is {config.batches}: there are {problem.num_samples} samples to cut up.")
+    enough = config.batches <= problem.num_samples
+    require(enough, f"--batches is {config.batches}: there are {problem.num_samples} samples to cut up.")
     torch.set_num_threads(1)  # Vectors of a few hundred numbers: more threads only wait for each other.
     # Before any clock runs: the exact solution, and what torch sets up at the first use of an operation.
     problem.suboptimality(problem.start()[1])
@@ -78,13 +76,9 @@ def run(config: Config) -> None:
     settings = {**dataclasses.asdict(config), "out": str(config.out)}
     written = {"settings": settings, "torch": torch.__version__, "curves": curves}
     picture = plots.curves(curves, titles[config.problem].format(config.batches))
-    try:
-        files.write_atomically(
-            config.out / "curves.json", lambda file: file.write(json.dumps(written, indent=1).encode())
-        )
-        files.write_atomically(config.out / "curves.png", lambda file: file.write(picture))
-    except OSError as error:
-        raise UserError(f"--out {config.out} cannot be written: {error}. Choose another folder.") from error
+    folder = RunFolder(config.out)
+    folder.write_bytes("curves.json", json.dumps(written, indent=1).encode())
+    folder.write_bytes("curves.png", picture)
     print(f"Wrote {config.out / 'curves.json'} and {config.out / 'curves.png'}.")
 
 
@@ -96,12 +90,8 @@ titles = {
 
 def check(config: Config) -> None:
     """Refuse what cannot be run, before anything is."""
-    if not 0 < config.seconds < math.inf:
-        raise UserError(f"--seconds is {config.seconds}: a positive number is needed, the time for each method.")
-    if config.batches < 1:
-        raise UserError(f"--batches is {config.batches}: at least one is needed.")
-    if config.out.exists() and not config.out.is_dir():
-        raise UserError(f"--out {config.out} is a file: give a folder.")
+    require_positive(config, "seconds")
+    require_at_least_one(config, "batches")
 
 
 def gap(problem: Problem, method: stochastic.Stochastic) -> dict[str, float]:

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import bilevel as bl
-from applications.frame.errors import exit_code
+from applications.frame import measurement
 from applications.measurements import cells
 from bilevel.problems import BilevelTestProblem, Known, LassoPath, Scaled, Singular, collection, hard, in_double
 
@@ -198,12 +197,16 @@ def page(measured: list[Cell]) -> str:
     return cells.page(head, measured, table)
 
 
-def main(arguments: list[str]) -> int:
+def run(config: Config) -> int:
     """Measure, print and write."""
-    config = tyro.cli(Config, args=arguments, prog="python -m applications.measurements.tolerances")
     measured = cells.main(config, "tolerances", measure, page)
     return 1 if any(not cell.kept for cell in measured) else 0
 
 
+def main(arguments: list[str]) -> int:
+    """Run the command."""
+    return measurement.main("measurements.tolerances", arguments, Config, run)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: main(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ import pytest
 
 from applications.few_shot import benchmark
 from applications.few_shot.benchmark import Benchmark, Measurement, _extrapolate
-from applications.frame.errors import UserError
+from tests.applications.refusals import refusals
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +51,14 @@ def test_a_run_that_cannot_fit_is_extrapolated_instead(monkeypatch):
     assert (row.peak_mib, row.note) == (None, "not run: about 5550 needed, 6000 there")
 
 
-def test_settings_of_a_run_are_refused():
-    with pytest.raises(UserError, match=r"no --config.preset and no --config.out"):
-        benchmark.main(["--config.preset", "paper", "--config.out", "x"])
-
-
-@pytest.mark.parametrize("arguments", [["--inner-steps", "0"], ["--repeats", "0"], ["--tasks", "0"]])
-def test_bad_settings(arguments):
-    with pytest.raises(UserError, match="must be at least 1"):
-        benchmark.main(arguments)
+@refusals(
+    (["--config.preset", "paper", "--config.out", "x"], "no --config.preset and no --config.out"),
+    (["--inner-steps", "0"], "must be at least 1"),
+    (["--repeats", "0"], "must be at least 1"),
+    (["--tasks", "0"], "must be at least 1"),
+    (["--config.lr", "inf"], "--config.lr is inf"),
+)
+def test_what_cannot_be_measured_is_refused(arguments, message, tmp_path, capsys):
+    assert benchmark.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

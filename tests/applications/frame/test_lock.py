@@ -56,3 +56,29 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
     folder.hold()
     folder.release()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_that_write_at_once_take_two_names(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    write = RunFolder.write_bytes
+
+    def with_another(self, name, content):
+        if name == "a.json":  # its name is taken, and nothing is in it yet
+            assert RunFolder(tmp_path).write_new(["a.json", "a-2.json"], b"other") == tmp_path / "a-2.json"
+        write(self, name, content)
+
+    monkeypatch.setattr(RunFolder, "write_bytes", with_another)
+    assert folder.write_new(["a.json", "a-2.json"], b"one") == tmp_path / "a.json"
+    assert [(tmp_path / name).read_bytes() for name in ("a.json", "a-2.json")] == [b"one", b"other"]
+    with pytest.raises(UserError, match=r"a-2\.json exists, and is not overwritten"):
+        folder.write_new(["a.json", "a-2.json"], b"third")
+
+
+def test_a_new_file_that_cannot_be_written_leaves_its_name_free(tmp_path, monkeypatch):
+    def full(*_):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(RunFolder, "write_bytes", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        RunFolder(tmp_path).write_new(["a.json"], b"x")
+    assert list(tmp_path.iterdir()) == []

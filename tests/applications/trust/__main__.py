@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.applications.trust import trials
+from tests.applications.trust.commands import COMMANDS
 from tests.applications.trust.trials import Found
 
 FULL: dict[str, Callable[[float, Path], Found]] = {
@@ -31,7 +32,7 @@ FULL: dict[str, Callable[[float, Path], Found]] = {
     "studies": lambda part, folder: trials.studies(round(50 * part), folder),
     "flips": lambda part, folder: trials.flips(round(1500 * part), folder),
     "cuts": lambda part, folder: trials.cuts(round(200 * part), folder),
-    "options": lambda part, folder: trials.options(part, folder),
+    **{f"options of {name}": partial(trials.options, name) for name in COMMANDS},
     "memory": lambda part, folder: trials.memory(1800 * part, folder),
     "signals": lambda part, folder: trials.signals(round(10 * part), folder),
     "writers": lambda part, folder: trials.writers(round(20 * part), folder),
@@ -40,12 +41,12 @@ FULL: dict[str, Callable[[float, Path], Found]] = {
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="those whose name has one of these words")
+    parser.add_argument("names", nargs="*", help="those that are called so, or have one of these words in their name")
     parser.add_argument("--part", type=float, default=1.0)
     given = parser.parse_args(arguments)
     failed = 0
     for name, run in FULL.items():
-        if given.names and not any(word in name for word in given.names):
+        if given.names and not any(word == name or word in name.split() for word in given.names):
             continue
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
+import runpy
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import psutil
 
 from applications.frame import run
 
-APPLICATIONS = (
-    "few_shot",
-    "data_cleaning",
-    "search",
-    "distillation",
-    "reweighting",
-    "equilibrium",
-    "learned_optimizer_settings",
-    "regularization",
-    "sparse_regression",
-)
 ROOT = Path(__file__).parents[3]
+OVER, WAITED = signal.SIGPROF, 60
+"""The signal that ends a child which used up its time of the processor, and the seconds that any may take."""
+PR_SET_CHILD_SUBREAPER = 36
+ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what a child leaves becomes a child of this process
+LOADED_LATE = ("torch._dynamo", "matplotlib.pyplot", "scipy.stats", "applications.frame.tune.report")
+"""What commands import when they need it, and each child would anew."""
 TRACEBACK = 99
 """The exit code of a child that ended by an error that nobody caught."""
 
 
-def start(application: str, arguments: Sequence[str], log: Path, seconds: int = 0, save_often: bool = False) -> int:
-    """The number of a child that runs the command.
+def start(application: str, arguments: Sequence[str], log: Path, seconds: float = 0, save_often: bool = False) -> int:
+    """The number of a child that runs ``python -m applications.APPLICATION``.
 
     Args:
-        log: what it prints. seconds: after which it is killed; 0: never.
+        log: what it prints. seconds: of the processor, after which it is killed by `OVER`; 0: never.
         save_often: a checkpoint after every step.
     """
-    module = importlib.import_module(f"applications.{application}.__main__")
+    for module in (f"applications.{application}.__main__", *LOADED_LATE):
+        importlib.import_module(module)
     child = os.fork()
     if child:
         return child
@@ -51,11 +50,12 @@ def start(application: str, arguments: Sequence[str], log: Path, seconds: int = 
         # A folder that an option names without its place, such as --out=1e308, is made there and not in the checkout.
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         os.chdir(log.parent)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.alarm(seconds)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.alarm(WAITED if seconds else 0)  # of one that waits for processes of its own
         if save_often:
             run.CHECKPOINT_SECONDS = 0.0
-        code = _code(module, application, list(arguments))
+        code = _code(application, arguments)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -71,17 +71,20 @@ def wait(child: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def finish(application: str, arguments: Sequence[str], log: Path, seconds: int = 0) -> int:
-    """Run a command to its end."""
-    return wait(start(application, arguments, log, seconds))
+def finish(application: str, arguments: Sequence[str], log: Path, seconds: float = 0) -> int:
+    """Run a command to its end; where its time is limited, the processes that it left are ended too."""
+    code = wait(start(application, arguments, log, seconds))
+    for left in psutil.Process().children() if seconds else ():
+        left.kill()
+        left.wait()
+    return code
 
 
-def kill_after(child: int, seconds: float) -> bool:
-    """Whether it was killed, and had not ended before."""
-    time.sleep(seconds)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    return wait(child) == -signal.SIGKILL
+def kill_after(child: int, seconds: float) -> None:
+    """Kill it when it has used so much of the processor, unless it has ended before."""
+    wait_for(child, seconds)
+    os.kill(child, signal.SIGKILL)  # nobody has waited for it, so that its number is still its own
+    wait(child)
 
 
 def processor_seconds(child: int) -> float:
@@ -91,15 +94,16 @@ def processor_seconds(child: int) -> float:
 
 
 def wait_for(child: int, seconds: float) -> None:
-    """Until it has used so much of the processor."""
-    while processor_seconds(child) < seconds:
-        time.sleep(0.1)
+    """Until it has used so much of the processor, or has ended."""
+    while processor_seconds(child) < seconds and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.02)
 
 
-def _code(module: Any, application: str, arguments: list[str]) -> int:
+def _code(application: str, arguments: Sequence[str]) -> int:
+    module = f"applications.{application}.__main__"
+    sys.argv, _ = [module, *arguments], sys.modules.pop(module)
     try:
-        if application == "few_shot":
-            return module.main(arguments)
-        return module.main(application, arguments, module.Config, module.story, getattr(module, "tunable", None))
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else 1
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+    return 0

@@ -5,15 +5,13 @@ Each trial takes a size and a folder of its own, and returns its figures: a `Fou
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,9 @@ import torch
 import bilevel as bl
 from applications.frame.checkpoint import Damaged, differences, from_bytes
 from applications.frame.run_folder import RunFolder
-from applications.frame.tune.command import Config as Tuning
+from tests.applications.trust.commands import DATA, OUT, RUN, SMALL, all_tried
 from tests.applications.trust.processes import (
-    APPLICATIONS,
+    OVER,
     TRACEBACK,
     finish,
     kill_after,
@@ -35,12 +33,7 @@ from tests.applications.trust.processes import (
     wait_for,
 )
 
-FEW = ["--steps", "12", "--eval-tasks", "2", "--validate-every", "4", "--threads", "1"]
-TINY: dict[str, list[str]] = {
-    "few_shot": [*["--width", "8", "--tasks", "2", "--inner-steps", "2"], *FEW],
-    "data_cleaning": ["--repeats", "1", "--steps", "6"],
-    "search": ["--data", "iris", "--candidates", "2"],
-}
+TINY = {name: list(SMALL[name]) for name in ("few_shot", "data_cleaning", "search")}
 """Short commands of the applications whose trainings are killed."""
 
 
@@ -66,9 +59,9 @@ def kills(count: int, folder: Path, applications: tuple[str, ...] = tuple(TINY),
     for application in applications:
         log, whole = folder / f"{application}.log", folder / f"{application}-whole"
         small = [*TINY[application], *_data(application, folder)]
-        begun = time.perf_counter()
+        begun = os.times()
         assert finish(application, [*small, "--out", str(whole)], log) == 0, log.read_text()
-        seconds = time.perf_counter() - begun
+        seconds = os.times().children_user - begun.children_user
         for number in range(count):
             run = folder / f"{application}-{number}"
             arguments = [*small, "--out", str(run)]
@@ -89,7 +82,7 @@ def studies(count: int, folder: Path, seed: int = 0) -> Found:
     for number in range(count):
         out, log = folder / f"study-{number}", folder / "studies.log"
         arguments = ["tune", *small, "--storage", str(out / "study.log"), "--out", str(out)]
-        kill_after(start("data_cleaning", arguments, log), chance.uniform(0.2, 3))
+        kill_after(start("data_cleaning", arguments, log), chance.uniform(0.2, 2))
         code = finish("data_cleaning", arguments, log)
         states = [] if code else _states(out)
         made = sum(state in ("COMPLETE", "PRUNED") for state in states)
@@ -134,31 +127,32 @@ def cuts(count: int, folder: Path, seed: int = 0) -> Found:
 
 
 BAD = ("-1", "-1e-9", "0", "1e308", "inf", "nan", str(10**20), "", "x" * 300, "a\0b")
+FINE = (0, 1, 2, -OVER, -signal.SIGALRM)
+"""Exit codes: done; measured, and not as it should be; refused; more than was waited for."""
 
 
-def options(part: float, folder: Path, seconds: int = 4, seed: int = 0) -> Found:
-    """Bad values of the options of all commands and of ``tune``: none ends with a traceback or a crash.
+def options(command: str, part: float, folder: Path, seconds: float = 1.5, seed: int = 0) -> Found:
+    """Bad values of all options of a command: none ends with a traceback or a crash.
 
     Args:
-        part: of all pairs of an option and a value, chosen at random. seconds: for a command; one that runs longer took
-            the value for a good one.
+        part: of all pairs of an option and a value, chosen at random. seconds: of the processor for a command; one that
+            needs more took the value for a good one.
     """
-    chance, failures, tried = random.Random(seed), [], 0
-    for application, words, option in _options():
+    chance, failures, tried = random.Random(f"{command} {seed}"), [], 0
+    for one in all_tried(command):
         for value in BAD:
             if chance.random() >= part:
                 continue
             tried += 1
             out, log = folder / "options", folder / f"option-{tried}.log"
-            small = [] if words else [*TINY.get(application, []), *_data(application, folder)]
-            place = [] if option == "--out" else ["--out", str(out)]
-            code = finish(application, [*words, *small, *place, f"{option}={value}"], log, seconds)
+            places = {RUN: str(_run(folder)), OUT: str(out), DATA: str(folder / "data")}
+            line = [places.get(word, word) for word in one.line(value)]
+            code = finish(command.partition(" ")[0], line, log, seconds)
             text = log.read_text(errors="replace")
-            if code not in (0, 2, -signal.SIGALRM) or "Traceback" in text:
+            if code not in FINE or "Traceback" in text:
                 last = text.strip().splitlines()[-1:] or [""]
-                failures.append(
-                    f"{application} {' '.join(words)} {option}={value[:20]!r}: exit code {code}, {last[0][:150]}"
-                )
+                told = " ".join((*one.before[:2], f"{one.option}={value[:20]!r}"))
+                failures.append(f"{command}: {told}: exit code {code}, {last[0][:150]}")
             shutil.rmtree(out, ignore_errors=True)
     return found(tried, failures)
 
@@ -233,15 +227,6 @@ def writers(count: int, folder: Path) -> Found:
         for path in folder.glob(f"shared-{number}*"):
             shutil.rmtree(path)
     return found(2 * count, failures)
-
-
-def _options() -> Iterator[tuple[str, list[str], str]]:
-    for application in APPLICATIONS:
-        module = importlib.import_module(f"applications.{application}.__main__")
-        for field in fields(module.Config):
-            yield application, [], f"--{field.name.replace('_', '-')}"
-    for field in fields(Tuning):
-        yield "data_cleaning", ["tune", "--repeats", "1", "--trials", "1"], f"--{field.name.replace('_', '-')}"
 
 
 def _accepted(content: bytes) -> bool:
