@@ -224,7 +224,7 @@ def storage_told(storage: str, *damages: type[Exception]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        of_storage = (OSError, optuna.exceptions.OptunaError, *damages)
+        of_storage: tuple[type[Exception], ...] = (OSError, optuna.exceptions.OptunaError, *damages)
         if not isinstance(error, of_storage) and "sqlalchemy" not in type(error).__module__:
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
