@@ -82,7 +82,7 @@ def assert_same_run(folder, other):
 class TestRun:
     def test_folder(self, finished):
         names = {path.name for path in finished.iterdir()}
-        assert names == {
+        assert names - {"checkpoint.previous.pt"} == {  # which a run of more than a few seconds has too
             "config.json",
             "metrics.jsonl",
             CHECKPOINT,
