@@ -22,13 +22,16 @@ from bilevel import files, tuning
 class RunFolder:
     """``config.json``, ``metrics.jsonl``, checkpoints and whatever else a run writes under one path.
 
+    Attributes:
+        fresh: whether there is no run in it yet, and one is to `begin`.
+
     Raises:
         UserError: from every method, where the disk is full, the path is not writable, or a file is damaged.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._new = False
+        self.fresh = False
         self._lock: Lock | None = None
         self._made: list[Path] = []
 
@@ -36,7 +39,7 @@ class RunFolder:
     def new(cls, path: Path) -> RunFolder:
         """A folder to `begin`; one that holds a run already is refused, never overwritten."""
         folder = cls(path)
-        folder._new = True
+        folder.fresh = True
         folder._refuse_a_run()
         return folder
 
@@ -51,9 +54,9 @@ class RunFolder:
     def begin(self, config: dict[str, Any]) -> None:
         """Make the folder, keep other writers out of it, and write the configuration."""
         self.hold()
-        if self._new:
+        if self.fresh:
             self._refuse_a_run()  # of a process that was faster
-            self._new = False
+            self.fresh = False
         self.write_json("config.json", config)
 
     def hold(self) -> None:

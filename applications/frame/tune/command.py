@@ -154,7 +154,10 @@ def lead(
 
     report.write(output, study, tunable, seconds, options.confirm, options.seed)
     if options.artifacts is not None:
-        names = hooks.keep(study, folder.path, options.artifacts)
+        try:
+            names = hooks.keep(study, folder.path, options.artifacts)
+        except OSError as error:
+            raise UserError(f"--artifacts {options.artifacts} cannot be written: {error}.") from error
         output.say(f"{len(names)} files are new in the artifact store {options.artifacts}")
 
 
@@ -223,9 +226,14 @@ def storage_told(storage: str, *damages: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except UserError:
+        raise
+    except Exception as raised:
+        error: BaseException | None = raised  # Optuna may have met another one in handling that of the storage
         of_storage = (OSError, optuna.exceptions.OptunaError, *damages)
-        if not isinstance(error, of_storage) and "sqlalchemy" not in type(error).__module__:
+        while error is not None and not (isinstance(error, of_storage) or "sqlalchemy" in type(error).__module__):
+            error = error.__context__ if isinstance(error, AssertionError) else None
+        if error is None:
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         told = f"--storage {storage} cannot be used: {reason}. Is the address right, the disk full, the file damaged?"
