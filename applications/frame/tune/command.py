@@ -26,6 +26,7 @@ from applications.frame import memory
 from applications.frame.device import select_device
 from applications.frame.errors import UserError, exit_code, note
 from applications.frame.interruption import Interruption
+from applications.frame.lock import refuse_link
 from applications.frame.options import check_folder, check_values, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import Interrupted, Run
@@ -184,6 +185,8 @@ def check(options: Config) -> None:
 
 def default_storage(options: Config, out: Path) -> str:
     """In the folder: a journal, where there is one or several processes need it, else SQLite."""
+    for name in ("study.log", "study.db"):
+        refuse_link(out / name)
     parallel = options.workers > 1 or (out / "study.log").exists()
     return str(out / "study.log") if parallel else f"sqlite:///{out / 'study.db'}"
 
