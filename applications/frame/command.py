@@ -233,7 +233,7 @@ def _told(
         if solver is not None and isinstance(knobs, SolverKnobs):
             run.settings = tune.read_settings(solver, knobs.solver_settings, name)
         try:
-            with nullcontext() if knobs.resume is None else understood(f"The run folder {folder.path}"):
+            with nullcontext() if folder.fresh else understood(f"The run folder {folder.path}"):
                 story(knobs, run)
         except (Interrupted, KeyboardInterrupt) as interruption:
             if run.leads:

@@ -16,6 +16,16 @@ from applications.frame.errors import UserError
 NAME = ".lock"
 
 
+def refuse_link(path: Path) -> None:
+    """A folder that somebody sent can have a link to any file of its reader's, which would be written over.
+
+    Raises:
+        UserError: the path is a symbolic link.
+    """
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, which may lead anywhere: it is not written through. Remove it.")
+
+
 class Lock:
     """A lock of a folder, held from its making to `release` or to the end of the process.
 
@@ -26,7 +36,9 @@ class Lock:
     def __init__(self, folder: Path):
         self.path = folder / NAME
         while True:
-            self._file: BinaryIO = self.path.open("a+b")
+            refuse_link(self.path)
+            opened = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            self._file: BinaryIO = os.fdopen(opened, "a+b")
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

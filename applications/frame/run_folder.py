@@ -15,12 +15,15 @@ import torch
 from applications.frame import checkpoint, schema
 from applications.frame.checkpoint import Damaged
 from applications.frame.errors import FULL, UserError, note
-from applications.frame.lock import Lock
+from applications.frame.lock import Lock, refuse_link
 from bilevel import files, tuning
 
 
 class RunFolder:
     """``config.json``, ``metrics.jsonl``, checkpoints and whatever else a run writes under one path.
+
+    Attributes:
+        fresh: whether there is no run in it yet, and one is to `begin`.
 
     Raises:
         UserError: from every method, where the disk is full, the path is not writable, or a file is damaged.
@@ -28,7 +31,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        self._new = False
+        self.fresh = False
         self._lock: Lock | None = None
         self._made: list[Path] = []
 
@@ -36,7 +39,7 @@ class RunFolder:
     def new(cls, path: Path) -> RunFolder:
         """A folder to `begin`; one that holds a run already is refused, never overwritten."""
         folder = cls(path)
-        folder._new = True
+        folder.fresh = True
         folder._refuse_a_run()
         return folder
 
@@ -51,9 +54,9 @@ class RunFolder:
     def begin(self, config: dict[str, Any]) -> None:
         """Make the folder, keep other writers out of it, and write the configuration."""
         self.hold()
-        if self._new:
+        if self.fresh:
             self._refuse_a_run()  # of a process that was faster
-            self._new = False
+            self.fresh = False
         self.write_json("config.json", config)
 
     def hold(self) -> None:
@@ -99,13 +102,13 @@ class RunFolder:
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a whole file atomically: after a crash there is the old one or the new one."""
-        with _told(f"{self.path / name} could not be written; its earlier version is untouched"):
-            files.write_atomically(self.path / name, lambda file: file.write(content))
+        with self._writing(name) as path:
+            files.write_atomically(path, lambda file: file.write(content))
 
     def write_settings(self, name: str, settings: Mapping[str, Any]) -> None:
         """Settings of solvers, as `bilevel.tuning.save` writes them."""
-        with _told(f"{self.path / name} could not be written; its earlier version is untouched"):
-            tuning.save(self.path / name, settings)
+        with self._writing(name) as path:
+            tuning.save(path, settings)
 
     def write_new(self, names: Iterable[str], content: bytes) -> Path:
         """Write a whole file under the first of the names that is free, whoever else takes names at the same time.
@@ -129,10 +132,7 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One line of ``metrics.jsonl``, at once."""
-        with (
-            _told(f"{self.path / 'metrics.jsonl'} could not be extended"),
-            (self.path / "metrics.jsonl").open("a") as file,
-        ):
+        with self._writing("metrics.jsonl") as path, path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -167,10 +167,9 @@ class RunFolder:
 
         The checkpoint before it is kept too, and whenever the process ends one of the two is whole.
         """
-        path = self.path / name
         self._sync_metrics()  # a checkpoint is never ahead of its rows
-        new, content = path.with_name(f"{name}.next"), checkpoint.to_bytes(state)
-        with _told(f"{path} could not be written; its earlier version is untouched"):
+        content = checkpoint.to_bytes(state)
+        with self._writing(name) as path, self._writing(f"{name}.next") as new:
             files.write_atomically(new, lambda file: file.write(content))
             if path.exists():
                 os.replace(path, before(path))
@@ -198,6 +197,13 @@ class RunFolder:
         if reasons:
             raise UserError(f"{'; '.join(reasons)}. Restore it from a copy, or start a new run.")
         raise UserError(f"{self.path} has no checkpoint yet: the run ended before its first one. Start it anew.")
+
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[Path]:
+        path = self.path / name
+        refuse_link(path)
+        with _told(f"{path} could not be written; its earlier version is untouched"):
+            yield path
 
     def _sync_metrics(self) -> None:
         with contextlib.suppress(FileNotFoundError), (self.path / "metrics.jsonl").open("rb") as file:

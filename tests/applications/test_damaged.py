@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from applications.few_shot import trained
 from applications.few_shot.__main__ import main
 from applications.few_shot.classifier import FewShot
 from applications.few_shot.trained import Trained
@@ -104,6 +105,87 @@ def test_run_folders(damage, told, run, capsys):
     damage(run)
     assert main(["train", "--resume", str(run)]) == 2
     assert told in capsys.readouterr().err
+
+
+def part(value):
+    def damage(folder):
+        found = json.loads((folder / "results.json").read_text())
+        found["parts"]["evaluation"]["value"] = value
+        (folder / "results.json").write_text(json.dumps(found))
+
+    return damage
+
+
+def rows(**values):
+    def damage(folder):
+        found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps({**row, **values}) + "\n" for row in found))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage", [part(None), part([]), part({"a": 1}), part({"a": {"mean": "x"}}), rows(loss="x"), rows(loss=None)]
+)
+def test_what_a_story_makes_of_a_run_folder_is_told(damage, run, capsys):
+    damage(run)
+    assert main(["train", "--resume", str(run)]) == 2
+    assert re.search(r"run folder .* does not hold what this program writes", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("value", ["x", None, [1]])
+@pytest.mark.parametrize("key", ["validation_accuracy", "seconds"])
+def test_what_a_picture_makes_of_metrics_is_told(key, value, run, tmp_path, capsys):
+    rows(**{"validation_accuracy": 50.0, key: value})(run)
+    assert main(["hours", str(run), str(tmp_path / "hours.png")]) == 2
+    assert "metrics.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "hours.png").exists()
+
+
+def stored(**values):
+    def damage(content):
+        content |= values
+
+    return damage
+
+
+def in_config(**values):
+    def damage(content):
+        content["config"] |= values
+
+    return damage
+
+
+def not_a_number(content):
+    next(iter(content["meta"].values())).fill_(float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (stored(format=2), "'format'"),
+        (stored(meta=5), "'meta'"),
+        (stored(meta={"a": 1.0}), "'meta'"),
+        (stored(meta={}), "the file has it missing"),
+        (stored(origin={}), "'origin'"),
+        (stored(solver=5), "'solver'"),
+        (stored(extra=1), "'extra'|\"extra\""),
+        (stored(config=[1]), "'config'"),
+        (in_config(width=-1), "--width is -1"),
+        (in_config(width="x"), "'width' is 'x'"),
+        (in_config(ways=10**30), "--ways is"),
+        (not_a_number, "is not finite"),
+    ],
+)
+def test_trained_networks_with_the_right_hash(damage, told, finished, tmp_path, capsys):
+    Trained.from_run(finished).save(tmp_path / "x.pt")
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    del content["hash"]
+    damage(content)
+    torch.save({**content, "hash": trained.digest(content)}, tmp_path / "x.pt")
+    assert main(["evaluate", "--trained", str(tmp_path / "x.pt"), "--eval-tasks", "2"]) == 2
+    message = capsys.readouterr().err
+    assert re.search(told, message), message
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -250,15 +249,16 @@ def _file(path: Path, task: Task) -> Examples:
 
         features, targets = load_svmlight_file(str(path))
         return _examples(str(path), scipy.sparse.csr_array(features), targets, task)
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # numpy, zipfile, zlib and scikit-learn raise a dozen types, by where the damage is
         raise unusable(path, error) from error
 
 
 def _examples(name: str, features: Any, targets: Any, task: Task) -> Examples:
-    try:
-        features, targets = features.astype(np.float64), np.asarray(targets).astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: features and targets must be numbers ({error}).") from error
+    if features.dtype.kind not in NUMBERS or targets.dtype.kind not in NUMBERS:
+        raise UserError(f"{name}: features and targets must be numbers, not {features.dtype} and {targets.dtype}.")
+    features, targets = features.astype(np.float64), targets.astype(np.float64)
     if task == "regression":
         return Examples(name, features, targets, 0)
     if not np.isfinite(targets).all() or (targets != np.floor(targets)).any():
@@ -273,5 +273,7 @@ def _examples(name: str, features: Any, targets: Any, task: Task) -> Examples:
     return Examples(name, features, targets.astype(np.int64), int(targets.max(initial=0)) + 1)
 
 
+NUMBERS = "biuf"
+"""Kinds of NumPy's dtypes: truth values, whole numbers and real ones."""
 MOST_CLASSES = 10_000
 """A label above it is an identifier, not a class."""

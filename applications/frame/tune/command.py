@@ -26,6 +26,7 @@ from applications.frame import memory
 from applications.frame.device import select_device
 from applications.frame.errors import UserError, exit_code, note
 from applications.frame.interruption import Interruption
+from applications.frame.lock import refuse_link
 from applications.frame.options import check_folder, check_values, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import Interrupted, Run
@@ -154,7 +155,10 @@ def lead(
 
     report.write(output, study, tunable, seconds, options.confirm, options.seed)
     if options.artifacts is not None:
-        names = hooks.keep(study, folder.path, options.artifacts)
+        try:
+            names = hooks.keep(study, folder.path, options.artifacts)
+        except OSError as error:
+            raise UserError(f"--artifacts {options.artifacts} cannot be written: {error}.") from error
         output.say(f"{len(names)} files are new in the artifact store {options.artifacts}")
 
 
@@ -181,6 +185,8 @@ def check(options: Config) -> None:
 
 def default_storage(options: Config, out: Path) -> str:
     """In the folder: a journal, where there is one or several processes need it, else SQLite."""
+    for name in ("study.log", "study.db"):
+        refuse_link(out / name)
     parallel = options.workers > 1 or (out / "study.log").exists()
     return str(out / "study.log") if parallel else f"sqlite:///{out / 'study.db'}"
 
@@ -223,9 +229,14 @@ def storage_told(storage: str, *damages: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except UserError:
+        raise
+    except Exception as raised:
+        error: BaseException | None = raised  # Optuna may have met another one in handling that of the storage
         of_storage: tuple[type[Exception], ...] = (OSError, optuna.exceptions.OptunaError, *damages)
-        if not isinstance(error, of_storage) and "sqlalchemy" not in type(error).__module__:
+        while error is not None and not (isinstance(error, of_storage) or "sqlalchemy" in type(error).__module__):
+            error = error.__context__ if isinstance(error, AssertionError) else None
+        if error is None:
             raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         told = f"--storage {storage} cannot be used: {reason}. Is the address right, the disk full, the file damaged?"

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import pickle
 import struct
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -104,6 +105,26 @@ def test_cifar10_in_torchvisions_format(tmp_path, monkeypatch):
 def test_bad_files(bad_files, name, message):
     with pytest.raises(UserError, match=message):
         load(str(bad_files[name]))
+
+
+@pytest.mark.parametrize("dtype", ["U8", "S8", "complex128", "datetime64[s]"])
+@pytest.mark.parametrize("which", ["features", "targets"])
+def test_what_could_be_made_numbers_is_none(which, dtype, tmp_path):
+    arrays = {"features": np.ones((60, 4)), "targets": np.arange(60) % 3}
+    np.savez(tmp_path / "a.npz", **{**arrays, which: arrays[which].astype(dtype)})
+    with pytest.raises(UserError, match="must be numbers, not"):
+        load(str(tmp_path / "a.npz"))
+
+
+def test_a_damaged_part_of_an_archive(tmp_path):
+    """Each flipped byte is another error of zipfile, zlib or numpy, or none where it names nothing that is read."""
+    path, random = tmp_path / "a.npz", np.random.default_rng(0)
+    np.savez_compressed(path, features=random.normal(size=(60, 4)), targets=np.arange(60) % 3)
+    whole = path.read_bytes()
+    for place in random.integers(len(whole), size=100):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        with suppress(UserError):
+            load(str(path))
 
 
 def test_wrong_names_and_roots(tmp_path):

@@ -82,3 +82,36 @@ def test_a_new_file_that_cannot_be_written_leaves_its_name_free(tmp_path, monkey
     with pytest.raises(UserError, match="the disk is full"):
         RunFolder(tmp_path).write_new(["a.json"], b"x")
     assert list(tmp_path.iterdir()) == []
+
+
+WRITES = {
+    ".lock": lambda folder: folder.hold(),
+    "report.md": lambda folder: folder.write_bytes("report.md", b"new"),
+    "results.json": lambda folder: folder.write_json("results.json", {}),
+    "metrics.jsonl": lambda folder: folder.append_metrics({"step": 1}),
+    "solver.json": lambda folder: folder.write_settings("solver.json", {"strength": 1.0}),
+    "checkpoint.pt": lambda folder: folder.save_checkpoint({"step": 1}, "checkpoint.pt"),
+    "checkpoint.pt.next": lambda folder: folder.save_checkpoint({"step": 1}, "checkpoint.pt"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_is_written_through_a_link_that_a_folder_came_with(name, there, tmp_path):
+    folder, outside = RunFolder(tmp_path / "run"), tmp_path / "precious"
+    folder.path.mkdir()
+    if there:
+        outside.write_bytes(b"old")
+    (folder.path / name).symlink_to(outside)
+    with pytest.raises(UserError, match=rf"{name} is a symbolic link"):
+        WRITES[name](folder)
+    assert outside.read_bytes() == b"old" if there else not outside.exists()
+
+
+def test_what_was_there_before_a_new_file_is_never_replaced_through_a_link(tmp_path):
+    (tmp_path / "precious").write_bytes(b"old")
+    (tmp_path / "a.json").symlink_to(tmp_path / "precious")
+    (tmp_path / "a-2.json").symlink_to(tmp_path / "nowhere")
+    assert RunFolder(tmp_path).write_new(["a.json", "a-2.json", "a-3.json"], b"x") == tmp_path / "a-3.json"
+    assert (tmp_path / "precious").read_bytes() == b"old"
+    assert not (tmp_path / "nowhere").exists()

@@ -145,8 +145,8 @@ def options(command: str, part: float, folder: Path, seconds: float = 1.5, seed:
                 continue
             tried += 1
             out, log = folder / "options", folder / f"option-{tried}.log"
-            places = {RUN: str(_run(folder)), OUT: str(out), DATA: str(folder / "data")}
-            line = [places.get(word, word) for word in one.line(value)]
+            places = {OUT: out, DATA: folder / "data", **({RUN: _run(folder)} if RUN in one.before else {})}
+            line = [str(places.get(word, word)) for word in one.line(value)]
             code = finish(command.partition(" ")[0], line, log, seconds)
             text = log.read_text(errors="replace")
             if code not in FINE or "Traceback" in text:
