@@ -57,7 +57,6 @@ class TestLater:
         del later
         assert not told
 
-
     @pytest.mark.parametrize("name", ["recording", "sys.is_finalizing"])
     def test_nothing_is_looked_at_in_a_recording_or_at_the_end_of_the_process(self, name, monkeypatch):
         told = []
