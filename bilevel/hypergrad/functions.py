@@ -92,8 +92,7 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: FunctionContext, _: None, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        implicit = _implicit(call, "a forward-mode derivative")
-        assert implicit
+        _implicit(call, "a forward-mode derivative")
         _refuse_nested_forward_mode()
         params, hparams = call.split(ctx.saved_tensors)
         moved = call.split(tangents)[1]
@@ -205,8 +204,7 @@ class _Pull(torch.autograd.Function):
     @staticmethod
     @uncompiled
     def backward(ctx: FunctionContext, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _implicit(ctx.call, "a second derivative")
-        raise AssertionError("unreachable")
+        raise _first_only(ctx.call, "a second derivative")
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *tensors: Tensor) -> tuple[Any, Any]:
@@ -265,8 +263,12 @@ def _differentiable_pull(
 def _implicit(call: Call, what: str) -> Implicit:
     if isinstance(call.hypergrad, Implicit):
         return call.hypergrad
+    raise _first_only(call, what)
+
+
+def _first_only(call: Call, what: str) -> NotImplementedError:
     name = type(call.hypergrad).__name__
-    raise NotImplementedError(
+    return NotImplementedError(
         f"{what} was asked for through hypergrad={name}(...), which gives first derivatives in reverse mode only. "
         "Use hypergrad=Implicit(), which has all of them, or Unroll() outside of torch.func."
     )

@@ -199,7 +199,7 @@ def _merge(old: Solution[Tensor], new: Solution[Tensor], recovered: tuple[str, .
     """Keep the problems that were solved; in the others take ``new`` where it leaves less, or as much with less."""
     before, after = (part.stats["relative_residual"] for part in (old, new))
     smaller = (after <= 1.1 * before) & (norm(new.value) < 0.5 * norm(old.value))
-    better = ~(before * 0.99 <= after) | smaller | (new.stats["result"] <= int(Result.STEPS_DONE))
+    better = (after < 0.99 * before) | torch.isnan(before) | smaller | (new.stats["result"] <= int(Result.STEPS_DONE))
     take = (old.stats["result"] > int(Result.STEPS_DONE)) & better
     stats = {name: torch.where(take, new.stats[name], stat) for name, stat in old.stats.items() if name in new.stats}
     return Solution(torch.where(take.unsqueeze(-1), new.value, old.value), stats, recovered)

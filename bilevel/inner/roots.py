@@ -209,7 +209,7 @@ class ScipyRoot:
         operator = GraphJacobian(problem.raveler, problem.linearize(y))
         solver = LU() if y.shape[-1] <= 512 else GMRES(rtol=1e-2)
         nearness = Nearness(y)
-        return nearness.look(norm(solver.solve(operator, -problem.evaluate(y)).value), y) | nearness.near | (size == 0)
+        return nearness.look(norm(solver.solve(operator, problem.evaluate(y)).value), y) | nearness.near | (size == 0)
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,18 @@ def test_finite_differences_are_of_second_order(epsilon):
     assert relative_error(gradient(bl.FiniteDifference(0.2, 1e-5)), truth) <= 1e-7
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("size", [1.0, 1e3])
+def test_the_default_difference_is_accurate_where_the_derivative_bends(size, dtype, tolerance):
+    """``y = size (1, 2)`` minimises ``|y - w|^2 + x sum y^5``: minus ``d_x grad_y g`` is ``-5 y^4``."""
+    x = torch.zeros((), dtype=dtype, requires_grad=True)
+    w = size * torch.tensor([1.0, 2.0], dtype=dtype)
+    method = bl.FiniteDifference(0.5)
+    fit = bl.argmin(lambda y: (y - w).square().sum() + x * y.pow(5).sum(), w.clone(), hypergrad=method, throw="ignore")
+    (found,) = torch.autograd.grad(fit.value.sum(), x)
+    assert found.item() == pytest.approx(-0.5 * 5 * (w**4).sum().item(), rel=tolerance)
+
+
 def test_sama_uses_the_derivative_of_the_update():
     problem = Ridge(per_feature=True)
     sgd = hypergradient(problem, bl.SAMA(bl.SGD(0.05), 1e-4), bl.Steps(bl.SGD(0.05), max_steps=50))

@@ -97,6 +97,16 @@ def test_a_loose_tolerance_ends_scipy_sooner(method):
     assert loose["num_steps"] < tight["num_steps"]
 
 
+@pytest.mark.parametrize(("settings", "result"), [({"max_steps": 2}, "MAX_STEPS"), ({"gtol": 1e-30}, "STAGNATED")])
+def test_what_ended_scipy_is_told(settings, result):
+    """Its limit of steps; or rounding, where the tolerance cannot be met."""
+    curvature = torch.logspace(0, 3, 10, dtype=torch.float64)
+    start = torch.zeros(10, dtype=torch.float64)
+    solver = bl.ScipyMinimize("BFGS", **settings)
+    fit = bl.argmin(lambda y: (curvature * (y - 1).square() + y.pow(4)).sum(), start, solver=solver, throw="ignore")
+    assert fit.result is bl.Result[result]
+
+
 @pytest.mark.parametrize("error", [ValueError, FloatingPointError, np.linalg.LinAlgError])
 def test_what_breaks_scipy_down_is_told_in_words(error, monkeypatch):
     def broken(*args, **settings):
