@@ -225,8 +225,10 @@ class Steps:
     def _check_shapes(self, y: Tensor) -> None:
         """Refuse settings for another number of problems than ``y``, ``[*batch, n]``, has."""
         for setting in self.rule.tensors:
-            wide = setting.dim() > 1
-            if wide and (setting.dim() != y.dim() or any(a not in (1, b) for a, b in zip(setting.shape, y.shape))):
+            fits = setting.dim() == y.dim() and all(
+                size in (1, there) for size, there in zip(setting.shape, y.shape, strict=True)
+            )
+            if setting.dim() > 1 and not fits:
                 raise ValueError(
                     f"A setting of {type(self.rule).__name__} has shape {tuple(setting.shape)}, and the params are "
                     f"{tuple(y.shape)} as vectors: one number is needed, or of T problems [T, 1]."
@@ -294,8 +296,8 @@ def check_rates(**settings: Any) -> None:
             )
         if isinstance(value, Tensor) and value.dim() == 1 and name != "lr":
             raise ValueError(
-                f"{name} has shape {tuple(value.shape)}: one number is needed, or of T problems [T, 1]. A schedule, one "
-                "number for each step, is taken for lr only."
+                f"{name} has shape {tuple(value.shape)}: one number is needed, or of T problems [T, 1]. A schedule, "
+                "one number for each step, is taken for lr only."
             )
         tensor = torch.as_tensor(value).detach()
         if may_be_looked_at(value) and not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):

@@ -118,7 +118,7 @@ class TestSchedules:
             bl.Adam(betas=(torch.full((7,), 0.9), 0.99))
 
     def test_alpha_averages(self):
-        with pytest.raises(ValueError, match="alpha is 1.5"):
+        with pytest.raises(ValueError, match=r"alpha is 1\.5"):
             bl.RMSprop(alpha=1.5)
 
     @pytest.mark.parametrize("rule", RULES)
@@ -152,7 +152,7 @@ class TestSchedules:
         "make", [bl.GradientDescent, lambda lr: bl.TorchOptim(torch.optim.SGD, lr=lr), bl.FiniteDifference]
     )
     def test_solvers_of_one_step_size_say_who_takes_a_schedule(self, make, bad):
-        with pytest.raises(TypeError, match="lr is .*: a number is needed"):
+        with pytest.raises(TypeError, match=r"lr is .*: a number is needed"):
             make(lr=bad)
 
     def test_step_sizes_of_one_step_are_numbers(self):
