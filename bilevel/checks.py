@@ -168,7 +168,7 @@ def check_step_size(value: object, name: str = "lr", advice: str = SCHEDULES) ->
     number = value.item() if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad else value
     if not isinstance(number, Real) or isinstance(number, bool):
         raise TypeError(f"{name} is {_kind(value)}: a number is needed. {advice}.")
-    if not 0 < number < math.inf:
+    if not 0 < float(number) < math.inf:
         raise ValueError(f"{name} is {value}: it must be positive and finite.")
 
 

@@ -46,11 +46,16 @@ class DefaultLBFGS(LBFGS):
         if problem.start.y.shape[-1] < LARGE:
             return super().minimize(problem)
 
+        looks = [False]
+
         def hopeless(seen: InnerStep) -> bool:
             due = seen.step in LOOKS or (seen.step == WARM and _is_warm(problem, seen))
-            return due and not seen.last and all_bend_down(problem, seen.flat)
+            looks.append(due and not seen.last and all_bend_down(problem, seen.flat))
+            return looks[-1]
 
         found = LBFGS(self.max_steps, self.gtol, self.history, callback=hopeless).minimize(problem)
+        if not looks[-1]:
+            return found
         codes = found.stats["result"]
         given_up = codes == int(Result.STEPS_DONE)
         found = found.with_stats(result=marked(codes, given_up, Result.NEGATIVE_CURVATURE))
