@@ -73,9 +73,9 @@ def argmin(
         init: where to start: any tree of floating-point tensors. With `Implicit`, no gradient flows to it.
         args: passed on to the objective.
         solver: `LBFGS` by default, which gives up a network that is far from a minimum (1,000 unknowns and more,
-            negative curvature after 50 steps or more), as one that is named does not; `GradientDescent`, `NewtonCG`,
-            `TorchOptim`, `ScipyMinimize`, `Steps`; with `ProximalGradient` the minimum is that of
-            ``objective + prox.value``.
+            negative curvature after 50 steps or more, 20 from a warm start), as one that is named does not;
+            `GradientDescent`, `NewtonCG`, `TorchOptim`, `ScipyMinimize`, `Steps`; with `ProximalGradient` the minimum
+            is that of ``objective + prox.value``.
         hypergrad: `Implicit` by default; `Unroll` and the others of ``docs/methods.md``, of which some give first
             derivatives in reverse mode only, and say so; None: the value is detached.
         has_aux: the objective returns a pair, the loss and anything else: logits, single terms, the updated state of

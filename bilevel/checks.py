@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import math
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +156,22 @@ def check_warm_start(value: object) -> None:
         )
 
 
+SCHEDULES = "For one step size a step, or learned ones, take Steps(SGD(lr=...), max_steps=...), lr a tensor [max_steps]"
+
+
+def check_step_size(value: object, name: str = "lr", advice: str = SCHEDULES) -> None:
+    """Refuse what is no positive finite number, such as a schedule where there is none.
+
+    Raises:
+        TypeError: it is no number. ValueError: it is not positive, or not finite.
+    """
+    number = value.item() if isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad else value
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise TypeError(f"{name} is {_kind(value)}: a number is needed. {advice}.")
+    if not 0 < float(number) < math.inf:
+        raise ValueError(f"{name} is {value}: it must be positive and finite.")
+
+
 def _is_optimizer(value: object) -> bool:
     return isinstance(value, torch.optim.Optimizer) or (
         isinstance(value, type) and issubclass(value, torch.optim.Optimizer)
@@ -177,6 +195,8 @@ def _kind(value: object) -> str:
         return f"the class {value.__name__}"
     if value is None or isinstance(value, str | int | float):
         return repr(value)
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" + " that requires grad" * value.requires_grad
     return f"of type {type(value).__name__}"
 
 

@@ -417,9 +417,11 @@ def check_loss(loss: Tensor, init: Tree, max_batch_dims: int = 1) -> None:
     usable = isinstance(loss, Tensor) and loss.is_floating_point() and loss.numel() > 0
     if not usable or loss.dim() > max_batch_dims:
         found = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss)
+        pair = isinstance(loss, tuple) and len(loss) == 2
+        advice = "Reduce the loss over the examples, for T problems one by one."
         raise ValueError(
             f"objective returned {found}: a scalar (one problem) or a vector [T] (T independent problems) of "
-            "floating point is needed. Reduce the loss over the examples, for T problems one by one."
+            f"floating point is needed. {'Of a pair (loss, aux), pass has_aux=True.' if pair else advice}"
         )
     for leaf in leaves(init):
         if loss.dim() and leaf.shape[: loss.dim()] != loss.shape:

@@ -112,7 +112,7 @@ def _variables(value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Te
     elif isinstance(value, types.MethodType):
         parts = {"": value.__func__, "self": value.__self__}
     elif isinstance(value, types.FunctionType):
-        names = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
+        names = {name: value.__globals__[name] for name in _names(value.__code__) if name in value.__globals__}
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         parts = names | {name: cell.cell_contents for name, cell in cells if _is_set(cell)}
     elif hasattr(value, "__dict__"):
@@ -128,6 +128,14 @@ def _variables(value: Any, depth: int, seen: set[int]) -> Iterator[tuple[str, Te
             yield from _variables(part, depth - 1, seen)
         elif not isinstance(part, type | types.ModuleType) and hasattr(part, "__dict__"):
             yield from ((f"{name}.{inner}", tensor) for inner, tensor in _variables(part, depth - 1, seen))
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """The global names that a function reads, and those of the generators, comprehensions and lambdas in it."""
+    yield from code.co_names
+    for part in code.co_consts:
+        if isinstance(part, types.CodeType):
+            yield from _names(part)
 
 
 def _is_set(cell: types.CellType) -> bool:

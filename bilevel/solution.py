@@ -47,7 +47,10 @@ class Result(enum.IntEnum):
     MAX_STEPS = 3, "the step limit was reached before the tolerance was met"
     STAGNATED = 4, "no further progress was possible in this precision before the tolerance was met"
     DAMPED = 5, "a damped system was solved in place of the one that was asked for, which could not be"
-    NEGATIVE_CURVATURE = 6, "a direction of zero or negative curvature was met: the matrix is not positive definite"
+    NEGATIVE_CURVATURE = (
+        6,
+        "zero or negative curvature was met: the matrix (the Hessian, of a loss) is not positive definite",
+    )
     UNBOUNDED = 7, "the loss still falls while the params grow: it may have no minimum"
     DIVERGED = 8, "the iterates grew instead of converging, or the answer is worse than zero"
     NONFINITE = 9, "a NaN or an infinity appeared"

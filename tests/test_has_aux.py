@@ -113,3 +113,8 @@ def test_what_is_no_pair_is_refused():
     for fn, found in ((lambda y: y.square().sum(), "a Tensor"), (lambda y: (y.square().sum(), 1, 2), "a tuple of 3")):
         with pytest.raises(ValueError, match=f"returns a pair .result, aux., and this one {found}"):
             bl.argmin(fn, torch.ones(2), has_aux=True)
+
+
+def test_a_pair_without_it_says_what_to_pass():
+    with pytest.raises(ValueError, match=r"Of a pair \(loss, aux\), pass has_aux=True"):
+        bl.argmin(lambda y: (y.square().sum(), 1), torch.zeros(2))

@@ -114,6 +114,18 @@ def test_names_behind_vmap_partial_methods_and_fixed_points():
     assert len(bl.argmin(model.loss, torch.zeros(2), solver=bl.ProximalGradient(bl.prox.L1(scale))).captured) == 2
 
 
+DECAYS = {name: torch.tensor(-1.0, requires_grad=True) for name in ("first", "last")}
+
+
+def test_names_of_what_only_a_generator_reads():
+    def penalised(params):
+        decay = sum(DECAYS[name].exp() * leaf.square().sum() for name, leaf in params.items())
+        return decay + sum((leaf - 1).square().sum() for leaf in params.values())
+
+    fit = bl.argmin(penalised, {"first": torch.zeros(2), "last": torch.zeros(3)})
+    assert [reached.name for reached in fit.captured] == ["DECAYS['first']", "DECAYS['last']"]
+
+
 def test_methods_that_reach_init_and_learned_step_sizes():
     init, lr = torch.zeros(2, requires_grad=True), torch.tensor(0.1, requires_grad=True)
 

@@ -22,12 +22,23 @@ INACCURATE_ADVICE = (
 )
 
 
-def solver_in_use(hypergrad: object, statement: Statement, symmetric: bool) -> LinearSolver:
-    """The linear solver of a hypergradient, which is a default where none was named."""
+FEW_STEPS = 5
+"""Those of the default where the default inner solver gave up: there is no minimum near whose derivative an accurate
+solve would give, and the first steps keep to the directions of large curvature, which is positive."""
+
+
+def solver_in_use(hypergrad: object, statement: Statement, symmetric: bool, found: Solution | None) -> LinearSolver:
+    """The linear solver of a hypergradient, which is a default where none was named.
+
+    Args:
+        found: the inner solve.
+    """
     named: LinearSolver | None = getattr(hypergrad, "linear_solver", None)
     if named is not None:
         return named
-    return GMRES() if not symmetric else CG() if statement.definite else MINRES()
+    if not (symmetric and statement.definite):
+        return MINRES() if symmetric else GMRES()
+    return MINRES(max_steps=FEW_STEPS) if found is not None and "given_up" in found.stats else CG()
 
 
 def adjoint_advice(hypergrad: object, statement: Statement, found: Solution | None, solved: Solution) -> str:
@@ -37,7 +48,7 @@ def adjoint_advice(hypergrad: object, statement: Statement, found: Solution | No
         found: the inner solve. solved: the adjoint solve that failed.
     """
     symmetric = statement.symmetric or solved.curvature is not None
-    result, solver = solved.result, solver_in_use(hypergrad, statement, symmetric)
+    result, solver = solved.result, solver_in_use(hypergrad, statement, symmetric, found)
     if result is Result.NONFINITE:
         return NONFINITE_ADVICE
     if result is Result.INACCURATE:

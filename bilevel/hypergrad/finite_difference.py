@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_step_size
 from ..recording import recording
 from ..solution import Result, Solution, make_codes, marked, settle
 from ..tree import dot, norm, scale, wide
@@ -36,8 +37,7 @@ class FiniteDifference:
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr is {self.lr}: it must be positive.")
+        check_step_size(self.lr, advice="This method makes one step")
         check_epsilon(self.epsilon)
 
     def pull(self, point: Point, cotangent: Tensor) -> Pulled:

@@ -41,8 +41,8 @@ class Implicit:
     both modes, also under `torch.func`.
 
     Args:
-        linear_solver: how the system is solved; None: `CG` for `argmin`, `GMRES` for `root` and `fixed_point`, `MINRES`
-            for a `root` with a symmetric Jacobian.
+        linear_solver: how the system is solved; None: `CG` for `argmin`, five steps of `MINRES` where the default inner
+            solver gave up, `GMRES` for `root` and `fixed_point`, `MINRES` for a `root` with a symmetric Jacobian.
         operator: how products are made. ``"graph"``: one reverse pass over the retained graph of the residual;
             ``"func"``: `torch.func.vjp` of `torch.func.grad`, recomputed each time (`argmin` only); or a factory
             such as `GaussNewton` or `EmpiricalFisher`, in place of the Hessian.
@@ -79,7 +79,7 @@ class Implicit:
         return self._doubted(point, b, solved)
 
     def _solve(self, point: Point, operator: Operator, b: Tensor) -> Solution[Tensor]:
-        solver = solver_in_use(self, point.statement, operator.symmetric)
+        solver = solver_in_use(self, point.statement, operator.symmetric, point.found)
         state = point.state if isinstance(point.state, LinearState) else None
         solved = solver.solve(self._damped(operator, 0.0), b, state)
         if self._untold and point.raveler.coarsest != b.dtype:  # no more than the coarsest params allow

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..checks import check_step_size
 from .base import Point, Pulled
 
 
@@ -26,8 +27,7 @@ class OneStep:
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.step_size > 0:
-            raise ValueError(f"step_size is {self.step_size}: it must be positive.")
+        check_step_size(self.step_size, "step_size", "This method makes one step")
 
     def pull(self, point: Point, cotangent: Tensor) -> Pulled:
         """See `Hypergrad`."""

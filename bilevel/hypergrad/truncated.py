@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -44,7 +44,7 @@ class Truncated:
             return finish(problem, steps.minimize(problem), throw, layer_norm)
         before = Problem(objective, init, args, tracer=Tracer(differentiable=False))
         with torch.no_grad():
-            start = replace(steps, max_steps=first).minimize(before)
+            start = steps.first_steps(first).minimize(before)
         assert isinstance(start.state, LastStep)
         detached = tree_map(torch.Tensor.detach, init)
         problem, layer_norm = eager_problem(objective, detached, args, steps.rule.tensors)

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from ..linalg.jacobian import GraphJacobian
+from ..linalg.lanczos import Lanczos
+from ..linalg.noise import normal
+from ..linalg.operator import Operator
+from ..linalg.solve import chosen
 from ..problem import Problem
 from ..solution import Result, Solution, marked
+from ..tree import axpy, dot, norm, scale
 from .lbfgs import LBFGS
-from .outcome import bends_down
 from .watch import InnerStep
 
 LARGE = 1000
 """Unknowns from which on a problem that does not converge is looked at, as networks have them."""
-LOOKS, PRODUCTS = (50, 100, 200, 400), (20, 50)
-"""Steps after which it is, and the products of each look: few tell of most networks, more where these do not."""
+LOOKS, PRODUCTS, PRODUCTS_AGAIN = (50, 100, 200, 400), 50, 20
+"""Steps after which it is, and the Hessian products of a look at most; of one that begins with what was seen before."""
+WARM = 20
+"""Steps after which it is, too, where the loss fell by less than half: one that started near its end."""
+
+_downward: WeakKeyDictionary[Callable[..., object], Tensor] = WeakKeyDictionary()
+"""Along what each objective bent down when it was last looked at: where the next look at it begins."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +37,8 @@ class DefaultLBFGS(LBFGS):
     """`LBFGS`, which gives up a large problem whose Hessian is indefinite after 50, 100, 200 or 400 steps.
 
     A network is thousands of steps away from a minimum to the accuracy of the default, and warm starts from one outer
-    step to the next come nearer at a fifth of the price. A solver that was named makes the steps that it was given.
+    step to the next come nearer at a fraction of the price: a warm start is looked at after 20 steps already. A solver
+    that was named makes the steps that it was given. Problems that were given up are marked in ``stats["given_up"]``.
     """
 
     def minimize(self, problem: Problem) -> Solution[Tensor]:
@@ -32,13 +46,77 @@ class DefaultLBFGS(LBFGS):
         if problem.start.y.shape[-1] < LARGE:
             return super().minimize(problem)
 
+        looks = [False]
+
         def hopeless(seen: InnerStep) -> bool:
-            if seen.step not in LOOKS or seen.last:
-                return False
-            y, resolved = seen.flat, 100 * torch.finfo(seen.flat.dtype).eps
-            return any(bool(bends_down(problem, y, products, resolved).all()) for products in PRODUCTS)
+            due = seen.step in LOOKS or (seen.step == WARM and _is_warm(problem, seen))
+            looks.append(due and not seen.last and all_bend_down(problem, seen.flat))
+            return looks[-1]
 
         found = LBFGS(self.max_steps, self.gtol, self.history, callback=hopeless).minimize(problem)
+        if not looks[-1]:
+            return found
         codes = found.stats["result"]
         given_up = codes == int(Result.STEPS_DONE)
-        return found.with_stats(result=marked(codes, given_up, Result.NEGATIVE_CURVATURE))
+        found = found.with_stats(result=marked(codes, given_up, Result.NEGATIVE_CURVATURE))
+        return found.with_stats(given_up=given_up) if bool(given_up.all()) else found
+
+
+def _is_warm(problem: Problem, seen: InnerStep) -> bool:
+    start = problem.start.f
+    return seen.loss is not None and bool((start - seen.loss < 0.5 * start.abs()).all())
+
+
+def all_bend_down(problem: Problem, y: Tensor) -> bool:
+    """Whether every problem has a direction of negative curvature at ``y``, beyond rounding.
+
+    The search begins with what it found the last time, which changes little from one outer step to the next: a few
+    products serve then in place of dozens. Where that leads nowhere it begins again at random.
+    """
+    at = problem.linearize(y.detach())
+    if not any(residual.requires_grad for residual in at.residual):  # linear: no curvature at all
+        return False
+    hessian, resolved = GraphJacobian(problem.raveler, at, symmetric=True), 100 * torch.finfo(y.dtype).eps
+    starts, last = [(normal(y.shape, 0, y.device).to(y.dtype), PRODUCTS)], None
+    with suppress(TypeError):  # an objective that cannot be referred to weakly
+        last = _downward.get(problem.objective)
+    if last is not None and (last.shape, last.dtype, last.device) == (y.shape, y.dtype, y.device):
+        starts.insert(0, (last, PRODUCTS_AGAIN))
+    for start, products in starts:
+        direction, found = downward(hessian, start, min(products, hessian.size), resolved)
+        if bool(found.all()):
+            with suppress(TypeError):
+                _downward[problem.objective] = direction
+            return True
+    return False
+
+
+def downward(operator: Operator, start: Tensor, products: int, resolved: float) -> tuple[Tensor, Tensor]:
+    """Conjugate gradients from ``start`` until their Ritz values prove negative curvature.
+
+    Args:
+        start: the right-hand side, ``[*batch, n]``. products: at most.
+        resolved: the part of the largest Ritz value below which a negative one counts as none.
+
+    Returns:
+        The last directions of negative curvature (``start`` where none was met), and where it is proven, ``[*batch]``.
+    """
+    r = p = scale(1 / norm(start), start)
+    rr, direction = dot(r, r), r
+    lanczos, carried = Lanczos(rr), torch.zeros_like(rr)
+    met = found = torch.zeros_like(rr, dtype=torch.bool)
+    for _ in range(products):
+        product = operator.matvec(p)
+        curvature = dot(p, product)
+        bends = curvature < 0
+        met, direction = met | bends, chosen(bends & ~found, p, direction)
+        r = axpy(-torch.where(curvature == 0, curvature, rr / curvature), product, r)
+        beta, pivot, rr = dot(r, r) / rr, curvature / rr, dot(r, r)
+        lanczos.append(pivot + carried, beta.sqrt() * pivot, torch.isfinite(pivot))
+        carried, p = beta * pivot, axpy(beta, p, r)
+        if bool(met.any()):
+            low, high = lanczos.extremes()
+            found = found | (met & (low < -resolved * torch.maximum(high.abs(), low.abs())))
+        if bool(found.all()):
+            break
+    return direction, found

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 
 import torch
 from torch import Tensor
 
+from ..checks import check_step_size
 from ..linalg.solve import chosen
 from ..problem import Evaluation, Problem
 from ..solution import Solution
@@ -44,9 +46,9 @@ class GradientDescent:
 
     def __post_init__(self) -> None:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
-        if any(not lr > 0 for lr in (self.lr if isinstance(self.lr, tuple) else (self.lr,))):
-            raise ValueError(f"lr is {self.lr}: step sizes must be positive.")
-        if not 0 <= self.momentum < 1:
+        for lr in self.lr if isinstance(self.lr, tuple) else (self.lr,):
+            check_step_size(lr)
+        if not isinstance(self.momentum, Real) or not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}: it lies in [0, 1).")
         if self.line_search and (self.momentum or self.safeguard):
             raise ValueError("line_search excludes momentum and safeguard: it finds its own steps.")

@@ -86,9 +86,10 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
     result, name = found.result, _name(solver)
     if is_random(problem, found):
         return RANDOM_ADVICE
-    if result is Result.NEGATIVE_CURVATURE and bool((found.stats["num_steps"] >= ENOUGH_STEPS).any()):
+    if "given_up" in found.stats:
         return (
-            "The params are no minimum, and one may be thousands of steps away, so the default solver ended. "
+            "The params are no minimum, and one may be thousands of steps away, so the default solver ended, and the "
+            "default hypergradient is an approximation by five Hessian products. "
             f"{NETWORK_ADVICE}; or name the solver: LBFGS(max_steps=500) goes on"
         )
     if result is Result.NEGATIVE_CURVATURE:

@@ -1,13 +1,14 @@
 """Step rules with a right derivative: SGD, Adam, AdamW and RMSprop, with the iterates of `torch.optim`.
 
-Every setting may be a tensor that requires grad: a hyperparameter, which unrolling differentiates. ``lr`` may be one
-number, or a tensor ``[max_steps]`` with one for each step.
+Every setting may be a tensor that requires grad: a hyperparameter, which unrolling differentiates. It is one number, or
+a tensor ``[T, 1]`` with one for each of T problems; ``lr`` may be a tensor ``[max_steps]`` with one for each step.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class SGD(Rule):
     nesterov: bool = False
 
     def __post_init__(self) -> None:
-        check_rates(lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        check_rates(lr=self.lr, momentum=self.momentum, dampening=self.dampening, weight_decay=self.weight_decay)
         if self.nesterov and (_is_zero(self.momentum) or not _is_zero(self.dampening)):
             raise ValueError("nesterov needs a momentum and no dampening.")
 
@@ -87,8 +88,11 @@ class Adam(Rule):
 
     def __post_init__(self) -> None:
         check_rates(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
+            raise ValueError(f"betas is {self.betas}: a pair is needed, such as (0.9, 0.999).")
         for beta in self.betas:
-            if may_be_looked_at(beta) and not 0 <= float(torch.as_tensor(beta).detach()) < 1:
+            check_rates(betas=beta)
+            if may_be_looked_at(beta) and not bool((torch.as_tensor(beta).detach() < 1).all()):
                 raise ValueError(f"betas is {self.betas}: each lies in [0, 1).")
 
     def init(self, y: Tensor) -> State:
@@ -132,6 +136,8 @@ class RMSprop(Rule):
 
     def __post_init__(self) -> None:
         check_rates(lr=self.lr, alpha=self.alpha, eps=self.eps, weight_decay=self.weight_decay, momentum=self.momentum)
+        if may_be_looked_at(self.alpha) and not bool((torch.as_tensor(self.alpha).detach() <= 1).all()):
+            raise ValueError(f"alpha is {self.alpha}: it lies in [0, 1].")
 
     def init(self, y: Tensor) -> State:
         names = ["square_avg"] + ["grad_avg"] * self.centered + ["momentum_buffer"] * (not _is_zero(self.momentum))
@@ -189,8 +195,11 @@ class Steps:
         check_rule(self.rule, Rule)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         lr = getattr(self.rule, "lr", 0.0)
-        if isinstance(lr, Tensor) and lr.dim() == 1 and len(lr) < self.max_steps:
-            raise ValueError(f"lr has {len(lr)} step sizes for max_steps = {self.max_steps}: give one for each step.")
+        if isinstance(lr, Tensor) and lr.dim() == 1 and len(lr) != self.max_steps:
+            raise ValueError(
+                f"lr has {len(lr)} step sizes for max_steps = {self.max_steps}: give one for each step, or max_steps = "
+                f"{len(lr)}."
+            )
 
     def without_decay(self, init: Tree) -> tuple[Steps, Setting | None]:
         """See `Decaying`: in SGD, Adam and RMSprop the decay enters the gradient, in AdamW it does not."""
@@ -201,9 +210,29 @@ class Steps:
             return self, None
         return replace(self, rule=replace(self.rule, weight_decay=0.0)), decay  # type: ignore[type-var]
 
+    def first_steps(self, count: int) -> Steps:
+        """The first of these steps, with their part of a schedule."""
+        lr = getattr(self.rule, "lr", None)
+        if isinstance(lr, Tensor) and lr.dim() == 1:
+            return replace(self, max_steps=count, rule=replace(self.rule, lr=lr[:count]))  # type: ignore[type-var]
+        return replace(self, max_steps=count)
+
     def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""
+        self._check_shapes(problem.start.y)
         return self.resume(problem, problem.start, self.rule.init(problem.start.y), 0)
+
+    def _check_shapes(self, y: Tensor) -> None:
+        """Refuse settings for another number of problems than ``y``, ``[*batch, n]``, has."""
+        for setting in self.rule.tensors:
+            fits = setting.dim() == y.dim() and all(
+                size in (1, there) for size, there in zip(setting.shape, y.shape, strict=True)
+            )
+            if setting.dim() > 1 and not fits:
+                raise ValueError(
+                    f"A setting of {type(self.rule).__name__} has shape {tuple(setting.shape)}, and the params are "
+                    f"{tuple(y.shape)} as vectors: one number is needed, or of T problems [T, 1]."
+                )
 
     def resume(self, problem: Problem, at: Evaluation, state: State, first: int) -> Solution[Tensor]:
         """The steps from number ``first`` on, from a point of ``problem`` and a state."""
@@ -254,8 +283,22 @@ def may_be_looked_at(setting: object) -> bool:
 
 
 def check_rates(**settings: Any) -> None:
-    """Refuse negative and non-finite settings, naming them."""
+    """Refuse negative and non-finite settings, those that are no numbers, and schedules of others than ``lr``.
+
+    Raises:
+        TypeError, ValueError: they name the setting.
+    """
     for name, value in settings.items():
+        if not isinstance(value, Real | Tensor):
+            raise TypeError(
+                f"{name} is of type {type(value).__name__}: a number is needed, or a tensor"
+                + ("; of one step size a step, write torch.tensor([...]), [max_steps]." * (name == "lr") or ".")
+            )
+        if isinstance(value, Tensor) and value.dim() == 1 and name != "lr":
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}: one number is needed, or of T problems [T, 1]. A schedule, "
+                "one number for each step, is taken for lr only."
+            )
         tensor = torch.as_tensor(value).detach()
         if may_be_looked_at(value) and not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
             raise ValueError(f"{name} is {value}: it must be finite and not negative.")

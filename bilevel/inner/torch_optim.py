@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_optimizer
+from ..checks import check_optimizer, check_step_size
 from ..problem import Evaluation, Problem
 from ..solution import Solution
 from ..tree import Tree, leaves
@@ -57,6 +57,8 @@ class TorchOptim:
     ):
         check_optimizer(optimizer)
         check_settings(max_steps=max_steps, gtol=gtol)
+        if "lr" in settings:
+            check_step_size(settings["lr"])
         object.__setattr__(self, "optimizer", optimizer)
         object.__setattr__(self, "max_steps", max_steps)
         object.__setattr__(self, "gtol", gtol)

@@ -8,7 +8,10 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy, softplus
 
 import bilevel as bl
+from bilevel.inner.default import downward
 from bilevel.inner.outcome import inner_advice
+from bilevel.linalg.jacobian import GraphJacobian
+from bilevel.linalg.operator import Dense
 from bilevel.problem import Problem
 
 DTYPES = [torch.float32, torch.float64]
@@ -199,29 +202,74 @@ class TestTheDefaultSolver:
     @pytest.mark.slow
     @pytest.mark.parametrize("seed", [0, 1])
     def test_all_defaults_tune_a_convolutional_network(self, seed):
-        """At most three warnings, validation losses that fall, and a fifth of the steps of a solver that was named.
+        """At most three warnings, validation losses that fall, and about 40 evaluations and 20 products an outer step.
 
-        The same 12 outer steps ended at 0.081 and 0.067 where CG gave its last iterate; the losses begin at 0.18 and
-        0.16.
+        500 steps of a solver that was named, and conjugate gradients up to negative curvature, are five times as many.
         """
         train_loss, val_loss, hparams, params = digits_network(seed)
-        outer, losses, steps = torch.optim.Adam(hparams, lr=0.1), [], 0
+        outer, losses, calls = torch.optim.Adam(hparams, lr=0.1), [], []
+
+        def counted(params):
+            calls.append(1)
+            return train_loss(params)
+
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("default")
             for _ in range(12):
-                fit = bl.argmin(train_loss, params)
+                fit = bl.argmin(counted, params)
                 loss = val_loss(fit.value)
                 outer.zero_grad()
                 loss.backward()
                 outer.step()
                 params = {name: param.detach() for name, param in fit.value.items()}
                 losses.append(loss.item())
-                steps += int(fit.stats["num_steps"])
-                assert fit.adjoint.stats["relative_residual"] <= 10
+                assert fit.adjoint.stats["relative_residual"] <= 1
+                assert fit.adjoint.stats["num_steps"] <= 5
         assert len(heard) <= 3
-        assert losses[-1] < 0.6 * losses[0]
-        assert losses[-1] < 0.09
-        assert steps <= 12 * 100
+        assert losses[-1] < 0.7 * losses[0]
+        assert len(calls) <= 12 * 40
+
+    def test_a_named_linear_solver_makes_its_own_steps_where_the_default_gave_up(self):
+        inner, params = network(30, 40, 200)
+        decay = torch.tensor(1e-4, requires_grad=True)
+
+        def decayed(params):
+            return inner(params) + decay * sum(leaf.square().sum() for leaf in params.values())
+
+        for hypergrad, steps in ((bl.Implicit(), 5), (bl.Implicit(bl.MINRES(max_steps=9)), 9)):
+            fit = bl.argmin(decayed, params, hypergrad=hypergrad, throw="ignore")
+            assert fit.stats["given_up"]
+            sum(leaf.sum() for leaf in fit.value.values()).backward()
+            assert fit.adjoint.stats["num_steps"] == steps
+
+    def test_a_warm_start_is_looked_at_early_and_begins_with_what_was_seen(self, monkeypatch):
+        inner, params = network(30, 40, 200)
+        products, matvec = [], GraphJacobian.matvec
+        monkeypatch.setattr(GraphJacobian, "matvec", lambda *args: products.append(1) or matvec(*args))
+        counts = []
+        for steps in ((50, 100), (20,), (20,)):
+            products.clear()
+            fit = bl.argmin(inner, params, hypergrad=None, throw="ignore")
+            params = {name: leaf.detach() for name, leaf in fit.value.items()}
+            assert int(fit.stats["num_steps"]) in steps
+            counts.append(len(products))
+        assert max(counts[1:]) < counts[0]
+
+    def test_a_warm_start_of_a_convex_problem_is_solved(self):
+        curvature, random = torch.logspace(0, 3.3, 1500).double(), torch.Generator().manual_seed(0)
+        start = 1 + 1e-3 * torch.randn(1500, generator=random, dtype=torch.float64)
+        fit = bl.argmin(lambda y: (curvature * (y - 1).square()).sum() + 10, start, hypergrad=None)
+        assert fit.result is bl.Result.CONVERGED
+        assert (fit.value - 1).abs().max() < 1e-8
+
+    def test_a_downward_direction_is_one(self):
+        values = torch.linspace(-0.1, 10, 60, dtype=torch.float64)
+        batch = torch.stack([values, values.abs() + 0.1])
+        operator = Dense(torch.diag_embed(batch))
+        start = torch.randn(2, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        direction, found = downward(operator, start, 40, 1e-12)
+        assert found.tolist() == [True, False]
+        assert (batch[0] * direction[0].square()).sum() < 0
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_a_large_convex_problem_is_solved_however_long_it_takes(self, dtype):

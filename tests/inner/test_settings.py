@@ -163,3 +163,93 @@ def test_unknowns_are_one_system_unless_told_otherwise():
     fit = bl.root(lambda y: matrix @ y - 1, torch.zeros(3, dtype=torch.float64), hypergrad=None)
     assert fit.stats["num_steps"].shape == ()
     assert (matrix @ fit.value - 1).abs().max() <= 1e-12
+
+
+RULES = [bl.SGD, bl.Adam, bl.AdamW, bl.RMSprop]
+
+
+def solved(solver, batch=()):
+    target = torch.arange(5.0)
+    return bl.argmin(
+        lambda y: (y - target).square().sum(-1), torch.zeros(*batch, 5), solver=solver, hypergrad=None
+    ).value
+
+
+class TestSchedules:
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("length", [1, 5, 6, 8, 10])
+    def test_one_of_another_length_than_the_steps_is_refused(self, rule, length):
+        with pytest.raises(ValueError, match=f"lr has {length} step sizes for max_steps = 7: give one for each step"):
+            bl.Steps(rule(lr=torch.full((length,), 0.1)), max_steps=7)
+
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize("lr", [[0.1] * 7, (0.1,) * 7, {"weight": 0.1}, "0.1", lambda step: 0.1])
+    def test_one_that_is_no_tensor_says_what_to_write(self, rule, lr):
+        with pytest.raises(TypeError, match=r"lr is of type .*write torch.tensor"):
+            rule(lr=lr)
+
+    @pytest.mark.parametrize(
+        ("rule", "name"),
+        [
+            *((bl.SGD, "momentum"), (bl.SGD, "dampening"), (bl.SGD, "weight_decay"), (bl.Adam, "eps")),
+            *((bl.Adam, "weight_decay"), (bl.RMSprop, "alpha"), (bl.RMSprop, "momentum")),
+        ],
+    )
+    def test_other_settings_have_none(self, rule, name):
+        with pytest.raises(ValueError, match=rf"{name} has shape \(5,\).*taken for lr only"):
+            rule(**{name: torch.full((5,), 0.5)})
+        with pytest.raises(TypeError, match=f"{name} is of type list"):
+            rule(**{name: [0.5] * 5})
+
+    def test_betas_are_two_numbers(self):
+        for betas in (0.9, (0.9,), (0.9, 0.99, 0.999)):
+            with pytest.raises(ValueError, match="a pair is needed"):
+                bl.Adam(betas=betas)
+        with pytest.raises(ValueError, match="betas has shape"):
+            bl.Adam(betas=(torch.full((7,), 0.9), 0.99))
+
+    def test_alpha_averages(self):
+        with pytest.raises(ValueError, match=r"alpha is 1\.5"):
+            bl.RMSprop(alpha=1.5)
+
+    @pytest.mark.parametrize("rule", RULES)
+    @pytest.mark.parametrize(("shape", "batch"), [((3, 1), (2,)), ((7, 5), ()), ((1, 5), ()), ((2, 4), (2,))])
+    def test_settings_for_another_number_of_problems_are_refused(self, rule, shape, batch):
+        with pytest.raises(ValueError, match=r"has shape .*or of T problems \[T, 1\]"):
+            solved(bl.Steps(rule(lr=torch.full(shape, 0.1)), max_steps=7), batch)
+
+    def test_those_of_each_problem_are_taken(self):
+        each = solved(bl.Steps(bl.SGD(lr=torch.tensor([[0.1], [0.2]]), momentum=torch.tensor([[0.0], [0.5]])), 7), (2,))
+        for row, (lr, momentum) in zip(each, ((0.1, 0.0), (0.2, 0.5)), strict=True):
+            torch.testing.assert_close(row, solved(bl.Steps(bl.SGD(lr=lr, momentum=momentum), 7)))
+
+    def test_a_truncated_path_takes_its_part_of_a_schedule(self):
+        rates = torch.linspace(0.05, 0.3, 7)
+        x = torch.tensor(2.0, requires_grad=True)
+        fit = bl.argmin(
+            lambda y: (y - x).square().sum(),
+            torch.zeros(3),
+            solver=bl.Steps(bl.SGD(lr=rates), max_steps=7),
+            hypergrad=bl.Truncated(last=3),
+        )
+        torch.testing.assert_close(fit.value, x.detach() * (1 - (1 - 2 * rates).prod()).expand(3))
+        fit.value.sum().backward()
+        torch.testing.assert_close(x.grad, 3 * (1 - (1 - 2 * rates[-3:]).prod()))
+
+    @pytest.mark.parametrize(
+        "bad", [torch.full((7,), 0.1), [0.1] * 7, {"y": 0.1}, torch.tensor(0.1, requires_grad=True)]
+    )
+    @pytest.mark.parametrize(
+        "make", [bl.GradientDescent, lambda lr: bl.TorchOptim(torch.optim.SGD, lr=lr), bl.FiniteDifference]
+    )
+    def test_solvers_of_one_step_size_say_who_takes_a_schedule(self, make, bad):
+        with pytest.raises(TypeError, match=r"lr is .*: a number is needed"):
+            make(lr=bad)
+
+    def test_step_sizes_of_one_step_are_numbers(self):
+        with pytest.raises(TypeError, match="step_size is a tensor of shape"):
+            bl.OneStep(torch.full((7,), 0.1))
+        with pytest.raises(ValueError, match="momentum is"):
+            bl.GradientDescent(momentum=[0.5] * 7)
+        with pytest.raises(ValueError, match="lr is inf"):
+            bl.GradientDescent(lr=float("inf"))

@@ -1,6 +1,7 @@
 """``python -m applications.measurements.advice``: `advise` beside all methods, in seconds to a solution.
 
-Every contestant makes outer steps of Adam on the hyperparameters, warm from one to the next, for ``--limit`` seconds.
+Every contestant makes outer steps of Adam on the hyperparameters, warm from one to the next, for some seconds: 8 on the
+network, 1.5 on the other problems, or ``--limit``.
 Its time is that until the validation loss has made 95 % of the way from the common start to the best one that any
 contestant found. Seconds are those of the processor, which other processes change little: set ``OMP_NUM_THREADS=1``.
 Takes some minutes; writes ``advice.md`` into ``--out``.
@@ -39,8 +40,8 @@ class Config:
     """Folder of the table."""
     problems: tuple[str, ...] = tuple(PROBLEMS)
     """Which of the problems."""
-    limit: float = 10.0
-    """Seconds of the processor for each contestant."""
+    limit: float | None = None
+    """Seconds of the processor for each contestant; None: those of the problem."""
 
 
 Curve = list[tuple[float, float]]
@@ -91,10 +92,10 @@ def seconds_to(curve: Curve, target: float) -> float:
     return next((seconds for seconds, loss in curve if loss <= target), math.inf)
 
 
-def table(name: str, limit: float) -> list[str]:
+def table(name: str, limit: float | None) -> list[str]:
     """One problem: its contestants with their seconds, the fastest first."""
-    build, lr = PROBLEMS[name]
-    problem, curves = build(), {}
+    build, lr, usual = PROBLEMS[name]
+    problem, curves, limit = build(), {}, usual if limit is None else limit
     for label, prepare in contestants(problem).items():
         try:
             curves[label] = race(problem, prepare(), lr, limit)

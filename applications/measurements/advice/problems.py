@@ -66,11 +66,11 @@ def network() -> Problem:
     return Problem(train_loss, val_loss, dict(model.named_parameters()))
 
 
-PROBLEMS: dict[str, tuple[Callable[[], Problem], float]] = {
-    "cleaning": (cleaning, 1.0),
-    "penalties": (penalties, 1.0),
-    "network": (network, 0.1),
-    "ridge": (ridge, 0.3),
-    "equilibrium": (equilibrium, 0.1),
+PROBLEMS: dict[str, tuple[Callable[[], Problem], float, float]] = {
+    "cleaning": (cleaning, 1.0, 1.5),
+    "penalties": (penalties, 1.0, 1.5),
+    "network": (network, 0.1, 8.0),
+    "ridge": (ridge, 0.3, 1.5),
+    "equilibrium": (equilibrium, 0.1, 1.5),
 }
-"""With the step size of Adam on the hyperparameters."""
+"""With the step size of Adam on the hyperparameters, and the seconds that a contestant has."""
