@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ._torch import pytree, sequence_number
+from ._torch import pull, pytree, sequence_number
 from .checks import refuse_mps
 from .closure import Autocast, Tracer, sparing
 from .context import UNCOMPILED
@@ -20,7 +20,7 @@ from .reach import Reach
 from .recording import free_looks, recording
 from .solution import NonFiniteError
 from .spared import Spared
-from .tree import Raveler, Tree, is_continuous, leaves
+from .tree import Raveler, Tree, filled, is_continuous, leaves
 
 Objective = Callable[..., Tensor]
 """``objective(params, *args)``: a scalar for one problem, a vector ``[T]`` for T independent problems."""
@@ -62,7 +62,7 @@ class Linearization:
         if wanted and pairs:
             outputs, cotangents = zip(*pairs, strict=True)
             inputs = [self.hparams[index] for index in wanted]
-            grads = torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain_graph, allow_unused=True)
+            grads = pull(outputs, inputs, cotangents, retain_graph=retain_graph)
             for index, grad in zip(wanted, grads, strict=True):
                 pulled[index] = grad
         return pulled
@@ -353,13 +353,13 @@ def gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Tens
             "Compute the loss from the argument (functional_call(module, params, ...)), and neither detach it nor "
             "run under no_grad."
         )
-    grads = torch.autograd.grad(loss.sum() if loss.dim() else loss, point, create_graph=create_graph, allow_unused=True)
+    grads = pull([loss], point, [torch.ones_like(loss)], create_graph=create_graph)
     if all(grad is None for grad in grads):
         raise ValueError(
             "objective has no gradient path to init: its result depends on other tensors only. Compute the loss "
             "from the params that the objective is given, not from the module's own."
         )
-    return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, point, strict=True)]
+    return filled(grads, point)
 
 
 def check_init(init: Tree) -> None:

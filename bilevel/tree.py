@@ -76,6 +76,11 @@ def tensors(tree: Tree) -> list[Tensor]:
     return [leaf for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
+def filled(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients by autograd, zero where there is None."""
+    return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, like, strict=True)]
+
+
 def stack(tree: Tree, num_tasks: int) -> Tree:
     """Repeat every leaf for ``num_tasks`` independent problems: ``[...] -> [T, ...]``.
 

@@ -239,3 +239,37 @@ def test_forward_mode_inside_of_a_jvp():
     with forward_ad.dual_level():
         Square.apply(forward_ad.make_dual(torch.ones(2), torch.ones(2)))
     assert seen == [False, True]
+
+
+def test_passes_without_the_checks_of_autograd():
+    """Gradients and products of small problems; the first one of a process does not load SymPy."""
+    x, unused = torch.tensor([2.0, 3.0], dtype=torch.float64, requires_grad=True), torch.zeros(2, requires_grad=True)
+    loss = (x**3).sum()
+    slope, none = _torch.pull([loss], [x, unused], [torch.ones_like(loss)], create_graph=True)
+    assert none is None
+    torch.testing.assert_close(slope, 3 * x**2)
+    along = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    for _ in range(2):
+        (product,) = _torch.pull([slope], [x], [along], retain_graph=True)
+        torch.testing.assert_close(product, torch.tensor([12.0, -18.0], dtype=torch.float64))
+        assert not product.requires_grad
+    assert x.grad is None  # nothing is accumulated
+    _torch.pull([slope], [x], [along])
+    with pytest.raises(RuntimeError, match="second time"):
+        _torch.pull([slope], [x], [along])
+
+
+def test_passes_are_seen_by_modes():
+    seen = []
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.ones(2, requires_grad=True)
+    loss = x.square().sum()
+    with Seen():
+        (slope,) = _torch.pull([loss], [x], [torch.ones(())])
+    assert torch.autograd.grad in seen
+    assert slope.tolist() == [2, 2]

@@ -14,7 +14,7 @@ from ..context import differentiates
 from ..hypergrad.base import PathMethod
 from ..notices import tell
 from ..solution import Solution, SolveWarning, Throw
-from ..tree import Tree, leaves, tree_map
+from ..tree import Tree, filled, leaves, tree_map
 from .checked import distance
 from .differences import Differences, OuterLoss
 from .problem import AnyHypergrad, Bilevel, Solver, leaf_copies, solve, with_decay_outside
@@ -239,7 +239,7 @@ def _gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
     grads: Sequence[Tensor | None] = [None] * len(wanted)
     if loss.requires_grad:
         grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-    return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, wanted, strict=True)]
+    return filled(grads, wanted)
 
 
 def _directions(x: Tree, count: int, seed: int) -> list[list[Tensor]]:

@@ -17,7 +17,7 @@ from ..linalg.gmres import GMRES
 from ..linalg.minres import MINRES
 from ..linalg.operator import Operator
 from ..solution import Solution, Throw
-from ..tree import Tree, leaves, norm, tree_map
+from ..tree import Tree, filled, leaves, norm, tree_map
 from .precision import as_double, in_double
 from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of, with_decay_outside
 
@@ -145,9 +145,8 @@ def outer_gradients(problem: Bilevel, params: Tree, x: Tree) -> tuple[Tensor, li
         loss = problem.outer(free, x)
         wanted = [*leaves(x), *leaves(free)]
         grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-    filled = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, wanted, strict=True)]
-    count = len(leaves(x))
-    return loss.detach(), filled[:count], filled[count:]
+    count, all_grads = len(leaves(x)), filled(grads, wanted)
+    return loss.detach(), all_grads[:count], all_grads[count:]
 
 
 def corrected_hypergradient(problem: Bilevel, fit: Solution, x: Tree, accuracy: float) -> tuple[list[Tensor], bool]:

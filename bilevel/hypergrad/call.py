@@ -157,13 +157,14 @@ def measured(found: Solution, residual: Tensor, loss: Tensor | None) -> Solution
     A loss that is not the one that the solver ended with is no minimum of anything: the objective is random.
     """
     size, codes = norm(residual), found.stats["result"]
-    finite, stats = torch.isfinite(size), {}
+    finite, stats = size < torch.inf, {}
     if loss is not None:
-        finite, stats = finite & torch.isfinite(loss), {"loss": loss.double()}
+        loss = loss.double()
+        finite, stats = finite & (loss.abs() < torch.inf), {"loss": loss}
     if loss is not None and "loss" in found.stats and found.stats["loss"].shape == loss.shape:
         ended = found.stats["loss"]
-        rounding = torch.finfo(residual.dtype).eps ** 0.5 * torch.maximum(ended.abs(), loss.double().abs())
-        other = (loss.double() - ended).abs() > rounding
+        rounding = torch.finfo(residual.dtype).eps ** 0.5 * torch.maximum(ended.abs(), loss.abs())
+        other = (loss - ended).abs() > rounding
         codes = marked(codes, other & (codes < int(Result.STAGNATED)), Result.STAGNATED)
     return found.with_stats(result=marked(codes, ~finite, Result.NONFINITE), residual_norm=size, **stats)
 

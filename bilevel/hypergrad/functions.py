@@ -22,7 +22,7 @@ from .._torch import (
 from ..closure import in_transform
 from ..context import uncompiled
 from ..solution import Solution
-from ..tree import is_continuous
+from ..tree import filled, is_continuous
 from .base import Pulled
 from .call import Call, inspect, measured
 from .implicit import Implicit
@@ -78,7 +78,7 @@ class _Solution(torch.autograd.Function):
     def backward(ctx: FunctionContext, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         params, hparams = call.split(ctx.saved_tensors)
-        cotangents = _filled(grads[: call.num_leaves], params)
+        cotangents = filled(grads[: call.num_leaves], params)
         _refuse_legacy_vmap(cotangents)
         # The pull of a torch.func.vjp may be called when its transform is left, and without grad.
         wrapped = any(is_functorch_wrapped_tensor(tensor) for tensor in (*params, *hparams, *cotangents))
@@ -138,7 +138,7 @@ class _Adjoint(torch.autograd.Function):
         call: Call = ctx.call
         _refuse_layer_norm(call)
         u, params, hparams = call.split(ctx.saved_tensors, 2)
-        cotangents = _filled(grads, u)
+        cotangents = filled(grads, u)
         w = list(_Adjoint.apply(call, not ctx.transpose, *cotangents, *params, *hparams))
         left, right = (u, w) if ctx.transpose else (w, u)
         chosen = _floating(hparams)
@@ -173,7 +173,7 @@ class _Adjoint(torch.autograd.Function):
             return _push(lambda leaves: call.statement.residual(leaves, full), point, u)
 
         moved = _push(product, [*params, *hparams], [*by_params, *by_hparams])
-        right = [m if r is None else r - m for r, m in zip(_filled(by_right, u), moved, strict=True)]
+        right = [m if r is None else r - m for r, m in zip(filled(by_right, u), moved, strict=True)]
         turned: tuple[Tensor, ...] = _Adjoint.apply(call, ctx.transpose, *right, *params, *hparams)
         return turned
 
@@ -306,10 +306,6 @@ def _replaced(tensors: Sequence[Tensor], chosen: Sequence[int], new: Sequence[Te
 
 def _floating(tensors: Sequence[Tensor]) -> list[int]:
     return [index for index, tensor in enumerate(tensors) if is_continuous(tensor)]
-
-
-def _filled(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, like, strict=True)]
 
 
 def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:

@@ -95,7 +95,7 @@ class _Walk:
             self.towards, self.first, known = self._cautious() if self.nearness is None else self._first_step()
         if self.nearness is not None:
             predicted = self.first * _norm(self.towards)
-            decrement = self.first * abs(float(self.at.g @ self.towards))
+            decrement = self.first * abs(float(self.at.g.dot(self.towards)))
             known = known or decrement == 0
             if self.nearness.look(predicted if known else math.inf, self.at, decrement):
                 self.code = Result.CONVERGED
@@ -113,7 +113,7 @@ class _Walk:
     def _search(self) -> tuple[_At | None, float]:
         """As `descent.LineSearch`: the accepted point, None where there is none, and the step size."""
         at, towards, step = self.at, self.towards, self.first
-        slope = float(at.g @ towards)
+        slope = float(at.g.dot(towards))
         low, high, best, taken = 0.0, math.inf, None, 0.0
         rounding = self.eps**0.6 * abs(at.f)
         near = self.nearness is not None and self.nearness.acceptable
@@ -121,7 +121,7 @@ class _Walk:
             if not slope < 0:
                 break
             trial = self.evaluate(at.y + step * towards)
-            new_slope = float(trial.g @ towards)
+            new_slope = float(trial.g.dot(towards))
             decreased = trial.f <= at.f + SUFFICIENT_DECREASE * step * slope
             level = trial.f <= at.f + rounding and new_slope <= (2 * SUFFICIENT_DECREASE - 1) * slope
             if not (decreased or level):
@@ -226,11 +226,11 @@ class _Memory:
         """Keep the last step; whether its curvature is positive."""
         s, y = at.y - self.last.y, self.unit * (at.g - self.last.g)
         self.last = at
-        curvature, yy = float(s @ y), float(y @ y)
+        curvature, yy = float(s.dot(y)), float(y.dot(y))
         useful = curvature > self.eps * _norm(s) * math.sqrt(yy)
         if useful:  # a loss that falls without end is not followed to where it underflows; params may go to zero
             way = at.y - self.start
-            followed = yy * float(way @ way) > self.tiny * float(s @ s)
+            followed = yy * float(way.dot(way)) > self.tiny * float(s.dot(s))
             self.gamma = curvature / yy if followed and yy > 0 else math.inf
         self.pairs.append((s, y, 1 / curvature if useful else 0.0))
         return useful
@@ -239,13 +239,13 @@ class _Memory:
         """Minus the inverse Hessian times the gradient."""
         q, alphas = self.unit * g, []
         for s, y, rho in reversed(self.pairs):
-            alphas.append(rho * (s @ q))
+            alphas.append(rho * s.dot(q))
             q -= alphas[-1] * y
         q *= self.gamma
         for (s, y, rho), alpha in zip(self.pairs, reversed(alphas), strict=True):
-            q += (alpha - rho * (y @ q)) * s
+            q += (alpha - rho * y.dot(q)) * s
         return -q
 
 
 def _norm(a: np.ndarray) -> float:
-    return math.sqrt(a @ a)
+    return math.sqrt(a.dot(a))

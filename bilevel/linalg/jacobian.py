@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch import pull
 from ..problem import Linearization
-from ..tree import Raveler
+from ..tree import Raveler, filled
 from .operator import Operator
 
 
@@ -42,7 +43,7 @@ def pull_back(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: S
     if not pairs:
         return [torch.zeros_like(leaf) for leaf in inputs]
     outs, vs = zip(*pairs, strict=True)
-    return torch.autograd.grad(outs, inputs, vs, retain_graph=True, materialize_grads=True)
+    return filled(pull(outs, inputs, vs, retain_graph=True), inputs)
 
 
 def transposed(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -75,15 +75,15 @@ class SingleCG:
 
     def _sweep(self, max_steps: int, seen: list[tuple[float, float]] | None = None) -> None:
         z = self._preconditioned(self.r)
-        p, rz, carried = z, self.r @ z, 0.0
+        p, rz, carried = z, self.r.dot(z), 0.0
         for _ in range(max_steps):
             product = self._product(p)
-            curvature, length, stretched = p @ product, np.sqrt(p @ p), np.sqrt(product @ product)
+            curvature, length, stretched = p.dot(product), np.sqrt(p.dot(p)), np.sqrt(product.dot(product))
             self.steps += 1
             going, beta = self._step(p, product, rz, curvature, length, stretched), 0.0
             if going:
                 z = self._preconditioned(self.r)
-                rz_next = self.r @ z
+                rz_next = self.r.dot(z)
                 beta = rz_next / rz
             if seen is not None:
                 seen.append((float(curvature / rz + carried), float(np.sqrt(max(beta, 0.0)) * curvature / rz)))
@@ -109,7 +109,7 @@ class SingleCG:
         self.least = float(np.fmin(self.least, curvature / length**2))
         alpha = rz / curvature
         self.x, self.r = self.x + alpha * p, self.r - alpha * product
-        self.relative = math.sqrt(self.r @ self.r)
+        self.relative = math.sqrt(self.r.dot(self.r))
         if self.relative < self.best_relative:
             self.best_x, self.best_relative = self.x, self.relative
         if self.relative <= self.target:
@@ -121,7 +121,7 @@ class SingleCG:
         for attempt in range(restarts + 1):
             self.r = self.unit - self._product(self.x)
             if math.isfinite(self.relative):
-                self.relative = math.sqrt(self.r @ self.r)
+                self.relative = math.sqrt(self.r.dot(self.r))
             drifted = self.code is Result.CONVERGED and self.relative > self.target
             left = self.max_steps - self.steps
             if not drifted:

@@ -137,15 +137,15 @@ class IterativeSolver(ABC):
         if x0 is not None:
             target = target * torch.where(length > 0, size / length, torch.ones_like(size))
         stopping = Stopping(target, self.step_limit(unit), ordered)
-        idle = stop_now((length > 0) & torch.isfinite(length) & (target < 1), 0)
+        idle = stop_now((length > 0) & (length < torch.inf) & (target < 1), 0)
         precondition = None if idle else self.precondition(operator, state)
         found = self.iterate(operator, unit, length, stopping, precondition)
         if is_differentiated(found.x, found.relative):  # through what the operator captured
             return by_adjoint(self, operator, b, state)
-        value = scale(torch.where(torch.isfinite(length), length, torch.zeros_like(length)), found.x)
+        finite = length < torch.inf
+        value = scale(torch.where(finite, length, torch.zeros_like(length)), found.x)
         codes = marked(found.codes, length == 0, Result.CONVERGED)
-        bad = ~torch.isfinite(length) | ~torch.isfinite(found.relative)
-        codes = marked(codes, bad, Result.NONFINITE)
+        codes = marked(codes, ~(finite & (found.relative < torch.inf)), Result.NONFINITE)
         value = value if x0 is None else x0 + value
         kept = LinearState(value, precondition, found.lanczos)
         solution = report(value, codes, found.steps, found.relative * length, size, kept)
@@ -215,7 +215,11 @@ def normalise(b: Tensor) -> tuple[Tensor, Tensor]:
     A zero or non-finite right-hand side gives zero; its norm tells them apart.
     """
     largest = b.abs().amax(-1)
-    usable = torch.isfinite(largest) & (largest > 0)
+    usable = (largest > 0) & (largest < torch.inf)
+    if free_looks(b) and bool(usable.all()):
+        scaled = b / largest.unsqueeze(-1)
+        length = norm(scaled)
+        return scaled / length.unsqueeze(-1).to(b.dtype), length * largest.double()
     factor = torch.where(usable, largest, torch.ones_like(largest)).unsqueeze(-1)
     scaled = chosen(usable, b / factor, b.new_zeros(()).expand_as(b))
     length = norm(scaled)
@@ -255,6 +259,8 @@ def report(
 
 def relative_tolerance(rtol: float | Tensor, atol: float, scale: Tensor) -> Tensor:
     """``max(rtol, atol / ||b||)`` for each problem: the stopping rule of SciPy, on normalised residuals."""
+    if atol == 0 and not isinstance(rtol, Tensor):
+        return torch.full_like(scale, rtol)
     safe = torch.where(scale > 0, scale, torch.ones_like(scale))
     return torch.clamp(atol / safe, min=rtol) if not isinstance(rtol, Tensor) else torch.maximum(rtol, atol / safe)
 

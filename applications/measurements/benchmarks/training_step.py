@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from applications.frame import memory
 from applications.measurements.benchmarks.contest import Contestant
 from applications.measurements.benchmarks.meta_step import MetaStep
 from applications.measurements.benchmarks.peers_meta_step import contestants
@@ -37,8 +38,13 @@ class TrainingStep(MetaStep):
     def contestants(self) -> dict[str, Callable[[], Contestant]]:
         """See `Workload`."""
         own = {
-            "bilevel": lambda: self.ours(safeguard=True),
-            "bilevel, no safeguard": lambda: self.ours(),
-            "bilevel, one thread": lambda: self.ours(safeguard=True, threads=1),
+            "bilevel": lambda: self.trained(safeguard=True),
+            "bilevel, no safeguard": lambda: self.trained(),
+            "bilevel, one thread": lambda: self.trained(safeguard=True, threads=1),
         }
         return {**own, **contestants(self)}
+
+    def trained(self, **changes: Any) -> Contestant:
+        """The application in a process like that of its training, which keeps what is freed where there is such a way."""
+        getattr(memory, "keep_freed", lambda: None)()
+        return self.ours(**changes)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import bilevel as bl
-from applications.few_shot.benchmark import UNROLLED
 from applications.frame.figures import OURS
 from applications.measurements.benchmarks.contest import Contestant, Round, timed
 from applications.measurements.benchmarks.meta_step_task import FewShot
@@ -34,6 +33,8 @@ class Unrolling(FewShot):
 
     def contestants(self) -> dict[str, Callable[[], Contestant]]:
         """See `Workload`."""
+        from applications.few_shot.benchmark import UNROLLED  # an earlier commit, which --before loads, has none
+
         others = {"MAML": bl.Unroll(), **dict(UNROLLED.values())}
         ways = {f"{OURS}, {name}": method for name, method in others.items()}
         return {
