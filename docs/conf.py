@@ -170,7 +170,13 @@ def drop_empty_globs(app, docname, source):
     source[0] = found.sub(lambda pattern: pattern[0] if any(DOCS.glob(f"{pattern[1]}.md")) else "", source[0])
 
 
+def plain_aliases(app, what, name, obj, options, signature, returned):
+    """``Solution[TypeAliasForwardRef('Params')]`` as ``Solution[Params]``."""
+    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returned))
+
+
 def setup(app) -> None:
+    app.connect("autodoc-process-signature", plain_aliases)
     app.connect("autodoc-skip-member", is_foreign)
     app.connect("source-read", drop_empty_globs)
     app.connect("missing-reference", resolve)

@@ -243,24 +243,25 @@ class TestTheDefaultSolver:
             assert fit.adjoint.stats["num_steps"] == steps
 
     def test_a_warm_start_is_looked_at_early_and_begins_with_what_was_seen(self, monkeypatch):
-        inner, params = network(30, 40, 200)
+        inner, _, _, params = digits_network(0)
         products, matvec = [], GraphJacobian.matvec
         monkeypatch.setattr(GraphJacobian, "matvec", lambda *args: products.append(1) or matvec(*args))
         counts = []
-        for steps in ((50, 100), (20,), (20,)):
+        for steps in (50, 20, 20):
             products.clear()
             fit = bl.argmin(inner, params, hypergrad=None, throw="ignore")
             params = {name: leaf.detach() for name, leaf in fit.value.items()}
-            assert int(fit.stats["num_steps"]) in steps
+            assert int(fit.stats["num_steps"]) == steps
             counts.append(len(products))
-        assert max(counts[1:]) < counts[0]
+        assert counts[2] < counts[0]
 
     def test_a_warm_start_of_a_convex_problem_is_solved(self):
         curvature, random = torch.logspace(0, 3.3, 1500).double(), torch.Generator().manual_seed(0)
         start = 1 + 1e-3 * torch.randn(1500, generator=random, dtype=torch.float64)
         fit = bl.argmin(lambda y: (curvature * (y - 1).square()).sum() + 10, start, hypergrad=None)
         assert fit.result is bl.Result.CONVERGED
-        assert (fit.value - 1).abs().max() < 1e-8
+        assert int(fit.stats["num_steps"]) > 20
+        assert (fit.value - 1).abs().max() < 1e-4  # to the rounding of a loss of 10
 
     def test_a_downward_direction_is_one(self):
         values = torch.linspace(-0.1, 10, 60, dtype=torch.float64)
