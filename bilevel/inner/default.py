@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,7 +11,6 @@ from ..linalg.jacobian import GraphJacobian
 from ..linalg.lanczos import Lanczos
 from ..linalg.noise import normal
 from ..linalg.operator import Operator
-from ..linalg.solve import chosen
 from ..problem import Problem
 from ..solution import Result, Solution, marked
 from ..tree import axpy, dot, norm, scale
@@ -23,13 +19,10 @@ from .watch import InnerStep
 
 LARGE = 1000
 """Unknowns from which on a problem that does not converge is looked at, as networks have them."""
-LOOKS, PRODUCTS, PRODUCTS_AGAIN = (50, 100, 200, 400), 50, 20
-"""Steps after which it is, and the Hessian products of a look at most; of one that begins with what was seen before."""
+LOOKS, PRODUCTS = (50, 100, 200, 400), 50
+"""Steps after which it is, and the Hessian products of a look at most."""
 WARM = 20
 """Steps after which it is, too, where the loss fell by less than half: one that started near its end."""
-
-_downward: WeakKeyDictionary[Callable[..., object], Tensor] = WeakKeyDictionary()
-"""Along what each objective bent down when it was last looked at: where the next look at it begins."""
 
 
 @dataclass(frozen=True)
@@ -68,48 +61,30 @@ def _is_warm(problem: Problem, seen: InnerStep) -> bool:
 
 
 def all_bend_down(problem: Problem, y: Tensor) -> bool:
-    """Whether every problem has a direction of negative curvature at ``y``, beyond rounding.
-
-    The search begins with what it found the last time, which changes little from one outer step to the next: a few
-    products serve then in place of dozens. Where that leads nowhere it begins again at random.
-    """
+    """Whether every problem has a direction of negative curvature at ``y``, beyond rounding."""
     at = problem.linearize(y.detach())
     if not any(residual.requires_grad for residual in at.residual):  # linear: no curvature at all
         return False
     hessian, resolved = GraphJacobian(problem.raveler, at, symmetric=True), 100 * torch.finfo(y.dtype).eps
-    starts, last = [(normal(y.shape, 0, y.device).to(y.dtype), PRODUCTS)], None
-    with suppress(TypeError):  # an objective that cannot be referred to weakly
-        last = _downward.get(problem.objective)
-    if last is not None and (last.shape, last.dtype, last.device) == (y.shape, y.dtype, y.device):
-        starts.insert(0, (last, PRODUCTS_AGAIN))
-    for start, products in starts:
-        direction, found = downward(hessian, start, min(products, hessian.size), resolved)
-        if bool(found.all()):
-            with suppress(TypeError):
-                _downward[problem.objective] = direction
-            return True
-    return False
+    start = normal(y.shape, 0, y.device).to(y.dtype)
+    return bool(bends_down(hessian, start, min(PRODUCTS, hessian.size), resolved).all())
 
 
-def downward(operator: Operator, start: Tensor, products: int, resolved: float) -> tuple[Tensor, Tensor]:
-    """Conjugate gradients from ``start`` until their Ritz values prove negative curvature.
+def bends_down(operator: Operator, start: Tensor, products: int, resolved: float) -> Tensor:
+    """Where the Ritz values of conjugate gradients from ``start`` prove negative curvature, ``[*batch]``.
 
     Args:
         start: the right-hand side, ``[*batch, n]``. products: at most.
         resolved: the part of the largest Ritz value below which a negative one counts as none.
-
-    Returns:
-        The last directions of negative curvature (``start`` where none was met), and where it is proven, ``[*batch]``.
     """
     r = p = scale(1 / norm(start), start)
-    rr, direction = dot(r, r), r
+    rr = dot(r, r)
     lanczos, carried = Lanczos(rr), torch.zeros_like(rr)
     met = found = torch.zeros_like(rr, dtype=torch.bool)
     for _ in range(products):
         product = operator.matvec(p)
         curvature = dot(p, product)
-        bends = curvature < 0
-        met, direction = met | bends, chosen(bends & ~found, p, direction)
+        met = met | (curvature < 0)
         r = axpy(-torch.where(curvature == 0, curvature, rr / curvature), product, r)
         beta, pivot, rr = dot(r, r) / rr, curvature / rr, dot(r, r)
         lanczos.append(pivot + carried, beta.sqrt() * pivot, torch.isfinite(pivot))
@@ -119,4 +94,4 @@ def downward(operator: Operator, start: Tensor, products: int, resolved: float) 
             found = found | (met & (low < -resolved * torch.maximum(high.abs(), low.abs())))
         if bool(found.all()):
             break
-    return direction, found
+    return found

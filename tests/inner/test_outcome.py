@@ -8,9 +8,8 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy, softplus
 
 import bilevel as bl
-from bilevel.inner.default import downward
+from bilevel.inner.default import bends_down
 from bilevel.inner.outcome import inner_advice
-from bilevel.linalg.jacobian import GraphJacobian
 from bilevel.linalg.operator import Dense
 from bilevel.problem import Problem
 
@@ -242,18 +241,12 @@ class TestTheDefaultSolver:
             sum(leaf.sum() for leaf in fit.value.values()).backward()
             assert fit.adjoint.stats["num_steps"] == steps
 
-    def test_a_warm_start_is_looked_at_early_and_begins_with_what_was_seen(self, monkeypatch):
+    def test_a_warm_start_is_looked_at_early(self):
         inner, _, _, params = digits_network(0)
-        products, matvec = [], GraphJacobian.matvec
-        monkeypatch.setattr(GraphJacobian, "matvec", lambda *args: products.append(1) or matvec(*args))
-        counts = []
         for steps in (50, 20, 20):
-            products.clear()
             fit = bl.argmin(inner, params, hypergrad=None, throw="ignore")
             params = {name: leaf.detach() for name, leaf in fit.value.items()}
             assert int(fit.stats["num_steps"]) == steps
-            counts.append(len(products))
-        assert counts[2] < counts[0]
 
     def test_a_warm_start_of_a_convex_problem_is_solved(self):
         curvature, random = torch.logspace(0, 3.3, 1500).double(), torch.Generator().manual_seed(0)
@@ -263,14 +256,12 @@ class TestTheDefaultSolver:
         assert int(fit.stats["num_steps"]) > 20
         assert (fit.value - 1).abs().max() < 1e-4  # to the rounding of a loss of 10
 
-    def test_a_downward_direction_is_one(self):
+    def test_ritz_values_prove_negative_curvature(self):
         values = torch.linspace(-0.1, 10, 60, dtype=torch.float64)
         batch = torch.stack([values, values.abs() + 0.1])
         operator = Dense(torch.diag_embed(batch))
         start = torch.randn(2, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        direction, found = downward(operator, start, 40, 1e-12)
-        assert found.tolist() == [True, False]
-        assert (batch[0] * direction[0].square()).sum() < 0
+        assert bends_down(operator, start, 40, 1e-12).tolist() == [True, False]
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_a_large_convex_problem_is_solved_however_long_it_takes(self, dtype):
