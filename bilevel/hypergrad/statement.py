@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .._torch import in_dual_level, num_function_modes, pytree
-from ..closure import Closure, VmappedClosure, in_transform
+from .._torch import pytree
+from ..closure import Closure, VmappedClosure
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.operator import Operator
 from ..problem import Linearization, Problem, RootProblem, linearize_objective, linearize_residual
@@ -67,17 +67,6 @@ class Statement(ABC):
             b = point.raveler.ravel([part if use else torch.zeros_like(part) for part, use in pairs])
         return solve(operator.T if transpose else operator, b)
 
-    def free(self, hparams: Sequence[Tensor]) -> list[Tensor]:
-        """What to differentiate towards for ``hparams``: stand-ins, or the captured tensors themselves.
-
-        Those need no mode that puts others in their place, which takes longer than the operations of a small problem.
-        """
-        captured = self.closure.captured if isinstance(self.closure, Closure) else []
-        plain = num_function_modes() == 0 and not in_transform() and not in_dual_level()
-        if plain and captured and all(map(_stands_for_itself, captured, hparams)):
-            return captured
-        return free_leaves(hparams)
-
     def vmapped(self, in_dims: tuple[int | None, ...]) -> Statement:
         """The statement of B problems at once: params have B first, hparams where ``in_dims`` says."""
         return dataclasses.replace(self, closure=VmappedClosure(self.closure, in_dims))
@@ -98,7 +87,7 @@ class ObjectiveStatement(Statement):
         return Problem(lambda tree: self.closure(leaves(tree), hparams), params, max_batch_dims=batch_dims)
 
     def linearize(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> Linearization:
-        free = self.free(hparams)
+        free = free_leaves(hparams)
         at = linearize_objective(lambda point: self.closure(point, free), params)
         return dataclasses.replace(at, hparams=free)
 
@@ -118,7 +107,7 @@ class ResidualStatement(Statement):
         return RootProblem(lambda point: self.residual(point, hparams), start, batch_dims=batch_dims)
 
     def linearize(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> Linearization:
-        free = self.free(hparams)
+        free = free_leaves(hparams)
         at = linearize_residual(lambda point: self.residual(point, free), params)
         return dataclasses.replace(at, hparams=free)
 
@@ -136,12 +125,6 @@ class SymmetricResidualStatement(ResidualStatement):
 def free_leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Detached stand-ins that require grad where they can."""
     return [t.detach().requires_grad_() if is_continuous(t) else t.detach() for t in tensors]
-
-
-def _stands_for_itself(captured: Tensor, tensor: Tensor) -> bool:
-    """Whether it is a leaf of the same numbers, on which nobody hears of a gradient that is not its own."""
-    plain = captured.is_leaf and captured.requires_grad and not captured._backward_hooks
-    return plain and captured.is_set_to(tensor) and captured._version == tensor._version
 
 
 def raveler_of(params: Sequence[Tensor], batch_dims: int) -> Raveler:

@@ -94,7 +94,7 @@ class Progress(Ends):
         size = norm(at.g.detach())
         if self.gtol is not None:
             self.end(size <= self.gtol, Result.CONVERGED)
-        self.end(~(torch.isfinite(size) & torch.isfinite(at.f)), Result.NONFINITE)
+        self.end(~((size < torch.inf) & (at.f.abs() < torch.inf)), Result.NONFINITE)
 
     def done(self, step: int) -> bool:
         """The same; without a tolerance it does not ask."""

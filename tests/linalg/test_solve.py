@@ -233,8 +233,11 @@ def test_a_choice_of_problems_is_that_of_a_mask(mask):
     where = torch.tensor(mask)
     expected = torch.where(where.unsqueeze(-1), new, old)
     torch.testing.assert_close(chosen(where, new, old), expected, rtol=0, atol=0, equal_nan=True)
-    if all(mask) or not any(mask):
-        assert chosen(where, new, old) is (new if mask[0] else old)
+    many_new, many_old = (vectors.repeat(1, 4096) for vectors in (new, old))
+    many = chosen(where, many_new, many_old)
+    torch.testing.assert_close(many, expected.repeat(1, 4096), rtol=0, atol=0, equal_nan=True)
+    if all(mask) or not any(mask):  # of few numbers a copy takes less time than a look
+        assert many is (many_new if mask[0] else many_old)
 
 
 def test_a_choice_can_be_recorded():

@@ -45,6 +45,6 @@ class TrainingStep(MetaStep):
         return {**own, **contestants(self)}
 
     def trained(self, **changes: Any) -> Contestant:
-        """The application in a process like that of its training, which keeps what is freed where it can."""
+        """The application in a process like that of its training, which keeps freed memory where it knows how to."""
         getattr(memory, "keep_freed", lambda: None)()
         return self.ours(**changes)
