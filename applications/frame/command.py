@@ -237,7 +237,8 @@ def _told(
                 story(knobs, run)
         except (Interrupted, KeyboardInterrupt) as interruption:
             if run.leads:
-                saved = f"what was done is saved. Go on with: --resume {folder.path}"
+                begun = (folder.path / "config.json").exists()
+                saved = f"what was done is saved. Go on with: --resume {folder.path}" if begun else "nothing had begun."
                 print(f"\nInterrupted; {saved}", file=sys.stderr)
             return interruption.exit_code if isinstance(interruption, Interrupted) else 130
         run.say(f"\nFigures and pictures are in {folder.path}")

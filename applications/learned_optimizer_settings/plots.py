@@ -23,6 +23,16 @@ def colours(names: Iterable[str]) -> dict[str, str]:
     return COLOURS | {name: WINDOWS[place % len(WINDOWS)] for place, name in enumerate(others)}
 
 
+def effective_rates(one: dict[str, Any]) -> list[float]:
+    """``lr / (1 - momentum)`` of each step; infinite where a learning that diverged has brought the momentum to 1."""
+    return [rate / (1 - one["momentum"]) if one["momentum"] < 1 else math.inf for rate in one["lr"]]
+
+
+def least(values: Iterable[float]) -> float:
+    """The lowest of those that are positive and finite, where a logarithmic axis can begin; 1 where there is none."""
+    return min((value for value in values if 0 < value < math.inf), default=1.0)
+
+
 def schedules(found: dict[str, dict[str, Any]], history: Sequence[dict[str, Any]], title: str) -> bytes:
     """Left: effective learning rates ``lr / (1 - momentum)`` against the step. Right: the learned one as it came about.
 
@@ -32,11 +42,11 @@ def schedules(found: dict[str, dict[str, Any]], history: Sequence[dict[str, Any]
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained", sharey=True)
     for name, one in found.items():
-        effective = [rate / (1 - one["momentum"]) for rate in one["lr"]]
+        effective = effective_rates(one)
         label = f"{name} (momentum {one['momentum']:.2f})"
         width = 2.5 if name == "learned" else 1.5
         left.semilogy(range(1, len(effective) + 1), effective, color=colours(found)[name], label=label, linewidth=width)
-    lowest = min(rate / (1 - one["momentum"]) for name, one in found.items() if name != "cosine" for rate in one["lr"])
+    lowest = least(rate for name, one in found.items() if name != "cosine" for rate in effective_rates(one))
     left.set(
         xlabel="step of the training run",
         ylabel="learning rate / (1 - momentum)",
@@ -46,7 +56,7 @@ def schedules(found: dict[str, dict[str, Any]], history: Sequence[dict[str, Any]
     left.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     for one in history:
         shade = colormaps["viridis_r"](0.1 + 0.9 * one["step"] / history[-1]["step"])
-        effective = [rate / (1 - one["momentum"]) for rate in one["lr"]]
+        effective = effective_rates(one)
         right.semilogy(range(1, len(effective) + 1), effective, color=shade, label=f"{one['step']} outer steps")
     right.set(xlabel="step of the training run", title="how it was learned")
     right.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
@@ -68,7 +78,7 @@ def search(seen: dict[str, list[float]], runs: int, title: str) -> bytes:
         label = f"{name}, each outer step on fresh networks" if ours else f"{name}, best so far"
         places = [runs * (place + 1) for place in range(len(values))]
         axes.plot(places, values, color=colours(seen)[name], label=label, linewidth=2.5 if ours else 1.5)
-    lowest = min(loss for losses in seen.values() for loss in losses if math.isfinite(loss))
+    lowest = least(loss for losses in seen.values() for loss in losses)
     axes.set(xlabel="training runs", ylabel="validation loss", title=title, ylim=(0.9 * lowest, 3 * lowest))
     axes.legend(frameon=False, fontsize=8)
     return png(figure)

@@ -15,7 +15,7 @@ import torch
 import bilevel as bl
 from applications.frame.command import main
 from applications.frame.run_folder import RunFolder
-from applications.learned_optimizer_settings import baselines, compare, learn
+from applications.learned_optimizer_settings import baselines, compare, learn, plots
 from applications.learned_optimizer_settings.__main__ import Config, history, story
 from applications.learned_optimizer_settings.learn import EXACT, Learning, end_of_run
 from applications.learned_optimizer_settings.networks import Data, Networks, losses, train
@@ -290,3 +290,11 @@ def test_the_number_of_the_readme(readme_run):
     assert max(difference["unroll"], difference["checkpoint"]) < 1e-5 < 0.1 < difference["truncated, last 20"]
     for picture in ("schedules", "search", "training"):
         assert (folder / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_learning_that_diverges_is_drawn_and_told(tmp_path):
+    """Its momentum becomes 1 to the bit, so that there is no effective rate."""
+    assert plots.effective_rates({"lr": [0.5, 2.0], "momentum": 1.0}) == [np.inf, np.inf]
+    assert plots.least([np.inf, np.nan, -1.0]) == 1.0
+    assert command(*TINY, "--outer-lr", "1e20", "--out", str(tmp_path / "run")) == 0
+    assert (tmp_path / "run" / "schedules.png").exists()

@@ -233,7 +233,7 @@ def storage_told(storage: str, *damages: type[Exception]) -> Iterator[None]:
         raise
     except Exception as raised:
         error: BaseException | None = raised  # Optuna may have met another one in handling that of the storage
-        of_storage: tuple[type[Exception], ...] = (OSError, optuna.exceptions.OptunaError, *damages)
+        of_storage: tuple[type[BaseException], ...] = (OSError, optuna.exceptions.OptunaError, *damages)
         while error is not None and not (isinstance(error, of_storage) or "sqlalchemy" in type(error).__module__):
             error = error.__context__ if isinstance(error, AssertionError) else None
         if error is None:
