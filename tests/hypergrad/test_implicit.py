@@ -1,10 +1,11 @@
-"""What the fallback of an adjoint solve keeps."""
+"""Which linear solver the default is, and what the fallback of an adjoint solve keeps."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import bilevel as bl
 from bilevel.hypergrad.implicit import _merge
 from bilevel.solution import Result, Solution
 
@@ -40,3 +41,17 @@ def test_of_two_answers_the_better_one_is_kept(old, new, taken):
     assert merged.result is result
     assert merged.stats["relative_residual"].item() == pytest.approx(residual, nan_ok=True)
     assert merged.value.norm().item() == pytest.approx(length)
+
+
+@pytest.mark.parametrize("signs", [(1.0, 1.0, 1.0), (1.0, -1.0, 1.0), (-1.0, -1.0, -1.0)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_system_may_be_indefinite(symmetric, signs):
+    """``A y = x``: a root is no minimum, so that its symmetric systems are for MINRES, others for GMRES."""
+    A = torch.diag(torch.tensor(signs).double() * torch.tensor([2.0, 1.0, 3.0]))
+    A[0, 1] = A[1, 0] = 0.5
+    A[0, 2] = 0.5 if not symmetric else 0.0
+    x, c = torch.ones(3, dtype=torch.float64, requires_grad=True), torch.tensor([1.0, 2.0, -1.0]).double()
+    start = torch.zeros(3, dtype=torch.float64)
+    fit = bl.root(lambda y: A @ y - x, start, symmetric=symmetric, throw="raise")
+    (found,) = torch.autograd.grad(fit.value @ c, x)
+    torch.testing.assert_close(found, torch.linalg.solve(A.mT, c), rtol=1e-6, atol=1e-8)

@@ -114,6 +114,15 @@ class TestSearch:
             assert not solution.recovered
             assert len(heard) == 1
 
+    def test_a_start_that_is_not_finite_is_refused_beside_one_at_rest(self):
+        """The second problem has nothing to do, which is odd by itself."""
+
+        def losses(y):
+            return torch.stack([(y[0] - 1).log().sum(), y[1].square().sum()])
+
+        with pytest.raises(bl.NonFiniteError):
+            bl.argmin(losses, torch.zeros(2, 3, dtype=torch.float64))
+
     def test_a_solve_that_succeeds_needs_no_fallback(self):
         solution, _, _ = searched([Result.CONVERGED], "fallback", fallback=bl.NewtonCG())
         assert not solution.recovered
