@@ -9,8 +9,11 @@ from typing import ClassVar
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stopped(Exception):
-    """A step was given up, since a signal asks to stop: nothing of it has happened, and resuming makes it again."""
+class Stopped(BaseException):
+    """A step was given up, since a signal asks to stop: nothing of it has happened, and resuming makes it again.
+
+    It is no `Exception`, so that a library which takes failed fits for bad candidates lets it through.
+    """
 
 
 class Interruption:

@@ -23,6 +23,7 @@ from sklearn.model_selection import (
 )
 
 from applications.frame.errors import UserError
+from applications.frame.interruption import stop_if_asked
 from applications.search.contests import Contest
 from bilevel.sklearn import BilevelSearchCV
 
@@ -49,6 +50,11 @@ class Task:
     seed: int
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def scoring(self, model: Any, x: np.ndarray, y: np.ndarray) -> float:
+        """The contest's score of a fitted model, between two of which a signal may end the step."""
+        stop_if_asked()
+        return float(get_scorer(self.contest.scoring)(model, x, y))
+
     def folds(self) -> BaseCrossValidator:
         kind = StratifiedKFold if self.contest.examples.num_classes else KFold
         return kind(5, shuffle=True, random_state=self.seed)
@@ -74,7 +80,7 @@ class Found:
 def untuned(task: Task) -> Found:
     """The defaults."""
     losses = -cross_val_score(
-        task.contest.estimator(), task.x, task.y, scoring=task.contest.scoring, cv=task.folds(), error_score="raise"
+        task.contest.estimator(), task.x, task.y, scoring=task.scoring, cv=task.folds(), error_score="raise"
     )
     return Found([{}], np.array([losses.mean()]), np.zeros(1))
 
@@ -112,7 +118,7 @@ def grid(task: Task) -> Found:
         contest.key(name): [in_full(contest, name, value) for value in np.geomspace(*bounds, contest.grid)]
         for name, bounds in contest.bounds.items()
     }
-    search = GridSearchCV(contest.estimator(), axes, scoring=contest.scoring, cv=task.folds(), refit=False)
+    search = GridSearchCV(contest.estimator(), axes, scoring=task.scoring, cv=task.folds(), refit=False)
     return from_results(lambda: search.fit(task.x, task.y))
 
 
@@ -124,7 +130,7 @@ def random(task: Task) -> Found:
         contest.estimator(),
         axes,
         n_iter=task.candidates,
-        scoring=contest.scoring,
+        scoring=task.scoring,
         cv=task.folds(),
         refit=False,
         random_state=task.seed,
@@ -144,7 +150,7 @@ def tree_parzen(task: Task) -> Found:
             entries = [trial.suggest_float(f"{name}{i}", *bounds, log=True) for i in range(size or 1)]
             params[contest.key(name)] = np.array(entries) if size else entries[0]
         model = contest.estimator().set_params(**params)
-        losses = -cross_val_score(model, task.x, task.y, scoring=contest.scoring, cv=folds)
+        losses = -cross_val_score(model, task.x, task.y, scoring=task.scoring, cv=folds)
         tried.append(params)
         seconds.append(time.process_time() - begin)
         return float(losses.mean())

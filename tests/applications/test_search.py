@@ -11,11 +11,12 @@ from sklearn.kernel_ridge import KernelRidge
 
 from applications.frame.command import main
 from applications.frame.data import Examples
+from applications.frame.interruption import Interruption, Stopped
 from applications.search import comparison
 from applications.search.__main__ import Config, story
 from applications.search.comparison import Comparison
 from applications.search.contests import of_file
-from applications.search.methods import METHODS
+from applications.search.methods import METHODS, Task
 from applications.search.one_by_one import one_by_one
 from applications.search.tuning import Watched, tunable
 from bilevel.sklearn import BilevelSearchCV
@@ -101,6 +102,18 @@ def test_the_comparison_resumes_where_it_stood(tmp_path, monkeypatch):
     second = Comparison(contests, 2, 3, seed=0)
     second.restore(first.state())
     assert halves + plain(second.rows()) == whole
+
+
+@pytest.mark.parametrize("method", ["untuned", "grid", "random", "Optuna"])
+def test_a_signal_ends_a_method_between_two_fits(method):
+    """scikit-learn takes a fit that raises for a bad candidate, and goes on with the next."""
+    x, y = make_regression(60, 5, noise=5.0, random_state=0)
+    task = Task(of_file(Examples("drawn", x, y, 0))[0], x, y, candidates=3, seed=0)
+    with Interruption() as asked:
+        asked.exit_code = 143
+        with pytest.raises(Stopped):
+            METHODS[method](task)
+    assert len(METHODS[method](task).params) >= 1
 
 
 def search_command(*arguments: str) -> int:
