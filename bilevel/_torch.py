@@ -107,12 +107,12 @@ def pull(
     Its checks take a sixth of the time of a small pass, and load SymPy at the first cotangent of a process, which
     takes a third as long as ``import torch``. On a GPU, whose passes are other threads', it is `torch.autograd.grad`.
     """
-    outputs, inputs = tuple(outputs), tuple(inputs)
+    outputs, inputs, kept = tuple(outputs), tuple(inputs), retain_graph or create_graph
     if outputs[0].device.type != "cpu" or has_torch_function((*outputs, *inputs)):
         return torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=retain_graph, create_graph=create_graph, allow_unused=True
+            outputs, inputs, cotangents, retain_graph=kept, create_graph=create_graph, allow_unused=True
         )
-    kept, engine = retain_graph or create_graph, torch.autograd.Variable._execution_engine
+    engine = torch.autograd.Variable._execution_engine
     found: tuple[Tensor | None, ...] = engine.run_backward(
         outputs, tuple(cotangents), kept, create_graph, inputs, allow_unreachable=True, accumulate_grad=False
     )
