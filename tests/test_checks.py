@@ -74,16 +74,16 @@ MISTAKES = {
     "Steps(torch.optim.SGD)": (lambda: bl.Steps(torch.optim.SGD), r"rule.*TorchOptim\(torch.optim.SGD"),
     "Steps('sgd')": (lambda: bl.Steps("sgd"), "rule is 'sgd'"),
     "warm_start=params": (lambda: bl.argmin(f, Z, warm_start={"a": Z}), "warm_start is of type dict.*init"),
-    "warm_start=tensor": (lambda: bl.root(r, Z, warm_start=Z), "warm_start is of type Tensor"),
+    "warm_start=tensor": (lambda: bl.root(r, Z, warm_start=Z), "warm_start is a tensor"),
     "warm_start=Solution": (lambda: bl.fixed_point(r, Z, warm_start=bl.Solution), "warm_start is the class"),
     "init=net": (lambda: bl.argmin(f, NET), r"init is a module .Linear.*named_parameters\(\)"),
     "init=net.parameters()": (lambda: bl.argmin(f, NET.parameters()), r"init is of type generator.*named_parameters"),
     "init=None": (lambda: bl.argmin(f, None), "init"),
     "init=[0.0]": (lambda: bl.argmin(f, [0.0]), "init contains a float"),
-    "swapped": (lambda: bl.argmin(Z, f), r"objective is of type Tensor.*swapped.*argmin\(objective, init"),
-    "swapped root": (lambda: bl.root(Z, r), r"residual is of type Tensor.*swapped.*root\(residual, init"),
-    "swapped fixed point": (lambda: bl.fixed_point(Z, r), r"map is of type Tensor.*swapped.*fixed_point\(map, init"),
-    "objective=loss": (lambda: bl.argmin(f(Z), Z), "objective is of type Tensor"),
+    "swapped": (lambda: bl.argmin(Z, f), r"objective is a tensor.*swapped.*argmin\(objective, init"),
+    "swapped root": (lambda: bl.root(Z, r), r"residual is a tensor.*swapped.*root\(residual, init"),
+    "swapped fixed point": (lambda: bl.fixed_point(Z, r), r"map is a tensor.*swapped.*fixed_point\(map, init"),
+    "objective=loss": (lambda: bl.argmin(f(Z), Z), "objective is a tensor"),
     "throw=True": (lambda: bl.argmin(f, Z, throw=True), "throw is True"),
     "throw=None": (lambda: bl.argmin(f, Z, throw=None), "throw is None"),
     "throw=[]": (lambda: bl.root(r, Z, throw=[]), "throw is"),
@@ -130,7 +130,7 @@ def classes(*packages):
 
 CORE = classes("linalg", "inner", "hypergrad")
 GROWING = (
-    *("History", "Lanczos", "_Anchor", "_State", "_Walk", "Ends", "Progress", "RootProgress"),
+    *("History", "Lanczos", "_Anchor", "_State", "_Walk", "Ends", "Progress", "RootProgress", "SweepState"),
     *("AdjointCell", "Findings", "Point"),
 )
 """What a solve writes into as it goes on; all else is made once."""

@@ -169,7 +169,9 @@ class RunFolder:
         """
         self._sync_metrics()  # a checkpoint is never ahead of its rows
         content = checkpoint.to_bytes(state)
-        with self._writing(name) as path, self._writing(f"{name}.next") as new:
+        with self._writing(name) as path:
+            new = path.with_name(f"{name}.next")
+            refuse_link(new)
             files.write_atomically(new, lambda file: file.write(content))
             if path.exists():
                 os.replace(path, before(path))

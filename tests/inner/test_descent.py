@@ -116,7 +116,8 @@ def test_a_line_search_ends_at_a_weak_wolfe_point(start):
     at = problem.start
     direction = -at.g * torch.tensor([[1.0], [0.1], [50.0], [-1.0]], dtype=torch.float64)
     sizes, active = torch.full((4,), start, dtype=torch.float64), torch.ones(4, dtype=torch.bool)
-    new, taken, moved = LineSearch(problem, at, direction, sizes, active).run()
+    search = LineSearch(problem, at, direction, sizes, active).run()
+    new, taken, moved = search.best, search.taken, search.moved
     slope, new_slope = (at.g * direction).sum(-1), (new.g * direction).sum(-1)
     assert moved.tolist() == [True, True, True, False]
     torch.testing.assert_close(new.y, y + taken.unsqueeze(-1) * direction)
@@ -124,9 +125,9 @@ def test_a_line_search_ends_at_a_weak_wolfe_point(start):
     assert bool((new.f <= at.f + 1e-4 * taken * slope)[:3].all())
     assert bool((new_slope >= 0.9 * slope)[:3].all())
     only = torch.tensor([False, True, False, False])
-    new, taken, moved = LineSearch(problem, at, direction, sizes, only).run()
-    assert moved.tolist() == only.tolist()
-    assert torch.equal(new.y[~only], y[~only])
+    search = LineSearch(problem, at, direction, sizes, only).run()
+    assert search.moved.tolist() == only.tolist()
+    assert torch.equal(search.best.y[~only], y[~only])
 
 
 @pytest.mark.parametrize("lr", [0.003, 0.01, 0.02])

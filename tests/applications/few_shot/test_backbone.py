@@ -14,6 +14,7 @@ from applications.few_shot.__main__ import main
 from applications.few_shot.config import Config
 from applications.few_shot.models import Factors, FeatureHead
 from applications.few_shot.train import create_learner, create_sampler
+from applications.few_shot.trained import Trained
 from applications.frame.errors import UserError
 from tests.applications.few_shot.test_folder import drawing, photographs  # noqa: F401 (a fixture)
 
@@ -48,7 +49,7 @@ def run(photographs, tmp_path_factory):  # noqa: F811
 
 
 def config_of(folder, **changes):
-    return replace(FewShot.load(folder).trained.config, **changes)
+    return replace(Trained.load(folder).config, **changes)
 
 
 def test_features_are_computed_once_and_are_those_of_the_images(run):
@@ -78,7 +79,7 @@ def test_other_weights_are_computed_again(run, monkeypatch):
 
 
 def test_what_is_learned_is_small_and_helps(run):
-    trained = FewShot.load(run).trained
+    trained = Trained.load(run)
     assert set(trained.meta) == {"features.factor"}
     assert trained.meta["features.factor"].shape == (48,)
     assert (trained.meta["features.factor"] - Factors.START).abs().max() > 0.05

@@ -51,10 +51,10 @@ SMALL = {
 """A command, and options with which it takes a second or a few."""
 
 SETTINGS = {
-    "measurements.advice": "Settings",
+    "measurements.advice": "Config",
     "measurements.compare": "Compare",
-    "measurements.gpu": "Settings",
-    "measurements.hypergradients": "Settings",
+    "measurements.gpu": "Config",
+    "measurements.hypergradients": "Config",
     "measurements.scaling": "Scaling",
 }
 """What the dataclass of its options is called, where that is not ``Config``."""
