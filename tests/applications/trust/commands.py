@@ -50,15 +50,6 @@ SMALL = {
 }
 """A command, and options with which it takes a second or a few."""
 
-SETTINGS = {
-    "measurements.advice": "Config",
-    "measurements.compare": "Compare",
-    "measurements.gpu": "Config",
-    "measurements.hypergradients": "Config",
-    "measurements.scaling": "Scaling",
-}
-"""What the dataclass of its options is called, where that is not ``Config``."""
-
 SUBCOMMANDS = {
     "few_shot evaluate": ("few_shot.evaluation", "EvaluationConfig", (RUN, *HERE)),
     "few_shot compare": (
@@ -94,7 +85,8 @@ def all_tried(command: str) -> Iterator[Tried]:
     """Every option of one of the `COMMANDS`; with those of ``few_shot`` the words that its other commands take."""
     application, _, word = command.partition(" ")
     place, name, small = SUBCOMMANDS.get(command) or (
-        *(f"{application}.__main__", SETTINGS.get(application, "Config")),
+        f"{application}.__main__",
+        "Config",
         (*SMALL[application], *(HERE if application == "few_shot" else ())),
     )
     for option in _options(getattr(importlib.import_module(f"applications.{place}"), name)):
