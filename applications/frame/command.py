@@ -348,14 +348,14 @@ def require_at_least_one(knobs: Any, *names: str) -> None:
 
 
 def require_positive(knobs: Any, *names: str) -> None:
-    """Options that are step sizes, tolerances and penalties: positive and finite.
+    """Options that are step sizes, tolerances and penalties: positive and finite, or None where they may be left out.
 
     Raises:
         UserError: naming the option.
     """
     for name in names:
         value = getattr(knobs, name)
-        require(0 < value < math.inf, f"{option(name)} is {value}: a positive number is needed.")
+        require(value is None or 0 < value < math.inf, f"{option(name)} is {value}: a positive number is needed.")
 
 
 def require(condition: bool, message: str) -> None:
