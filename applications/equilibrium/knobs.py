@@ -61,6 +61,8 @@ class Config(DataKnobs, SolverKnobs):
             f"--contraction is {self.contraction}: it lies between 0 and 1. From 1 on, an equilibrium need not exist.",
         )
         require_positive(self, "lr", "tol", "adjoint_rtol")
+        told = f"--adjoint-rtol is {self.adjoint_rtol}: from 1 on, the adjoint would not be solved at all."
+        require(self.adjoint_rtol < 1, told)
         select_device(self.device)
 
 
