@@ -214,7 +214,7 @@ def test_bad_files_end_with_2_and_write_nothing(bad_file, refused):
 
 
 @refusals(
-    *("--contraction 1.0", "--epochs 0", "--tol -1", "--history -1", "--adjoint-rtol 1e308"),
+    *("--contraction 1.0", "--epochs 0", "--tol -1", "--history -1", "--adjoint-rtol 2"),
     (("--depths", "0"), "--depths"),
     (("--data", "wine", "--net", "convolutional"), "needs images"),
     (("--max-train", "3"), "cannot be split"),
