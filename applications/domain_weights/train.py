@@ -124,7 +124,10 @@ class MixtureTraining:
     def network_step(self) -> float:
         """One step on windows of domains that are drawn by their weights; each rank has some of them."""
         settings, texts = self.settings, list(self.corpus.domains.values())
-        chosen = torch.multinomial(self.weights.cpu(), settings.batch, replacement=True, generator=self.random)
+        weights = self.weights.cpu()
+        if not bool(weights.isfinite().all()):
+            raise ArithmeticError("the weights of the domains are not finite any more")
+        chosen = torch.multinomial(weights, settings.batch, replacement=True, generator=self.random)
         drawn = torch.cat([windows(texts[domain], 1, settings.context, self.random) for domain in chosen.tolist()])
         own = drawn[bl.distributed.shard(settings.batch)].to(self.device)
         loss = losses_of(logits_of(self.module, self.params, own), own).sum() / settings.batch

@@ -209,6 +209,14 @@ def test_windows_are_drawn_by_the_weights():
     assert half[-1].item() == pytest.approx(0.5)
 
 
+def test_weights_that_are_not_finite_end_the_training():
+    """A step size of 1e308 made one, which nothing can be drawn by."""
+    corpus = KNOBS.read()
+    broken = training(KNOBS, corpus, 3, torch.full((len(corpus.domains),), float("nan")))
+    with pytest.raises(ArithmeticError, match="weights of the domains are not finite"):
+        next(broken.rows())
+
+
 def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, monkeypatch):
     arguments = ("--methods", "sama")
     assert domain_weights(*arguments, "--out", tmp_path / "whole") == 0
