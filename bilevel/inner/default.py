@@ -7,14 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg.jacobian import GraphJacobian
 from ..linalg.lanczos import Lanczos
-from ..linalg.noise import normal
 from ..linalg.operator import Operator
 from ..problem import Problem
 from ..solution import Result, Solution, marked
 from ..tree import axpy, dot, norm, scale
 from .lbfgs import LBFGS
+from .outcome import curved
 from .watch import InnerStep
 
 LARGE = 1000
@@ -62,16 +61,18 @@ def _is_warm(problem: Problem, seen: InnerStep) -> bool:
 
 def all_bend_down(problem: Problem, y: Tensor) -> bool:
     """Whether every problem has a direction of negative curvature at ``y``, beyond rounding."""
-    at = problem.linearize(y.detach())
-    if not any(residual.requires_grad for residual in at.residual):  # linear: no curvature at all
+    bent = curved(problem, y)
+    if bent is None:
         return False
-    hessian, resolved = GraphJacobian(problem.raveler, at, symmetric=True), 100 * torch.finfo(y.dtype).eps
-    start = normal(y.shape, 0, y.device).to(y.dtype)
-    return bool(bends_down(hessian, start, min(PRODUCTS, hessian.size), resolved).all())
+    hessian, start = bent
+    return bool(negative_ritz(hessian, start, min(PRODUCTS, hessian.size), 100 * torch.finfo(y.dtype).eps).all())
 
 
-def bends_down(operator: Operator, start: Tensor, products: int, resolved: float) -> Tensor:
+def negative_ritz(operator: Operator, start: Tensor, products: int, resolved: float) -> Tensor:
     """Where the Ritz values of conjugate gradients from ``start`` prove negative curvature, ``[*batch]``.
+
+    They are looked at after each product, so that a network whose first ones tell costs no more, as the whole solve of
+    `bends_down` would.
 
     Args:
         start: the right-hand side, ``[*batch, n]``. products: at most.

@@ -53,17 +53,25 @@ def bends_down(problem: Problem, y: Tensor, products: int, resolved: float, kept
     Args:
         kept: as in `look_closer`.
     """
-    at = problem.linearize(y.detach())
-    if not any(residual.requires_grad for residual in at.residual):  # linear: no curvature at all
+    bent = curved(problem, y)
+    if bent is None:
         return torch.zeros_like(problem.start.f, dtype=torch.bool)
-    hessian: Operator = GraphJacobian(problem.raveler, at, symmetric=True)
-    probe = _random(y)
+    hessian: Operator
+    hessian, probe = bent
     if kept is not None:
         hessian, probe = Restricted(hessian, kept), torch.where(kept, probe, torch.zeros_like(probe))
     curvature = MINRES(max_steps=min(products, hessian.size)).solve(hessian, probe).curvature
     assert curvature is not None
     smallest, largest = curvature
     return smallest < -resolved * torch.maximum(largest.abs(), smallest.abs())
+
+
+def curved(problem: Problem, y: Tensor) -> tuple[Operator, Tensor] | None:
+    """The Hessian at ``y`` and a random direction to look along; None where the residual is constant: no curvature."""
+    at = problem.linearize(y.detach())
+    if not any(residual.requires_grad for residual in at.residual):
+        return None
+    return GraphJacobian(problem.raveler, at, symmetric=True), normal(y.shape, 0, y.device).to(y.dtype)
 
 
 def is_random(problem: Problem, found: Solution) -> bool:
@@ -162,7 +170,3 @@ def _joined(*parts: str) -> str:
     """Alternatives as one enumeration; empty ones are left out."""
     *first, last = [part for part in parts if part]
     return f"{', '.join(first)}, or {last}" if first else last
-
-
-def _random(like: Tensor) -> Tensor:
-    return normal(like.shape, 0, like.device).to(like.dtype)

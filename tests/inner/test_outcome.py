@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy, softplus
 
 import bilevel as bl
-from bilevel.inner.default import bends_down
+from bilevel.inner.default import negative_ritz
 from bilevel.inner.outcome import inner_advice
 from bilevel.linalg.operator import Dense
 from bilevel.problem import Problem
@@ -261,7 +261,7 @@ class TestTheDefaultSolver:
         batch = torch.stack([values, values.abs() + 0.1])
         operator = Dense(torch.diag_embed(batch))
         start = torch.randn(2, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        assert bends_down(operator, start, 40, 1e-12).tolist() == [True, False]
+        assert negative_ritz(operator, start, 40, 1e-12).tolist() == [True, False]
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_a_large_convex_problem_is_solved_however_long_it_takes(self, dtype):
