@@ -44,7 +44,7 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted
         _tell(f"error: {error}")
         return 2
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+        _discard_output()
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in FULL:
@@ -54,6 +54,11 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted
     except KeyboardInterrupt:
         _tell(interrupted)
         return 130
+
+
+def _discard_output() -> None:
+    """Python flushes standard output once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _flush() -> None:
@@ -70,5 +75,5 @@ def _flush() -> None:
         raise
     except (OSError, ValueError) as error:
         with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at its end
+            _discard_output()
         note(f"standard output cannot be written ({getattr(error, 'strerror', None) or error}).")
