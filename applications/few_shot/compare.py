@@ -26,7 +26,7 @@ from applications.frame.output import forgiving
 from applications.frame.run import markdown
 from applications.frame.run_folder import RunFolder, understood
 
-START = Config(data="omniglot", width=64, minutes=60.0, steps=1_000_000, threads=1, eval_tasks=1000)
+START = Config(data="omniglot", width=64, minutes=60.0, clock="cpu", steps=1_000_000, threads=1, eval_tasks=1000)
 """Settings of all methods where nothing is said: an hour of one core, 5-way 1-shot."""
 
 Row = dict[str, Any]

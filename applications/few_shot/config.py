@@ -15,7 +15,7 @@ from applications.frame.command import SolverKnobs, require, require_at_least_on
 Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile", "prototypical"]
 
 
-NEWER = ("backbone", "start", "late_from", "late_inner_steps", "late_cg_steps")
+NEWER = ("backbone", "start", "late_from", "late_inner_steps", "late_cg_steps", "clock")
 """Knobs that runs of earlier versions don't have; their defaults change nothing."""
 
 
@@ -109,6 +109,9 @@ class Config(SolverKnobs):
     """Meta-steps in the moving average of the meta-parameters that is evaluated, at most a tenth of all; 1: none."""
     minutes: float | None = None
     """Stop training after so many minutes; the schedule then follows the clock instead of the steps."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """What --minutes counts: the clock on the wall, or the CPU time of all threads, which other programs on the machine
+    do not shorten."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto takes the GPU where there is one."""

@@ -21,6 +21,7 @@ from applications.few_shot.methods import Learner, meta_step
 from applications.few_shot.models import build
 from applications.frame import memory
 from applications.frame.checkpoint import restore_optimizer
+from applications.frame.command import require
 from applications.frame.device import select_device
 from applications.frame.errors import UserError
 from applications.frame.run import Row, Run, checkpoint_of
@@ -144,9 +145,13 @@ def set_up_device(config: Config) -> torch.device:
     """The device of the configuration, with the arithmetic and the memory set up.
 
     Raises:
-        UserError: a GPU is asked for and there is none.
+        UserError: a GPU is asked for and there is none, or the CPU's clock while a GPU does the work.
     """
     device = select_device(config.device)
+    require(
+        config.clock == "wall" or device.type == "cpu",
+        f"--clock cpu counts the time of the CPU, but {device} does the work: take --clock wall, or --device cpu.",
+    )
     exact = config.precision != "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
     if device.type == "cpu":
@@ -185,12 +190,13 @@ def meta_train(session: Session) -> Iterator[dict[str, Any]]:
         UserError: no finite meta-gradient in many steps: the adaptation diverges.
     """
     config, sampler, skipped = session.config, session.sampler("train"), 0
+    now = time.perf_counter if config.clock == "wall" else time.process_time
     while progress(session) < 1:
-        begin = time.perf_counter()
+        begin = now()
         lr = config.lr * scheduled(session)
         row = one_step(session, sampler, lr)
         session.step += 1
-        elapsed = time.perf_counter() - begin
+        elapsed = now() - begin
         session.seconds += elapsed if config.minutes is None else bl.distributed.from_first(elapsed)
         skipped = skipped + 1 if row.get("skipped") else 0
         if skipped == MAX_SKIPPED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -156,6 +157,25 @@ class TestRun:
         records = list(meta_train(session))
         early, late = (np.mean([r["loss"] for r in part]) for part in (records[:5], records[-5:]))
         assert late < 0.8 * early
+
+
+class TestClock:
+    def test_minutes_of_the_processor(self, toy_splits, monkeypatch):
+        """Each step takes half a minute of it, and none by the clock on the wall."""
+        config = Config(width=8, tasks=2, inner_steps=1, steps=1000, minutes=2.0, clock="cpu")
+        ticks = itertools.count(step=30.0)
+        monkeypatch.setattr(train.time, "process_time", lambda: next(ticks))
+        learner = create_learner(config, toy_splits.train, torch.device("cpu"))
+        optimizer = torch.optim.Adam(learner.parameters(), config.lr)
+        session = Session(config, toy_splits, torch.device("cpu"), learner, optimizer)
+        rows = list(meta_train(session))
+        assert len(rows) == 4
+        assert rows[2]["lr"] == pytest.approx(config.lr / 2)  # the schedule follows it
+
+    def test_a_gpu_is_not_measured_by_it(self, monkeypatch):
+        monkeypatch.setattr(train, "select_device", lambda name: torch.device("cuda"))
+        with pytest.raises(UserError, match="--clock cpu counts the time of the CPU, but cuda does the work"):
+            train.set_up_device(Config(clock="cpu"))
 
 
 class TestResume:

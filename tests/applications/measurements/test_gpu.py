@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from applications.measurements.gpu import __main__ as gpu
-from applications.measurements.gpu import parts, steps
+from applications.measurements.gpu import parts
 
 
 def test_what_is_no_part_is_told(capsys, tmp_path):
@@ -58,14 +58,6 @@ def test_a_part_that_takes_too_long_is_ended_with_what_it_started(monkeypatch, t
     assert not (tmp_path / "alive").exists()
 
 
-@pytest.mark.slow
-def test_training_steps_are_measured_and_a_missing_peer_is_told():
-    rows = list(steps.workload_f(torch.device("cpu"), 60.0))
-    assert [row["step"] for row in rows if "step" in row] == ["captured", "eager", "task by task"]
-    assert all(row["tasks_per_second"] > 0 for row in rows if "step" in row)
-    assert "peers" in rows[-1] or "name" in rows[-1]
-
-
 def test_solvers_of_the_device_are_as_right_as_those_of_scipy():
     rows = list(parts.linear(torch.device("cpu"), 60.0))
     assert [row["systems"] for row in rows] == [1] * 4 + [16] * 4 + [256] * 4
@@ -81,6 +73,11 @@ def test_the_rehearsal_and_a_second_call_that_goes_on_with_the_papers_training(t
     for part in parts.PARTS:
         assert found[part]["rows"], part
     assert all(found[part]["evaluation"] for part in found if part.startswith("training-") or part == "paper")
+
+    steps = found["peers-F"]["rows"]
+    assert [row["step"] for row in steps if "step" in row] == ["captured", "eager", "task by task"]
+    assert all(row["tasks_per_second"] > 0 for row in steps if "step" in row)
+    assert "name" in steps[-1]  # a missing peer is told in a row of its own
 
     steps_made = found["paper"]["last_step"]["step"]
     assert gpu.main(["--device", "cpu", "--parts", "paper", "--minutes", "0.9", "--out", str(tmp_path)]) == 0
