@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # most tensors here are too small for two threads; workers inherit it
+
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # under nohup, or behind a script: some tests send these
+        signal.signal(number, usual)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

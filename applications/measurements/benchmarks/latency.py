@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,15 @@ from typing import Any, ClassVar
 
 from applications.measurements.benchmarks.contest import BEFORE, Contestant, Round, Workload, timed
 
+FEW_SHOT = ["-m", "applications.few_shot"]
+SMALL = ["--width", "64", "--tasks", "2", "--steps", "1", "--validate-every", "0"]
 PROGRAMS = {
     "bilevel: import bilevel": ["-c", "import bilevel"],
-    "bilevel: few_shot --help": ["-m", "applications.few_shot", "--help"],
+    "bilevel: few_shot --help": [*FEW_SHOT, "--help"],
+    "bilevel: few_shot, evaluation of 60 tasks": [*FEW_SHOT, *SMALL, "--eval-tasks", "60", "--out"],
 }
+"""One that ends with ``--out`` is given a folder, which goes with it."""
+
 FLOOR = ["-c", "import torch"]
 """What nobody can be faster than, in turn with each program."""
 
@@ -55,4 +61,6 @@ def start(words: list[str]) -> None:
     """One process, of this checkout or of that before."""
     root = os.environ.get(BEFORE) or str(Path(__file__).parents[3])
     environment = {**os.environ, "PYTHONPATH": root}
-    subprocess.run([sys.executable, *words], env=environment, cwd=root, check=True, capture_output=True)
+    with tempfile.TemporaryDirectory() as folder:
+        given = [str(Path(folder) / "run")] if words[-1] == "--out" else []
+        subprocess.run([sys.executable, *words, *given], env=environment, cwd=root, check=True, capture_output=True)

@@ -29,7 +29,7 @@ torch.testing.assert_close(rate.grad, torch.tensor(2 * 20 * 0.8**19, dtype=torch
 weights, targets = torch.ones(100, dtype=torch.float64, requires_grad=True), torch.linspace(-1, 1, 100).double()
 method, steps = (
     bl.ForwardGradient(num_directions=8, generator=torch.Generator().manual_seed(0)),
-    bl.GradientDescent(0.1),
+    bl.GradientDescent(0.1, max_steps=20),
 )
 outer = torch.optim.Adam([weights], lr=0.1)
 for _ in range(200):  # each estimate is noisy, and their mean is right
