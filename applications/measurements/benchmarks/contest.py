@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -85,6 +86,33 @@ class NotHere(Exception):
     """A peer that is not installed, with what to do about it."""
 
 
+HYPERTORCH = "BILEVEL_BENCH_HYPERTORCH", "prolearner/hypertorch"
+IMAML = "BILEVEL_BENCH_IMAML", "aravindr93/imaml_dev"
+"""The variable that names the folder of a checkout, and its repository."""
+CHECKOUTS = {"hypertorch": HYPERTORCH, "imaml_dev": IMAML}
+MODULES = {"TorchOpt": "torchopt", "JAXopt": "jaxopt", "higher": "higher"}
+"""What a contestant's name begins with, and what it needs."""
+
+
+def missing(name: str) -> str:
+    """Why the contestant of this name cannot run here, as far as is seen without an import; empty: it may."""
+    for library, module in MODULES.items():
+        if name.startswith(library) and find_spec(module) is None:
+            return _not_installed(module)
+    for library, (variable, repository) in CHECKOUTS.items():
+        if name.startswith(library) and not os.environ.get(variable):
+            return _not_cloned(variable, repository)
+    return ""
+
+
+def _not_installed(module: str) -> str:
+    return f'{module} is not installed: pip install -e ".[bench]"'
+
+
+def _not_cloned(variable: str, repository: str) -> str:
+    return f"{repository} is not on PyPI: clone it from GitHub and set {variable} to its folder"
+
+
 def timed(work: Callable[[], T]) -> tuple[float, T]:
     """Wall seconds, those of a GPU with it, and what ``work`` returned."""
     _wait()
@@ -104,14 +132,14 @@ def needs(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise NotHere(f'{module} is not installed: pip install -e ".[bench]"') from error
+        raise NotHere(_not_installed(module)) from error
 
 
 def checkout(module: str, variable: str, repository: str) -> Any:
     """A peer that is not on PyPI, imported from the folder of its checkout that an environment variable names."""
     folder = os.environ.get(variable)
     if not folder:
-        raise NotHere(f"{repository} is not on PyPI: clone it from GitHub and set {variable} to its folder")
+        raise NotHere(_not_cloned(variable, repository))
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bilevel as bl
-from applications.measurements.benchmarks.contest import Contestant, Round, checkout, needs, timed
+from applications.measurements.benchmarks.contest import HYPERTORCH, Contestant, Round, checkout, needs, timed
 from applications.measurements.benchmarks.hyperparameters_task import MAX_STEPS, RTOL, Data, Linear, objective
 
 Hypergradient = Callable[["Tensors"], tuple[Any, dict[str, Any]]]
@@ -129,7 +129,7 @@ def ours(tensors: Tensors, preconditioned: bool = False) -> Hypergradient:
 
 def hypertorch(tensors: Tensors) -> Hypergradient:
     """The CG of hypertorch, on the map of one gradient step; its tolerance is absolute."""
-    hypergrad = checkout("hypergrad", "BILEVEL_BENCH_HYPERTORCH", "prolearner/hypertorch")
+    hypergrad = checkout("hypergrad", *HYPERTORCH)
     params = tensors.solution.clone().requires_grad_()
     (right,) = torch.autograd.grad(tensors.outer(params), params)
     tolerance = RTOL * right.norm().item()

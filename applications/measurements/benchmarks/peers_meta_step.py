@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from applications.measurements.benchmarks.contest import Contestant, Round, checkout, needs, timed
+from applications.measurements.benchmarks.contest import HYPERTORCH, IMAML, Contestant, Round, checkout, needs, timed
 from applications.measurements.benchmarks.meta_step_task import FewShot, checked, flat
 
 Task = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -148,7 +148,7 @@ def torchopt_objects(net: nn.Module, workload: FewShot) -> Callable[[Task], Tens
 
 
 def hypertorch(net: nn.Module, workload: FewShot) -> Callable[[Task], Tensor]:
-    hypergrad = checkout("hypergrad", "BILEVEL_BENCH_HYPERTORCH", "prolearner/hypertorch")
+    hypergrad = checkout("hypergrad", *HYPERTORCH)
 
     loss = named_loss(net)
     meta = [param.detach().clone().requires_grad_() for param in net.parameters()]
@@ -175,8 +175,8 @@ def hypertorch(net: nn.Module, workload: FewShot) -> Callable[[Task], Tensor]:
 
 def imaml_dev(net: nn.Module, workload: FewShot) -> Callable[[Task], Tensor]:
     """The code of the paper, with the two things mended that make its answer another one."""
-    learner_model = checkout("implicit_maml.learner_model", "BILEVEL_BENCH_IMAML", "aravindr93/imaml_dev")
-    utils = checkout("implicit_maml.utils", "BILEVEL_BENCH_IMAML", "aravindr93/imaml_dev")
+    learner_model = checkout("implicit_maml.learner_model", *IMAML)
+    utils = checkout("implicit_maml.utils", *IMAML)
 
     learner = learner_model.Learner(net, cross_entropy, inner_lr=workload.inner_lr)
     start = learner.get_params()

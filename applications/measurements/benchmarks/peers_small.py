@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 import bilevel as bl
-from applications.measurements.benchmarks.contest import Contestant, Round, checkout, needs
+from applications.measurements.benchmarks.contest import HYPERTORCH, Contestant, Round, checkout, needs
 from applications.measurements.benchmarks.peers_solutions import minimised
 from applications.measurements.benchmarks.small_task import NUMPY, Functions, Small
 
@@ -141,7 +141,7 @@ def torchopt(losses: Losses) -> Callable[[], np.ndarray]:
 
 def hypertorch(losses: Losses) -> Callable[[], np.ndarray]:
     """PyTorch's L-BFGS, and hypertorch's CG on the map of one gradient step; its tolerance is absolute."""
-    hypergrad = checkout("hypergrad", "BILEVEL_BENCH_HYPERTORCH", "prolearner/hypertorch")
+    hypergrad = checkout("hypergrad", *HYPERTORCH)
     w = losses.start.clone().requires_grad_()
     tolerance = RTOL * torch.autograd.grad(losses.outer(w), w)[0].norm().item()
 

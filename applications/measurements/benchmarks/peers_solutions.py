@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from applications.measurements.benchmarks.contest import checkout, needs
+from applications.measurements.benchmarks.contest import HYPERTORCH, checkout, needs
 from applications.measurements.benchmarks.solutions_task import DESCENT_STEPS, GTOL, RTOL, Begin, Step, Task, adam
 
 CG_STEPS = 100
@@ -84,7 +84,7 @@ def outer_loop(task: Task, advance: Callable[[Tensor, Tensor], Tensor]) -> Step:
 
 
 def hypertorch(task: Task, method: str) -> Begin:
-    hypergrad = checkout("hypergrad", "BILEVEL_BENCH_HYPERTORCH", "prolearner/hypertorch")
+    hypergrad = checkout("hypergrad", *HYPERTORCH)
 
     def advance(params: Tensor, x: Tensor) -> Tensor:
         params, lr = lbfgs(task, params, x), task.inner_lr(x)

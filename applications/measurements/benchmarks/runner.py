@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from applications.frame import memory
-from applications.measurements.benchmarks.contest import AS_BEFORE, BEFORE, Workload
+from applications.measurements.benchmarks.contest import AS_BEFORE, BEFORE, Workload, missing
 from applications.measurements.benchmarks.workloads import KINDS
 
 SUBSTITUTED = """
@@ -73,7 +73,7 @@ def contest(
     reference = workload.reference()
     if not workload.repeats:
         rounds = runs = 1
-    rows = {name: Row(name) for name in names}
+    rows = {name: Row(name, note=missing(name)) for name in names}
     for turn in range(rounds):
         for row in rows.values():
             if not row.note:

@@ -64,11 +64,16 @@ def test_solvers_of_the_device_are_as_right_as_those_of_scipy():
     assert all(row["largest_error"] <= 3e-6 for row in rows)
 
 
+AGAIN = ("training-tf32", "training-bf16")
+"""On a CPU the training in float32 once more."""
+
+
 @pytest.mark.slow
 def test_the_rehearsal_and_a_second_call_that_goes_on_with_the_papers_training(tmp_path):
-    assert gpu.main(["--device", "cpu", "--minutes", "1", "--out", str(tmp_path)]) == 0
+    names = [part for part in (*gpu.SHARES, "paper") if part not in AGAIN]
+    assert gpu.main(["--device", "cpu", "--minutes", "1", "--out", str(tmp_path), "--parts", *names]) == 0
     found = json.loads((tmp_path / "results.json").read_text())["parts"]
-    assert list(found) == [*gpu.SHARES, "paper"]
+    assert list(found) == names
     assert {part: result["status"] for part, result in found.items() if result["status"] == "failed"} == {}
     for part in parts.PARTS:
         assert found[part]["rows"], part
@@ -84,4 +89,4 @@ def test_the_rehearsal_and_a_second_call_that_goes_on_with_the_papers_training(t
     again = json.loads((tmp_path / "results.json").read_text())["parts"]
     assert again["paper"]["last_step"]["step"] > steps_made > 0
     assert again["paper"]["evaluation"]["trained"]["steps"] == again["paper"]["last_step"]["step"]
-    assert {name: again[name] for name in gpu.SHARES} == {name: found[name] for name in gpu.SHARES}
+    assert {name: again[name] for name in names[:-1]} == {name: found[name] for name in names[:-1]}

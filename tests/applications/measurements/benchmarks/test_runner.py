@@ -12,7 +12,7 @@ import torch
 from applications.frame import figures
 from applications.measurements.benchmarks import __main__ as command
 from applications.measurements.benchmarks import report, workloads
-from applications.measurements.benchmarks.contest import BEFORE
+from applications.measurements.benchmarks.contest import BEFORE, missing
 from applications.measurements.benchmarks.hyperparameters import Hyperparameters
 from applications.measurements.benchmarks.runner import Row, contest, relative_errors
 from tests.applications.refusals import refusals
@@ -55,6 +55,10 @@ def test_a_wrong_answer_has_no_time(monkeypatch):
 def test_a_peer_that_is_not_here_says_what_to_do(monkeypatch):
     monkeypatch.delenv("BILEVEL_BENCH_HYPERTORCH", raising=False)
     assert "clone it" in rows(["hypertorch"])["hypertorch"].note
+    monkeypatch.setattr("applications.measurements.benchmarks.contest.find_spec", lambda module: None)
+    for name, module in (("TorchOpt, functional", "torchopt"), ("JAXopt, compiled", "jaxopt"), ("higher", "higher")):
+        assert missing(name).startswith(f"{module} is not installed: pip install")
+    assert (missing(OURS), missing("scipy")) == ("", "")
 
 
 def test_a_turn_has_a_limit_and_a_crash_a_message():
