@@ -42,7 +42,7 @@ def story(config: Config, run: Run) -> None:
     if start and (seen := seen_in_training(start.config, config, session.splits.test)):
         run.say(f"{seen} of the test classes were training classes of {config.start}: the accuracy will be too good.")
     show = ("loss", "accuracy")
-    run.train(TRAINING, session, show, lambda: train.validation(session), config.validate_every, file)
+    run.train(TRAINING, session, show, lambda: train.validation(session), config.validate_every, file, config.clock)
     if run.leads:
         from applications.few_shot import plots
 

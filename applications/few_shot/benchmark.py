@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Mapping
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from applications.few_shot.train import METHOD_NAMES, create_learner, create_sam
 from applications.frame import measurement, memory
 from applications.frame.command import PLACE, require
 from applications.frame.errors import UserError
+from applications.frame.run import CLOCKS
 from applications.frame.run_folder import RunFolder
 
 DEFAULTS = Config(inner_lr=0.01, queries=15, cg_steps=5, width=64, safeguard=False)
@@ -163,7 +163,7 @@ def _available_mib(settings: Benchmark) -> float:
 
 def measure(config: Config, chosen: Mapping[str, Any], clock: str, repeats: int) -> tuple[float, float]:
     """Peak MiB above the start and median seconds of a meta-gradient; meant for a fresh process."""
-    now = time.perf_counter if clock == "wall" else time.process_time
+    now = CLOCKS[clock]
     device = set_up_device(config)
     classes = data.load(config.data, config.data_root, split=config.split).train
     learner = create_learner(config, classes, device, chosen)

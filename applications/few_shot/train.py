@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from applications.frame.checkpoint import restore_optimizer
 from applications.frame.command import require
 from applications.frame.device import select_device
 from applications.frame.errors import UserError
-from applications.frame.run import Row, Run, checkpoint_of
+from applications.frame.run import CLOCKS, Row, Run, checkpoint_of
 from applications.frame.run_folder import RunFolder
 
 METHOD_NAMES = {
@@ -190,7 +189,7 @@ def meta_train(session: Session) -> Iterator[dict[str, Any]]:
         UserError: no finite meta-gradient in many steps: the adaptation diverges.
     """
     config, sampler, skipped = session.config, session.sampler("train"), 0
-    now = time.perf_counter if config.clock == "wall" else time.process_time
+    now = CLOCKS[config.clock]
     while progress(session) < 1:
         begin = now()
         lr = config.lr * scheduled(session)

@@ -27,6 +27,9 @@ SOLVER = "solver.json"
 CHECKPOINT_SECONDS = 5.0
 """Between checkpoints of a training; there is one at its end and at an interruption too."""
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Seconds by the clock on the wall, and of the CPU in all threads of this process."""
+
 
 class Training(Protocol):
     """A loop that can be put back to where it stood; a generator method reads best."""
@@ -88,6 +91,7 @@ class Run:
         validate: Callable[[], Row] | None = None,
         validate_every: int = 0,
         file: str | None = None,
+        clock: str = "wall",
     ) -> float:
         """Bring a training to its end, from its checkpoint where there is one; the seconds that its steps took.
 
@@ -95,6 +99,7 @@ class Run:
             show: entries of the rows for the progress bar.
             validate: what joins the row of every ``validate_every``-th step, off the clock; 0: of none.
             file: of the checkpoint; by default ``checkpoint-NAME.pt``.
+            clock: by which of the `CLOCKS` the steps are timed.
 
         Raises:
             Interrupted: a signal asked to stop.
@@ -102,7 +107,7 @@ class Run:
                 is of before.
         """
         self._begin()
-        file = file or checkpoint_of(name)
+        file, now = file or checkpoint_of(name), CLOCKS[clock]
         step, seconds = restore(self.folder, file, training) if self.folder.has_checkpoint(file) else (0, 0.0)
         self.folder.rewind_metrics(step, name)
         finished, kept, complete = step >= training.steps, step, True
@@ -117,10 +122,10 @@ class Run:
 
         alone = bl.distributed.world_size() == 1
         with Interruption(alone) as interruption, self._bar(name, training.steps, step, hidden=finished) as bar:
-            saved_at = begin = time.perf_counter()
+            saved_at, begin = time.perf_counter(), now()
             try:
                 for row in training.rows():
-                    seconds += time.perf_counter() - begin
+                    seconds += now() - begin
                     step = row["step"]
                     _refuse_nonfinite(row, show)
                     if validate is not None and validate_every and step % validate_every == 0 and self.leads:
@@ -136,7 +141,7 @@ class Run:
                     if time.perf_counter() - saved_at > CHECKPOINT_SECONDS:
                         save()
                         saved_at = time.perf_counter()
-                    begin = time.perf_counter()
+                    begin = now()
                 if not finished:
                     save()
             except Stopped as stopped:

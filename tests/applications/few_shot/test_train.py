@@ -26,6 +26,7 @@ from applications.few_shot.__main__ import main
 from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.train import Session, create_learner, meta_train
 from applications.frame.errors import UserError
+from applications.frame.run import CLOCKS
 from applications.frame.run_folder import RunFolder
 from tests.applications.few_shot.conftest import QUICK
 from tests.applications.runs import comparable
@@ -164,7 +165,7 @@ class TestClock:
         """Each step takes half a minute of it, and none by the clock on the wall."""
         config = Config(width=8, tasks=2, inner_steps=1, steps=1000, minutes=2.0, clock="cpu")
         ticks = itertools.count(step=30.0)
-        monkeypatch.setattr(train.time, "process_time", lambda: next(ticks))
+        monkeypatch.setitem(CLOCKS, "cpu", lambda: next(ticks))
         learner = create_learner(config, toy_splits.train, torch.device("cpu"))
         optimizer = torch.optim.Adam(learner.parameters(), config.lr)
         session = Session(config, toy_splits, torch.device("cpu"), learner, optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import torch
 from applications.frame.command import Knobs, Subcommand, main, require
 from applications.frame.errors import UserError
 from applications.frame.interruption import Interruption, stop_if_asked
-from applications.frame.run import Run, aligned, markdown, slug
+from applications.frame.run import CLOCKS, Run, aligned, markdown, slug
 from applications.frame.run_folder import RunFolder
 from tests.applications.runs import comparable
 
@@ -74,6 +75,18 @@ def story(knobs: Walk, run: Run) -> None:
 
 def walk(*arguments: str) -> int:
     return main("walk", list(arguments), Walk, story)
+
+
+def test_the_clock_of_the_metrics(tmp_path, monkeypatch):
+    """Each look at it is a second later: one before a step, and one after."""
+    ticks = itertools.count()
+    monkeypatch.setitem(CLOCKS, "cpu", lambda: float(next(ticks)))
+
+    def timed(knobs: Walk, run: Run) -> None:
+        assert run.train("the walk", Walking(knobs), clock="cpu") == knobs.steps
+
+    assert main("walk", ["--out", str(tmp_path / "run")], Walk, timed) == 0
+    assert [row["seconds"] for row in RunFolder(tmp_path / "run").metrics()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_interrupted_and_resumed_is_bit_for_bit_the_whole_run(tmp_path, capsys):
@@ -166,7 +179,7 @@ def test_after_a_restart_the_same_command_goes_on_and_another_is_refused(tmp_pat
 
 def test_validations_join_their_steps_and_are_off_the_clock(tmp_path, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("applications.frame.run.time.perf_counter", lambda: clock[0])
+    monkeypatch.setitem(CLOCKS, "wall", lambda: clock[0])
     run, walking = Run(RunFolder(tmp_path), {}, "", quiet=True), Walking(Walk(steps=5))
 
     def validate():
