@@ -20,7 +20,7 @@ SMALL = ["--width", "64", "--tasks", "2", "--steps", "1", "--validate-every", "0
 PROGRAMS = {
     "bilevel: import bilevel": ["-c", "import bilevel"],
     "bilevel: few_shot --help": [*FEW_SHOT, "--help"],
-    "bilevel: few_shot, evaluation of 60 tasks": [*FEW_SHOT, *SMALL, "--eval-tasks", "60", "--out"],
+    "bilevel: few_shot, evaluation of 120 tasks": [*FEW_SHOT, *SMALL, "--eval-tasks", "120", "--out"],
 }
 """One that ends with ``--out`` is given a folder, which goes with it."""
 
