@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.utils.checkpoint import get_device_states
 
 from ._torch import pull, pytree, sequence_number
 from .checks import refuse_mps
@@ -71,6 +73,9 @@ class Linearization:
 class Problem:
     """An objective, its start and its batch shape, checked once.
 
+    Attributes:
+        draws: the objective drew random numbers, or another thread did meanwhile.
+
     Raises:
         TypeError: ``init`` holds something other than real floating-point tensors.
         ValueError: ``init`` is empty or not finite, the objective has a wrong shape, no gradient path to
@@ -100,8 +105,10 @@ class Problem:
             if tracer:
                 tracer.know(point)
                 tracer.note(args)
+            before = _generators(point[0])
             with self.autocast.evaluating(), tracer or contextlib.nullcontext():
                 loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
+            self.draws = before != _generators(point[0])
             check_loss(loss, init, max_batch_dims)
             if tracer and tracer.differentiable and not tracer.captured:
                 refuse_hidden(graph_nodes([loss]), point)
@@ -194,6 +201,15 @@ class Problem:
 
     def _loss(self, point: Sequence[Tensor]) -> Tensor:
         return self.loss(self.raveler.unflatten(point))
+
+
+def _generators(like: Tensor) -> list[Any]:
+    """The states of the global generators of random numbers; none while a recording is made, which cannot look."""
+    if recording():
+        return []
+    states = [torch.get_rng_state(), *get_device_states(like)[1]]
+    _, words, place, *_ = np.random.get_state()  # noqa: NPY002 (users do)
+    return [*(state.numpy().tobytes() for state in states), np.asarray(words).tobytes(), place, random.getstate()]
 
 
 def linearize_objective(

@@ -21,6 +21,7 @@ from .._torch import (
 )
 from ..closure import in_transform
 from ..context import uncompiled
+from ..problem import Problem
 from ..solution import Solution
 from ..tree import filled, is_continuous
 from .base import Pulled
@@ -54,6 +55,8 @@ class _Solution(torch.autograd.Function):
             at = point.linearization()
             residual = point.raveler.ravel([r.detach() for r in at.residual])
             findings.seen = point.seen = Seen.of(problem, at.loss, residual)
+            if isinstance(problem, Problem) and problem.draws and "loss" not in found.stats:
+                found = found.with_stats(loss=problem.losses(found.value))
             return measured(found, residual, None if at.loss is None else at.loss.detach())
 
         found = call.search(problem, measure, partial(setattr, findings, "later"), call.place)

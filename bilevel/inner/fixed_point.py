@@ -16,8 +16,17 @@ from .nearness import Nearness
 from .roots import RootProgress
 from .watch import Callbacks, watch
 
+FALLEN = 1e-7
+"""Part of the longest step of an unknown that is the end of it, whatever its units and their origin."""
+
 STRETCHES = 10
 """Steps over which the slowest contraction that was seen tells the distance to the fixed point."""
+
+
+def _settled(nearness: Nearness, r: Tensor, longest: Tensor, y: Tensor) -> Tensor:
+    """Where each unknown's step has fallen from its ``longest``, or is nothing beside the unknown."""
+    arrived = r.abs() <= FALLEN * longest
+    return (arrived | nearness.still(r.abs(), y.abs()) | nearness.hidden(r, y)).all(-1)
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,8 @@ class Anderson:
         progress = RootProgress.begin(r, self.tol)
         nearness = Nearness(y) if self.tol is None else None
         if nearness is not None:
-            progress.end(nearness.look(norm(r), y), Result.CONVERGED)
+            progress.end(nearness.look(norm(r), y, settled=_settled(nearness, r, 0 * r, y)), Result.CONVERGED)
+        longest = r.abs()
         start = norm(r) + norm(y)
         steps_back: list[Tensor] = []
         changes: list[Tensor] = []
@@ -123,7 +133,9 @@ class Anderson:
             progress.count()
             progress.look(norm(r))
             if nearness is not None:
-                progress.end(nearness.look(stretch * norm(r), y), Result.CONVERGED)
+                longest = torch.maximum(longest, r.abs())
+                settled = _settled(nearness, r, longest, y)
+                progress.end(nearness.look(stretch * norm(r), y, settled=settled), Result.CONVERGED)
             progress.end(norm(r) > 1e8 * start, Result.DIVERGED)
         return progress.solution(y, **({} if nearness is None else {"step_norm": nearness.predicted}))
 

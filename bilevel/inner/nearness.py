@@ -23,6 +23,10 @@ PROGRESS = 0.995
 VANISHED = 1e-30
 """Part of the way that the params have come: what is shorter is zero."""
 
+STILL = 1e-2
+"""Part of the wanted step that is the end by itself. A longer one may be short beside params whose origin is far from
+them, or beside those of other units, and yet change the curvature: what is to vanish must have fallen as well."""
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -65,15 +69,25 @@ class Nearness:
         self.goal, self.start = Goal.of(like.dtype, coarsest), like
         self.least = torch.full(like.shape[:-1], torch.inf, dtype=torch.float64, device=like.device)
         self.predicted = self.first = self.least
+        self.largest = torch.zeros_like(self.least)
         self.idle = torch.zeros_like(self.least, dtype=torch.int64)
         self.near = self.flat = self.done = torch.zeros_like(self.idle, dtype=torch.bool)
 
-    def look(self, predicted: Tensor, y: Tensor, decrement: Tensor | None = None, f: Tensor | None = None) -> Tensor:
+    def look(
+        self,
+        predicted: Tensor,
+        y: Tensor,
+        decrement: Tensor | None = None,
+        f: Tensor | None = None,
+        settled: Tensor | None = None,
+    ) -> Tensor:
         """Which problems have arrived.
 
         Args:
             predicted: the norm of the step to the solution. y: the params there.
             decrement: by how much the step lowers the loss, twice. f: the loss.
+            settled: where a step that is short is the end, as far as is known beside (see `STILL`); None: by the
+                decrement, where there is one, else anywhere.
         """
         # One short step may be chance: two in a row are not.
         chance = torch.where(torch.isinf(self.predicted), predicted, (predicted * self.predicted).sqrt())
@@ -88,6 +102,10 @@ class Nearness:
         if decrement is not None and f is not None:
             self.first = torch.where(torch.isinf(self.first), decrement, self.first)
             self.flat = (decrement <= 2 * self.goal.wanted**2 * f.abs()) & (decrement <= self.goal.wanted * self.first)
+            known, self.largest = self.largest > 0, torch.maximum(self.largest, decrement.nan_to_num(0.0, 0.0))
+            if settled is None:
+                fallen = decrement <= self.goal.promised**2 * self.largest
+                settled = ~known | fallen | self.still(predicted, norm(y))
         # A slow contraction must not pass for rounding: any progress counts, where no loss tells them apart.
         hurried = self.flat if f is None else near | self.flat
         progress = torch.where(hurried, 0.5, PROGRESS)
@@ -95,12 +113,21 @@ class Nearness:
         self.idle = torch.where(waiting, self.idle + 1, torch.zeros_like(self.idle))
         self.least = torch.where(waiting, self.least, predicted)
         used_up = self.idle >= torch.where(self.flat, 2, PATIENCE)
-        self.done = self.done | self.reached(both, y) | used_up
+        self.done = self.done | (self.reached(both, y) & (True if settled is None else settled)) | used_up
         return self.done
 
     def reached(self, predicted: Tensor, y: Tensor) -> Tensor:
         """Where the step is as small as is wanted, or nothing beside the way that the params have come (to zero)."""
         return predicted <= torch.maximum(self.goal.wanted * norm(y), VANISHED * norm(y - self.start))
+
+    def still(self, step: Tensor, y: Tensor) -> Tensor:
+        """Where steps are nothing beside the params: both numbers of any shape, such as the norms."""
+        return step <= STILL * self.goal.wanted * y
+
+    def hidden(self, step: Tensor, y: Tensor) -> Tensor:
+        """Where rounding hides the step of a number, ``[*batch, n]``."""
+        rounding = torch.finfo(y.dtype).eps * (100 * y.abs() + norm(y).unsqueeze(-1))
+        return step.abs() <= rounding
 
     @property
     def acceptable(self) -> Tensor:

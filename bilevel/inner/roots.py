@@ -63,7 +63,8 @@ class Newton:
         linear_solver: for ``J d = -r``; None: `LU` up to 512 unknowns, `GMRES` beyond.
         max_steps: Newton steps at most.
         tol: stop a problem at this residual norm; None: where the next step is at most 1e-9 (float64) or 3e-5
-            (float32) times the norm of the unknowns, whatever their scale and that of the residual.
+            (float32) times the norm of the unknowns, and in each of them nothing beside the last step, so that neither
+            their units and origins nor that of the residual matter.
         callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
     """
 
@@ -82,7 +83,8 @@ class Newton:
         progress = RootProgress.begin(r, self.tol)
         nearness = Nearness(y) if self.tol is None else None
         solver = self.linear_solver or (LU() if y.shape[-1] <= 512 else GMRES(rtol=1e-6))
-        told = watch(self, problem)
+        told, last = watch(self, problem), None
+        crawl = torch.zeros_like(progress.steps)
         for step in range(self.max_steps + 1):
             if told is not None and told(step, y, r, None, progress.active):
                 progress.stop()
@@ -96,18 +98,56 @@ class Newton:
             steps = solved.stats.get("relative_residual", torch.zeros_like(size)) < NO_STEP
             length = torch.where(steps, norm(move), torch.inf)
             if nearness is not None:
-                progress.end(nearness.look(length, y), Result.CONVERGED)
+                crawls = (length > CRAWL * nearness.predicted) & (length <= 1e-3 * norm(y))
+                crawl = torch.where(progress.active, torch.where(crawls, crawl + 1, 0 * crawl), crawl)
+                progress.end(nearness.look(length, y, settled=_settled(nearness, move, last, y)), Result.CONVERGED)
             if step == self.max_steps:
                 break
+            last, before = move, r
             y, r, moved = _backtrack(problem, y, r, move, progress.active)
             progress.count()
             progress.look(norm(r))
             if nearness is not None:
-                # The next step is as much smaller as the residual is.
-                arrived = nearness.reached(length * norm(r) / size, y)
+                # The next step is as much smaller as the residual is, where each equation is.
+                arrived = nearness.reached(length * norm(r) / size, y) & (r.abs() <= SETTLED * before.abs()).all(-1)
                 progress.end(arrived | (~moved & nearness.acceptable), Result.CONVERGED)
             progress.end(~moved, Result.STAGNATED)
-        return progress.solution(y, **({} if nearness is None else {"step_norm": nearness.predicted}))
+        if nearness is None:
+            return progress.solution(y)
+        singular = crawl >= CRAWLED
+        progress.mark(singular & (progress.codes <= int(Result.STEPS_DONE)), Result.STAGNATED)
+        return progress.solution(y, step_norm=nearness.predicted, singular=singular)
+
+    @staticmethod
+    def advice(problem: RootProblem, found: Solution[Tensor]) -> str:
+        """What a message about a failed solve says."""
+        if bool(found.stats.get("singular", torch.zeros(())).any()):
+            return (
+                "The last steps were each about a half of the one before, as beside a root where the Jacobian is "
+                "singular (a double root, the end of a branch of roots): there the root has no derivative by the "
+                "hyperparameters. Look whether two roots meet or the residual only touches zero"
+            )
+        return ROOT_ADVICE
+
+
+ROOT_ADVICE = (
+    "The hypergradient holds at a solution only: raise max_steps, loosen tol, start closer to the solution, or take "
+    "another solver (Newton, Anderson, ScipyRoot)"
+)
+
+CRAWL, CRAWLED = 0.3, 8
+"""The part of the last step that is still left, and how many such steps in a row, short ones, a regular root does not
+have."""
+
+SETTLED = 1e-4
+"""Part of the last step that is the end. The Jacobian changes over a step by twice the part that the next one is of it, and
+over that one by its square: so it is known well enough in any units of each unknown, wherever their origin is."""
+
+
+def _settled(nearness: Nearness, move: Tensor, last: Tensor | None, y: Tensor) -> Tensor:
+    """Where a step is nothing beside the last one in each unknown, or nothing at all."""
+    known = nearness.still(move.abs(), y.abs()) if last is None else move.abs() <= SETTLED * last.abs()
+    return (known | nearness.hidden(move, y)).all(-1)
 
 
 NO_STEP = 0.5
