@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
+from ..inner.outcome import COUPLED_ADVICE, is_coupled
 from ..linalg.curvature import fused_norm, has_layer_norm
+from ..linalg.jacobian import GraphJacobian
 from ..linalg.solve import LinearState
 from ..notices import Place
 from ..problem import Linearization, Problem, RootProblem, graph_nodes, refuse_hidden
@@ -118,10 +120,17 @@ class Call:
 
             def advice() -> str:
                 hint = rounding_hint(point.params[0].device.type, point.params[0].dtype)
+                if point.raveler.batch_shape and self._is_coupled(point):
+                    return COUPLED_ADVICE
                 return adjoint_advice(self.hypergrad, self.statement, found, adjoint) + hint
 
             if not well:
                 settle(adjoint, self.throw, "The adjoint solve of the hypergradient", advice, place=self.place)
+
+    def _is_coupled(self, point: Point) -> bool:
+        coupled = is_coupled(GraphJacobian(point.raveler, point.linearization(), self.statement.symmetric))
+        point.release()
+        return coupled
 
     def check_finite(self, pulled: Pulled) -> Pulled:
         """Mark, or where there is no linear solve refuse, a hypergradient that is not finite.

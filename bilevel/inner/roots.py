@@ -21,6 +21,7 @@ from ..solution import Result, Solution, make_codes, marked
 from ..tree import axpy, norm
 from .minimize import Ends, check_tolerance
 from .nearness import VANISHED, Nearness
+from .outcome import COUPLED_ADVICE, is_coupled
 from .watch import Callbacks, watch
 
 
@@ -121,6 +122,8 @@ class Newton:
     @staticmethod
     def advice(problem: RootProblem, found: Solution[Tensor]) -> str:
         """What a message about a failed solve says."""
+        if problem.raveler.batch_shape and is_coupled(GraphJacobian(problem.raveler, problem.linearize(found.value))):
+            return COUPLED_ADVICE
         if bool(found.stats.get("singular", torch.zeros(())).any()):
             return (
                 "The last steps were each about a half of the one before, as beside a root where the Jacobian is "
