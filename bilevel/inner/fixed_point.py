@@ -12,7 +12,7 @@ from ..problem import RootProblem
 from ..solution import Result, Solution
 from ..tree import norm
 from .minimize import check_tolerance
-from .nearness import Nearness
+from .nearness import STILL, Nearness
 from .roots import RootProgress
 from .watch import Callbacks, watch
 
@@ -21,12 +21,6 @@ FALLEN = 1e-7
 
 STRETCHES = 10
 """Steps over which the slowest contraction that was seen tells the distance to the fixed point."""
-
-
-def _settled(nearness: Nearness, r: Tensor, longest: Tensor, y: Tensor) -> Tensor:
-    """Where each unknown's step has fallen from its ``longest``, or is nothing beside the unknown."""
-    arrived = r.abs() <= FALLEN * longest
-    return (arrived | nearness.still(r.abs(), y.abs()) | nearness.hidden(r, y)).all(-1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,7 @@ class Anderson:
         progress = RootProgress.begin(r, self.tol)
         nearness = Nearness(y) if self.tol is None else None
         if nearness is not None:
-            progress.end(nearness.look(norm(r), y, settled=_settled(nearness, r, 0 * r, y)), Result.CONVERGED)
+            progress.end(nearness.look(norm(r), y, settled=nearness.settled(r, y, None, FALLEN)), Result.CONVERGED)
         longest = r.abs()
         start = norm(r) + norm(y)
         steps_back: list[Tensor] = []
@@ -134,7 +128,7 @@ class Anderson:
             progress.look(norm(r))
             if nearness is not None:
                 longest = torch.maximum(longest, r.abs())
-                settled = _settled(nearness, r, longest, y)
+                settled = nearness.settled(r, y, torch.maximum(longest, STILL * y.abs()), FALLEN)
                 progress.end(nearness.look(stretch * norm(r), y, settled=settled), Result.CONVERGED)
             progress.end(norm(r) > 1e8 * start, Result.DIVERGED)
         return progress.solution(y, **({} if nearness is None else {"step_norm": nearness.predicted}))

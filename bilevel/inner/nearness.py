@@ -105,7 +105,7 @@ class Nearness:
             known, self.largest = self.largest > 0, torch.maximum(self.largest, decrement.nan_to_num(0.0, 0.0))
             if settled is None:
                 fallen = decrement <= self.goal.promised**2 * self.largest
-                settled = ~known | fallen | self.still(predicted, norm(y))
+                settled = ~known | fallen | (predicted <= STILL * self.goal.wanted * norm(y))
         # A slow contraction must not pass for rounding: any progress counts, where no loss tells them apart.
         hurried = self.flat if f is None else near | self.flat
         progress = torch.where(hurried, 0.5, PROGRESS)
@@ -120,14 +120,19 @@ class Nearness:
         """Where the step is as small as is wanted, or nothing beside the way that the params have come (to zero)."""
         return predicted <= torch.maximum(self.goal.wanted * norm(y), VANISHED * norm(y - self.start))
 
-    def still(self, step: Tensor, y: Tensor) -> Tensor:
-        """Where steps are nothing beside the params: both numbers of any shape, such as the norms."""
-        return step <= STILL * self.goal.wanted * y
+    def settled(self, step: Tensor, y: Tensor, last: Tensor | None, part: float) -> Tensor:
+        """Where each unknown of a system has arrived, in its own units.
 
-    def hidden(self, step: Tensor, y: Tensor) -> Tensor:
-        """Where rounding hides the step of a number, ``[*batch, n]``."""
-        rounding = torch.finfo(y.dtype).eps * (100 * y.abs() + norm(y).unsqueeze(-1))
-        return step.abs() <= rounding
+        Args:
+            step: to the solution, as the solver predicts it, ``[*batch, n]``. y: the params. last: the step that it is
+                held against; None: there was none, as at a warm start, so that the unknown itself is.
+            part: of ``last``.
+        """
+        if last is None:
+            last, part = y, self.goal.promised
+        # Beside rounding: that of the unknown, and that of the others in what it is made of.
+        rounding = torch.finfo(y.dtype).eps * (100 * y.abs() + 10 * norm(last).unsqueeze(-1))
+        return (step.abs() <= torch.maximum(part * last.abs(), rounding)).all(-1)
 
     @property
     def acceptable(self) -> Tensor:

@@ -101,7 +101,7 @@ class Newton:
             if nearness is not None:
                 crawls = (length > CRAWL * nearness.predicted) & (length <= 1e-3 * norm(y))
                 crawl = torch.where(progress.active, torch.where(crawls, crawl + 1, 0 * crawl), crawl)
-                progress.end(nearness.look(length, y, settled=_settled(nearness, move, last, y)), Result.CONVERGED)
+                progress.end(nearness.look(length, y, settled=nearness.settled(move, y, last, SETTLED)), Result.CONVERGED)
             if step == self.max_steps:
                 break
             last, before = move, r
@@ -109,8 +109,10 @@ class Newton:
             progress.count()
             progress.look(norm(r))
             if nearness is not None:
-                # The next step is as much smaller as the residual is, where each equation is.
-                arrived = nearness.reached(length * norm(r) / size, y) & (r.abs() <= SETTLED * before.abs()).all(-1)
+                # The next step is as much smaller as the residual is, where that of each equation is.
+                hidden = torch.finfo(r.dtype).eps * size.unsqueeze(-1)
+                solved_each = (r.abs() <= torch.maximum(SETTLED * before.abs(), hidden)).all(-1)
+                arrived = nearness.reached(length * norm(r) / size, y) & solved_each
                 progress.end(arrived | (~moved & nearness.acceptable), Result.CONVERGED)
             progress.end(~moved, Result.STAGNATED)
         if nearness is None:
@@ -145,12 +147,6 @@ have."""
 SETTLED = 1e-4
 """Part of the last step that is the end. The Jacobian changes over a step by twice the part that the next one is of it, and
 over that one by its square: so it is known well enough in any units of each unknown, wherever their origin is."""
-
-
-def _settled(nearness: Nearness, move: Tensor, last: Tensor | None, y: Tensor) -> Tensor:
-    """Where a step is nothing beside the last one in each unknown, or nothing at all."""
-    known = nearness.still(move.abs(), y.abs()) if last is None else move.abs() <= SETTLED * last.abs()
-    return (known | nearness.hidden(move, y)).all(-1)
 
 
 NO_STEP = 0.5
