@@ -20,13 +20,13 @@ NONFINITE_ADVICE = (
 INACCURATE_ADVICE = (
     "The inner solution is farther from the minimum than its solver could see, or the matrix too ill-conditioned for "
     "this precision: scale the params or the data, take float64, NewtonCG(), or a tolerance of your own (gtol, rtol) "
-    "if this accuracy is enough. Where the loss has a kink there (abs, relu, max), its slopes do not tell how the minimum "
-    "moves: ProximalGradient(prox) serves such a penalty"
+    "if this accuracy is enough. Where the loss has a kink there (abs, relu, max), its slopes do not tell how the "
+    "minimum moves: ProximalGradient(prox) serves such a penalty"
 )
 FLAT_ADVICE = "The loss has no curvature along some directions, so that its minimum is no single point"
 FLAT_WAYS = (
-    "An outer loss that depends on where it lies along them has no hypergradient: add a penalty on the params, start in "
-    "a region where the loss is not constant, or take Implicit(damping=...); of an outer loss that does not, MINRES() or "
+    "An outer loss that depends on where it lies along them has no hypergradient: add a penalty on the params, start "
+    "where the loss is not constant, or take Implicit(damping=...); of an outer loss that does not, MINRES() or "
     "LeastNorm() give it"
 )
 RESOLVED = 1e3

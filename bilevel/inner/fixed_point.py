@@ -16,9 +16,6 @@ from .nearness import STILL, Nearness
 from .roots import RootProgress
 from .watch import Callbacks, watch
 
-FALLEN = 1e-7
-"""Part of the longest step of an unknown that is the end of it, whatever its units and their origin."""
-
 STRETCHES = 10
 """Steps over which the slowest contraction that was seen tells the distance to the fixed point."""
 
@@ -88,7 +85,7 @@ class Anderson:
         progress = RootProgress.begin(r, self.tol)
         nearness = Nearness(y) if self.tol is None else None
         if nearness is not None:
-            progress.end(nearness.look(norm(r), y, settled=nearness.settled(r, y, None, FALLEN)), Result.CONVERGED)
+            progress.end(nearness.look(norm(r), y, settled=nearness.settled(r, y)), Result.CONVERGED)
         longest = r.abs()
         start = norm(r) + norm(y)
         steps_back: list[Tensor] = []
@@ -128,7 +125,8 @@ class Anderson:
             progress.look(norm(r))
             if nearness is not None:
                 longest = torch.maximum(longest, r.abs())
-                settled = nearness.settled(r, y, torch.maximum(longest, STILL * y.abs()), FALLEN)
+                bound = 0.1 * nearness.goal.promised * torch.maximum(longest, STILL * y.abs())
+                settled = nearness.settled(r, y, bound)
                 progress.end(nearness.look(stretch * norm(r), y, settled=settled), Result.CONVERGED)
             progress.end(norm(r) > 1e8 * start, Result.DIVERGED)
         return progress.solution(y, **({} if nearness is None else {"step_norm": nearness.predicted}))

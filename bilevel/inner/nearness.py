@@ -120,19 +120,17 @@ class Nearness:
         """Where the step is as small as is wanted, or nothing beside the way that the params have come (to zero)."""
         return predicted <= torch.maximum(self.goal.wanted * norm(y), VANISHED * norm(y - self.start))
 
-    def settled(self, step: Tensor, y: Tensor, last: Tensor | None, part: float) -> Tensor:
+    def settled(self, step: Tensor, y: Tensor, bound: Tensor | None = None) -> Tensor:
         """Where each unknown of a system has arrived, in its own units.
 
         Args:
-            step: to the solution, as the solver predicts it, ``[*batch, n]``. y: the params. last: the step that it is
-                held against; None: there was none, as at a warm start, so that the unknown itself is.
-            part: of ``last``.
+            step: to the solution, as the solver predicts it, ``[*batch, n]``. y: the params.
+            bound: what is nothing beside the steps before, likewise; None: there were none, as at a warm start.
         """
-        if last is None:
-            last, part = y, self.goal.promised
-        # Beside rounding: that of the unknown, and that of the others in what it is made of.
-        rounding = torch.finfo(y.dtype).eps * (100 * y.abs() + 10 * norm(last).unsqueeze(-1))
-        return (step.abs() <= torch.maximum(part * last.abs(), rounding)).all(-1)
+        roundoff = torch.finfo(y.dtype).eps
+        if bound is None:
+            bound = self.goal.promised * y.abs() + 10 * roundoff * norm(y).unsqueeze(-1)
+        return (step.abs() <= torch.maximum(bound, 100 * roundoff * y.abs())).all(-1)
 
     @property
     def acceptable(self) -> Tensor:

@@ -28,9 +28,9 @@ RANDOM_ADVICE = (
 
 
 COUPLED_ADVICE = (
-    "The problems of the batch depend on each other: a vector of T losses is T problems, of which the t-th depends on the "
-    "t-th slice of the params only. Return the sum or the mean of the losses for one problem, or look for what mixes "
-    "the slices (a matrix product or a norm over the first dimension)"
+    "The problems of the batch depend on each other: a vector of T losses is T problems, of which the t-th depends on "
+    "the t-th slice of the params only. Return the sum or the mean of the losses for one problem, or look for what "
+    "mixes the slices (a matrix product or a norm over the first dimension)"
 )
 
 
@@ -145,8 +145,9 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
         return f"{text}. {NETWORK_ADVICE}" if _still_bends_down(problem, found) else text
     if result is Result.NONFINITE and not bool(torch.isfinite(problem.start.g).all()):
         return (
-            "The loss is finite at init, but its gradient is not: look for functions whose slope is infinite or undefined "
-            "there (sqrt or norm at zero, also behind torch.where), and for a NaN in the data that nansum or nanmean skips"
+            "The loss is finite at init, but its gradient is not: look for functions whose slope is infinite or "
+            "undefined there (sqrt or norm at zero, also behind torch.where), and for a NaN in the data that nansum or "
+            "nanmean skips"
         )
     if result is Result.NONFINITE:
         smaller = "" if name in LINE_SEARCHES else "Lower the step size, start elsewhere, or look"

@@ -101,7 +101,8 @@ class Newton:
             if nearness is not None:
                 crawls = (length > CRAWL * nearness.predicted) & (length <= 1e-3 * norm(y))
                 crawl = torch.where(progress.active, torch.where(crawls, crawl + 1, 0 * crawl), crawl)
-                progress.end(nearness.look(length, y, settled=nearness.settled(move, y, last, SETTLED)), Result.CONVERGED)
+                settled = nearness.settled(move, y, None if last is None else _beside(last, SETTLED))
+                progress.end(nearness.look(length, y, settled=settled), Result.CONVERGED)
             if step == self.max_steps:
                 break
             last, before = move, r
@@ -110,9 +111,8 @@ class Newton:
             progress.look(norm(r))
             if nearness is not None:
                 # The next step is as much smaller as the residual is, where that of each equation is.
-                hidden = torch.finfo(r.dtype).eps * size.unsqueeze(-1)
-                solved_each = (r.abs() <= torch.maximum(SETTLED * before.abs(), hidden)).all(-1)
-                arrived = nearness.reached(length * norm(r) / size, y) & solved_each
+                each = (r.abs() <= _beside(before, SETTLED)).all(-1)
+                arrived = nearness.reached(length * norm(r) / size, y) & each
                 progress.end(arrived | (~moved & nearness.acceptable), Result.CONVERGED)
             progress.end(~moved, Result.STAGNATED)
         if nearness is None:
@@ -145,8 +145,13 @@ CRAWL, CRAWLED = 0.3, 8
 have."""
 
 SETTLED = 1e-4
-"""Part of the last step that is the end. The Jacobian changes over a step by twice the part that the next one is of it, and
-over that one by its square: so it is known well enough in any units of each unknown, wherever their origin is."""
+"""Part of the last step that is the end. The Jacobian changes over a step by twice the part that the next one is of it,
+and over that one by its square: so it is known well enough in any units of each unknown, wherever their origin is."""
+
+
+def _beside(last: Tensor, part: float) -> Tensor:
+    """What is nothing beside each number of ``[*batch, n]``, or beside the rounding of what the largest is part of."""
+    return torch.maximum(part * last.abs(), 2 * torch.finfo(last.dtype).eps * norm(last).unsqueeze(-1))
 
 
 NO_STEP = 0.5

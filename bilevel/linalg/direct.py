@@ -121,7 +121,7 @@ def is_singular(matrix: Tensor, max_condition: float) -> Tensor:
 
 
 def _together(operator: Operator, b: Tensor, matrix: Tensor, found: Solution[Tensor]) -> Solution[Tensor]:
-    """What was found, held against a product of all problems: where they depend on each other, the blocks are others."""
+    """What was found, held against a product of all problems: the blocks are others where they depend on each other."""
     if not operator.batch_shape:
         return found
     x, codes = found.value, found.stats["result"]
