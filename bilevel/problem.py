@@ -332,8 +332,9 @@ def refuse_hidden(nodes: Iterable[Node], known: Sequence[Tensor]) -> None:
     if variable is not None:
         raise ValueError(
             f"The inner problem depends on a tensor of shape {tuple(variable.shape)} that requires grad, in a way "
-            "that cannot be followed (as operand of a custom autograd Function, or in compiled code), so its "
-            "hypergradient would be missing. Pass the tensor as one of args, or detach it if no gradient is wanted. "
+            "that cannot be followed (as operand of a custom autograd Function, in compiled code, or by a value that "
+            "was computed from it in an earlier evaluation and kept, as by a cache), so its hypergradient would be "
+            "missing. Pass the tensor as one of args, compute from it anew, or detach it if no gradient is wanted. "
             "Where several threads call one module, take bilevel.nn.functional_call: with that of torch.func each "
             "sees the tensors of the others."
         )

@@ -23,6 +23,7 @@ from ..solution import AdjointCell, Result, Solution, SolveError, Throw, marked,
 from ..tree import norm
 from .advice import NONFINITE_ADVICE, adjoint_advice
 from .base import Hypergrad, Point, Pulled
+from .custom import warn_of_custom
 from .search import Later, Search
 from .seen import Seen
 from .statement import Statement
@@ -183,10 +184,16 @@ def measured_at_solution(problem: Problem | RootProblem, found: Solution) -> Sol
     return measured(found, *problem.residual_at(found.value.detach()))
 
 
-def inspect(findings: Findings, at: Linearization) -> None:
-    """Look through the graph once: for hyperparameters that cannot be reached, and for norms whose higher derivatives
-    are wrong in PyTorch."""
+def inspect(findings: Findings, at: Linearization, *, second: bool) -> None:
+    """Look through the graph once: for hyperparameters that cannot be reached, for norms whose higher derivatives
+    are wrong in PyTorch, and for custom Functions that have none.
+
+    Args:
+        second: the hypergradient is made of second derivatives of the loss.
+    """
     nodes = list(graph_nodes(at.residual if at.loss is None else [at.loss]))
     refuse_hidden(nodes, [*at.leaves, *at.hparams])
     findings.fused = fused_norm(nodes)
     findings.layer_norm = has_layer_norm(nodes)
+    if second and at.loss is not None and findings.point is not None and findings.point.throw != "ignore":
+        warn_of_custom(nodes, findings.point)

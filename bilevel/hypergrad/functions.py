@@ -27,6 +27,7 @@ from ..tree import filled, is_continuous
 from .base import Pulled
 from .call import Call, inspect, measured
 from .implicit import Implicit
+from .one_step import OneStep
 from .seen import Seen
 
 
@@ -64,7 +65,7 @@ class _Solution(torch.autograd.Function):
         found = call.search(problem, measure, partial(setattr, findings, "later"), call.place)
         assert findings.point is not None
         findings.found, findings.names = found, sorted(found.stats)
-        inspect(findings, findings.point.linearization())
+        inspect(findings, findings.point.linearization(), second=isinstance(call.hypergrad, Implicit | OneStep))
         value = [leaf.clone() for leaf in findings.point.params]
         return (*value, *[found.stats[name].clone() for name in findings.names])
 
