@@ -6,7 +6,10 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import unwrap
+from types import CodeType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from ..tree import norm
 from .advice import NONFINITE_ADVICE, adjoint_advice
 from .base import Hypergrad, Point, Pulled
 from .custom import warn_of_custom
+from .implicit import Implicit
 from .search import Later, Search
 from .seen import Seen
 from .statement import Statement
@@ -108,6 +112,23 @@ class Call:
             self.findings.seen if self.throw != "ignore" else None,
         )
 
+    def may_be_random(self, problem: Problem) -> bool:
+        """Whether to spend an evaluation on an objective whose solver and hypergradient see it once at the solution.
+
+        It is spent where the objective drew random numbers from a global generator, and the first time that a function
+        is solved, which may have a generator or an iterator of its own. Other operators and methods evaluate it again
+        themselves, and raise where it has changed.
+        """
+        once = isinstance(self.hypergrad, Implicit) and self.hypergrad.operator == "graph"
+        if not once or recording() or self.throw == "ignore":
+            return False
+        fn = getattr(self.statement.closure, "fn", None)
+        code = None if fn is None else getattr(unwrap(fn), "__code__", None)
+        first = code is not None and code not in _SOLVED
+        if first:
+            _SOLVED.add(code)
+        return first or problem.draws
+
     def keep(self, adjoint: Solution | None, point: Point) -> None:
         """Leave the adjoint solve where the caller finds it, and let it be heard, and what was put off till now."""
         later, self.findings.later = self.findings.later, None
@@ -159,6 +180,10 @@ class Call:
         return dataclasses.replace(
             self, statement=self.statement.vmapped(tuple(in_dims)), batch_dims=self.batch_dims + 1, problem=None
         )
+
+
+_SOLVED: WeakSet[CodeType] = WeakSet()
+"""The code of the objectives that were solved."""
 
 
 def measured(found: Solution, residual: Tensor, loss: Tensor | None) -> Solution:

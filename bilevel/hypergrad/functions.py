@@ -56,9 +56,7 @@ class _Solution(torch.autograd.Function):
             at = point.linearization()
             residual = point.raveler.ravel([r.detach() for r in at.residual])
             findings.seen = point.seen = Seen.of(problem, at.loss, residual)
-            # Other operators and methods evaluate the objective again themselves, and raise where it is random.
-            once = isinstance(call.hypergrad, Implicit) and call.hypergrad.operator == "graph"
-            if once and isinstance(problem, Problem) and problem.draws and "loss" not in found.stats:
+            if isinstance(problem, Problem) and "loss" not in found.stats and call.may_be_random(problem):
                 found = found.with_stats(loss=problem.losses(found.value))
             return measured(found, residual, None if at.loss is None else at.loss.detach())
 

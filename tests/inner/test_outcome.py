@@ -1,5 +1,6 @@
 """What an inner solver that failed is told by name: saddles, losses without a minimum, random objectives."""
 
+import itertools
 import random
 import warnings
 
@@ -126,6 +127,22 @@ def test_a_random_objective_is_named_after_a_fixed_number_of_steps(solver, draw)
     bl.argmin(inner, torch.zeros(5).double(), solver=solver, hypergrad=None)  # training alone may be random
     if not isinstance(solver, bl.TorchOptim):
         bl.argmin(inner, torch.zeros(5).double(), solver=solver, hypergrad=bl.Unroll())  # as may a path
+
+
+def test_an_objective_with_batches_of_its_own_is_named():
+    torch.manual_seed(0)
+    a, x = torch.randn(48, 3, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    batches, own = itertools.cycle(a.split(8)), torch.Generator().manual_seed(0)
+
+    def iterates(w):
+        return (next(batches) @ w - 1).square().mean() + x * w.square().sum()
+
+    def draws(w):
+        return (a[torch.randint(48, (8,), generator=own)] @ w - 1).square().mean() + x * w.square().sum()
+
+    for inner in (iterates, draws):
+        with pytest.warns(bl.SolveWarning, match="random \\(dropout"):
+            bl.argmin(inner, torch.zeros(3).double(), solver=bl.GradientDescent(0.05, 20))
 
 
 @pytest.mark.parametrize("linear", [bl.CG(), bl.MINRES(), bl.Cholesky(), bl.LU()], ids=repr)
