@@ -397,6 +397,8 @@ def check_init(init: Tree) -> None:
                 f"init contains a tensor of {leaf.dtype}: only real floating-point params can be optimised. "
                 "Convert it with .float(), or keep it out of init and let the objective capture it."
             )
+        if leaf.is_meta:
+            raise ValueError("init is on the meta device, which holds no numbers: give the params their values first.")
         if leaf.device != flat[0].device:
             raise ValueError(f"init is spread over {flat[0].device} and {leaf.device}: put all leaves on one device.")
     refuse_mps("init", flat[0].device)

@@ -24,6 +24,9 @@ INACCURATE_ADVICE = (
     "minimum moves: ProximalGradient(prox) serves such a penalty"
 )
 FLAT_ADVICE = "The loss has no curvature along some directions, so that its minimum is no single point"
+SINGULAR_ADVICE = (
+    "The factorised matrix is singular, where the minimum is no single point, or indefinite, where the params are none"
+)
 FLAT_WAYS = (
     "An outer loss that depends on where it lies along them has no hypergradient: add a penalty on the params, start "
     "where the loss is not constant, or take Implicit(damping=...); of an outer loss that does not, MINRES() or "
@@ -90,6 +93,8 @@ def _negative_curvature(statement: Statement, found: Solution | None, solved: So
         flat = RESOLVED * torch.finfo(low.dtype).eps * high.abs().max()
         if found is not None and found.result.ok and statement.has_objective and float(low.min()) >= -float(flat):
             return f"{FLAT_ADVICE}{seen}. {FLAT_WAYS}"
+    elif found is not None and found.result.ok and statement.has_objective:
+        return f"{SINGULAR_ADVICE}. {FLAT_WAYS}"
     short = found is not None and not found.result.ok
     where = (
         "The params are no minimum, since the inner solve failed" if short else "The params are no minimum, or not yet"

@@ -124,10 +124,10 @@ class Call:
             return False
         fn = getattr(self.statement.closure, "fn", None)
         code = None if fn is None else getattr(unwrap(fn), "__code__", None)
-        first = code is not None and code not in _SOLVED
-        if first:
-            _SOLVED.add(code)
-        return first or problem.draws
+        if not isinstance(code, CodeType) or code in _SOLVED:
+            return problem.draws
+        _SOLVED.add(code)
+        return True
 
     def keep(self, adjoint: Solution | None, point: Point) -> None:
         """Leave the adjoint solve where the caller finds it, and let it be heard, and what was put off till now."""

@@ -95,7 +95,8 @@ def _agrees(point: Point) -> bool:
 def _step(x: Tensor, v: Tensor) -> float:
     """By how much to move ``x`` along ``v`` for a difference."""
     size = float(torch.linalg.vector_norm(x)) or 1.0
-    return torch.finfo(x.dtype).eps ** (1 / 3) * size / float(torch.linalg.vector_norm(v))
+    relative: float = torch.finfo(x.dtype).eps ** (1 / 3)
+    return relative * size / float(torch.linalg.vector_norm(v))
 
 
 def _apart(found: Tensor, difference: Tensor) -> bool:

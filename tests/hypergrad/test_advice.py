@@ -43,6 +43,20 @@ def test_a_valley_without_curvature_is_no_missing_minimum():
         torch.testing.assert_close(grad, torch.ones(3).double())
 
 
+def test_a_matrix_that_cannot_be_factorised_is_said_to_be_singular():
+    times, data = torch.linspace(0, 1, 9).double(), torch.linspace(0, 1, 9).double().requires_grad_()
+
+    def fit(hypergrad):
+        return bl.least_squares(
+            lambda y: (y[0] + y[1]) * times - data, torch.zeros(2).double(), hypergrad=bl.Implicit(hypergrad)
+        )
+
+    with pytest.warns(bl.SolveWarning, match="singular.*LeastNorm"):
+        fit(None).value.sum().backward()
+    (grad,) = torch.autograd.grad(fit(bl.LeastNorm()).value.sum(), data)
+    torch.testing.assert_close(grad, times / (times @ times))
+
+
 def test_an_answer_that_is_doubted_may_be_that_of_a_kink():
     x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     fit = bl.argmin(lambda y: (y - x).square() / 2 + y.abs(), torch.tensor(0.3, dtype=torch.float64))
