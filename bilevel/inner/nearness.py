@@ -23,6 +23,9 @@ PROGRESS = 0.995
 VANISHED = 1e-30
 """Part of the way that the params have come: what is shorter is zero."""
 
+CRAWL = 0.3
+"""The part of the step before that a short step is at least, where it crawls."""
+
 STILL = 1e-2
 """Part of the wanted step that is the end by itself. A longer one may be short beside params whose origin is far from
 them, or beside those of other units, and yet change the curvature: what is to vanish must have fallen as well."""
@@ -63,6 +66,7 @@ class Nearness:
 
     Attributes:
         predicted: the distance to the solution, as the last step says.
+        crawled: how many short steps in a row were hardly shorter than the one before, for unknowns without a loss.
     """
 
     def __init__(self, like: Tensor, coarsest: torch.dtype | None = None):
@@ -71,6 +75,7 @@ class Nearness:
         self.predicted = self.first = self.least
         self.largest = torch.zeros_like(self.least)
         self.idle = torch.zeros_like(self.least, dtype=torch.int64)
+        self.crawled = self.idle
         self.near = self.flat = self.done = torch.zeros_like(self.idle, dtype=torch.bool)
 
     def look(
@@ -92,12 +97,14 @@ class Nearness:
         # One short step may be chance: two in a row are not.
         chance = torch.where(torch.isinf(self.predicted), predicted, (predicted * self.predicted).sqrt())
         both = torch.maximum(predicted, chance)
-        self.predicted = torch.where(self.done, self.predicted, predicted)
+        last, self.predicted = self.predicted, torch.where(self.done, self.predicted, predicted)
         near = both <= self.goal.accepted * norm(y)
         self.near = near
         if f is None:  # of unknowns that end at zero only the way that they have come has a scale
             travelled = norm(y - self.start)
             self.near = near | (predicted <= 10 * torch.finfo(y.dtype).eps * travelled)
+            crawls = (predicted > CRAWL * last) & (predicted <= 1e-3 * norm(y))
+            self.crawled = torch.where(self.done, self.crawled, torch.where(crawls, self.crawled + 1, 0 * self.crawled))
         # Of params that end at zero only the loss has a scale: the step does not change it any more.
         if decrement is not None and f is not None:
             self.first = torch.where(torch.isinf(self.first), decrement, self.first)

@@ -85,7 +85,8 @@ class Newton:
         nearness = Nearness(y) if self.tol is None else None
         solver = self.linear_solver or (LU() if y.shape[-1] <= 512 else GMRES(rtol=1e-6))
         told, last = watch(self, problem), None
-        crawl = torch.zeros_like(progress.steps)
+        # The Jacobian changes over a step by about the part that the next one is of it, and over that by its square.
+        part = 0.0 if nearness is None else (0.1 * nearness.goal.promised) ** 0.5
         for step in range(self.max_steps + 1):
             if told is not None and told(step, y, r, None, progress.active):
                 progress.stop()
@@ -99,9 +100,7 @@ class Newton:
             steps = solved.stats.get("relative_residual", torch.zeros_like(size)) < NO_STEP
             length = torch.where(steps, norm(move), torch.inf)
             if nearness is not None:
-                crawls = (length > CRAWL * nearness.predicted) & (length <= 1e-3 * norm(y))
-                crawl = torch.where(progress.active, torch.where(crawls, crawl + 1, 0 * crawl), crawl)
-                settled = nearness.settled(move, y, None if last is None else _beside(last, SETTLED))
+                settled = nearness.settled(move, y, None if last is None else _beside(last, part))
                 progress.end(nearness.look(length, y, settled=settled), Result.CONVERGED)
             if step == self.max_steps:
                 break
@@ -111,13 +110,13 @@ class Newton:
             progress.look(norm(r))
             if nearness is not None:
                 # The next step is as much smaller as the residual is, where that of each equation is.
-                each = (r.abs() <= _beside(before, SETTLED)).all(-1)
+                each = (r.abs() <= _beside(before, part)).all(-1)
                 arrived = nearness.reached(length * norm(r) / size, y) & each
                 progress.end(arrived | (~moved & nearness.acceptable), Result.CONVERGED)
             progress.end(~moved, Result.STAGNATED)
         if nearness is None:
             return progress.solution(y)
-        singular = crawl >= CRAWLED
+        singular = nearness.crawled >= CRAWLED
         progress.mark(singular & (progress.codes <= int(Result.STEPS_DONE)), Result.STAGNATED)
         return progress.solution(y, step_norm=nearness.predicted, singular=singular)
 
@@ -140,13 +139,8 @@ ROOT_ADVICE = (
     "another solver (Newton, Anderson, ScipyRoot)"
 )
 
-CRAWL, CRAWLED = 0.3, 8
-"""The part of the last step that is still left, and how many such steps in a row, short ones, a regular root does not
-have."""
-
-SETTLED = 1e-4
-"""Part of the last step that is the end. The Jacobian changes over a step by twice the part that the next one is of it,
-and over that one by its square: so it is known well enough in any units of each unknown, wherever their origin is."""
+CRAWLED = 8
+"""Steps in a row, short ones that hardly shrink, that a regular root does not have."""
 
 
 def _beside(last: Tensor, part: float) -> Tensor:
