@@ -28,7 +28,7 @@ from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
 from .inner.outcome import RANDOM_ADVICE, is_random, look_closer
 from .inner.proximal import look_of, own_stats_of, prox_of
-from .inner.roots import Newton, RootSolver
+from .inner.roots import ROOT_ADVICE, Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
 from .prox import Prox
 from .solution import Solution, Throw, check_throw
@@ -37,10 +37,6 @@ from .tree import Raveler, Tree, leaves, tree_map
 Params = TypeVar("Params")
 """The tree of what is solved for: the value of a solution is one like ``init``."""
 
-ROOT_ADVICE = (
-    "The hypergradient holds at a solution only: raise max_steps, loosen tol, start closer to the solution, or take "
-    "another solver (Newton, Anderson, ScipyRoot)"
-)
 COMPOSITE_ADVICE = (
     "The hypergradient holds at a minimum only: raise max_steps, loosen tol, or start closer to the solution"
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +26,7 @@ from .inner.roots import Newton, RootSolver
 from .linalg.direct import LeastNorm
 from .linalg.jacobian import GraphJacobian
 from .linalg.scaled import SMALL
+from .notices import tell
 from .problem import Problem, RootProblem, check_batch, check_init
 from .recording import recording
 from .solution import Result, Solution, SolveWarning, Throw, check_throw, marked
@@ -240,6 +240,6 @@ def _look_at_curvature(problem: RootProblem, found: Solution[Tensor], *, warn: b
     saddle = (values < -rounding).sum(-1) > problem.raveler.sizes[-1]
     degenerate = good & (values.abs() <= rounding).any(-1)
     if warn and bool(degenerate.any()):
-        warnings.warn(DEGENERATE, SolveWarning, stacklevel=3)
+        tell(DEGENERATE, SolveWarning)
     codes = marked(found.stats["result"], good & saddle, Result.NEGATIVE_CURVATURE)
     return flagged.with_stats(result=codes, degenerate=degenerate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.utils.checkpoint import get_device_states
 
 from ._torch import pull, pytree, sequence_number
 from .checks import refuse_mps
@@ -71,6 +73,9 @@ class Linearization:
 class Problem:
     """An objective, its start and its batch shape, checked once.
 
+    Attributes:
+        draws: the objective drew random numbers, or another thread did meanwhile.
+
     Raises:
         TypeError: ``init`` holds something other than real floating-point tensors.
         ValueError: ``init`` is empty or not finite, the objective has a wrong shape, no gradient path to
@@ -100,8 +105,10 @@ class Problem:
             if tracer:
                 tracer.know(point)
                 tracer.note(args)
+            before = _generators(point[0])
             with self.autocast.evaluating(), tracer or contextlib.nullcontext():
                 loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
+            self.draws = before != _generators(point[0])
             check_loss(loss, init, max_batch_dims)
             if tracer and tracer.differentiable and not tracer.captured:
                 refuse_hidden(graph_nodes([loss]), point)
@@ -194,6 +201,15 @@ class Problem:
 
     def _loss(self, point: Sequence[Tensor]) -> Tensor:
         return self.loss(self.raveler.unflatten(point))
+
+
+def _generators(like: Tensor) -> list[Any]:
+    """The states of the global generators of random numbers; none while a recording is made, which cannot look."""
+    if recording():
+        return []
+    states = [torch.get_rng_state(), *get_device_states(like)[1]]
+    _, words, place, *_ = np.random.get_state()  # noqa: NPY002 (users do)
+    return [*(state.numpy().tobytes() for state in states), np.asarray(words).tobytes(), place, random.getstate()]
 
 
 def linearize_objective(
@@ -316,8 +332,9 @@ def refuse_hidden(nodes: Iterable[Node], known: Sequence[Tensor]) -> None:
     if variable is not None:
         raise ValueError(
             f"The inner problem depends on a tensor of shape {tuple(variable.shape)} that requires grad, in a way "
-            "that cannot be followed (as operand of a custom autograd Function, or in compiled code), so its "
-            "hypergradient would be missing. Pass the tensor as one of args, or detach it if no gradient is wanted. "
+            "that cannot be followed (as operand of a custom autograd Function, in compiled code, or by a value that "
+            "was computed from it in an earlier evaluation and kept, as by a cache), so its hypergradient would be "
+            "missing. Pass the tensor as one of args, compute from it anew, or detach it if no gradient is wanted. "
             "Where several threads call one module, take bilevel.nn.functional_call: with that of torch.func each "
             "sees the tensors of the others."
         )
@@ -380,6 +397,8 @@ def check_init(init: Tree) -> None:
                 f"init contains a tensor of {leaf.dtype}: only real floating-point params can be optimised. "
                 "Convert it with .float(), or keep it out of init and let the objective capture it."
             )
+        if leaf.is_meta:
+            raise ValueError("init is on the meta device, which holds no numbers: give the params their values first.")
         if leaf.device != flat[0].device:
             raise ValueError(f"init is spread over {flat[0].device} and {leaf.device}: put all leaves on one device.")
     refuse_mps("init", flat[0].device)

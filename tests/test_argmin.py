@@ -448,6 +448,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match="init holds no numbers"):
             self.solve(init=torch.ones(0, 3))
 
+    def test_params_without_values(self):
+        with pytest.raises(ValueError, match="meta device"):
+            self.solve(init=torch.ones(3, device="meta"))
+
     def test_integer_params(self):
         with pytest.raises(TypeError, match=r"init contains a tensor of torch.int64"):
             self.solve(init={"a": torch.ones(2), "b": torch.ones(2, dtype=torch.int64)})

@@ -115,8 +115,9 @@ def test_a_maximum_a_set_that_is_empty_and_constraints_that_repeat_are_told():
     with pytest.warns(bl.SolveWarning, match="constrained solve"):
         bl.constrained(lambda y: y[0], lambda y: (y.square().sum() + 1).unsqueeze(0), tensor([0.9, 0.1]))
     double = lambda y: torch.stack([y.sum() - 1, 2 * (y.sum() - 1)])  # noqa: E731
-    with pytest.warns(bl.SolveWarning, match="degenerate"):
+    with pytest.warns(bl.SolveWarning, match="degenerate") as heard:
         fit = bl.constrained(lambda y: y.square().sum(), double, tensor([0.9, 0.1]))
+    assert heard[0].filename == __file__
     torch.testing.assert_close(fit.value.params, tensor([0.5, 0.5]))
     assert fit.stats["degenerate"]
 

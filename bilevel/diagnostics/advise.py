@@ -343,11 +343,11 @@ def _candidates(
     # The error of u exceeds the relative residual by up to the condition number, typically by its root.
     rtol = max(accuracy / math.sqrt(condition), 4 * torch.finfo(operator.dtype).eps)
     if spectrum.indefinite or spectrum.singular:
-        steps = min(2 * size, math.ceil(condition * math.log(2 / rtol) / 2))
+        steps = math.ceil(min(2 * size, condition * math.log(2 / rtol) / 2))
         why = "it minimises the residual whatever the signs of the eigenvalues, zeros among them"
         found.append(Candidate(MINRES(rtol=rtol), steps + 1, (steps + 1) * product_seconds, why))
     else:
-        steps = min(2 * size, math.ceil(math.sqrt(condition) * math.log(2 / rtol) / 2))
+        steps = math.ceil(min(2 * size, math.sqrt(condition) * math.log(2 / rtol) / 2))
         why = "it needs about the root of the condition number of steps"
         found.append(Candidate(CG(rtol=rtol), steps + 1, (steps + 1) * product_seconds, why))
     return found

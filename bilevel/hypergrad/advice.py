@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..inner.outcome import GAUSS_NEWTON_ADVICE, now
 from ..linalg.cg import CG
 from ..linalg.gmres import GMRES
@@ -18,9 +20,20 @@ NONFINITE_ADVICE = (
 INACCURATE_ADVICE = (
     "The inner solution is farther from the minimum than its solver could see, or the matrix too ill-conditioned for "
     "this precision: scale the params or the data, take float64, NewtonCG(), or a tolerance of your own (gtol, rtol) "
-    "if this accuracy is enough"
+    "if this accuracy is enough. Where the loss has a kink there (abs, relu, max), its slopes do not tell how the "
+    "minimum moves: ProximalGradient(prox) serves such a penalty"
 )
-
+FLAT_ADVICE = "The loss has no curvature along some directions, so that its minimum is no single point"
+SINGULAR_ADVICE = (
+    "The factorised matrix is singular, where the minimum is no single point, or indefinite, where the params are none"
+)
+FLAT_WAYS = (
+    "An outer loss that depends on where it lies along them has no hypergradient: add a penalty on the params, start "
+    "where the loss is not constant, or take Implicit(damping=...); of an outer loss that does not, MINRES() or "
+    "LeastNorm() give it"
+)
+RESOLVED = 1e3
+"""Rounding errors of the largest curvature within which another one counts as none."""
 
 FEW_STEPS = 5
 """Those of the default where the default inner solver gave up: there is no minimum near whose derivative an accurate
@@ -77,6 +90,11 @@ def _negative_curvature(statement: Statement, found: Solution | None, solved: So
     if solved.curvature is not None:
         low, high = solved.curvature
         seen = f" (curvatures from {float(low.min()):.2g} to {float(high.max()):.2g} were seen)"
+        flat = RESOLVED * torch.finfo(low.dtype).eps * high.abs().max()
+        if found is not None and found.result.ok and statement.has_objective and float(low.min()) >= -float(flat):
+            return f"{FLAT_ADVICE}{seen}. {FLAT_WAYS}"
+    elif found is not None and found.result.ok and statement.has_objective:
+        return f"{SINGULAR_ADVICE}. {FLAT_WAYS}"
     short = found is not None and not found.result.ok
     where = (
         "The params are no minimum, since the inner solve failed" if short else "The params are no minimum, or not yet"

@@ -6,13 +6,18 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import unwrap
+from types import CodeType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from .._torch import pytree
+from ..inner.outcome import COUPLED_ADVICE, is_coupled
 from ..linalg.curvature import fused_norm, has_layer_norm
+from ..linalg.jacobian import GraphJacobian
 from ..linalg.solve import LinearState
 from ..notices import Place
 from ..problem import Linearization, Problem, RootProblem, graph_nodes, refuse_hidden
@@ -21,6 +26,8 @@ from ..solution import AdjointCell, Result, Solution, SolveError, Throw, marked,
 from ..tree import norm
 from .advice import NONFINITE_ADVICE, adjoint_advice
 from .base import Hypergrad, Point, Pulled
+from .custom import warn_of_custom
+from .implicit import Implicit
 from .search import Later, Search
 from .seen import Seen
 from .statement import Statement
@@ -105,6 +112,23 @@ class Call:
             self.findings.seen if self.throw != "ignore" else None,
         )
 
+    def may_be_random(self, problem: Problem) -> bool:
+        """Whether to spend an evaluation on an objective whose solver and hypergradient see it once at the solution.
+
+        It is spent where the objective drew random numbers from a global generator, and the first time that a function
+        is solved, which may have a generator or an iterator of its own. Other operators and methods evaluate it again
+        themselves, and raise where it has changed.
+        """
+        once = isinstance(self.hypergrad, Implicit) and self.hypergrad.operator == "graph"
+        if not once or recording() or self.throw == "ignore":
+            return False
+        fn = getattr(self.statement.closure, "fn", None)
+        code = None if fn is None else getattr(unwrap(fn), "__code__", None)
+        if not isinstance(code, CodeType) or code in _SOLVED:
+            return problem.draws
+        _SOLVED.add(code)
+        return True
+
     def keep(self, adjoint: Solution | None, point: Point) -> None:
         """Leave the adjoint solve where the caller finds it, and let it be heard, and what was put off till now."""
         later, self.findings.later = self.findings.later, None
@@ -118,10 +142,17 @@ class Call:
 
             def advice() -> str:
                 hint = rounding_hint(point.params[0].device.type, point.params[0].dtype)
+                if point.raveler.batch_shape and self._is_coupled(point):
+                    return COUPLED_ADVICE
                 return adjoint_advice(self.hypergrad, self.statement, found, adjoint) + hint
 
             if not well:
                 settle(adjoint, self.throw, "The adjoint solve of the hypergradient", advice, place=self.place)
+
+    def _is_coupled(self, point: Point) -> bool:
+        coupled = is_coupled(GraphJacobian(point.raveler, point.linearization(), self.statement.symmetric))
+        point.release()
+        return coupled
 
     def check_finite(self, pulled: Pulled) -> Pulled:
         """Mark, or where there is no linear solve refuse, a hypergradient that is not finite.
@@ -151,6 +182,10 @@ class Call:
         )
 
 
+_SOLVED: WeakSet[CodeType] = WeakSet()
+"""The code of the objectives that were solved."""
+
+
 def measured(found: Solution, residual: Tensor, loss: Tensor | None) -> Solution:
     """What was found, with the norm of its residual ``[*batch, n]``; where that or a loss is not finite, it says so.
 
@@ -174,10 +209,16 @@ def measured_at_solution(problem: Problem | RootProblem, found: Solution) -> Sol
     return measured(found, *problem.residual_at(found.value.detach()))
 
 
-def inspect(findings: Findings, at: Linearization) -> None:
-    """Look through the graph once: for hyperparameters that cannot be reached, and for norms whose higher derivatives
-    are wrong in PyTorch."""
+def inspect(findings: Findings, at: Linearization, *, second: bool) -> None:
+    """Look through the graph once: for hyperparameters that cannot be reached, for norms whose higher derivatives
+    are wrong in PyTorch, and for custom Functions that have none.
+
+    Args:
+        second: the hypergradient is made of second derivatives of the loss.
+    """
     nodes = list(graph_nodes(at.residual if at.loss is None else [at.loss]))
     refuse_hidden(nodes, [*at.leaves, *at.hparams])
     findings.fused = fused_norm(nodes)
     findings.layer_norm = has_layer_norm(nodes)
+    if second and at.loss is not None and findings.point is not None and findings.point.throw != "ignore":
+        warn_of_custom(nodes, findings.point)

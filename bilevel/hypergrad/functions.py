@@ -21,11 +21,13 @@ from .._torch import (
 )
 from ..closure import in_transform
 from ..context import uncompiled
+from ..problem import Problem
 from ..solution import Solution
 from ..tree import filled, is_continuous
 from .base import Pulled
 from .call import Call, inspect, measured
 from .implicit import Implicit
+from .one_step import OneStep
 from .seen import Seen
 
 
@@ -54,12 +56,14 @@ class _Solution(torch.autograd.Function):
             at = point.linearization()
             residual = point.raveler.ravel([r.detach() for r in at.residual])
             findings.seen = point.seen = Seen.of(problem, at.loss, residual)
+            if isinstance(problem, Problem) and "loss" not in found.stats and call.may_be_random(problem):
+                found = found.with_stats(loss=problem.losses(found.value))
             return measured(found, residual, None if at.loss is None else at.loss.detach())
 
         found = call.search(problem, measure, partial(setattr, findings, "later"), call.place)
         assert findings.point is not None
         findings.found, findings.names = found, sorted(found.stats)
-        inspect(findings, findings.point.linearization())
+        inspect(findings, findings.point.linearization(), second=isinstance(call.hypergrad, Implicit | OneStep))
         value = [leaf.clone() for leaf in findings.point.params]
         return (*value, *[found.stats[name].clone() for name in findings.names])
 

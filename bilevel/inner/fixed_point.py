@@ -12,7 +12,7 @@ from ..problem import RootProblem
 from ..solution import Result, Solution
 from ..tree import norm
 from .minimize import check_tolerance
-from .nearness import Nearness
+from .nearness import STILL, Nearness
 from .roots import RootProgress
 from .watch import Callbacks, watch
 
@@ -85,7 +85,8 @@ class Anderson:
         progress = RootProgress.begin(r, self.tol)
         nearness = Nearness(y) if self.tol is None else None
         if nearness is not None:
-            progress.end(nearness.look(norm(r), y), Result.CONVERGED)
+            progress.end(nearness.look(norm(r), y, settled=nearness.settled(r, y)), Result.CONVERGED)
+        longest = r.abs()
         start = norm(r) + norm(y)
         steps_back: list[Tensor] = []
         changes: list[Tensor] = []
@@ -123,7 +124,10 @@ class Anderson:
             progress.count()
             progress.look(norm(r))
             if nearness is not None:
-                progress.end(nearness.look(stretch * norm(r), y), Result.CONVERGED)
+                longest = torch.maximum(longest, r.abs())
+                bound = 0.1 * nearness.goal.promised * torch.maximum(longest, STILL * y.abs())
+                settled = nearness.settled(r, y, bound)
+                progress.end(nearness.look(stretch * norm(r), y, settled=settled), Result.CONVERGED)
             progress.end(norm(r) > 1e8 * start, Result.DIVERGED)
         return progress.solution(y, **({} if nearness is None else {"step_norm": nearness.predicted}))
 

@@ -23,6 +23,13 @@ PROGRESS = 0.995
 VANISHED = 1e-30
 """Part of the way that the params have come: what is shorter is zero."""
 
+CRAWL = 0.3
+"""The part of the step before that a short step is at least, where it crawls."""
+
+STILL = 1e-2
+"""Part of the wanted step that is the end by itself. A longer one may be short beside params whose origin is far from
+them, or beside those of other units, and yet change the curvature: what is to vanish must have fallen as well."""
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -59,35 +66,53 @@ class Nearness:
 
     Attributes:
         predicted: the distance to the solution, as the last step says.
+        crawled: how many short steps in a row were hardly shorter than the one before, for unknowns without a loss.
     """
 
     def __init__(self, like: Tensor, coarsest: torch.dtype | None = None):
         self.goal, self.start = Goal.of(like.dtype, coarsest), like
         self.least = torch.full(like.shape[:-1], torch.inf, dtype=torch.float64, device=like.device)
         self.predicted = self.first = self.least
+        self.largest = torch.zeros_like(self.least)
         self.idle = torch.zeros_like(self.least, dtype=torch.int64)
+        self.crawled = self.idle
         self.near = self.flat = self.done = torch.zeros_like(self.idle, dtype=torch.bool)
 
-    def look(self, predicted: Tensor, y: Tensor, decrement: Tensor | None = None, f: Tensor | None = None) -> Tensor:
+    def look(
+        self,
+        predicted: Tensor,
+        y: Tensor,
+        decrement: Tensor | None = None,
+        f: Tensor | None = None,
+        settled: Tensor | None = None,
+    ) -> Tensor:
         """Which problems have arrived.
 
         Args:
             predicted: the norm of the step to the solution. y: the params there.
             decrement: by how much the step lowers the loss, twice. f: the loss.
+            settled: where a step that is short is the end, as far as is known beside (see `STILL`); None: by the
+                decrement, where there is one, else anywhere.
         """
         # One short step may be chance: two in a row are not.
         chance = torch.where(torch.isinf(self.predicted), predicted, (predicted * self.predicted).sqrt())
         both = torch.maximum(predicted, chance)
-        self.predicted = torch.where(self.done, self.predicted, predicted)
+        last, self.predicted = self.predicted, torch.where(self.done, self.predicted, predicted)
         near = both <= self.goal.accepted * norm(y)
         self.near = near
         if f is None:  # of unknowns that end at zero only the way that they have come has a scale
             travelled = norm(y - self.start)
             self.near = near | (predicted <= 10 * torch.finfo(y.dtype).eps * travelled)
+            crawls = (predicted > CRAWL * last) & (predicted <= 1e-3 * norm(y))
+            self.crawled = torch.where(self.done, self.crawled, torch.where(crawls, self.crawled + 1, 0 * self.crawled))
         # Of params that end at zero only the loss has a scale: the step does not change it any more.
         if decrement is not None and f is not None:
             self.first = torch.where(torch.isinf(self.first), decrement, self.first)
             self.flat = (decrement <= 2 * self.goal.wanted**2 * f.abs()) & (decrement <= self.goal.wanted * self.first)
+            known, self.largest = self.largest > 0, torch.maximum(self.largest, decrement.nan_to_num(0.0, 0.0))
+            if settled is None:
+                fallen = decrement <= self.goal.promised**2 * self.largest
+                settled = ~known | fallen | (predicted <= STILL * self.goal.wanted * norm(y))
         # A slow contraction must not pass for rounding: any progress counts, where no loss tells them apart.
         hurried = self.flat if f is None else near | self.flat
         progress = torch.where(hurried, 0.5, PROGRESS)
@@ -95,12 +120,24 @@ class Nearness:
         self.idle = torch.where(waiting, self.idle + 1, torch.zeros_like(self.idle))
         self.least = torch.where(waiting, self.least, predicted)
         used_up = self.idle >= torch.where(self.flat, 2, PATIENCE)
-        self.done = self.done | self.reached(both, y) | used_up
+        self.done = self.done | (self.reached(both, y) & (True if settled is None else settled)) | used_up
         return self.done
 
     def reached(self, predicted: Tensor, y: Tensor) -> Tensor:
         """Where the step is as small as is wanted, or nothing beside the way that the params have come (to zero)."""
         return predicted <= torch.maximum(self.goal.wanted * norm(y), VANISHED * norm(y - self.start))
+
+    def settled(self, step: Tensor, y: Tensor, bound: Tensor | None = None) -> Tensor:
+        """Where each unknown of a system has arrived, in its own units.
+
+        Args:
+            step: to the solution, as the solver predicts it, ``[*batch, n]``. y: the params.
+            bound: what is nothing beside the steps before, likewise; None: there were none, as at a warm start.
+        """
+        roundoff = torch.finfo(y.dtype).eps
+        if bound is None:
+            bound = self.goal.promised * y.abs() + 10 * roundoff * norm(y).unsqueeze(-1)
+        return (step.abs() <= torch.maximum(bound, 100 * roundoff * y.abs())).all(-1)
 
     @property
     def acceptable(self) -> Tensor:

@@ -11,6 +11,7 @@ from ..linalg.noise import normal
 from ..linalg.operator import Operator, Restricted
 from ..problem import Problem
 from ..solution import Result, Solution, marked
+from ..tree import axpy, norm, scale
 from .minimize import InnerSolver
 
 PROBES = 5
@@ -23,6 +24,13 @@ RANDOM_ADVICE = (
     "The objective gives another value each time that it is evaluated at the same params: it is random (dropout, "
     "noise, a batch drawn inside), and line searches and hypergradients need one function. Put modules into eval(), "
     "draw the noise before, or take a stochastic method (bilevel.stochastic)"
+)
+
+
+COUPLED_ADVICE = (
+    "The problems of the batch depend on each other: a vector of T losses is T problems, of which the t-th depends on "
+    "the t-th slice of the params only. Return the sum or the mean of the losses for one problem, or look for what "
+    "mixes the slices (a matrix product or a norm over the first dimension)"
 )
 
 
@@ -83,6 +91,27 @@ def is_random(problem: Problem, found: Solution) -> bool:
     return bool(apart.any())
 
 
+def has_kink(problem: Problem, found: Solution) -> bool:
+    """Whether the gradient changes as much over a step that is a hundredth of another, across where a solve ended."""
+    y, start = found.value.detach(), norm(problem.start.g)
+    g = problem.evaluate(y).g
+    unit = scale(torch.where(norm(g) > 0, 1 / norm(g), torch.zeros_like(start)), g)
+    longest = torch.finfo(y.dtype).eps ** 0.4 * torch.maximum(norm(y), norm(y - problem.start.y))
+    jumps = []
+    for length in (longest, longest / 100):
+        ahead, behind = (problem.evaluate(axpy(way * length, unit, y)).g for way in (-1, 1))
+        jumps.append(norm(ahead - behind))
+    return bool(((jumps[1] > 0.5 * jumps[0]) & (jumps[1] > 1e-3 * start)).any())
+
+
+def is_coupled(operator: Operator) -> bool:
+    """Whether a vector that is not zero in one problem of a batch only has a product that is not zero in others."""
+    vector = torch.zeros((*operator.batch_shape, operator.size), dtype=operator.dtype, device=operator.device)
+    vector.view(-1, operator.size)[0] = normal((operator.size,), 0, operator.device).to(operator.dtype)
+    product = operator.matvec(vector).reshape(-1, operator.size)
+    return bool((product[1:].abs() > torch.finfo(product.dtype).eps ** 0.5 * product.abs().max()).any())
+
+
 def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) -> str:
     """What to try where ``solver`` failed, from its own settings and what is seen where it ended.
 
@@ -94,6 +123,9 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
     result, name = found.result, _name(solver)
     if is_random(problem, found):
         return RANDOM_ADVICE
+    bent = curved(problem, found.value) if problem.raveler.batch_shape else None
+    if bent is not None and is_coupled(bent[0]):
+        return COUPLED_ADVICE
     if "given_up" in found.stats:
         return (
             "The params are no minimum, and one may be thousands of steps away, so the default solver ended, and the "
@@ -111,6 +143,12 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
             f"raise max_steps{now(solver, 'max_steps')} if you know that there is one"
         )
         return f"{text}. {NETWORK_ADVICE}" if _still_bends_down(problem, found) else text
+    if result is Result.NONFINITE and not bool(torch.isfinite(problem.start.g).all()):
+        return (
+            "The loss is finite at init, but its gradient is not: look for functions whose slope is infinite or "
+            "undefined there (sqrt or norm at zero, also behind torch.where), and for a NaN in the data that nansum or "
+            "nanmean skips"
+        )
     if result is Result.NONFINITE:
         smaller = "" if name in LINE_SEARCHES else "Lower the step size, start elsewhere, or look"
         return (
@@ -119,6 +157,12 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
         )
     what = "The hypergradient holds at a minimum only"
     loosen = f"loosen gtol{now(solver, 'gtol')}" if getattr(solver, "gtol", None) else ""
+    if result is Result.STAGNATED and has_kink(problem, found):
+        return (
+            "The slope of the loss jumps where the solve ended: it has a kink (abs, max, relu) or a step there, and no "
+            "smooth minimum, so the hypergradient is not that of the minimum. Take ProximalGradient(prox) for such a "
+            "penalty, constrained() or bounds for a constraint, or a smooth loss in its place"
+        )
     if result is Result.STAGNATED:
         enough = f"{loosen or 'give a gtol of your own'} if this accuracy is enough"
         return f"{what}: " + _joined("scale the params or the data", "take float64", _other(name), enough)

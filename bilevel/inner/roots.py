@@ -21,6 +21,7 @@ from ..solution import Result, Solution, make_codes, marked
 from ..tree import axpy, norm
 from .minimize import Ends, check_tolerance
 from .nearness import VANISHED, Nearness
+from .outcome import COUPLED_ADVICE, is_coupled
 from .watch import Callbacks, watch
 
 
@@ -63,7 +64,8 @@ class Newton:
         linear_solver: for ``J d = -r``; None: `LU` up to 512 unknowns, `GMRES` beyond.
         max_steps: Newton steps at most.
         tol: stop a problem at this residual norm; None: where the next step is at most 1e-9 (float64) or 3e-5
-            (float32) times the norm of the unknowns, whatever their scale and that of the residual.
+            (float32) times the norm of the unknowns, and in each of them nothing beside the last step, so that neither
+            their units and origins nor that of the residual matter.
         callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
     """
 
@@ -82,7 +84,9 @@ class Newton:
         progress = RootProgress.begin(r, self.tol)
         nearness = Nearness(y) if self.tol is None else None
         solver = self.linear_solver or (LU() if y.shape[-1] <= 512 else GMRES(rtol=1e-6))
-        told = watch(self, problem)
+        told, last = watch(self, problem), None
+        # The Jacobian changes over a step by about the part that the next one is of it, and over that by its square.
+        part = 0.0 if nearness is None else (0.1 * nearness.goal.promised) ** 0.5
         for step in range(self.max_steps + 1):
             if told is not None and told(step, y, r, None, progress.active):
                 progress.stop()
@@ -96,18 +100,52 @@ class Newton:
             steps = solved.stats.get("relative_residual", torch.zeros_like(size)) < NO_STEP
             length = torch.where(steps, norm(move), torch.inf)
             if nearness is not None:
-                progress.end(nearness.look(length, y), Result.CONVERGED)
+                settled = nearness.settled(move, y, None if last is None else _beside(last, part))
+                progress.end(nearness.look(length, y, settled=settled), Result.CONVERGED)
             if step == self.max_steps:
                 break
+            last, before = move, r
             y, r, moved = _backtrack(problem, y, r, move, progress.active)
             progress.count()
             progress.look(norm(r))
             if nearness is not None:
-                # The next step is as much smaller as the residual is.
-                arrived = nearness.reached(length * norm(r) / size, y)
+                # The next step is as much smaller as the residual is, where that of each equation is.
+                each = (r.abs() <= _beside(before, part)).all(-1)
+                arrived = nearness.reached(length * norm(r) / size, y) & each
                 progress.end(arrived | (~moved & nearness.acceptable), Result.CONVERGED)
             progress.end(~moved, Result.STAGNATED)
-        return progress.solution(y, **({} if nearness is None else {"step_norm": nearness.predicted}))
+        if nearness is None:
+            return progress.solution(y)
+        singular = nearness.crawled >= CRAWLED
+        progress.mark(singular & (progress.codes <= int(Result.STEPS_DONE)), Result.STAGNATED)
+        return progress.solution(y, step_norm=nearness.predicted, singular=singular)
+
+    @staticmethod
+    def advice(problem: RootProblem, found: Solution[Tensor]) -> str:
+        """What a message about a failed solve says."""
+        if problem.raveler.batch_shape and is_coupled(GraphJacobian(problem.raveler, problem.linearize(found.value))):
+            return COUPLED_ADVICE
+        if bool(found.stats.get("singular", torch.zeros(())).any()):
+            return (
+                "The last steps were each about a half of the one before, as beside a root where the Jacobian is "
+                "singular (a double root, the end of a branch of roots): there the root has no derivative by the "
+                "hyperparameters. Look whether two roots meet or the residual only touches zero"
+            )
+        return ROOT_ADVICE
+
+
+ROOT_ADVICE = (
+    "The hypergradient holds at a solution only: raise max_steps, loosen tol, start closer to the solution, or take "
+    "another solver (Newton, Anderson, ScipyRoot)"
+)
+
+CRAWLED = 8
+"""Steps in a row, short ones that hardly shrink, that a regular root does not have."""
+
+
+def _beside(last: Tensor, part: float) -> Tensor:
+    """What is nothing beside each number of ``[*batch, n]``, or beside the rounding of what the largest is part of."""
+    return torch.maximum(part * last.abs(), 2 * torch.finfo(last.dtype).eps * norm(last).unsqueeze(-1))
 
 
 NO_STEP = 0.5

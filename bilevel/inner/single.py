@@ -19,7 +19,7 @@ from ..linalg.single import as_vector
 from ..problem import Problem
 from ..solution import Result, Solution
 from .descent import CURVATURE, ENOUGH_STEPS, FEW_TRIALS, GROWTH, MAX_TRIALS, SUFFICIENT_DECREASE
-from .nearness import PATIENCE, VANISHED, Goal
+from .nearness import PATIENCE, STILL, VANISHED, Goal
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,7 @@ class _Nearness:
     def __init__(self, start: np.ndarray, goal: Goal):
         self.start, self.goal = start, goal
         self.predicted = self.first = self.least = math.inf
+        self.largest = 0.0
         self.idle, self.near, self.flat = 0, False, False
 
     def look(self, predicted: float, at: _At, decrement: float) -> bool:
@@ -201,11 +202,14 @@ class _Nearness:
         if math.isinf(self.first):
             self.first = decrement
         self.flat = decrement <= 2 * wanted**2 * abs(at.f) and decrement <= wanted * self.first
+        known, self.largest = self.largest > 0, max(self.largest, decrement if math.isfinite(decrement) else 0.0)
+        fallen = decrement <= self.goal.promised**2 * self.largest
+        settled = not known or fallen or predicted <= STILL * wanted * size
         if self.acceptable and not predicted <= 0.5 * self.least:
             self.idle += 1
         else:
             self.idle, self.least = 0, predicted
-        reached = both <= max(wanted * size, VANISHED * _norm(at.y - self.start))
+        reached = settled and both <= max(wanted * size, VANISHED * _norm(at.y - self.start))
         return reached or self.idle >= (2 if self.flat else PATIENCE)
 
     @property

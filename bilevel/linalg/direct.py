@@ -33,7 +33,7 @@ class Cholesky:
         factor, info = torch.linalg.cholesky_ex(matrix)
         unit, length = normalise(widened(b))
         x = torch.cholesky_solve(unit.unsqueeze(-1), factor).squeeze(-1)
-        found = _report(matrix, x, unit, length, info == 0, b.dtype)
+        found = _together(operator, b, matrix, _report(matrix, x, unit, length, info == 0, b.dtype))
         return _with_spectrum(found, matrix, lambda v: torch.cholesky_solve(v, factor))
 
 
@@ -53,6 +53,7 @@ class LU:
         factor, pivots, info = torch.linalg.lu_factor_ex(matrix)
         x = torch.linalg.lu_solve(factor, pivots, unit.unsqueeze(-1)).squeeze(-1)
         found = _report(matrix, x, unit, length, info == 0, b.dtype, Result.STAGNATED)
+        found = _together(operator, b, matrix, found)
 
         def solve(v: Tensor, transposed: bool = False) -> Tensor:
             found: Tensor = torch.linalg.lu_solve(factor, pivots, v, adjoint=transposed)
@@ -117,6 +118,20 @@ def is_singular(matrix: Tensor, max_condition: float) -> Tensor:
     inverse, info = torch.linalg.inv_ex(matrix)
     condition: Tensor = torch.linalg.matrix_norm(matrix, 1) * torch.linalg.matrix_norm(inverse, 1)
     return (info != 0) | ~(condition < max_condition)
+
+
+def _together(operator: Operator, b: Tensor, matrix: Tensor, found: Solution[Tensor]) -> Solution[Tensor]:
+    """What was found, held against a product of all problems: the blocks are others where they depend on each other."""
+    if not operator.batch_shape:
+        return found
+    x, codes = found.value, found.stats["result"]
+    left = norm(b - operator.matvec(x))
+    rounding = torch.finfo(b.dtype).eps ** 0.5 * (norm(b) + torch.linalg.matrix_norm(matrix).double() * norm(x))
+    apart = (left > rounding) & (codes <= int(Result.STEPS_DONE))
+    size = found.stats["residual_norm"]
+    relative = torch.where(apart, left / norm(b), found.stats["relative_residual"])
+    codes = marked(codes, apart, Result.STAGNATED)
+    return found.with_stats(result=codes, residual_norm=torch.where(apart, left, size), relative_residual=relative)
 
 
 def _with_spectrum(found: Solution, matrix: Tensor, solve: Callable[[Tensor], Tensor]) -> Solution:

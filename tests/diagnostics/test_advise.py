@@ -118,6 +118,12 @@ def test_the_advice_for_a_singular_matrix_factorises_nothing():
     assert "at least" in str(advice)
 
 
+def test_a_loss_without_curvature_gets_advice():
+    x = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    problem = BilevelProblem(lambda y, x: -y * x, lambda y, x: y**3, init=torch.tensor(0.7).double(), hparams=x)
+    assert "NOT solved" in str(advise(problem))
+
+
 def test_an_impossible_accuracy():
     with pytest.raises(ValueError, match=r"accuracy is 1e-09: in torch.float32"):
         advise(Ridge(dtype=torch.float32), accuracy=1e-9)

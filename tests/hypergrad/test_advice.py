@@ -31,6 +31,39 @@ def test_negative_curvature_proposes_gauss_newton_and_says_what_was_seen():
     assert "curvatures from -" in message
 
 
+def test_a_valley_without_curvature_is_no_missing_minimum():
+    torch.manual_seed(0)
+    wide, b = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, dtype=torch.float64, requires_grad=True)
+    fit = bl.argmin(lambda y: (wide @ y - b).square().sum(), torch.zeros(6, dtype=torch.float64))
+    with pytest.warns(bl.SolveWarning, match="no single point"):
+        torch.autograd.grad(fit.value @ torch.arange(6.0).double(), b)
+    for linear in (bl.MINRES(), bl.LeastNorm()):  # of what does not depend on where it lies
+        fit = bl.argmin(lambda y: (wide @ y - b).square().sum(), torch.zeros(6).double(), hypergrad=bl.Implicit(linear))
+        (grad,) = torch.autograd.grad((wide @ fit.value).sum(), b)
+        torch.testing.assert_close(grad, torch.ones(3).double())
+
+
+def test_a_matrix_that_cannot_be_factorised_is_said_to_be_singular():
+    times, data = torch.linspace(0, 1, 9).double(), torch.linspace(0, 1, 9).double().requires_grad_()
+
+    def fit(hypergrad):
+        return bl.least_squares(
+            lambda y: (y[0] + y[1]) * times - data, torch.zeros(2).double(), hypergrad=bl.Implicit(hypergrad)
+        )
+
+    with pytest.warns(bl.SolveWarning, match="singular.*LeastNorm"):
+        fit(None).value.sum().backward()
+    (grad,) = torch.autograd.grad(fit(bl.LeastNorm()).value.sum(), data)
+    torch.testing.assert_close(grad, times / (times @ times))
+
+
+def test_an_answer_that_is_doubted_may_be_that_of_a_kink():
+    x = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    fit = bl.argmin(lambda y: (y - x).square() / 2 + y.abs(), torch.tensor(0.3, dtype=torch.float64))
+    with pytest.warns(bl.SolveWarning, match="kink.*ProximalGradient"):
+        fit.value.backward()
+
+
 @pytest.mark.parametrize(
     ("linear", "advice"),
     [

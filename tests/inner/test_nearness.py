@@ -210,8 +210,44 @@ class TestMinimisers:
         with pytest.warns(bl.SolveWarning, match="less accurate"):
             gradient(fit.value.sum(), x)
 
+    @pytest.mark.parametrize("solver", [None, bl.NewtonCG(), bl.LBFGS(callback=bl.History())], ids=repr)
+    def test_params_far_from_their_origin(self, solver):
+        """The frequency of a peak in Hz: a step of a billionth of it is a thousandth of the width, which counts."""
+        origin, times = 2.4e9, torch.linspace(-3e3, 3e3, 100, dtype=torch.float64)
+        heights = torch.exp(-(((times - 120) / 1e3) ** 2)) + 0.05 * torch.sin(torch.arange(100).double())
+
+        def solve(origin):
+            x = heights.clone().requires_grad_()
+            fit = bl.argmin(
+                lambda y: (torch.exp(-(((times + origin - y) / 1e3) ** 2)) - x).square().sum(),
+                torch.tensor(origin + 600.0, dtype=torch.float64),
+                solver=solver,
+            )
+            return gradient(fit.value, x)
+
+        assert relative(solve(origin), solve(0.0)) < 1e-6
+
 
 class TestSystems:
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("unit", [1.0, 1e6, 1e9])
+    def test_unknowns_of_other_units_do_not_hide_each_other(self, unit, dtype):
+        x, start = torch.tensor(2.0, dtype=dtype, requires_grad=True), torch.zeros(2, dtype=dtype)
+        unit = min(unit, 1e6) if dtype == torch.float32 else unit
+        for weight in (1.0, 1 / unit):
+            fit = bl.root(lambda y, w=weight: torch.stack([w * (y[0] - unit), y[1].exp() - x]), start, throw="raise")
+            assert relative(gradient(fit.value[1], x), 0.5) < PROMISED[dtype]
+        fit = bl.fixed_point(lambda y: torch.stack([y[0] / 2 + unit, 0.45 * x * y[1].cos()]), start, throw="raise")
+        y = float(fit.value[1])
+        exact = 0.45 * math.cos(y) / (1 + 0.9 * math.sin(y))
+        assert y == pytest.approx(0.9 * math.cos(y), rel=PROMISED[dtype])
+        assert relative(gradient(fit.value[1], x), exact) < PROMISED[dtype]
+
+    def test_an_unknown_far_from_its_origin(self):
+        x = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+        fit = bl.root(lambda y: torch.exp(y - 1e8) - x, torch.tensor(1e8, dtype=torch.float64), throw="raise")
+        assert relative(gradient(fit.value, x), 0.5) < 1e-6
+
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("x", [1e-22, 1e-11, 1.0, 1e8])
     @pytest.mark.parametrize("start", [1e-5, 1.0, 1e3])
@@ -268,6 +304,11 @@ class TestSystems:
         for solve, fn in ((bl.root, lambda y: y.exp() - 2), (bl.fixed_point, lambda y: (y + 2 / y) / 2)):
             first = solve(fn, torch.tensor(1.0, dtype=torch.float64))
             assert solve(fn, first.value).stats["num_steps"] == 0
+        torch.manual_seed(0)
+        weights, bias = torch.randn(40, 40).double() / 16, torch.randn(40).double()
+        first = bl.fixed_point(lambda y: torch.tanh(weights @ y + bias), torch.zeros(40).double())
+        again = bl.fixed_point(lambda y: torch.tanh(weights @ y + bias), first.value)
+        assert (first.result, int(again.stats["num_steps"])) == (bl.Result.CONVERGED, 0)
 
 
 @pytest.mark.parametrize("solver", [None, bl.NewtonCG()])

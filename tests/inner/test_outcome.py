@@ -1,7 +1,10 @@
 """What an inner solver that failed is told by name: saddles, losses without a minimum, random objectives."""
 
+import itertools
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -95,6 +98,92 @@ def test_a_random_objective_is_named():
 
     with pytest.warns(bl.SolveWarning, match="random \\(dropout"):
         bl.argmin(inner, dict(net.named_parameters()), hypergrad=None)
+
+
+@pytest.mark.parametrize("draw", ["torch", "numpy", "python"])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        bl.GradientDescent(0.05, 20),
+        bl.Steps(bl.SGD(lr=0.05), max_steps=20),
+        bl.TorchOptim(torch.optim.Adam, lr=0.02, max_steps=20),
+    ],
+    ids=["descent", "steps", "adam"],
+)
+def test_a_random_objective_is_named_after_a_fixed_number_of_steps(solver, draw):
+    torch.manual_seed(0)
+    a, x = torch.randn(40, 5, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    draws = {
+        "torch": lambda: torch.randint(40, (8,)).tolist(),
+        "numpy": lambda: np.random.choice(40, 8).tolist(),  # noqa: NPY002 (as users do)
+        "python": lambda: random.sample(range(40), 8),
+    }
+
+    def inner(w):
+        return (a[draws[draw]()] @ w - 1).square().mean() + x * w.square().sum()
+
+    with pytest.warns(bl.SolveWarning, match="random \\(dropout"):
+        bl.argmin(inner, torch.zeros(5).double(), solver=solver)
+    bl.argmin(inner, torch.zeros(5).double(), solver=solver, hypergrad=None)  # training alone may be random
+    if not isinstance(solver, bl.TorchOptim):
+        bl.argmin(inner, torch.zeros(5).double(), solver=solver, hypergrad=bl.Unroll())  # as may a path
+
+
+def test_an_objective_with_batches_of_its_own_is_named():
+    torch.manual_seed(0)
+    a, x = torch.randn(48, 3, dtype=torch.float64), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    batches, own = itertools.cycle(a.split(8)), torch.Generator().manual_seed(0)
+
+    def iterates(w):
+        return (next(batches) @ w - 1).square().mean() + x * w.square().sum()
+
+    def draws(w):
+        return (a[torch.randint(48, (8,), generator=own)] @ w - 1).square().mean() + x * w.square().sum()
+
+    for inner in (iterates, draws):
+        with pytest.warns(bl.SolveWarning, match="random \\(dropout"):
+            bl.argmin(inner, torch.zeros(3).double(), solver=bl.GradientDescent(0.05, 20))
+
+
+@pytest.mark.parametrize("linear", [bl.CG(), bl.MINRES(), bl.Cholesky(), bl.LU()], ids=repr)
+def test_problems_of_a_batch_that_depend_on_each_other_are_told(linear):
+    """A sum that was forgotten: the blocks of the Hessian that a batch has say nothing of the others."""
+    torch.manual_seed(1)
+    matrix = torch.rand(4, 4).double() + 3 * torch.eye(4).double()
+    b, start = torch.rand(4).double().requires_grad_(), torch.zeros(4).double()
+
+    def inner(y):
+        return (matrix @ y - b).square()
+
+    with pytest.warns(bl.SolveWarning, match="inner solve.*depend on each other"):
+        bl.argmin(inner, start, hypergrad=bl.Implicit(linear))
+    fit = bl.argmin(inner, start, solver=bl.GradientDescent(0.02, 1000), hypergrad=bl.Implicit(linear))
+    with pytest.warns(bl.SolveWarning, match="adjoint solve.*depend on each other"):
+        fit.value.sum().backward()
+    fit = bl.argmin(lambda y: inner(y).sum(), start, hypergrad=bl.Implicit(linear))
+    (grad,) = torch.autograd.grad(fit.value.sum(), b)
+    torch.testing.assert_close(grad, torch.linalg.inv(matrix).sum(0))
+
+
+def test_a_kink_is_named():
+    torch.manual_seed(0)
+    data = torch.randn(10, 2, dtype=torch.float64)
+
+    def hinge(w):
+        return torch.relu(1 - data[:, 0].sign() * (data @ w)).mean() + 0.1 * w.square().sum()
+
+    def wall(y):
+        return torch.where(y.sum() > 0.5, torch.inf, (y - 1).square().sum())
+
+    for inner in (hinge, wall):
+        with pytest.warns(bl.SolveWarning, match="slope of the loss jumps"):
+            bl.argmin(inner, torch.zeros(2, dtype=torch.float64), hypergrad=None)
+
+
+def test_a_gradient_that_is_not_finite_at_the_start_is_named():
+    data = torch.tensor([[1.0, 2.0], [3.0, torch.nan]])
+    with pytest.raises(bl.SolveError, match="its gradient is not"):
+        bl.argmin(lambda y: torch.nansum((data * y - 1).square()) + y.square().sum(), torch.zeros(2))
 
 
 def network(inputs=4, hidden=16, examples=64):

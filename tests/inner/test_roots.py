@@ -199,3 +199,18 @@ def test_a_singular_jacobian_is_no_root(start):
     with pytest.warns(bl.SolveWarning):
         fit = bl.root(lambda y: y**2 + 1, torch.tensor([start], dtype=torch.float64))
     assert fit.result is bl.Result.STAGNATED
+
+
+@pytest.mark.parametrize("start", [3.0, 1e3])
+def test_a_root_without_a_derivative_is_told(start):
+    """Where two roots meet, dy/dx is infinite: Newton halves its distance there, whose rounding made it 1e8."""
+    x = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(bl.SolveWarning, match="double root"):
+        fit = bl.root(lambda y: (y - 1).square() - x, torch.tensor(start, dtype=torch.float64))
+    assert fit.result is bl.Result.STAGNATED
+
+
+def test_problems_of_a_batch_that_depend_on_each_other_are_told():
+    matrix = torch.tensor([[1.3, 0.5, 0.1], [0.2, 1.3, 0.3], [0.4, 0.1, 1.3]]).double()
+    with pytest.warns(bl.SolveWarning, match="depend on each other"):
+        bl.root(lambda y: matrix @ y + y**3 - 1, torch.zeros(3).double(), batched=True)
