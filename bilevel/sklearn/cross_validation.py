@@ -12,7 +12,7 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from ..notices import tell
-from .folds import Folds
+from .folds import Folds, on_cpu
 from .models import Predict
 from .space import Space
 
@@ -55,18 +55,23 @@ class CrossValidation:
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         if self.history and np.array_equal(self.history[-1].x, x):
             return float(self.history[-1].test_losses.mean()), self.history[-1].gradient
+        found = self.evaluate(x)
+        self.history.append(found)
+        self.heard(found)
+        return float(found.test_losses.mean()), found.gradient
+
+    @on_cpu()
+    def evaluate(self, x: np.ndarray) -> Evaluation:
+        """The loss and its hypergradient at x, not remembered."""
         begin = time.perf_counter()
         point = torch.tensor(x, dtype=torch.float64, requires_grad=True)
         predictions = self.predict({**self.constants, **self.space.tensors(point)})
         losses = self.folds.losses(predictions, self.folds.test)
         (gradient,) = torch.autograd.grad(losses.mean(), point)
         with torch.no_grad():
-            train_losses = self.folds.losses(predictions, self.folds.train)
+            train_losses = self.folds.losses(predictions, self.folds.seen)
         seconds = time.perf_counter() - begin
-        found = Evaluation(x.copy(), losses.detach().numpy(), train_losses.numpy(), gradient.numpy(), seconds)
-        self.history.append(found)
-        self.heard(found)
-        return float(found.test_losses.mean()), found.gradient
+        return Evaluation(x.copy(), losses.detach().numpy(), train_losses.numpy(), gradient.numpy(), seconds)
 
     def minimize(self, start: np.ndarray, max_iter: int, tol: float) -> int:
         """L-BFGS-B within the bounds; the number of its steps.

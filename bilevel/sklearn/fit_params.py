@@ -13,7 +13,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.metadata_routing import get_routing_for_object, process_routing
 from sklearn.utils.validation import _check_sample_weight, has_fit_parameter
 
-from .folds import Folds, take_apart
+from .folds import Folds, check_classes, take_apart
 
 
 def divide(estimator: BaseEstimator, params: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -68,7 +68,11 @@ def checked(weight: Any, n: int) -> np.ndarray | None:
 
 
 def weigh_classes(folds: Folds, class_weight: Any, classes: np.ndarray) -> None:
-    """Multiply the training weights of each fold by those of the classes, as the model's `fit` does."""
+    """Multiply the training weights of each fold by those of the classes, as the model's `fit` does.
+
+    Raises:
+        ValueError: the objective has no minimum with them: one is negative, or a class of a fold counts for nothing.
+    """
     if class_weight is None:
         return
     codes = folds.targets.numpy()
@@ -77,4 +81,8 @@ def weigh_classes(folds: Folds, class_weight: Any, classes: np.ndarray) -> None:
         extra = {"y": classes[codes[inside]], "sample_weight": weights[inside]}
         if "sample_weight" not in inspect.signature(compute_class_weight).parameters:  # before scikit-learn 1.7
             del extra["sample_weight"]
-        weights *= compute_class_weight(class_weight, classes=classes, **extra)[codes]
+        by_class = compute_class_weight(class_weight, classes=classes, **extra)
+        if (by_class < 0).any():
+            raise ValueError(f"class_weight is {class_weight!r}: with negative weights the objective has no minimum.")
+        weights *= by_class[codes]
+    check_classes(folds.train.numpy(), codes, classes, "class_weight")
