@@ -19,6 +19,9 @@ from .space import Space
 LINE_SEARCH = 8
 """Evaluations along one direction at most: where the loss has kinks, more find nothing."""
 
+PLACES = 5
+"""Places across the bounds that are looked at where the loss is flat at the first start."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -79,6 +82,7 @@ class CrossValidation:
         Warns:
             ConvergenceWarning: ``max_iter`` was reached.
         """
+        start = self.alive(start, tol)
         _, gradient = self(start)
         # Within bounds L-BFGS-B's first step is the gradient itself: scaled, it is about one in each coordinate.
         scale = np.sqrt(len(start)) / (float(np.linalg.norm(gradient)) or 1.0)
@@ -104,6 +108,19 @@ class CrossValidation:
             message = f"The search made {found.nit} steps (max_iter) without converging. Raise max_iter or tol."
             tell(message, ConvergenceWarning)
         return int(found.nit)
+
+    def alive(self, start: np.ndarray, tol: float) -> np.ndarray:
+        """The start, or the best place of a few across the bounds where the loss is flat at the first start.
+
+        Such is a Lasso whose penalty leaves no feature, or a kernel so narrow that no example knows another.
+        """
+        self(start)
+        if len(self.history) > 1 or self.norm(self.history[0]) >= tol:
+            return start
+        low, high = self.space.bounds()
+        for share in np.linspace(0, 1, PLACES):
+            self(low + share * (high - low))
+        return min(self.history, key=lambda e: np.nan_to_num(e.test_losses.mean(), nan=np.inf)).x
 
     def norm(self, evaluation: Evaluation) -> float:
         """Norm of the projected hypergradient there, with the loss measured in that of the best constant."""

@@ -61,7 +61,8 @@ class BilevelSearchCV(BaseSearchCV):
         max_iter: steps of L-BFGS-B at most, for each start.
         tol: stop where the largest entry of the projected hypergradient is below it, with the loss measured in that of
             the best constant prediction; or where a step lowers the loss by less than ``tol / 100``.
-        n_starts: the first start is at the estimator's own values, moved into the bounds; others are random.
+        n_starts: the first start is at the estimator's own values, moved into the bounds, or at the best of five
+            places across them where the loss is flat there; others are random.
         random_state: of the random starts.
 
     Attributes:

@@ -29,12 +29,14 @@ class LogisticTwin:
     def __init__(self, folds: Folds, fit_intercept: bool):
         self.folds = folds
         ones = torch.ones_like(folds.features[..., :1])
-        # The intercept takes up the means, and the weights the scales: features may be far from 0, and of any units.
+        rows = 1 if folds.num_classes == 2 else folds.num_classes
+        self.small = rows * (folds.num_features + fit_intercept) <= MOST_UNKNOWNS
+        # The intercept takes up the means, and for Newton's steps the weights take up the scales: features may be far
+        # from zero, and in any units. L-BFGS is better off without: the penalty of rare features would be stiff.
         x = folds.features - folds.features.mean(-2, keepdim=True) if fit_intercept else folds.features
         largest = x.abs().amax((0, 1))
-        self.scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+        self.scale = torch.where((largest > 0) & self.small, largest, torch.ones_like(largest))
         self.x = torch.cat([x / self.scale, ones], -1) if fit_intercept else x / self.scale
-        rows = 1 if folds.num_classes == 2 else folds.num_classes
         self.start = self.x.new_zeros(len(folds.train), rows * self.x.shape[-1])
         self.gauge = fit_intercept and rows > 1
         self.free = self.x.new_zeros(int(fit_intercept))
@@ -52,7 +54,7 @@ class LogisticTwin:
             return fit + ((each * by_class.square()).sum((-2, -1)) + shift) / 2
 
         solver: External | LBFGS
-        if self.start.shape[-1] <= MOST_UNKNOWNS:
+        if self.small:
             minimum, factor = self._newton(objective, each.detach())
             solver, linear = (
                 External(lambda loss, start: minimum, gtol=1e-5),
