@@ -22,7 +22,7 @@ from sklearn.utils.validation import _check_method_params
 
 from .callbacks import one_task
 from .cross_validation import CrossValidation, Evaluation
-from .fit_params import checked, divide, weigh_classes
+from .fit_params import checked, divide, score_weight_of, weigh_classes
 from .folds import Split, features_of, make_folds, on_cpu, take_apart
 from .models import hyperparameters, searchable
 from .space import make_space
@@ -39,7 +39,7 @@ class BilevelSearchCV(BaseSearchCV):
 
     The loss is the squared error for regressors and the log loss for classifiers. The derivative of ``model_k(h)`` is
     that of the implicit function theorem (Bengio 2000), the outer optimizer SciPy's L-BFGS-B within the bounds, on the
-    logarithms of positive hyperparameters.
+    logarithms of positive hyperparameters. scikit-learn's callbacks (``set_callbacks``) see a search as one task.
 
     Args:
         estimator: `Ridge`, `LogisticRegression`, `KernelRidge`, `SVR`, `ElasticNet`, `Lasso` of scikit-learn,
@@ -135,7 +135,8 @@ class BilevelSearchCV(BaseSearchCV):
         self._get_scorers()  # what is wrong is told before anything is computed
         X, y = indexable(X, y)
         params = _check_method_params(X, params)
-        targets, classes = self._targets(y)
+        with sklearn.config_context(array_api_dispatch=False):  # the search computes in NumPy and PyTorch
+            targets, classes = self._targets(y)
         routed = self._get_routed_params_for_fit(params)
         splitter = check_cv(self.cv, y, classifier=classes is not None)
         splits = [(train, test) for train, test in splitter.split(X, y, **routed.splitter.split)]
@@ -162,7 +163,7 @@ class BilevelSearchCV(BaseSearchCV):
         before, model, prefix = take_apart(self.estimator)
         entry = searchable(model)
         before_params, weight = divide(self.estimator, routed.estimator.fit)
-        score_weight = routed.scorer.score.get("sample_weight")
+        score_weight = score_weight_of(self.estimator if self.scoring is None else None, routed.scorer.score)
         features = features_of(before, model, X, y, splits, before_params, self.n_jobs)
         n = len(targets)
         with on_cpu():

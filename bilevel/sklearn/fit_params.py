@@ -45,6 +45,19 @@ def divide(estimator: BaseEstimator, params: Mapping[str, Any]) -> tuple[dict[st
     return {k: v for k, v in params.items() if not k.startswith(prefix)}, weights_of(model, own)
 
 
+def score_weight_of(estimator: BaseEstimator | None, params: Mapping[str, Any]) -> Any:
+    """The weights of the examples in the scores, or None.
+
+    Args:
+        estimator: whose own `score` it is, if any's.
+        params: as that `score` takes them: of a pipeline under the names that its steps asked for.
+    """
+    prefix = take_apart(estimator)[2]
+    if prefix and params and sklearn.get_config()["enable_metadata_routing"]:
+        params = process_routing(estimator, "score", **params)[prefix.removesuffix("__")].score
+    return params.get("sample_weight")
+
+
 def weights_of(model: BaseEstimator, params: Mapping[str, Any]) -> np.ndarray | None:
     """``sample_weight``, the one fit parameter that models with hypergradients have, or None."""
     unknown = sorted(set(params) - {"sample_weight"})
@@ -61,7 +74,8 @@ def checked(weight: Any, n: int) -> np.ndarray | None:
     """
     if weight is None:
         return None
-    weights: np.ndarray = _check_sample_weight(weight, np.empty((n, 1)), dtype=np.float64)
+    with sklearn.config_context(array_api_dispatch=False):
+        weights: np.ndarray = _check_sample_weight(weight, np.empty((n, 1)), dtype=np.float64)
     if (weights < 0).any():
         raise ValueError("sample_weight has negative entries: the training objective has no minimum then.")
     return weights

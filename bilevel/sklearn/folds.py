@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn import config_context
 from sklearn.base import BaseEstimator, clone
 from sklearn.pipeline import Pipeline
 from sklearn.utils import _safe_indexing, check_array
@@ -176,7 +177,8 @@ def features_of(
 
 def dense(X: Any, model: BaseEstimator) -> np.ndarray:
     """Features as the model's own `fit` takes them, float64 ``[n, d]``."""
-    checked: np.ndarray = check_array(X, dtype=np.float64, estimator=model, input_name="X", ensure_min_samples=2)
+    with config_context(array_api_dispatch=False):  # tensors of PyTorch too
+        checked: np.ndarray = check_array(X, dtype=np.float64, estimator=model, input_name="X", ensure_min_samples=2)
     return checked
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import sklearn
+import torch
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer, load_diabetes, make_classification, make_friedman1
@@ -16,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.impute import SimpleImputer
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
-from sklearn.metrics import log_loss, mean_squared_error
+from sklearn.metrics import get_scorer, log_loss, mean_squared_error
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler, TargetEncoder
@@ -330,6 +331,30 @@ def test_metadata_routing():
     plain.fit(x, y, standardscaler__sample_weight=w, ridge__sample_weight=w)
     assert routed.best_params_ == plain.best_params_
     assert routed.best_score_ == plain.best_score_
+
+
+def test_metadata_under_other_names():
+    x, y = data("regression")
+    w = np.random.default_rng(0).uniform(0.1, 3, len(y))
+    given = {"scaled": w, "fitted": w**2, "scored": w**0.5}
+    with sklearn.config_context(enable_metadata_routing=True):
+        model = Ridge().set_fit_request(sample_weight="fitted").set_score_request(sample_weight="scored")
+        pipeline = make_pipeline(StandardScaler().set_fit_request(sample_weight="scaled"), model)
+        search = BilevelSearchCV(pipeline, {"ridge__alpha": (1e-3, 1e3)}, cv=3).fit(x, y, **given)
+        scorer = get_scorer("neg_mean_squared_error").set_score_request(sample_weight="scored")
+        place = {"ridge__alpha": [search.best_params_["ridge__alpha"]]}
+        grid = GridSearchCV(pipeline, place, cv=3, scoring=scorer).fit(x, y, **given)
+    assert search.best_score_ == pytest.approx(grid.best_score_, rel=1e-9)
+
+
+def test_arrays_of_pytorch(monkeypatch):
+    monkeypatch.setenv("SCIPY_ARRAY_API", "1")
+    x, y = data("regression")
+    plain = BilevelSearchCV(Ridge(solver="svd"), ALPHAS, cv=3).fit(x, y, sample_weight=np.ones(len(y)))
+    with sklearn.config_context(array_api_dispatch=True):
+        search = clone(plain).fit(*map(torch.from_numpy, (x, y)), sample_weight=torch.ones(len(y)))
+        assert isinstance(search.predict(torch.from_numpy(x)), torch.Tensor)
+    np.testing.assert_array_equal(search.path_, plain.path_)
 
 
 class Seeded(KFold):
