@@ -131,7 +131,8 @@ class BilevelSearchCV(BaseSearchCV):
             ValueError, TypeError: bad data or settings; the message names them.
         """
         self.check_settings()
-        searchable(take_apart(self.estimator)[1])
+        validate(self)
+        self._check_estimator()
         self._get_scorers()  # what is wrong is told before anything is computed
         X, y = indexable(X, y)
         params = _check_method_params(X, params)
@@ -192,20 +193,26 @@ class BilevelSearchCV(BaseSearchCV):
         """Check the settings of the search itself; `fit` does it too.
 
         Raises:
-            ValueError, TypeError: naming the setting.
+            ValueError: naming the setting.
         """
-        validate(self)
-        estimator = clone(self.estimator)  # a class is refused
-        if isinstance(estimator, Pipeline):
-            if not estimator.steps:
-                raise ValueError("The pipeline is empty: its last step is to be the model.")
-            estimator._validate_steps()
         if not isinstance(self.max_iter, int | np.integer) or self.max_iter < 1:
             raise ValueError(f"max_iter is {self.max_iter!r}: a whole number, at least 1, is needed.")
         if not isinstance(self.n_starts, int | np.integer) or self.n_starts < 1:
             raise ValueError(f"n_starts is {self.n_starts!r}: a whole number, at least 1, is needed.")
         if not isinstance(self.tol, Real) or not self.tol > 0:
             raise ValueError(f"tol is {self.tol!r}: a positive number is needed.")
+
+    def _check_estimator(self) -> None:
+        """
+        Raises:
+            ValueError, TypeError: it cannot be searched.
+        """
+        estimator = clone(self.estimator)  # a class is refused
+        if isinstance(estimator, Pipeline):
+            if not estimator.steps:
+                raise ValueError("The pipeline is empty: its last step is to be the model.")
+            estimator._validate_steps()
+        searchable(take_apart(estimator)[1])
 
     def _targets(self, y: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """Numbers and None; or classes counted from 0, and their labels."""
