@@ -165,7 +165,7 @@ class BilevelSearchCV(BaseSearchCV):
         entry = searchable(model)
         before_params, weight = divide(self.estimator, routed.estimator.fit)
         score_weight = score_weight_of(self.estimator if self.scoring is None else None, routed.scorer.score)
-        features = features_of(before, model, X, y, splits, before_params, self.n_jobs)
+        features = features_of(before, model, X, y, splits, before_params, self.n_jobs, self.pre_dispatch)
         n = len(targets)
         with on_cpu():
             folds = make_folds(features, targets, classes, splits, checked(weight, n), checked(score_weight, n))

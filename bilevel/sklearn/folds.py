@@ -152,8 +152,9 @@ def features_of(
     splits: Sequence[Split],
     params: Mapping[str, Any],
     n_jobs: int | None = None,
+    pre_dispatch: int | str = "2*n_jobs",
 ) -> list[np.ndarray]:
-    """Fit the preprocessing on the training part of each fold, and transform all examples by it.
+    """Fit the preprocessing on the training part of each fold, and transform its held-out part by it.
 
     Args:
         before: the steps before the model; None: the examples are features already.
@@ -161,16 +162,17 @@ def features_of(
         params: of the fits of ``before``; those with an entry for each example are split like the examples.
 
     Returns:
-        ``[n, d]`` of each fold, or of all where there is nothing before the model.
+        ``[n, d]`` of each fold, zeros where it has not drawn an example; or of all where there is nothing before the
+        model.
 
     Raises:
-        ValueError: the model is given what is no finite number.
+        ValueError: the model is given what is no finite number, or not one row for each example.
     """
     if before is None:
         return [dense(X, model)]
-    versions = Parallel(n_jobs=n_jobs)(
-        delayed(transformed)(clone(before), X, y, train, _check_method_params(X, params, indices=train))
-        for train, _ in splits
+    versions = Parallel(n_jobs=n_jobs, pre_dispatch=pre_dispatch)(
+        delayed(transformed)(clone(before), X, y, split, _check_method_params(X, params, indices=split[0]))
+        for split in splits
     )
     return [dense(version, model) for version in versions]
 
@@ -182,11 +184,16 @@ def dense(X: Any, model: BaseEstimator) -> np.ndarray:
     return checked
 
 
-def transformed(before: Pipeline, X: Any, y: Any, train: np.ndarray, params: Mapping[str, Any]) -> np.ndarray:
-    """All examples. Those of the training part go through ``fit_transform``, as in a pipeline's own fit."""
-    inside = before.fit_transform(_safe_indexing(X, train), _safe_indexing(y, train), **params)
-    found = numbers(before.transform(X))
-    found[train] = numbers(inside)
+def transformed(before: Pipeline, X: Any, y: Any, split: Split, params: Mapping[str, Any]) -> np.ndarray:
+    """The examples of a fold, each part by itself, as in a pipeline's own fit and prediction."""
+    train, test = split
+    inside = numbers(before.fit_transform(_safe_indexing(X, train), _safe_indexing(y, train), **params))
+    outside = numbers(before.transform(_safe_indexing(X, test)))
+    every = np.arange(len(y))
+    if (len(inside), len(outside)) != (len(every[train]), len(every[test])):
+        raise ValueError("The steps before the model change the number of examples: a row for each is needed.")
+    found = np.zeros((len(y), inside.shape[1]))
+    found[test], found[train] = outside, inside
     return found
 
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
+from sklearn.model_selection import GridSearchCV, KFold, ShuffleSplit
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVR
 
 from bilevel.sklearn import BilevelSearchCV
@@ -28,6 +31,29 @@ def test_it_does_not_matter_where_a_search_is_called(name, place):
     with place():
         there = BilevelSearchCV(model, space, cv=3).fit(x, y)
     np.testing.assert_array_equal(there.path_, plain.path_)
+
+
+@pytest.mark.parametrize("cv", [KFold(4), ShuffleSplit(3, test_size=0.3, random_state=0)], ids=["all", "some"])
+def test_each_part_of_a_fold_is_transformed_by_itself(cv):
+    """A function of the whole table that it is given, as users write them, sees what it sees in a grid search."""
+    x, y = data("regression")
+    centred = FunctionTransformer(lambda table: (table - table.mean(0)) / table.std(0))
+    pipeline, space = make_pipeline(centred, Ridge()), {"ridge__alpha": (1e-2, 1e2)}
+    search = BilevelSearchCV(pipeline, space, cv=cv).fit(x, y)
+    place = {"ridge__alpha": [search.best_params_["ridge__alpha"]]}
+    grid = GridSearchCV(pipeline, place, cv=cv, scoring="neg_mean_squared_error").fit(x, y)
+    assert search.best_score_ == pytest.approx(grid.best_score_, rel=1e-9)
+
+
+class Dropping(StandardScaler):
+    def fit_transform(self, X, y=None):
+        return super().fit_transform(X)[1:]
+
+
+def test_steps_that_drop_examples_are_told():
+    x, y = data("regression")
+    with pytest.raises(ValueError, match="change the number of examples"):
+        BilevelSearchCV(make_pipeline(Dropping(), Ridge()), {"ridge__alpha": (1e-2, 1e2)}).fit(x, y)
 
 
 def test_no_split_is_told():
