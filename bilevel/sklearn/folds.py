@@ -166,7 +166,8 @@ def features_of(
         model.
 
     Raises:
-        ValueError: the model is given what is no finite number, or not one row for each example.
+        ValueError: the model is given what is no finite number, or not one row for each example, or other
+            columns for held-out examples.
     """
     if before is None:
         return [dense(X, model)]
@@ -187,8 +188,14 @@ def dense(X: Any, model: BaseEstimator) -> np.ndarray:
 def transformed(before: Pipeline, X: Any, y: Any, split: Split, params: Mapping[str, Any]) -> np.ndarray:
     """The examples of a fold, each part by itself, as in a pipeline's own fit and prediction."""
     train, test = split
-    inside = numbers(before.fit_transform(_safe_indexing(X, train), _safe_indexing(y, train), **params))
-    outside = numbers(before.transform(_safe_indexing(X, test)))
+    learned = before.fit_transform(_safe_indexing(X, train), _safe_indexing(y, train), **params)
+    told = before.transform(_safe_indexing(X, test))
+    inside, outside = numbers(learned), numbers(told)
+    if inside.shape[1:] != outside.shape[1:] or [*getattr(learned, "columns", ())] != [*getattr(told, "columns", ())]:
+        raise ValueError(
+            "The steps before the model give other columns for the held-out part of a fold than for its training part: "
+            "take steps that remember what they were fitted on, such as OneHotEncoder(handle_unknown='ignore')."
+        )
     every = np.arange(len(y))
     if (len(inside), len(outside)) != (len(every[train]), len(every[test])):
         raise ValueError("The steps before the model change the number of examples: a row for each is needed.")

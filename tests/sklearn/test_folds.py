@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
@@ -43,6 +44,16 @@ def test_each_part_of_a_fold_is_transformed_by_itself(cv):
     place = {"ridge__alpha": [search.best_params_["ridge__alpha"]]}
     grid = GridSearchCV(pipeline, place, cv=cv, scoring="neg_mean_squared_error").fit(x, y)
     assert search.best_score_ == pytest.approx(grid.best_score_, rel=1e-9)
+
+
+@pytest.mark.parametrize("words", ["aabbcc", "abacbc"], ids=["another number", "another name"])
+def test_other_columns_for_held_out_examples_are_told(words):
+    _, y = data("regression")
+    table = pd.DataFrame({"word": np.repeat(list(words), len(y) // len(words))})
+    pipeline = make_pipeline(FunctionTransformer(pd.get_dummies), Ridge())
+    cv = [(np.arange(30), np.arange(30, 90))] if words == "aabbcc" else [(np.arange(30), np.arange(60, 90))]
+    with pytest.raises(ValueError, match="other columns for the held-out part"):
+        BilevelSearchCV(pipeline, {"ridge__alpha": (1e-2, 1e2)}, cv=cv).fit(table, y)
 
 
 class Dropping(StandardScaler):
