@@ -12,12 +12,15 @@ import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from ..notices import tell
-from .folds import Folds
+from .folds import Folds, on_cpu
 from .models import Predict
 from .space import Space
 
 LINE_SEARCH = 8
 """Evaluations along one direction at most: where the loss has kinks, more find nothing."""
+
+PLACES = 5
+"""Places across the bounds that are looked at where the loss is flat at the first start."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +58,23 @@ class CrossValidation:
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         if self.history and np.array_equal(self.history[-1].x, x):
             return float(self.history[-1].test_losses.mean()), self.history[-1].gradient
+        found = self.evaluate(x)
+        self.history.append(found)
+        self.heard(found)
+        return float(found.test_losses.mean()), found.gradient
+
+    @on_cpu()
+    def evaluate(self, x: np.ndarray) -> Evaluation:
+        """The loss and its hypergradient at x, not remembered."""
         begin = time.perf_counter()
         point = torch.tensor(x, dtype=torch.float64, requires_grad=True)
         predictions = self.predict({**self.constants, **self.space.tensors(point)})
         losses = self.folds.losses(predictions, self.folds.test)
         (gradient,) = torch.autograd.grad(losses.mean(), point)
         with torch.no_grad():
-            train_losses = self.folds.losses(predictions, self.folds.train)
+            train_losses = self.folds.losses(predictions, self.folds.seen)
         seconds = time.perf_counter() - begin
-        found = Evaluation(x.copy(), losses.detach().numpy(), train_losses.numpy(), gradient.numpy(), seconds)
-        self.history.append(found)
-        self.heard(found)
-        return float(found.test_losses.mean()), found.gradient
+        return Evaluation(x.copy(), losses.detach().numpy(), train_losses.numpy(), gradient.numpy(), seconds)
 
     def minimize(self, start: np.ndarray, max_iter: int, tol: float) -> int:
         """L-BFGS-B within the bounds; the number of its steps.
@@ -74,6 +82,7 @@ class CrossValidation:
         Warns:
             ConvergenceWarning: ``max_iter`` was reached.
         """
+        start = self.alive(start, tol)
         _, gradient = self(start)
         # Within bounds L-BFGS-B's first step is the gradient itself: scaled, it is about one in each coordinate.
         scale = np.sqrt(len(start)) / (float(np.linalg.norm(gradient)) or 1.0)
@@ -99,6 +108,19 @@ class CrossValidation:
             message = f"The search made {found.nit} steps (max_iter) without converging. Raise max_iter or tol."
             tell(message, ConvergenceWarning)
         return int(found.nit)
+
+    def alive(self, start: np.ndarray, tol: float) -> np.ndarray:
+        """The start, or the best place of a few across the bounds where the loss is flat at the first start.
+
+        Such is a Lasso whose penalty leaves no feature, or a kernel so narrow that no example knows another.
+        """
+        self(start)
+        if len(self.history) > 1 or self.norm(self.history[0]) >= tol:
+            return start
+        low, high = self.space.bounds()
+        for share in np.linspace(0, 1, PLACES):
+            self(low + share * (high - low))
+        return min(self.history, key=lambda e: np.nan_to_num(e.test_losses.mean(), nan=np.inf)).x
 
     def norm(self, evaluation: Evaluation) -> float:
         """Norm of the projected hypergradient there, with the loss measured in that of the best constant."""

@@ -8,19 +8,22 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+import sklearn
 import torch
-from sklearn.base import clone, is_classifier
+from sklearn.base import BaseEstimator, clone, is_classifier
 from sklearn.metrics import check_scoring
 from sklearn.model_selection import GridSearchCV, check_cv
 from sklearn.model_selection._search import BaseSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.utils import assert_all_finite, check_array, check_random_state, column_or_1d, indexable
+from sklearn.utils.metadata_routing import get_routing_for_object
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import _check_method_params
 
+from .callbacks import one_task
 from .cross_validation import CrossValidation, Evaluation
-from .fit_params import checked, divide, weigh_classes
-from .folds import Split, features_of, make_folds, take_apart
+from .fit_params import checked, divide, score_weight_of, weigh_classes
+from .folds import Split, features_of, make_folds, on_cpu, take_apart
 from .models import hyperparameters, searchable
 from .space import make_space
 
@@ -36,7 +39,7 @@ class BilevelSearchCV(BaseSearchCV):
 
     The loss is the squared error for regressors and the log loss for classifiers. The derivative of ``model_k(h)`` is
     that of the implicit function theorem (Bengio 2000), the outer optimizer SciPy's L-BFGS-B within the bounds, on the
-    logarithms of positive hyperparameters.
+    logarithms of positive hyperparameters. scikit-learn's callbacks (``set_callbacks``) see a search as one task.
 
     Args:
         estimator: `Ridge`, `LogisticRegression`, `KernelRidge`, `SVR`, `ElasticNet`, `Lasso` of scikit-learn,
@@ -58,7 +61,8 @@ class BilevelSearchCV(BaseSearchCV):
         max_iter: steps of L-BFGS-B at most, for each start.
         tol: stop where the largest entry of the projected hypergradient is below it, with the loss measured in that of
             the best constant prediction; or where a step lowers the loss by less than ``tol / 100``.
-        n_starts: the first start is at the estimator's own values, moved into the bounds; others are random.
+        n_starts: the first start is at the estimator's own values, moved into the bounds, or at the best of five
+            places across them where the loss is flat there; others are random.
         random_state: of the random starts.
 
     Attributes:
@@ -112,6 +116,7 @@ class BilevelSearchCV(BaseSearchCV):
         self.n_starts = n_starts
         self.random_state = random_state
 
+    @one_task
     def fit(self, X: Any, y: Any = None, **params: Any) -> BilevelSearchCV:
         """Search, then fit the best estimator on all data.
 
@@ -126,11 +131,13 @@ class BilevelSearchCV(BaseSearchCV):
             ValueError, TypeError: bad data or settings; the message names them.
         """
         self.check_settings()
-        searchable(take_apart(self.estimator)[1])
+        validate(self)
+        self._check_estimator()
         self._get_scorers()  # what is wrong is told before anything is computed
         X, y = indexable(X, y)
         params = _check_method_params(X, params)
-        targets, classes = self._targets(y)
+        with sklearn.config_context(array_api_dispatch=False):  # the search computes in NumPy and PyTorch
+            targets, classes = self._targets(y)
         routed = self._get_routed_params_for_fit(params)
         splitter = check_cv(self.cv, y, classifier=classes is not None)
         splits = [(train, test) for train, test in splitter.split(X, y, **routed.splitter.split)]
@@ -147,7 +154,7 @@ class BilevelSearchCV(BaseSearchCV):
         if self.scoring is None:
             self._choose(search, X, y, routed.estimator.fit)
         else:
-            self._score(search, X, y, splits, {k: v for k, v in params.items() if k != "groups"})
+            self._score(search, X, y, splits, params)
         return self
 
     def _search_of(
@@ -157,19 +164,23 @@ class BilevelSearchCV(BaseSearchCV):
         before, model, prefix = take_apart(self.estimator)
         entry = searchable(model)
         before_params, weight = divide(self.estimator, routed.estimator.fit)
-        score_weight = routed.scorer.score.get("sample_weight")
-        features = features_of(before, model, X, y, splits, before_params, self.n_jobs)
+        score_weight = score_weight_of(self.estimator if self.scoring is None else None, routed.scorer.score)
+        features = features_of(before, model, X, y, splits, before_params, self.n_jobs, self.pre_dispatch)
         n = len(targets)
-        folds = make_folds(features, targets, classes, splits, checked(weight, n), checked(score_weight, n))
-        if classes is not None:
-            weigh_classes(folds, getattr(model, "class_weight", None), classes)
-        space = make_space(self.param_space, entry.known(folds.num_features), prefix)
-        values = hyperparameters(model, entry.kinds, folds)
-        searched = {c.name for c in space.coordinates}
-        constants = {
-            name: torch.as_tensor(value, dtype=torch.float64) for name, value in values.items() if name not in searched
-        }
-        twin = entry.twin(folds, model.get_params(deep=False))
+        with on_cpu():
+            folds = make_folds(features, targets, classes, splits, checked(weight, n), checked(score_weight, n))
+            if classes is not None:
+                weigh_classes(folds, getattr(model, "class_weight", None), classes)
+            space = make_space(self.param_space, entry.known(folds.num_features), prefix)
+            values = hyperparameters(model, entry.kinds, folds)
+            validate(clone(model).set_params(**space.params(space.start(values))))
+            searched = {c.name for c in space.coordinates}
+            constants = {
+                name: torch.as_tensor(value, dtype=torch.float64)
+                for name, value in values.items()
+                if name not in searched
+            }
+            twin = entry.twin(folds, model.get_params(deep=False))
         return CrossValidation(folds, space, twin, constants, heard=self.evaluated), values
 
     def evaluated(self, evaluation: Evaluation) -> None:
@@ -191,6 +202,18 @@ class BilevelSearchCV(BaseSearchCV):
         if not isinstance(self.tol, Real) or not self.tol > 0:
             raise ValueError(f"tol is {self.tol!r}: a positive number is needed.")
 
+    def _check_estimator(self) -> None:
+        """
+        Raises:
+            ValueError, TypeError: it cannot be searched.
+        """
+        estimator = clone(self.estimator)  # a class is refused
+        if isinstance(estimator, Pipeline):
+            if not estimator.steps:
+                raise ValueError("The pipeline is empty: its last step is to be the model.")
+            estimator._validate_steps()
+        searchable(take_apart(estimator)[1])
+
     def _targets(self, y: Any) -> tuple[np.ndarray, np.ndarray | None]:
         """Numbers and None; or classes counted from 0, and their labels."""
         if y is None:
@@ -199,8 +222,12 @@ class BilevelSearchCV(BaseSearchCV):
         if not is_classifier(self.estimator):
             return check_array(y, ensure_2d=False, dtype=np.float64, input_name="y"), None
         assert_all_finite(y, input_name="y")
+        try:
+            classes, codes = np.unique(y, return_inverse=True)
+        except TypeError as error:
+            kinds = ", ".join(sorted({type(label).__name__ for label in y}))
+            raise TypeError(f"y has labels of types without a common order ({kinds}): give them one type.") from error
         check_classification_targets(y)
-        classes, codes = np.unique(y, return_inverse=True)
         if len(classes) < 2:
             raise ValueError(f"The data has one class only, {classes.tolist()}: a classifier needs two or more.")
         return codes, classes
@@ -232,7 +259,11 @@ class BilevelSearchCV(BaseSearchCV):
         places = [{name: [value] for name, value in place.items()} for place in self._params(search)]
         shared = set(GridSearchCV(None, {}).get_params(deep=False)) - {"param_grid", "cv"}
         own = {name: getattr(self, name) for name in shared}
-        grid = GridSearchCV(param_grid=places, cv=splits, **own).fit(X, y, **params)
+        grid = GridSearchCV(param_grid=places, cv=splits, **own)
+        params = {name: value for name, value in params.items() if name != "groups"}
+        if sklearn.get_config()["enable_metadata_routing"]:  # what was for the splitter alone, has been there
+            params = {name: params[name] for name in get_routing_for_object(grid).consumes("fit", params)}
+        grid.fit(X, y, **params)
         for name, value in vars(grid).items():
             if name.endswith("_"):
                 setattr(self, name, value)
@@ -253,3 +284,13 @@ class BilevelSearchCV(BaseSearchCV):
         tags.target_tags.required = True
         tags.input_tags.sparse = tags.input_tags.sparse and isinstance(self.estimator, Pipeline)
         return tags
+
+
+def validate(estimator: BaseEstimator) -> None:
+    """Check an estimator's settings as its own `fit` does.
+
+    Raises:
+        ValueError, TypeError: naming the setting.
+    """
+    if not sklearn.get_config()["skip_parameter_validation"]:
+        estimator._validate_params()

@@ -7,19 +7,57 @@ features divided by ``sqrt(p_j)``, and a width of its own for each feature a com
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from numbers import Real
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import ArrayLike
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_regressor
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 
-class FeatureRidge(RegressorMixin, BaseEstimator):
+def settings_of(model: type[BaseEstimator], *names: str) -> dict[str, Any]:
+    """What scikit-learn's model takes for settings that are passed on to it."""
+    return {name: model._parameter_constraints[name] for name in names}
+
+
+class FeatureModel(BaseEstimator):
+    """What the three have in common: scikit-learn's model, and the scale of each feature that it is given."""
+
+    _model: Any
+    _scale: np.ndarray
+
+    def predict(self, X: ArrayLike) -> np.ndarray:
+        predicted: np.ndarray = self._fitted().predict(self._scaled(X))
+        return predicted
+
+    def _learn(
+        self, model: Any, scale: Callable[[int], np.ndarray], X: ArrayLike, y: ArrayLike, weight: ArrayLike | None
+    ) -> Any:
+        """Fit the model to scaled features; ``scale`` is given their number."""
+        numeric = is_regressor(self)
+        x, targets = validate_data(self, X, y, accept_sparse="csr", y_numeric=numeric, dtype=np.float64)
+        self._scale = scale(x.shape[1])
+        self._model = model.fit(times(x, self._scale), targets, weight)
+        return self._model
+
+    def _fitted(self) -> Any:
+        check_is_fitted(self)
+        return self._model
+
+    def _scaled(self, X: ArrayLike) -> Any:
+        return times(validate_data(self, X, reset=False, accept_sparse="csr", dtype=np.float64), self._scale)
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+
+class FeatureRidge(RegressorMixin, FeatureModel):
     """Ridge regression with a penalty for each feature (automatic relevance determination; MacKay 1992).
 
     ``min over w, b of sum_i (y_i - x_i w - b)^2 + sum_j alphas_j w_j^2``; `sklearn.linear_model.Ridge` where all
@@ -30,25 +68,21 @@ class FeatureRidge(RegressorMixin, BaseEstimator):
         fit_intercept: whether there is a b.
     """
 
+    _parameter_constraints = settings_of(Ridge, "fit_intercept")
+
     def __init__(self, alphas: float | np.ndarray = 1.0, fit_intercept: bool = True):
         self.alphas = alphas
         self.fit_intercept = fit_intercept
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> FeatureRidge:
         """Fit; sets ``coef_ [d]`` and ``intercept_``. ``sample_weight`` as in `Ridge`."""
-        x, targets = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
-        scale = 1 / np.sqrt(for_each_feature("alphas", self.alphas, x.shape[1]))
-        model = Ridge(alpha=1.0, fit_intercept=self.fit_intercept).fit(x * scale, targets, sample_weight)
-        self.coef_, self.intercept_ = model.coef_ * scale, model.intercept_
+        model = Ridge(alpha=1.0, fit_intercept=self.fit_intercept, tol=1e-10)  # it reads tol of sparse features only
+        self._learn(model, lambda d: 1 / np.sqrt(for_each_feature("alphas", self.alphas, d)), X, y, sample_weight)
+        self.coef_, self.intercept_ = model.coef_ * self._scale, model.intercept_
         return self
 
-    def predict(self, X: ArrayLike) -> np.ndarray:
-        check_is_fitted(self)
-        predicted: np.ndarray = validate_data(self, X, reset=False, dtype=np.float64) @ self.coef_ + self.intercept_
-        return predicted
 
-
-class FeatureLogistic(ClassifierMixin, BaseEstimator):
+class FeatureLogistic(ClassifierMixin, FeatureModel):
     """Logistic regression with a penalty for each feature, the same in all classes.
 
     ``min over w, b of sum_i log loss_i + sum_cj penalties_j w_cj^2 / 2``; scikit-learn's `LogisticRegression` with
@@ -60,6 +94,8 @@ class FeatureLogistic(ClassifierMixin, BaseEstimator):
         max_iter, tol: of scikit-learn's solver.
         class_weight: as in `LogisticRegression`.
     """
+
+    _parameter_constraints = settings_of(LogisticRegression, "fit_intercept", "max_iter", "tol", "class_weight")
 
     def __init__(
         self,
@@ -77,18 +113,16 @@ class FeatureLogistic(ClassifierMixin, BaseEstimator):
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> FeatureLogistic:
         """Fit; sets ``classes_``, ``coef_`` and ``intercept_`` as scikit-learn does."""
-        x, targets = validate_data(self, X, y, dtype=np.float64)
-        scale = 1 / np.sqrt(for_each_feature("penalties", self.penalties, x.shape[1]))
         model = LogisticRegression(
             C=1.0,
             fit_intercept=self.fit_intercept,
             max_iter=self.max_iter,
             tol=self.tol,
             class_weight=self.class_weight,
-        ).fit(x * scale, targets, sample_weight)
+        )
+        self._learn(model, lambda d: 1 / np.sqrt(for_each_feature("penalties", self.penalties, d)), X, y, sample_weight)
         self.classes_, self.n_iter_ = model.classes_, model.n_iter_
-        self._model, self._scale = model, scale
-        self.coef_, self.intercept_ = model.coef_ * scale, model.intercept_
+        self.coef_, self.intercept_ = model.coef_ * self._scale, model.intercept_
         return self
 
     def decision_function(self, X: ArrayLike) -> np.ndarray:
@@ -99,20 +133,12 @@ class FeatureLogistic(ClassifierMixin, BaseEstimator):
         shares: np.ndarray = self._fitted().predict_proba(self._scaled(X))
         return shares
 
-    def predict(self, X: ArrayLike) -> np.ndarray:
-        predicted: np.ndarray = self._fitted().predict(self._scaled(X))
-        return predicted
-
-    def _fitted(self) -> LogisticRegression:
-        check_is_fitted(self)
-        return self._model
-
-    def _scaled(self, X: ArrayLike) -> np.ndarray:
-        scaled: np.ndarray = validate_data(self, X, reset=False, dtype=np.float64) * self._scale
-        return scaled
+    def predict_log_proba(self, X: ArrayLike) -> np.ndarray:
+        shares: np.ndarray = self._fitted().predict_log_proba(self._scaled(X))
+        return shares
 
 
-class FeatureKernelRidge(RegressorMixin, BaseEstimator):
+class FeatureKernelRidge(RegressorMixin, FeatureModel):
     """Kernel ridge regression with a Gaussian kernel of its own width for each feature.
 
     ``k(x, z) = exp(-sum_j gammas_j (x_j - z_j)^2)``; `sklearn.kernel_ridge.KernelRidge` where all are equal. A feature
@@ -123,25 +149,28 @@ class FeatureKernelRidge(RegressorMixin, BaseEstimator):
         gammas: a positive number, or one for each feature ``[d]``; None: 1 / d.
     """
 
+    _parameter_constraints = settings_of(KernelRidge, "alpha")
+
     def __init__(self, alpha: float = 1.0, gammas: float | np.ndarray | None = None):
         self.alpha = alpha
         self.gammas = gammas
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> FeatureKernelRidge:
         """Fit; sets ``dual_coef_ [n]``. ``sample_weight`` as in `KernelRidge`."""
-        x, targets = validate_data(self, X, y, y_numeric=True, dtype=np.float64)
-        gammas = 1 / x.shape[1] if self.gammas is None else self.gammas
-        self._scale = np.sqrt(for_each_feature("gammas", gammas, x.shape[1]))
-        self._model = KernelRidge(alpha=self.alpha, kernel="rbf", gamma=1.0).fit(
-            x * self._scale, targets, sample_weight
-        )
-        self.dual_coef_ = self._model.dual_coef_
+        model = KernelRidge(alpha=self.alpha, kernel="rbf", gamma=1.0)
+        self._learn(model, self._widths, X, y, sample_weight)
+        self.dual_coef_ = model.dual_coef_
         return self
 
-    def predict(self, X: ArrayLike) -> np.ndarray:
-        check_is_fitted(self)
-        predicted: np.ndarray = self._model.predict(validate_data(self, X, reset=False, dtype=np.float64) * self._scale)
-        return predicted
+    def _widths(self, num_features: int) -> np.ndarray:
+        gammas = 1 / num_features if self.gammas is None else self.gammas
+        widths: np.ndarray = np.sqrt(for_each_feature("gammas", gammas, num_features))
+        return widths
+
+
+def times(x: Any, scale: np.ndarray) -> Any:
+    """Each column times its number: an array, or a sparse one in CSR format."""
+    return x.multiply(scale).tocsr() if scipy.sparse.issparse(x) else x * scale
 
 
 def for_each_feature(name: str, value: ArrayLike, num_features: int) -> np.ndarray:
@@ -150,7 +179,7 @@ def for_each_feature(name: str, value: ArrayLike, num_features: int) -> np.ndarr
     Raises:
         ValueError: of another length, not positive, or not finite.
     """
-    values = np.full(num_features, value, float) if isinstance(value, Real) else np.asarray(value, float)
+    values = np.full(num_features, value, float) if np.ndim(value) == 0 else np.asarray(value, float)
     if values.shape != (num_features,) or not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(
             f"{name} must be a positive number, or one for each of the {num_features} features; it is {value!r}."

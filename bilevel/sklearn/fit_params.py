@@ -13,7 +13,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.metadata_routing import get_routing_for_object, process_routing
 from sklearn.utils.validation import _check_sample_weight, has_fit_parameter
 
-from .folds import Folds, take_apart
+from .folds import Folds, check_classes, take_apart
 
 
 def divide(estimator: BaseEstimator, params: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray | None]:
@@ -45,6 +45,19 @@ def divide(estimator: BaseEstimator, params: Mapping[str, Any]) -> tuple[dict[st
     return {k: v for k, v in params.items() if not k.startswith(prefix)}, weights_of(model, own)
 
 
+def score_weight_of(estimator: BaseEstimator | None, params: Mapping[str, Any]) -> Any:
+    """The weights of the examples in the scores, or None.
+
+    Args:
+        estimator: whose own `score` it is, if any's.
+        params: as that `score` takes them: of a pipeline under the names that its steps asked for.
+    """
+    prefix = take_apart(estimator)[2]
+    if prefix and params and sklearn.get_config()["enable_metadata_routing"]:
+        params = process_routing(estimator, "score", **params)[prefix.removesuffix("__")].score
+    return params.get("sample_weight")
+
+
 def weights_of(model: BaseEstimator, params: Mapping[str, Any]) -> np.ndarray | None:
     """``sample_weight``, the one fit parameter that models with hypergradients have, or None."""
     unknown = sorted(set(params) - {"sample_weight"})
@@ -61,14 +74,19 @@ def checked(weight: Any, n: int) -> np.ndarray | None:
     """
     if weight is None:
         return None
-    weights: np.ndarray = _check_sample_weight(weight, np.empty((n, 1)), dtype=np.float64)
+    with sklearn.config_context(array_api_dispatch=False):
+        weights: np.ndarray = _check_sample_weight(weight, np.empty((n, 1)), dtype=np.float64)
     if (weights < 0).any():
         raise ValueError("sample_weight has negative entries: the training objective has no minimum then.")
     return weights
 
 
 def weigh_classes(folds: Folds, class_weight: Any, classes: np.ndarray) -> None:
-    """Multiply the training weights of each fold by those of the classes, as the model's `fit` does."""
+    """Multiply the training weights of each fold by those of the classes, as the model's `fit` does.
+
+    Raises:
+        ValueError: the objective has no minimum with them: one is negative, or a class of a fold counts for nothing.
+    """
     if class_weight is None:
         return
     codes = folds.targets.numpy()
@@ -77,4 +95,8 @@ def weigh_classes(folds: Folds, class_weight: Any, classes: np.ndarray) -> None:
         extra = {"y": classes[codes[inside]], "sample_weight": weights[inside]}
         if "sample_weight" not in inspect.signature(compute_class_weight).parameters:  # before scikit-learn 1.7
             del extra["sample_weight"]
-        weights *= compute_class_weight(class_weight, classes=classes, **extra)[codes]
+        by_class = compute_class_weight(class_weight, classes=classes, **extra)
+        if (by_class < 0).any():
+            raise ValueError(f"class_weight is {class_weight!r}: with negative weights the objective has no minimum.")
+        weights *= by_class[codes]
+    check_classes(folds.train.numpy(), codes, classes, "class_weight")

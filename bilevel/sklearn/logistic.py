@@ -13,7 +13,7 @@ from ..inner.external import External
 from ..inner.lbfgs import LBFGS
 from ..linalg.cg import CG
 from .folds import Folds
-from .quadratic import Factored
+from .quadratic import Factored, cholesky
 
 MOST_UNKNOWNS = 1500
 """Most coefficients of one fold for its Hessian to be formed and factorised."""
@@ -29,15 +29,21 @@ class LogisticTwin:
     def __init__(self, folds: Folds, fit_intercept: bool):
         self.folds = folds
         ones = torch.ones_like(folds.features[..., :1])
-        self.x = torch.cat([folds.features, ones], -1) if fit_intercept else folds.features
         rows = 1 if folds.num_classes == 2 else folds.num_classes
+        self.small = rows * (folds.num_features + fit_intercept) <= MOST_UNKNOWNS
+        # The intercept takes up the means, and for Newton's steps the weights take up the scales: features may be far
+        # from zero, and in any units. L-BFGS is better off without: the penalty of rare features would be stiff.
+        x = folds.features - folds.features.mean(-2, keepdim=True) if fit_intercept else folds.features
+        largest = x.abs().amax((0, 1))
+        self.scale = torch.where((largest > 0) & self.small, largest, torch.ones_like(largest))
+        self.x = torch.cat([x / self.scale, ones], -1) if fit_intercept else x / self.scale
         self.start = self.x.new_zeros(len(folds.train), rows * self.x.shape[-1])
         self.gauge = fit_intercept and rows > 1
         self.free = self.x.new_zeros(int(fit_intercept))
 
     def predictions(self, penalties: Tensor) -> Tensor:
         """Logits of each fold's model for all examples, ``[K, n, 1 or C]``; ``penalties`` 0-d or ``[d]``."""
-        each = torch.cat([penalties.expand(self.folds.num_features), self.free])
+        each = torch.cat([penalties / self.scale.square(), self.free])
 
         def objective(weights: Tensor) -> Tensor:
             losses = self.folds.each_loss(self._logits(weights))
@@ -48,7 +54,7 @@ class LogisticTwin:
             return fit + ((each * by_class.square()).sum((-2, -1)) + shift) / 2
 
         solver: External | LBFGS
-        if self.start.shape[-1] <= MOST_UNKNOWNS:
+        if self.small:
             minimum, factor = self._newton(objective, each.detach())
             solver, linear = (
                 External(lambda loss, start: minimum, gtol=1e-5),
@@ -67,7 +73,7 @@ class LogisticTwin:
         for _ in range(MOST_STEPS):
             (gradient,) = torch.autograd.grad(losses.sum(), weights)
             if not bool(near.all()):  # near the minimum the last factor is as good
-                factor = torch.linalg.cholesky(self._hessian(weights.detach(), penalties))
+                factor = cholesky(self._hessian(weights.detach(), penalties))
             step = torch.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
             decrement = (gradient * step).sum(-1)
             near = decrement < 1e-8 * (1 + losses.abs())

@@ -14,7 +14,7 @@ from sklearn.svm import SVR
 from torch import Tensor
 
 from .elastic_net import ElasticNetTwin
-from .feature_models import FeatureKernelRidge, FeatureLogistic, FeatureRidge
+from .feature_models import FeatureKernelRidge, FeatureLogistic, FeatureRidge, for_each_feature
 from .folds import Folds
 from .logistic import LogisticTwin
 from .quadratic import KernelRidgeTwin, RidgeTwin
@@ -145,7 +145,8 @@ def hyperparameters(model: BaseEstimator, kinds: Mapping[str, str], folds: Folds
     """The values that the model has now; one that scikit-learn takes from the data for each fold, ``[K, 1, 1]``.
 
     Raises:
-        ValueError: one depends on the number of columns, which is another one in another fold.
+        ValueError: one depends on the number of columns, which is another one in another fold, or is none of that
+            number.
     """
     values = {name: value for name, value in model.get_params(deep=False).items() if name in kinds}
     if not folds.even:
@@ -158,6 +159,8 @@ def hyperparameters(model: BaseEstimator, kinds: Mapping[str, str], folds: Folds
     for name, value in values.items():
         if value is None or (isinstance(value, str) and value == "auto"):
             values[name] = 1 / folds.num_features
+        elif kinds[name] == VECTOR:
+            values[name] = for_each_feature(name, value, folds.num_features)
         elif isinstance(value, str):  # "scale"
             share = (folds.drawn / folds.drawn.sum(-1, keepdim=True)).unsqueeze(-1) / folds.num_features
             mean = (share * folds.features).sum((-2, -1), keepdim=True)

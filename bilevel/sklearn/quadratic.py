@@ -35,13 +35,29 @@ def minimize_quadratic(objective: Callable[[Tensor], Tensor], matrix: Tensor, ri
         objective: ``[K, p] -> [K]``, the same functions, written so that products with their Hessian are cheap.
         matrix, right: A ``[K, p, p]``, positive definite, and b ``[K, p]``, without a graph.
     """
-    size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if bool(info.any()):  # rounding made it indefinite: CG corrects for what is added
-        factor = torch.linalg.cholesky(matrix + torch.diag_embed((1e-10 * size).unsqueeze(-1).expand_as(right)))
+    factor = cholesky(matrix)
     exact = External(lambda loss, start: torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1))
     adjoint = Implicit(CG(rtol=1e-9, preconditioner=Factored(factor)))
     return argmin(objective, torch.zeros_like(right), solver=exact, hypergrad=adjoint).value
+
+
+def cholesky(matrix: Tensor) -> Tensor:
+    """Factors of positive definite matrices ``[K, p, p]``; what rounding made indefinite is moved a little.
+
+    Raises:
+        ValueError: it is not of rounding alone.
+    """
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if bool(info.any()):
+        size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        factor, info = torch.linalg.cholesky_ex(matrix + torch.diag_embed((1e-10 * size).expand_as(matrix[..., 0])))
+        if bool(info.any()):
+            raise ValueError(
+                "The fit of a fold has no minimum in float64: its features are too large or differ too much in scale. "
+                "Scale them (StandardScaler), or raise the bounds of the penalty (for C, lower them)."
+            )
+    return factor
 
 
 class RidgeTwin:

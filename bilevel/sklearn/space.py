@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,8 @@ class Coordinate:
     logarithmic: bool
 
     def inward(self, value: Any) -> np.ndarray:
-        """Values as search coordinates, within the bounds; of a value for each fold their mean."""
-        value = np.mean(np.asarray(value)) if np.ndim(value) > 1 else value
+        """Values as search coordinates, within the bounds; of several for one number (of each fold) their mean."""
+        value = value if self.size else np.mean(np.asarray(value, float))
         values = np.broadcast_to(np.clip(np.asarray(value, float), self.low, self.high), (self.size or 1,))
         return np.log(values) if self.logarithmic else values.copy()
 
@@ -107,17 +108,21 @@ def make_space(given: Mapping[str, Any], known: Mapping[str, tuple[int | None, b
         raise ValueError(f"param_space is {given!r}: a dict of parameter names and bounds (low, high) is needed.")
     coordinates = []
     for name, bounds in given.items():
-        own = name.removeprefix(prefix)
-        if not name.startswith(prefix) or own not in known:
+        own = str(name).removeprefix(prefix)
+        if not str(name).startswith(prefix) or own not in known:
             there = ", ".join(prefix + k for k in known)
             raise ValueError(f"param_space has {name!r}, which cannot be searched by gradients. There are: {there}.")
         size, logarithmic = known[own]
         try:
-            low, high = (float(bound) for bound in bounds)
-        except (TypeError, ValueError) as error:
+            low, high = bounds
+        except (TypeError, ValueError):
+            low = high = None
+        if not (isinstance(low, Real) and isinstance(high, Real)):
             raise ValueError(
-                f"param_space[{name!r}] is {bounds!r}: bounds (low, high) are needed, between which all is searched."
-            ) from error
+                f"param_space[{name!r}] is {bounds!r}: bounds (low, high) are needed, two numbers between which "
+                "all is searched."
+            )
+        low, high = float(low), float(high)
         if not isinstance(bounds, tuple):
             tell(
                 f"param_space[{name!r}] is {bounds!r}, which is searched from {low:g} to {high:g}, not a grid of two "

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 import sklearn
+import torch
 from sklearn.base import clone
 from sklearn.compose import make_column_transformer
 from sklearn.datasets import load_breast_cancer, load_diabetes, make_classification, make_friedman1
@@ -16,10 +17,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.impute import SimpleImputer
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
-from sklearn.metrics import log_loss, mean_squared_error
+from sklearn.metrics import get_scorer, log_loss, mean_squared_error
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler, TargetEncoder
+from sklearn.svm import SVR
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from bilevel.sklearn import BilevelSearchCV, FeatureKernelRidge, FeatureLogistic, FeatureRidge
@@ -153,6 +155,16 @@ BAD = [
     (Ridge(positive=True), {"alpha": (1, 2)}, ValueError, "positive=True"),
     (KernelRidge(kernel="poly"), {"alpha": (1, 2)}, ValueError, "poly"),
     (StandardScaler(), {"alpha": (1, 2)}, TypeError, "StandardScaler has no hypergradients"),
+    (None, {"alpha": (1, 2)}, ValueError, "estimator"),
+    (Ridge, {"alpha": (1, 2)}, TypeError, "instead of a class"),
+    (Pipeline([]), {"ridge__alpha": (1, 2)}, ValueError, "pipeline is empty"),
+    (make_pipeline(Ridge(), Ridge()), {"ridge-2__alpha": (1, 2)}, TypeError, "transformers"),
+    (Ridge(solver="other"), {"alpha": (1, 2)}, ValueError, "'solver' parameter of Ridge"),
+    (SVR(gamma="other"), {"C": (1, 2)}, ValueError, "'gamma' parameter of SVR"),
+    (KernelRidge(kernel="rbf", alpha=-1), {"gamma": (1, 2)}, ValueError, "'alpha' parameter of KernelRidge"),
+    (FeatureKernelRidge(alpha=-1), {"gammas": (1, 2)}, ValueError, "'alpha' parameter of FeatureKernelRidge"),
+    (FeatureKernelRidge(gammas=[1, 2]), {"alpha": (1, 2)}, ValueError, "gammas must be .* 10 features"),
+    (FeatureRidge(np.ones(3)), {"alphas": (1, 2)}, ValueError, "alphas must be .* 10 features"),
 ]
 
 
@@ -160,7 +172,25 @@ BAD = [
 def test_what_cannot_be_searched_is_told(estimator, space, error, message):
     x, y = data("regression")
     with pytest.raises(error, match=message):
-        BilevelSearchCV(estimator, space).fit(x, y)
+        BilevelSearchCV(estimator, space, refit=False).fit(x, y)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"error_score": "other"}, {"pre_dispatch": [1]}, {"return_train_score": "yes"}, {"refit": 3}, {"n_jobs": "many"}],
+    ids=str,
+)
+def test_settings_of_a_grid_search_are_checked_as_there(setting):
+    x, y = data("regression")
+    with pytest.raises(ValueError, match=f"'{next(iter(setting))}' parameter of BilevelSearchCV"):
+        BilevelSearchCV(Ridge(), {"alpha": (1, 2)}, **setting).fit(x, y)
+
+
+def test_labels_of_several_types_are_told():
+    x, y = data("two classes")
+    labels = np.array(["b" if label else 1 for label in y], object)
+    with pytest.raises(TypeError, match=r"types without a common order \(int, str\)"):
+        BilevelSearchCV(LogisticRegression(), {"C": (1, 2)}).fit(x, labels)
 
 
 def test_bad_data_is_told():
@@ -241,6 +271,33 @@ def test_sample_weights_reach_the_fits_and_the_losses(scoring):
     assert search.best_params_ != BilevelSearchCV(Ridge(), ALPHAS, cv=KFold(4)).fit(x, y).best_params_
 
 
+@pytest.mark.parametrize("name", ["weights", "weights of a step", "weights of classes"])
+def test_train_scores_know_the_weights_that_those_of_a_grid_know(name):
+    x, y = data("two classes" if name == "weights of classes" else "regression")
+    w = np.random.default_rng(0).uniform(0.1, 3, len(y))
+    estimator, key, params, scoring = {
+        "weights": (Ridge(), "alpha", {"sample_weight": w}, "neg_mean_squared_error"),
+        "weights of a step": (
+            make_pipeline(StandardScaler(), Ridge()),
+            "ridge__alpha",
+            {"ridge__sample_weight": w},
+            "neg_mean_squared_error",
+        ),
+        "weights of classes": (
+            make_pipeline(StandardScaler(), LogisticRegression(class_weight={0: 5, 1: 0.5}, tol=1e-9, max_iter=10_000)),
+            "logisticregression__C",
+            {},
+            "neg_log_loss",
+        ),
+    }[name]
+    search = BilevelSearchCV(estimator, {key: (1e-3, 1e3)}, cv=3, return_train_score=True).fit(x, y, **params)
+    place = {key: [search.best_params_[key]]}
+    grid = GridSearchCV(estimator, place, cv=3, scoring=scoring, return_train_score=True).fit(x, y, **params)
+    for part in ("train", "test"):
+        column = f"mean_{part}_score"
+        assert search.cv_results_[column][search.best_index_] == pytest.approx(grid.cv_results_[column][0], rel=1e-6)
+
+
 def test_fit_parameters_of_a_pipeline():
     x, y = data("two classes")
     w = np.random.default_rng(0).uniform(0.1, 3, len(y))
@@ -274,6 +331,52 @@ def test_metadata_routing():
     plain.fit(x, y, standardscaler__sample_weight=w, ridge__sample_weight=w)
     assert routed.best_params_ == plain.best_params_
     assert routed.best_score_ == plain.best_score_
+
+
+def test_metadata_under_other_names():
+    pytest.importorskip("sklearn", minversion="1.9")  # before, some versions do not route them to a score at all
+    x, y = data("regression")
+    w = np.random.default_rng(0).uniform(0.1, 3, len(y))
+    given = {"scaled": w, "fitted": w**2, "scored": w**0.5}
+    with sklearn.config_context(enable_metadata_routing=True):
+        model = Ridge().set_fit_request(sample_weight="fitted").set_score_request(sample_weight="scored")
+        pipeline = make_pipeline(StandardScaler().set_fit_request(sample_weight="scaled"), model)
+        search = BilevelSearchCV(pipeline, {"ridge__alpha": (1e-3, 1e3)}, cv=3).fit(x, y, **given)
+        scorer = get_scorer("neg_mean_squared_error").set_score_request(sample_weight="scored")
+        place = {"ridge__alpha": [search.best_params_["ridge__alpha"]]}
+        grid = GridSearchCV(pipeline, place, cv=3, scoring=scorer).fit(x, y, **given)
+    assert search.best_score_ == pytest.approx(grid.best_score_, rel=1e-9)
+
+
+def test_arrays_of_pytorch(monkeypatch):
+    pytest.importorskip("sklearn", minversion="1.9")  # before, that needs another package
+    monkeypatch.setenv("SCIPY_ARRAY_API", "1")
+    x, y = data("regression")
+    plain = BilevelSearchCV(Ridge(solver="svd"), ALPHAS, cv=3).fit(x, y, sample_weight=np.ones(len(y)))
+    with sklearn.config_context(array_api_dispatch=True):
+        search = clone(plain).fit(*map(torch.from_numpy, (x, y)), sample_weight=torch.ones(len(y)))
+        assert isinstance(search.predict(torch.from_numpy(x)), torch.Tensor)
+    np.testing.assert_array_equal(search.path_, plain.path_)
+
+
+class Seeded(KFold):
+    """Its splits are of a seed that `fit` is given."""
+
+    def split(self, X, y=None, groups=None, seed=None):
+        return KFold(self.n_splits, shuffle=True, random_state=seed).split(X, y)
+
+
+@pytest.mark.parametrize("scoring", [None, "neg_mean_squared_error"])
+def test_metadata_of_the_splitter(scoring):
+    x, y = data("regression")
+    with sklearn.config_context(enable_metadata_routing=True):
+        seeded = BilevelSearchCV(Ridge(), ALPHAS, cv=Seeded(3).set_split_request(seed=True), scoring=scoring)
+        seeded.fit(x, y, seed=5)
+        grouped = BilevelSearchCV(Ridge(), ALPHAS, cv=GroupKFold(3), scoring=scoring)
+        grouped.fit(x, y, groups=np.arange(len(x)) % 6)
+    plain = BilevelSearchCV(Ridge(), ALPHAS, cv=KFold(3, shuffle=True, random_state=5), scoring=scoring).fit(x, y)
+    assert seeded.best_score_ == plain.best_score_
+    assert grouped.n_splits_ == 3
 
 
 @pytest.mark.parametrize("wrong", [-1.0, np.nan], ids=["negative", "nan"])
