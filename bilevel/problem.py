@@ -207,9 +207,10 @@ def _generators(like: Tensor) -> list[Any]:
     """The states of the global generators of random numbers; none while a recording is made, which cannot look."""
     if recording():
         return []
-    states = [torch.get_rng_state(), *get_device_states(like)[1]]
-    _, words, place, *_ = np.random.get_state()  # noqa: NPY002 (users do)
-    return [*(state.numpy().tobytes() for state in states), np.asarray(words).tobytes(), place, random.getstate()]
+    others = [] if like.device.type == "cpu" else get_device_states(like)[1]
+    numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 (users do)
+    words, place = numpy["state"]["key"].tobytes(), (numpy["state"]["pos"], numpy["has_gauss"])
+    return [*(state.numpy().tobytes() for state in (torch.get_rng_state(), *others)), words, place, random.getstate()]
 
 
 def linearize_objective(
