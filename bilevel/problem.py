@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from ctypes import string_at
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -207,10 +208,13 @@ def _generators(like: Tensor) -> list[Any]:
     """The states of the global generators of random numbers; none while a recording is made, which cannot look."""
     if recording():
         return []
-    others = [] if like.device.type == "cpu" else get_device_states(like)[1]
+    kind = like.device.type
+    others = get_device_states(like)[1] if kind != "cpu" and hasattr(torch, kind) else []
     numpy: Any = np.random.get_state(legacy=False)  # noqa: NPY002 (users do)
     words, place = numpy["state"]["key"].tobytes(), (numpy["state"]["pos"], numpy["has_gauss"])
-    return [*(state.numpy().tobytes() for state in (torch.get_rng_state(), *others)), words, place, random.getstate()]
+    states = [torch.get_rng_state(), *others]
+    # Read without an operation, which a mode around the solve would see.
+    return [*(string_at(state.data_ptr(), state.nbytes) for state in states), words, place, random.getstate()]
 
 
 def linearize_objective(

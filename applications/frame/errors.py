@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TextIO
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of a place that cannot be written."""
@@ -23,8 +24,10 @@ def note(text: str) -> None:
 
 
 def _tell(text: str) -> None:
-    with suppress(OSError, ValueError, AttributeError):  # closed, full, or none at all
+    try:
         print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError, AttributeError):  # closed, full, or none at all
+        _discard(sys.stderr)
 
 
 def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted; what was saved is complete.") -> int:
@@ -37,14 +40,18 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         try:
-            return command() or 0
-        finally:
-            _flush()
+            code = command() or 0
+        except BaseException:
+            with suppress(OSError):  # what it has to say comes first
+                _flush()
+            raise
+        _flush()
+        return code
     except UserError as error:
         _tell(f"error: {error}")
         return 2
     except BrokenPipeError:
-        _discard_output()
+        _discard(sys.stdout)
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in FULL:
@@ -56,24 +63,25 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted
         return 130
 
 
-def _discard_output() -> None:
-    """Python flushes standard output once more at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _discard(stream: TextIO) -> None:
+    """What the buffer of a stream holds goes nowhere: Python flushes it once more at its end."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _flush() -> None:
     """Print what is left while an error can still be told; Python would, at its end, show where it came from.
 
     Raises:
-        BrokenPipeError: nobody reads it.
+        OSError: nobody reads it, or there is no space for it.
     """
     if sys.stdout is None:
         return
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
     except (OSError, ValueError) as error:
-        with suppress(OSError, ValueError):
-            _discard_output()
+        _discard(sys.stdout)
+        number = getattr(error, "errno", None)
+        if number == errno.EPIPE or number in FULL:
+            raise
         note(f"standard output cannot be written ({getattr(error, 'strerror', None) or error}).")

@@ -69,7 +69,7 @@ def descend_within(
     memory = BoundedMemory(problem, at, box, history)
     halfway = before = begin = at
     progress = Progress.begin(box.free(at), gtol)
-    nearness = Nearness(at.y) if gtol is None else None
+    nearness = Nearness(at.y, problem.raveler.coarsest) if gtol is None else None
     if nearness is not None:
         progress.mark(progress.active, Result.MAX_STEPS)
     for step in range(max_steps + 1):

@@ -83,7 +83,7 @@ class Anderson:
         """Iterate; see `RootSolver`."""
         y, r = problem.y, problem.r
         progress = RootProgress.begin(r, self.tol)
-        nearness = Nearness(y) if self.tol is None else None
+        nearness = Nearness(y, problem.raveler.coarsest) if self.tol is None else None
         if nearness is not None:
             progress.end(nearness.look(norm(r), y, settled=nearness.settled(r, y)), Result.CONVERGED)
         longest = r.abs()

@@ -62,15 +62,16 @@ class Nearness:
     """The stopping rule, problem by problem; all tensors are of the batch shape.
 
     Args:
-        like: the params at the start, ``[*batch, n]``. coarsest: the lowest precision among them; None: all have one.
+        like: the params at the start, ``[*batch, n]``. coarsest: the lowest precision among them.
 
     Attributes:
         predicted: the distance to the solution, as the last step says.
         crawled: how many short steps in a row were hardly shorter than the one before, for unknowns without a loss.
     """
 
-    def __init__(self, like: Tensor, coarsest: torch.dtype | None = None):
+    def __init__(self, like: Tensor, coarsest: torch.dtype):
         self.goal, self.start = Goal.of(like.dtype, coarsest), like
+        self.roundoff = torch.finfo(coarsest).eps
         self.least = torch.full(like.shape[:-1], torch.inf, dtype=torch.float64, device=like.device)
         self.predicted = self.first = self.least
         self.largest = torch.zeros_like(self.least)
@@ -134,10 +135,9 @@ class Nearness:
             step: to the solution, as the solver predicts it, ``[*batch, n]``. y: the params.
             bound: what is nothing beside the steps before, likewise; None: there were none, as at a warm start.
         """
-        roundoff = torch.finfo(y.dtype).eps
         if bound is None:
-            bound = self.goal.promised * y.abs() + 10 * roundoff * norm(y).unsqueeze(-1)
-        return (step.abs() <= torch.maximum(bound, 100 * roundoff * y.abs())).all(-1)
+            bound = self.goal.promised * y.abs() + 10 * self.roundoff * norm(y).unsqueeze(-1)
+        return (step.abs() <= torch.maximum(bound, 100 * self.roundoff * y.abs())).all(-1)
 
     @property
     def acceptable(self) -> Tensor:

@@ -82,27 +82,29 @@ class Newton:
         """Find a root; see `RootSolver`."""
         y, r = problem.y, problem.r
         progress = RootProgress.begin(r, self.tol)
-        nearness = Nearness(y) if self.tol is None else None
+        nearness = Nearness(y, problem.raveler.coarsest) if self.tol is None else None
         solver = self.linear_solver or (LU() if y.shape[-1] <= 512 else GMRES(rtol=1e-6))
         told, last = watch(self, problem), None
         # The Jacobian changes over a step by about the part that the next one is of it, and over that by its square.
         part = 0.0 if nearness is None else (0.1 * nearness.goal.promised) ** 0.5
         for step in range(self.max_steps + 1):
-            if told is not None and told(step, y, r, None, progress.active):
-                progress.stop()
-            if not bool(progress.active.any()):
-                break
-            operator = GraphJacobian(problem.raveler, problem.linearize(y))
-            wanted = torch.where(progress.active.unsqueeze(-1), -r, torch.zeros_like(r))
-            solved, size = solver.solve(operator, wanted), norm(r)
-            move = solved.value
-            # A singular Jacobian has no step, which is not a short one.
-            steps = solved.stats.get("relative_residual", torch.zeros_like(size)) < NO_STEP
-            length = torch.where(steps, norm(move), torch.inf)
-            if nearness is not None:
-                settled = nearness.settled(move, y, None if last is None else _beside(last, part))
-                progress.end(nearness.look(length, y, settled=settled), Result.CONVERGED)
-            if step == self.max_steps:
+            going = bool(progress.active.any())
+            if going:
+                operator = GraphJacobian(problem.raveler, problem.linearize(y))
+                wanted = torch.where(progress.active.unsqueeze(-1), -r, torch.zeros_like(r))
+                solved, size = solver.solve(operator, wanted), norm(r)
+                move = solved.value
+                # A singular Jacobian has no step, which is not a short one.
+                steps = solved.stats.get("relative_residual", torch.zeros_like(size)) < NO_STEP
+                length = torch.where(steps, norm(move), torch.inf)
+                if nearness is not None:
+                    settled = nearness.settled(move, y, None if last is None else _beside(last, part))
+                    progress.end(nearness.look(length, y, settled=settled), Result.CONVERGED)
+            if told is not None:
+                if told(step, y, r, None, progress.active):
+                    progress.stop()
+                going = bool(progress.active.any())
+            if not going or step == self.max_steps:
                 break
             last, before = move, r
             y, r, moved = _backtrack(problem, y, r, move, progress.active)
@@ -246,7 +248,7 @@ class ScipyRoot:
         """Whether Newton's next step would be small."""
         operator = GraphJacobian(problem.raveler, problem.linearize(y))
         solver = LU() if y.shape[-1] <= 512 else GMRES(rtol=1e-2)
-        nearness = Nearness(y)
+        nearness = Nearness(y, problem.raveler.coarsest)
         return nearness.look(norm(solver.solve(operator, problem.evaluate(y)).value), y) | nearness.near | (size == 0)
 
 

@@ -162,7 +162,7 @@ class _Judge:
     """Judges SciPy's iterates by the step that L-BFGS would make of them."""
 
     def __init__(self, problem: Problem, start: Evaluation, box: Bounds | None):
-        self.box, self.nearness = box, Nearness(start.y)
+        self.box, self.nearness = box, Nearness(start.y, problem.raveler.coarsest)
         self.memory = Memory(10, problem) if box is None else BoundedMemory(problem, start, box, 10)
 
     def arrived(self, at: Evaluation) -> bool:
@@ -184,7 +184,7 @@ def _near(problem: Problem, at: Evaluation, box: Bounds | None) -> Tensor:
     if box is not None:
         hessian, at = Restricted(hessian, ~box.held(at)), box.free(at)
     step = truncated_cg(hessian, at.g, torch.full_like(at.f, 0.1), 50)
-    nearness = Nearness(at.y)
+    nearness = Nearness(at.y, problem.raveler.coarsest)
     return nearness.look(norm(step), at.y, dot(at.g, step).abs(), at.f) | nearness.acceptable
 
 

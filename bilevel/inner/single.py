@@ -74,7 +74,9 @@ class _Walk:
         self.at = self.start = self.evaluate.start
         kind = torch.finfo(self.evaluate.dtype)
         self.eps = kind.eps
-        self.nearness = _Nearness(self.start.y, Goal.of(self.evaluate.dtype)) if gtol is None else None
+        self.nearness = (
+            _Nearness(self.start.y, Goal.of(self.evaluate.dtype, problem.raveler.coarsest)) if gtol is None else None
+        )
         self.memory = _Memory(history, self.start, kind)
         self.steps, self.size, self.code = 0, 0.0, self._look()
         self.towards, self.first = self.start.g, 0.0

@@ -265,7 +265,7 @@ def _descend(solver: TrustRegion, problem: Problem, terms: Terms) -> Solution[Te
     model = solver.model(problem, terms, problem.start.y, None, first)
     at = halfway = before = model.at
     progress = Progress.begin(at, solver.gtol)
-    nearness = Nearness(at.y) if solver.gtol is None else None
+    nearness = Nearness(at.y, problem.raveler.coarsest) if solver.gtol is None else None
     if nearness is not None:
         progress.mark(progress.active, Result.MAX_STEPS)
     length = model.length(at.y)

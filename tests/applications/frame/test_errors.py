@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -26,9 +27,11 @@ REFUSES = "def command(): raise UserError('no')"
         (REFUSES, ">&- 2>&-", 2),
     ],
 )
-def test_a_stream_that_cannot_be_written_is_no_traceback(program, to, code):
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # a buffer is written at the end, or as Python ends
+def test_a_stream_that_cannot_be_written_is_no_traceback(program, to, code, unbuffered):
     command = f'{sys.executable} -c "{PROGRAM.format(program)}" {to}'
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, shell=True, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == code
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr

@@ -180,7 +180,7 @@ def test_of_two_studies_in_one_folder_one_is_refused(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_killed_worker_is_told_and_its_trial_tried_again(tmp_path, glyph_root):
     command = [sys.executable, "-m", "applications.few_shot", "tune", "--workers", "2", "--seconds", "1.5"]
-    command += ["--trials", "4", "--confirm", "1", "--out", str(tmp_path), "--data-root", str(glyph_root), *QUICK]
+    command += ["--trials", "4", "--confirm", "2", "--out", str(tmp_path), "--data-root", str(glyph_root), *QUICK]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     storage, deadline, running = str(tmp_path / "study.log"), time.monotonic() + 180, []
     while not running:
