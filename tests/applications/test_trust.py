@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "part"),
-    [("kills", 0.02), ("studies", 0.02), ("flips", 0.1), ("cuts", 0.02), ("options", 0.005), ("writers", 0.05)],
+    [("kills", 0.02), ("studies", 0.02), ("flips", 0.04), ("cuts", 0.02), ("options", 0.002), ("writers", 0.03)],
 )
 def test_nothing_fails(name, part):
     command = [sys.executable, "-m", "tests.applications.trust", name, "--part", str(part)]

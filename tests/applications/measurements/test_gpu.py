@@ -64,8 +64,8 @@ def test_solvers_of_the_device_are_as_right_as_those_of_scipy():
     assert all(row["largest_error"] <= 3e-6 for row in rows)
 
 
-AGAIN = ("training-tf32", "training-bf16")
-"""On a CPU the training in float32 once more."""
+AGAIN = ("training-tf32", "training-bf16", "peers-C")
+"""On a CPU the training in float32 once more, and A with fewer steps."""
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_the_rehearsal_and_a_second_call_that_goes_on_with_the_papers_training(t
     found = json.loads((tmp_path / "results.json").read_text())["parts"]
     assert list(found) == names
     assert {part: result["status"] for part, result in found.items() if result["status"] == "failed"} == {}
-    for part in parts.PARTS:
+    for part in parts.PARTS.keys() - AGAIN:
         assert found[part]["rows"], part
     assert all(found[part]["evaluation"] for part in found if part.startswith("training-") or part == "paper")
 
