@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,10 @@ import torch
 import torch.distributed as dist
 
 import bilevel as bl
+
+LETTING_GO = 0.3
+"""Seconds for gloo's threads, which outlive the group, to let go of its last tensors: at Python's end they would abort
+the process for it."""
 
 
 @contextmanager
@@ -30,6 +35,7 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        time.sleep(LETTING_GO)
 
 
 def leads() -> bool:
