@@ -51,7 +51,6 @@ def exit_code(command: Callable[[], int | None], interrupted: str = "Interrupted
         _tell(f"error: {error}")
         return 2
     except BrokenPipeError:
-        _discard(sys.stdout)
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in FULL:
