@@ -22,6 +22,11 @@ from ._torch import FunctionContext
 from .linalg.operator import Operator
 from .tree import Tree, is_continuous, tree_map
 
+if dist.is_available() and not dist.is_initialized():
+    # Its functions take the group of all ranks for their default when they are imported, and optimizers import them.
+    # Once there is a group they would hold it to Python's end, and gloo's threads, which then abort the process.
+    import torch.distributed.nn.functional
+
 Group: TypeAlias = "dist.ProcessGroup | None"
 """A process group of `torch.distributed`; None: all ranks."""
 

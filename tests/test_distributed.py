@@ -42,6 +42,29 @@ dist.destroy_process_group()  # else its threads may abort the process at its en
 print(f"done {{own}}", flush=True)
 """
 
+THREADS = """
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import bilevel as bl
+
+def threads():
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
+
+bl.distributed.world_size()
+dist.init_process_group("gloo")
+param = torch.nn.Parameter(torch.ones(3))
+param.grad = torch.ones(3)
+torch.optim.Adam([param]).step()
+assert bl.distributed.reduce_gradients([param], 1.0) == [2.0]
+assert threads(), "this test looks for threads by another name"
+dist.destroy_process_group()
+assert not threads(), threads()
+print("done", flush=True)
+"""
+
 
 def logistic():
     """30 training and 11 validation examples of 6 features, labels -1 and 1."""
@@ -81,8 +104,12 @@ def hypergradients(train: slice, val: slice, wrap=lambda objective: objective) -
 
 
 def launch(body: str, ranks: int, tmp_path: Path) -> str:
+    return launch_program(PROGRAM.format(body=textwrap.dedent(body)), ranks, tmp_path)
+
+
+def launch_program(program: str, ranks: int, tmp_path: Path) -> str:
     script = tmp_path / "program.py"
-    script.write_text(PROGRAM.format(body=textwrap.dedent(body)))
+    script.write_text(program)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)],
         cwd=ROOT,
@@ -300,8 +327,14 @@ def test_captured_hyperparameters_are_refused(tmp_path):
     )
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux shows them")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """Those of gloo abort a process at Python's end. What optimizers import must not hold the group that has them."""
+    launch_program(THREADS, 2, tmp_path)
+
+
 def test_params_in_shards_are_refused():
-    """A mesh keeps its group's threads past the group's end, so this group is of one process and sends nothing."""
+    """Functional collectives keep a group's threads past its end, so this group is of one process and sends nothing."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         params = DTensor.from_local(torch.zeros(4), init_device_mesh("cpu", (1,)), [Shard(0)])

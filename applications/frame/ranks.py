@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
-import bilevel as bl
-
-LETTING_GO = 0.3
-"""Seconds for gloo's threads, which outlive the group, to let go of its last tensors: at Python's end they would abort
-the process for it."""
+from bilevel import distributed
 
 
 @contextmanager
@@ -35,7 +30,6 @@ def process_group() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-        time.sleep(LETTING_GO)
 
 
 def leads() -> bool:
@@ -55,7 +49,7 @@ def launch_name() -> str | None:
 
 def anywhere(flag: bool) -> bool:
     """Whether it is set on any rank; every rank asks at the same place, and all get the same answer."""
-    if bl.distributed.world_size() == 1:
+    if distributed.world_size() == 1:
         return flag
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return bool(bl.distributed.all_reduce(torch.tensor(float(flag), device=device)) > 0)
+    return bool(distributed.all_reduce(torch.tensor(float(flag), device=device)) > 0)
