@@ -22,20 +22,22 @@ from pathlib import Path
 
 from tests.applications.trust import trials
 from tests.applications.trust.commands import COMMANDS
-from tests.applications.trust.trials import Found
+from tests.applications.trust.trials import Found, Shared
 
-FULL: dict[str, Callable[[float, Path], Found]] = {
+FULL: dict[str, Callable[[float, Path, Shared], Found]] = {
     **{
-        f"kills of {name}": lambda part, folder, name=name: trials.kills(round(50 * part), folder, (name,))  # type: ignore[misc]
+        f"kills of {name}": lambda part, folder, shared, name=name: trials.kills(  # type: ignore[misc]
+            round(50 * part), folder, shared, (name,)
+        )
         for name in trials.TINY
     },
-    "studies": lambda part, folder: trials.studies(round(50 * part), folder),
-    "flips": lambda part, folder: trials.flips(round(1500 * part), folder),
-    "cuts": lambda part, folder: trials.cuts(round(200 * part), folder),
+    "studies": lambda part, folder, shared: trials.studies(round(50 * part), folder),
+    "flips": lambda part, folder, shared: trials.flips(round(1500 * part), shared),
+    "cuts": lambda part, folder, shared: trials.cuts(round(200 * part), folder, shared),
     **{f"options of {name}": partial(trials.options, name) for name in COMMANDS},
-    "memory": lambda part, folder: trials.memory(1800 * part, folder),
-    "signals": lambda part, folder: trials.signals(round(10 * part), folder),
-    "writers": lambda part, folder: trials.writers(round(20 * part), folder),
+    "memory": lambda part, folder, shared: trials.memory(1800 * part, folder, shared),
+    "signals": lambda part, folder, shared: trials.signals(round(10 * part), folder, shared),
+    "writers": lambda part, folder, shared: trials.writers(round(20 * part), folder),
 }
 
 
@@ -45,16 +47,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--part", type=float, default=1.0)
     given = parser.parse_args(arguments)
     failed = 0
-    for name, run in FULL.items():
-        if given.names and not any(word == name or word in name.split() for word in given.names):
-            continue
-        begun = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            os.environ["BILEVEL_DATA"] = folder
-            found = partial(run, given.part)(Path(folder))
-        print(f"{name}: {found} ({time.perf_counter() - begun:.0f} s)", flush=True)
-        failed += found.failed
+    with tempfile.TemporaryDirectory() as together, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shared = trials.Shared(Path(together))
+        os.environ["BILEVEL_DATA"] = str(shared.data)
+        for name, run in FULL.items():
+            if given.names and not any(word == name or word in name.split() for word in given.names):
+                continue
+            begun = time.perf_counter()
+            with tempfile.TemporaryDirectory() as folder:
+                found = run(given.part, Path(folder), shared)
+            print(f"{name}: {found} ({time.perf_counter() - begun:.0f} s)", flush=True)
+            failed += found.failed
     return min(failed, 1)
 
 

@@ -24,7 +24,6 @@ from applications.frame.run_folder import RunFolder
 from tests.applications.trust.commands import DATA, OUT, RUN, SMALL, all_tried
 from tests.applications.trust.processes import (
     OVER,
-    TRACEBACK,
     finish,
     kill_after,
     processor_seconds,
@@ -53,12 +52,34 @@ def found(tried: int, failures: list[str]) -> Found:
     return Found(tried, len(failures), tuple(failures))
 
 
-def kills(count: int, folder: Path, applications: tuple[str, ...] = tuple(TINY), seed: int = 0) -> Found:
+class Shared:
+    """What several trials use and none changes: the images, and a finished run of few-shot learning."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.data = folder, folder / "data"
+
+    def data_of(self, application: str) -> list[str]:
+        """The option that names the images, where an application has them."""
+        return ["--data-root", str(self.data)] if application == "few_shot" else []
+
+    def run(self) -> Path:
+        """The run, with one checkpoint, so that no other serves in its place."""
+        run, log = self.folder / "finished", self.folder / "finished.log"
+        if not run.exists():
+            arguments = [*TINY["few_shot"], *self.data_of("few_shot")]
+            assert finish("few_shot", [*arguments, "--out", str(run)], log) == 0, log.read_text()
+            (run / "checkpoint.previous.pt").unlink(missing_ok=True)
+        return run
+
+
+def kills(
+    count: int, folder: Path, shared: Shared, applications: tuple[str, ...] = tuple(TINY), seed: int = 0
+) -> Found:
     """Trainings that are killed at a random moment and resumed end as one that was not: metrics and state."""
     failures, chance = [], random.Random(seed)
     for application in applications:
         log, whole = folder / f"{application}.log", folder / f"{application}-whole"
-        small = [*TINY[application], *_data(application, folder)]
+        small = [*TINY[application], *shared.data_of(application)]
         begun = os.times()
         assert finish(application, [*small, "--out", str(whole)], log) == 0, log.read_text()
         seconds = os.times().children_user - begun.children_user
@@ -92,9 +113,9 @@ def studies(count: int, folder: Path, seed: int = 0) -> Found:
     return found(count, failures)
 
 
-def flips(count: int, folder: Path, seed: int = 0) -> Found:
+def flips(count: int, shared: Shared, seed: int = 0) -> Found:
     """A flipped bit in a checkpoint is never accepted."""
-    content, chance, failures = (_run(folder) / "checkpoint.pt").read_bytes(), random.Random(seed), []
+    content, chance, failures = (shared.run() / "checkpoint.pt").read_bytes(), random.Random(seed), []
     for _ in range(count):
         place = chance.randrange(8 * len(content))
         flipped = bytearray(content)
@@ -107,12 +128,12 @@ def flips(count: int, folder: Path, seed: int = 0) -> Found:
 FILES = ("checkpoint.pt", "config.json", "metrics.jsonl", "results.json")
 
 
-def cuts(count: int, folder: Path, seed: int = 0) -> Found:
+def cuts(count: int, folder: Path, shared: Shared, seed: int = 0) -> Found:
     """A run with a file that was cut short is refused in words, or goes on as it was.
 
     Half of the cuts are of the checkpoint.
     """
-    run, chance, failures = _run(folder), random.Random(seed), []
+    run, chance, failures = shared.run(), random.Random(seed), []
     for number in range(count):
         name = FILES[0] if number % 2 else chance.choice(FILES)
         content, copy, log = (run / name).read_bytes(), folder / "cut", folder / f"cut-{number}.log"
@@ -131,7 +152,7 @@ FINE = (0, 1, 2, -OVER, -signal.SIGALRM)
 """Exit codes: done; measured, and not as it should be; refused; more than was waited for."""
 
 
-def options(command: str, part: float, folder: Path, seconds: float = 1.5, seed: int = 0) -> Found:
+def options(command: str, part: float, folder: Path, shared: Shared, seconds: float = 1.5, seed: int = 0) -> Found:
     """Bad values of all options of a command: none ends with a traceback or a crash.
 
     Args:
@@ -145,7 +166,7 @@ def options(command: str, part: float, folder: Path, seconds: float = 1.5, seed:
                 continue
             tried += 1
             out, log = folder / "options", folder / f"option-{tried}.log"
-            places = {OUT: out, DATA: folder / "data", **({RUN: _run(folder)} if RUN in one.before else {})}
+            places = {OUT: out, DATA: shared.data, **({RUN: shared.run()} if RUN in one.before else {})}
             line = [str(places.get(word, word)) for word in one.line(value)]
             code = finish(command.partition(" ")[0], line, log, seconds)
             text = log.read_text(errors="replace")
@@ -157,9 +178,9 @@ def options(command: str, part: float, folder: Path, seconds: float = 1.5, seed:
     return found(tried, failures)
 
 
-def memory(seconds: float, folder: Path) -> Found:
+def memory(seconds: float, folder: Path, shared: Shared) -> Found:
     """A long training keeps its memory and its handles: the last reading beside that at a third of the time."""
-    arguments = [*TINY["few_shot"], *_data("few_shot", folder), "--steps", "100000000"]
+    arguments = [*TINY["few_shot"], *shared.data_of("few_shot"), "--steps", "100000000"]
     child = start("few_shot", [*arguments, "--out", str(folder / "long")], folder / "long.log", save_often=True)
     readings = []
     for _ in range(3):
@@ -190,12 +211,12 @@ WIDEST = [
 ]
 
 
-def signals(count: int, folder: Path, seed: int = 0) -> Found:
+def signals(count: int, folder: Path, shared: Shared, seed: int = 0) -> Found:
     """SIGTERM ends a training at its widest setting within five seconds of the processor, which others may use, too."""
     chance, failures, needed = random.Random(seed), [], []
     for number in range(count):
         out, log = folder / f"ended-{number}", folder / f"ended-{number}.log"
-        child = start("few_shot", [*WIDEST, *_data("few_shot", folder), "--out", str(out)], log)
+        child = start("few_shot", [*WIDEST, *shared.data_of("few_shot"), "--out", str(out)], log)
         while not (out / "config.json").exists():
             time.sleep(0.1)
         wait_for(child, processor_seconds(child) + chance.uniform(2, 25))
@@ -237,20 +258,6 @@ def _accepted(content: bytes) -> bool:
     return True
 
 
-def _run(folder: Path) -> Path:
-    """A finished run of few-shot learning with one checkpoint, so that no other serves in its place."""
-    run = folder / "finished"
-    if not run.exists():
-        log, arguments = folder / "finished.log", [*TINY["few_shot"], *_data("few_shot", folder)]
-        assert finish("few_shot", [*arguments, "--out", str(run)], log) == 0, log.read_text()
-        (run / "checkpoint.previous.pt").unlink(missing_ok=True)
-    return run
-
-
-def _data(application: str, folder: Path) -> list[str]:
-    return ["--data-root", str(folder / "data")] if application == "few_shot" else []
-
-
 def _states(out: Path) -> list[str]:
     study = optuna.load_study(study_name="data_cleaning score", storage=bl.tuning.open_storage(out / "study.log"))
     return [trial.state.name for trial in study.trials]
@@ -280,6 +287,3 @@ def _without_clock(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_clock(inner[1:] if isinstance(inner, list) else inner) for inner in value]
     return json.dumps(value)
-
-
-__all__ = ["TRACEBACK", "Found", "cuts", "flips", "kills", "memory", "options", "signals", "studies", "writers"]
