@@ -207,19 +207,19 @@ PATHS = {
 
 @pytest.mark.slow
 def test_float32_meets_the_float64_reference_on_real_omniglot(omniglot_root):
-    """The paper's network and settings: Conv4-64 with max-pool, 16 tasks, 16 steps, 5 CG steps; on every path.
+    """The paper's network and settings: Conv4-64 with max-pool, 16 steps, 5 CG steps; on every path.
 
     The reference of the benchmark is plain PyTorch, task by task, in float64. ReLU and max-pool have kinks: where
     rounding sends a task to the other side of one, its gradient is another one, also between two runs of PyTorch's own
-    layers (3 of these 16 tasks). So most tasks are held to the bar, and in float64 all of them. The rounding of the
+    layers (3 of the first 16 tasks). So most tasks are held to the bar, and in float64 all of them. The rounding of the
     rest is the processor's: 2e-6 with AVX-512, 1.7e-5 without.
     """
-    workload = MetaStep(root=str(omniglot_root))
+    workload = MetaStep(root=str(omniglot_root), tasks=8)
     reference = workload.reference()
     for name, changes in PATHS.items():
         errors = relative_errors(workload.ours(**changes)().answer, reference)
         assert np.median(errors) < 3e-5, name
-        assert (errors < 1e-4).sum() >= 11, name
+        assert (errors < 1e-4).sum() >= 5, name
     exact = workload.ours(precision="float64")().answer
     assert relative_errors(exact, reference[0]).max() < 1e-8
 
