@@ -16,12 +16,9 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """The workers of ``-n auto``, the default: none where files or single tests were named, and each costs a start.
-
-    One more than the processor has cores: many tests wait for processes that they start.
-    """
+    """The workers of ``-n auto``, the default: none where files or single tests were named, and each costs a start."""
     whole = all(Path(argument.partition("::")[0]).is_dir() for argument in config.args)
-    return min((os.cpu_count() or 1) + 1, 8) if whole else 0
+    return min(os.cpu_count() or 1, 8) if whole else 0
 
 
 @pytest.hookimpl(tryfirst=True)

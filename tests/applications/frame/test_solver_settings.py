@@ -81,7 +81,7 @@ def test_the_first_trial_has_the_settings_in_use_today(name):
 @pytest.mark.slow
 def test_a_study_and_a_run_with_its_winner(name, tmp_path, capsys, monkeypatch):
     study = tmp_path / "study"
-    assert run(name, "tune", "--trials", "4", "--seconds", "0.1", "--confirm", "2", "--out", str(study)) == 0
+    assert run(name, "tune", "--trials", "3", "--seconds", "0.1", "--confirm", "2", "--out", str(study)) == 0
     with sqlite3.connect(study / "study.db") as database:
         (states,) = zip(*database.execute("select state from trials"), strict=True)
     assert set(states) <= {"COMPLETE", "PRUNED"}

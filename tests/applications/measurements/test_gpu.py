@@ -64,8 +64,8 @@ def test_solvers_of_the_device_are_as_right_as_those_of_scipy():
     assert all(row["largest_error"] <= 3e-6 for row in rows)
 
 
-AGAIN = ("training-tf32", "training-bf16", "peers-C")
-"""On a CPU the training in float32 once more, and A with fewer steps."""
+AGAIN = ("training-tf32", "training-bf16", "peers-A", "peers-C")
+"""On a CPU the training in float32 once more, and the contest of F at other sizes."""
 
 
 @pytest.mark.slow

@@ -28,14 +28,15 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", None)
 
 
-def rows(names, **changes):
+def rows(names, problem=SMALL, **changes):
     settings = {"rounds": 1, "runs": 2, "timeout": 120.0, **changes}
-    return {row.name: row for row in contest("Hyperparameters", SMALL, names, **settings)}
+    return {row.name: row for row in contest("Hyperparameters", problem, names, **settings)}
 
 
 @pytest.mark.slow
 def test_right_answers_have_times_and_memory():
-    row = rows([OURS], rounds=2)[OURS]
+    # A smaller problem fits into what a process has left of its start, and needs no memory then.
+    row = rows([OURS], {**SMALL, "num_examples": 20_000}, rounds=2)[OURS]
     assert not row.note
     assert row.error < 1e-5
     assert len(row.seconds) == 4
