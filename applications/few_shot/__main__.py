@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable
 
 import bilevel as bl
-from applications.few_shot import guard, train
+from applications.few_shot import data, guard, train
 from applications.few_shot.config import PRESETS, Config
+from applications.few_shot.data.folder import PARTS
 from applications.few_shot.methods import fixed_at_zero
 from applications.few_shot.train import TRAINING, Session
 from applications.few_shot.trained import seen_in_training, start_of
@@ -35,11 +36,13 @@ def story(config: Config, run: Run) -> None:
     file = train.checkpoint_file(run.folder)
     start = None if run.folder.has_checkpoint(file) else start_of(config)
     session = Session.create(config, run.settings, start.put_into if start else None)
+    if config.data not in data.NAMES:
+        run.part("classes", lambda: {part: list(getattr(session.splits, part).names) for part in PARTS})
     title, many = train.describe(config), f", {ranks} ranks" if ranks > 1 else ""
     run.say(f"{title}: {config.tasks} tasks a step on {session.device}{many}; run folder {run.folder.path}")
     if config.head == "zero" and not fixed_at_zero(config, session.learner.meta):
         run.say(train.NO_HEAD.format(model=config.model))
-    if start and (seen := seen_in_training(start.config, config, session.splits.test)):
+    if start and (seen := seen_in_training(start, config, session.splits.test)):
         run.say(f"{seen} of the test classes were training classes of {config.start}: the accuracy will be too good.")
     show = ("loss", "accuracy")
     run.train(TRAINING, session, show, lambda: train.validation(session), config.validate_every, file, config.clock)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class FewShot:
                 or fewer classes than in training, where the network has a head of its own.
         """
         support = self.images(images)
-        given = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+        given = _listed(labels)
         if len(given) != len(support):
             raise UserError(f"There are {len(support)} images and {len(given)} labels: each image needs its label.")
         classes = list(dict.fromkeys(given))
@@ -102,6 +102,19 @@ class FewShot:
         channels, size = config.image_shape
         rows = as_bytes(images, config.data, channels, size).to(self.device, config.dtype) / 255
         return rows if config.backbone is None else backbone.features(config, rows).to(config.dtype)
+
+
+def _listed(labels: Any) -> list[Hashable]:
+    shape = tuple(getattr(labels, "shape", ()))
+    if isinstance(labels, Tensor | np.ndarray) and len(shape) != 1:
+        raise UserError(f"The labels are an array of shape {shape}: one label for each image is needed, of shape [n].")
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise UserError(f"The labels are {labels!r}: a sequence is needed, with one label for each image.")
+    given = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    for label in given:
+        if not isinstance(label, Hashable):
+            raise UserError(f"A label is {label!r}: give strings, numbers or other values that can be keys of a dict.")
+    return given
 
 
 @dataclass(frozen=True)

@@ -150,6 +150,7 @@ class Config(SolverKnobs):
         late = self.late_inner_steps is not None or self.late_cg_steps is not None
         require(not (late and self.solver), "--solver has steps of its own: leave --late-... away.")
         require_at_least_one(self, *counts, "image_size", "average", "chunk_size")
+        require(self.ways >= 2, f"--ways is {self.ways}: there must be two classes or more to tell apart.")
         require_positive(self, "inner_lr", "strength", "lr")
         require(self.minutes is None or self.minutes > 0, f"--minutes is {self.minutes}: it must be positive.")
         clip = f"--clip is {self.clip}: it is at least 1, or None; below, every meta-gradient shrinks."

@@ -38,7 +38,8 @@ class Accuracy:
         return cls(percent.mean().item(), spread, len(percent))
 
     def __str__(self) -> str:
-        return f"{self.mean:6.2f} +- {self.interval:.2f} %"
+        interval = " (one task)" if math.isnan(self.interval) else f" +- {self.interval:.2f}"
+        return f"{self.mean:6.2f}{interval} %"
 
 
 def measure(
@@ -134,7 +135,7 @@ def linear_on_pixels(episodes: Episodes) -> Tensor:
 
     start = {"weight": x.new_zeros(len(x), x.shape[-1], ways), "bias": x.new_zeros(len(x), ways)}
     solver = bl.LBFGS(max_steps=100, gtol=1e-3)
-    fit = bl.argmin(torch.vmap(loss), start, x, episodes.support_y, solver=solver, hypergrad=None)
+    fit = bl.argmin(torch.vmap(loss), start, x, episodes.support_y, solver=solver, hypergrad=None, throw="ignore")
     scores = episodes.query_x.flatten(2) @ basis @ fit.value["weight"] + fit.value["bias"].unsqueeze(1)
     return scores.argmax(-1)
 

@@ -34,7 +34,7 @@ usage: python -m applications.few_shot evaluate RUN [options]              the l
 
 Accuracy on held-out tasks, transductive and not. Options are those of train, such as --ways 20 --shots 5
 --split alphabets --eval-tasks 1000, and
-  --classes {test,validation}   the classes that tasks are made of (default: test)
+  --classes {test,validation,train}   the classes that tasks are made of (default: test)
   --out DIR                     where the figures go, in place of the run's folder; --solver FILE, other solvers
   --baselines                   the untrained network and classifiers of pixels too
 """
@@ -46,7 +46,7 @@ class What:
 
     trained: str | None = None
     """Name of a shipped network, or a file that `export` wrote."""
-    classes: Literal["test", "validation"] = "test"
+    classes: Literal["test", "validation", "train"] = "test"
     """The classes that the tasks are made of."""
     baselines: bool = False
     """Evaluate the untrained network and classifiers of pixels too."""
@@ -136,7 +136,7 @@ def figures(trained: Trained, config: Config, what: What) -> dict[str, Any]:
         "shots": config.shots,
         "queries": config.eval_queries,
         "inner_steps": config.eval_steps or config.inner_steps,
-        "seen_in_training": seen_in_training(trained.config, config, classes),
+        "seen_in_training": seen_in_training(trained, config, classes),
         "num_classes": len(classes),
         "trained": trained.origin,
         "seconds": round(time.perf_counter() - begin, 1),
@@ -155,7 +155,8 @@ def tell(found: dict[str, Any], config: Config) -> None:
     if found["seen_in_training"]:
         print(
             f"{found['seen_in_training']} of the {found['num_classes']} classes were training classes of this network: "
-            "these figures are too good. Train with the same --split to compare."
+            "these figures are too good. Its own test has the same --split, --seed and --held-out, and the same "
+            "folders of images."
         )
     print(f"{found['seconds']:.0f} seconds")
 
@@ -169,9 +170,9 @@ def write(folder: RunFolder, found: dict[str, Any], stem: str | None = None) -> 
 
 
 def export(arguments: list[str]) -> int:
-    """``export RUN NAME``: the network that a run evaluates, as a file that can be shipped."""
+    """``export RUN FILE.pt``: the network that a run evaluates, as a file that can be shipped."""
     if len(arguments) != 2 or arguments[0].startswith("-"):
-        print("usage: python -m applications.few_shot export RUN NAME   (NAME, or a path that ends in .pt)")
+        print("usage: python -m applications.few_shot export RUN FILE.pt   (or a NAME, to ship it with this checkout)")
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     trained, path = Trained.from_run(Path(arguments[0])), Path(arguments[1])
     if path.suffix != ".pt":

@@ -57,6 +57,7 @@ class Learner:
         chosen = dict(chosen or {})
         config = replace(config, strength=chosen.pop("strength", config.strength))
         meta: Params = dict(net.named_parameters())
+        refuse_other_heads(config, meta)
         with torch.no_grad():
             for name in fixed_at_zero(config, meta):
                 meta[name].zero_()
@@ -205,6 +206,24 @@ def _joined(vectors: list[Tensor]) -> Tensor:
 def fixed_at_zero(config: Config, names: Iterable[str]) -> list[str]:
     """Those of the module called head, where the configuration keeps it at zero: they are not learned."""
     return [name for name in names if config.head == "zero" and name.startswith("head.")]
+
+
+def refuse_other_heads(config: Config, meta: Params) -> None:
+    """Refuse what is called head and is no linear layer of the outputs: zeros in its place let nothing be learned.
+
+    Raises:
+        UserError: it is another layer, or several.
+    """
+    fixed = fixed_at_zero(config, meta)
+    outputs = all(meta[name].shape[:1] == (config.ways,) for name in fixed)
+    if outputs and {name: meta[name].dim() for name in fixed}.items() <= {"head.weight": 2, "head.bias": 1}.items():
+        return
+    raise UserError(
+        f"--head zero starts the layer called head at zero, and that of --model {config.model} is not one linear layer "
+        f"of {config.ways} outputs: it has {', '.join(f'{name} {list(meta[name].shape)}' for name in fixed)}. At zero "
+        "it would pass nothing on, and nothing would be learned. Call the last linear layer alone head, or take --head "
+        "learned."
+    )
 
 
 def task_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:

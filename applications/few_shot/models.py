@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import traceback
 from collections.abc import Iterator
 from contextvars import ContextVar
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 import bilevel as bl
@@ -65,6 +68,8 @@ def _with_itself(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
 
 
 NORMS = {"batch": BatchStatNorm, "image": ImageNorm}
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+"""Those of PyTorch, whose predictions depend on all images of a batch."""
 
 
 class Block(nn.Module):
@@ -208,12 +213,15 @@ def build(name: str, channels: int, image_size: int, ways: int, **conv4: int | s
         return FeatureHead(channels * image_size**2, ways)
     net = _made(name, channels, image_size, ways)
     for module in net.modules():
-        if getattr(module, "track_running_stats", False):
+        if isinstance(module, BATCH_NORMS) or getattr(module, "track_running_stats", False):
             raise UserError(
-                f"--model {name} has a {type(module).__name__} with running statistics: they cannot be adapted task "
-                "by task. Build it with track_running_stats=False, or with "
-                "applications.few_shot.models:BatchStatNorm."
+                f"--model {name} has a {type(module).__name__}. Running statistics cannot be adapted task by task, and "
+                "without them a prediction would depend on the other queries. Take BatchStatNorm of "
+                "applications.few_shot.models in its place, which can do without them, or a norm of each image by "
+                "itself, such as GroupNorm or LayerNorm."
             )
+    if not getattr(net, "takes_tasks", False):
+        _try_many_tasks(name, net, torch.zeros(2, 2, channels, image_size, image_size))
     return net
 
 
@@ -235,6 +243,36 @@ def _made(name: str, channels: int, image_size: int, ways: int) -> nn.Module:
     except (Exception, SystemExit) as error:  # it is the user's code
         raise UserError(
             f"--model {name} makes no network for images [n, {channels}, {image_size}, {image_size}] and {ways} "
-            f"classes ({type(error).__name__}: {error}). It is called with (channels, image size, ways)."
+            f"classes ({_told(error)}). It is called with (channels, image size, ways), and its network with two "
+            "images."
         ) from error
     return net
+
+
+def _try_many_tasks(name: str, net: nn.Module, x: Tensor) -> None:
+    """Call it as the tasks of a meta-step are: once for all, each with parameters of its own.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    params = {name: param.expand(len(x), *param.shape) for name, param in net.named_parameters()}
+    with torch.no_grad():
+        try:
+            torch.vmap(lambda own, images: functional_call(net, own, (images,)))(params, x)
+        except Exception as error:  # it is the user's code
+            raise UserError(
+                f"--model {name} makes a network that fails where all tasks are computed at once, by torch.vmap "
+                f"({_told(error)}). Its forward must hold no random numbers (dropout), no .item(), no assertion or "
+                "branch on the values of images, and change none of its buffers."
+            ) from error
+
+
+def _told(error: BaseException) -> str:
+    """What went wrong, and where: the last place outside of PyTorch."""
+    places = [
+        place
+        for place in traceback.extract_tb(error.__traceback__)
+        if not place.filename.startswith((str(Path(torch.__file__).parent), __file__))
+    ]
+    where = f", at {places[-1].filename}:{places[-1].lineno}" if places else ""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}{where}"

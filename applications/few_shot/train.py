@@ -114,10 +114,23 @@ class Session:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
+            **({} if self.config.data in data.NAMES else {"classes": list(self.splits.train.names)}),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """The inverse of `state`."""
+        """The inverse of `state`.
+
+        Raises:
+            UserError: a folder has other classes to train on than it had, so that some of them would be in the test.
+        """
+        classes = list(self.splits.train.names)
+        if state.get("classes", classes) != classes:
+            raise UserError(
+                f"{self.config.data} has other classes for training than when this run began: where folders come or "
+                "go, its classes are shared out anew, and some of the training are in the test. Restore the folder "
+                "(results.json lists the classes of each part); or give it folders train, validation and test, which "
+                "stay as they are, and begin a new run."
+            )
         with torch.no_grad():
             for name, param in self.learner.meta.items():
                 param.copy_(state["meta"][name])

@@ -45,6 +45,7 @@ class State(TypedDict):
     optimizer: dict[str, Any]
     step: int
     seconds: float
+    classes: NotRequired[list[str]]
 
 
 class Origin(TypedDict):
@@ -55,6 +56,7 @@ class Origin(TypedDict):
     steps: int
     seed: int
     start: NotRequired[str]
+    classes: NotRequired[list[str]]
     validation: NotRequired[float]
 
 
@@ -80,7 +82,8 @@ class Trained:
     Attributes:
         meta: name -> tensor, without those of a head that stays at zero.
         log_strength: layer -> log lambda, 0-d.
-        origin: ``command``, ``hours``, ``steps``, ``seed``; ``start``, the network that it started from, if any; and
+        origin: ``command``, ``hours``, ``steps``, ``seed``; ``start``, the network that it started from, if any;
+            ``classes``, the names of the classes that it was trained on, where they are a folder's; and
             ``validation`` where it was measured: the accuracy in percent on tasks of the validation classes when the
             file was made.
         chosen: solver settings of a tuned run, in place of those of the configuration.
@@ -131,6 +134,8 @@ class Trained:
         }
         if config.start is not None:
             origin["start"] = config.start
+        if "classes" in state:
+            origin["classes"] = state["classes"]
         measured = [r for r in folder.metrics() if "validation_accuracy" in r and r["step"] <= state["step"]]
         if measured:
             with understood(path / "metrics.jsonl"):
@@ -226,8 +231,11 @@ class Trained:
             raise UserError(f"{path} is no trained network of this version, or damaged: {reason}.") from error
 
 
-def seen_in_training(training: Config, config: Config, classes: data.ImageClasses) -> int:
+def seen_in_training(trained: Trained, config: Config, classes: data.ImageClasses) -> int:
     """How many of these classes a network was trained on: another split may have other classes for its test."""
+    training = trained.config
+    if training.data == config.data and "classes" in trained.origin:
+        return len(set(trained.origin["classes"]) & set(classes.names))
     same = (training.data, training.split, training.seed, training.held_out)
     if same == (config.data, config.split, config.seed, config.held_out) or training.data != config.data:
         return 0

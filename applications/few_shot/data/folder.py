@@ -62,9 +62,26 @@ def load(folder: Path, reading: Reading, cache: Path) -> Splits:
 
 def prepare(image: Image.Image, size: int, grey: bool) -> np.ndarray:
     """An image as the network sees it: its middle square, upright and resized, uint8 ``[channels, size, size]``."""
-    upright = ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
+    upright = ImageOps.exif_transpose(in_eight_bits(image)).convert("L" if grey else "RGB")
     square = np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
     return square[None] if grey else np.ascontiguousarray(square.transpose(2, 0, 1))
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """An image whose pixels Pillow would cut off at 255, brought to 8 bits; others as they are.
+
+    Raises:
+        UserError: its pixels have no largest value that everybody means: they are 32 bits long.
+    """
+    if image.mode.startswith("I;16"):
+        pixels = np.asarray(image).astype(np.float64) / 257
+        return Image.fromarray(np.round(pixels).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UserError(
+            f"An image has pixels of 32 bits (Pillow's mode {image.mode}), which have no white that everybody means. "
+            "Save it with 8 or 16 bits a channel."
+        )
+    return image
 
 
 Classes = dict[str, list[Path]]
@@ -89,7 +106,7 @@ def _given_parts(folder: Path) -> dict[str, Classes] | None:
 
 def _classes(folder: Path) -> Classes:
     try:
-        found = torchvision_datasets().ImageFolder(folder, allow_empty=True)
+        found = torchvision_datasets().ImageFolder(folder, allow_empty=True, is_valid_file=_is_image)
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} has no folders of classes. --data takes a folder that holds a folder of images for each class, "
@@ -98,13 +115,27 @@ def _classes(folder: Path) -> Classes:
     classes: Classes = {name: [] for name in found.classes}
     for path, index in found.samples:
         classes[found.classes[index]].append(Path(path))
+    for name, paths in classes.items():
+        if paths and not any(path.parent == folder / name for path in paths):
+            raise UserError(
+                f"{folder / name} holds folders and no images of its own ({paths[0].relative_to(folder / name)}). A "
+                "class is a folder of images: give --data the folder above the classes, or move the images up."
+            )
     empty = [name for name, paths in classes.items() if not paths]
     if empty:
         raise UserError(
             f"{folder / empty[0]} has no images ({len(empty)} such folders of {len(classes)}). A class is a folder of "
-            f"images: {', '.join(sorted(torchvision_datasets().folder.IMG_EXTENSIONS))}. Fill it or take it away."
+            f"images: {', '.join(_extensions())}. Fill it or take it away."
         )
     return classes
+
+
+def _extensions() -> list[str]:
+    return sorted((*torchvision_datasets().folder.IMG_EXTENSIONS, ".gif"))
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(tuple(_extensions()))
 
 
 def _split(classes: Classes, reading: Reading, folder: Path) -> dict[str, Classes]:
@@ -147,6 +178,8 @@ def _image(path: Path, reading: Reading) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return prepare(image, reading.size, reading.grey)
+    except UserError as error:
+        raise UserError(f"{path} cannot be used: {error}") from error
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}. Mend it or take it away.") from error
 
@@ -156,7 +189,10 @@ def _key(folder: Path, classes: Mapping[str, Sequence[Path]], reading: Reading) 
     listed = defaultdict(list)
     for name, paths in classes.items():
         for path in paths:
-            about = path.stat()
+            try:
+                about = path.stat()
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error}. Mend it or take it away.") from error
             listed[name].append((str(path.relative_to(folder)), about.st_size, about.st_mtime_ns))
     told = json.dumps([str(folder.resolve()), reading.size, reading.grey, listed])
     return hashlib.sha256(told.encode()).hexdigest()[:20]

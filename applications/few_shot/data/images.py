@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def as_bytes(images: Any, data: str, channels: int, size: int) -> Tensor:
         images: PIL images, paths, arrays or tensors, in a sequence; or one array or tensor ``[n, ...]``; or one PIL
             image. An array is ``[height, width]``, ``[channels, height, width]`` or ``[height, width, channels]``, of
             integers in [0, 255] or floating point numbers in [0, 1].
+            One of three dimensions that may be a single image in colour is refused.
         data: name of the data set, or path of its folder.
         channels, size: of the result; others are converted and resized.
 
@@ -38,8 +39,15 @@ def as_bytes(images: Any, data: str, channels: int, size: int) -> Tensor:
     Raises:
         UserError: there are no images, or they are of another kind or outside of those numbers.
     """
-    if isinstance(images, Image.Image):
+    if isinstance(images, Image.Image | str | Path):
         images = [images]
+    if not isinstance(images, Iterable):
+        raise UserError(f"The images are {type(images).__name__}: give a sequence of them, or one array [n, ...].")
+    if isinstance(images, np.ndarray | Tensor) and images.ndim == 3 and _may_be_one(tuple(images.shape), channels):
+        raise UserError(
+            f"The images are one array of shape {tuple(images.shape)}, which may be one image or several grey ones. "
+            "Put a single image into a list, and give grey ones as [n, 1, height, width]."
+        )
     if isinstance(images, np.ndarray | Tensor) and images.ndim not in (3, 4):
         raise UserError(
             f"The images are one array of shape {tuple(images.shape)}. Many images are [n, height, width], "
@@ -51,11 +59,16 @@ def as_bytes(images: Any, data: str, channels: int, size: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
+def _may_be_one(shape: tuple[int, ...], channels: int) -> bool:
+    """Whether three dimensions may be those of one image in colour, and not of many grey ones."""
+    return shape[-1] in (1, 3) or (channels == 3 and shape[0] == 3)
+
+
 def _one(image: Any, data: str, channels: int, size: int) -> np.ndarray:
     if isinstance(image, str | Path):
         image = _opened(Path(image))
     if isinstance(image, Image.Image):
-        read = FROM_FILES.get(data)
+        image, read = folder.in_eight_bits(image), FROM_FILES.get(data)
         return folder.prepare(image, size, grey=channels == 1) if read is None else read(image)
     if isinstance(image, np.ndarray | Tensor):
         return _array(np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image), channels, size)

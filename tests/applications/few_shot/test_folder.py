@@ -164,11 +164,49 @@ class TestErrors:
             (np.zeros((2, 5, 8, 9)), "with 1 or 3 channels"),
             ([object()], "An image is a object"),
             (["nowhere.png"], "nowhere.png cannot be read"),
+            ("nowhere.png", "nowhere.png cannot be read"),
+            (None, "The images are NoneType"),
+            ([Image.new("F", (8, 8))], "pixels of 32 bits"),
+            (np.zeros((8, 8, 3)), "which may be one image or several grey ones"),
         ],
     )
     def test_images(self, images, message):
         with pytest.raises(UserError, match=message):
             as_bytes(images, "omniglot", 1, 28)
+
+    def test_a_single_image_in_colour_is_not_three_grey_ones(self):
+        with pytest.raises(UserError, match=r"of shape \(3, 16, 16\), which may be one image"):
+            as_bytes(torch.zeros(3, 16, 16), "some", 3, 16)
+        assert len(as_bytes(torch.zeros(3, 16, 16), "some", 1, 16)) == 3
+
+    def test_a_folder_too_high_is_told(self, tmp_path):
+        classes(tmp_path / "above" / "photos", 3)
+        with pytest.raises(UserError, match="holds folders and no images of its own"):
+            load(tmp_path / "above", tmp_path)
+
+    def test_a_link_to_nothing(self, tmp_path):
+        classes(tmp_path / "photos", 6)
+        (tmp_path / "photos" / "c1" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+        with pytest.raises(UserError, match=r"gone\.png cannot be read"):
+            load(tmp_path / "photos", tmp_path)
+
+    def test_classes_that_came_after_the_training(self, tmp_path, capsys):
+        """They change the split: the run does not go on, and an evaluation says what it was trained on."""
+        root, run = tmp_path / "photos", tmp_path / "run"
+        classes(root, 20, images=5)
+        place = ["--data", str(root), "--data-root", str(tmp_path)]
+        sizes = "--ways 2 --queries 2 --eval-queries 2 --image-size 16 --width 8 --tasks 2 --inner-steps 2"
+        assert main([*place, *sizes.split(), "--steps", "2", "--eval-tasks", "2", "--out", str(run)]) == 0
+        assert main(["export", str(run), str(tmp_path / "network.pt")]) == 0
+        (root / "a").mkdir()
+        for number in range(5):
+            Image.new("RGB", (20, 20), (number, 90, 0)).save(root / "a" / f"{number}.png")
+        capsys.readouterr()
+        assert main(["--resume", str(run), "--steps", "3"]) == 2
+        assert "has other classes for training than when this run began" in capsys.readouterr().err
+        for network in ([str(run)], ["--trained", str(tmp_path / "network.pt")]):
+            assert main(["evaluate", *network, *place, "--eval-tasks", "2"]) == 0
+            assert "were training classes of this network" in capsys.readouterr().out
 
 
 def classes(root, count, images=2):
@@ -189,6 +227,12 @@ class TestFormats:
         ]
         for form in forms:
             assert torch.equal(as_bytes(form, "some", 3, 16), image[None])
+
+    def test_more_than_eight_bits(self, tmp_path):
+        levels = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+        Image.fromarray(levels).save(tmp_path / "deep.png")
+        found = as_bytes(tmp_path / "deep.png", "some", 1, 16)
+        assert (found[0, 0].flatten().numpy() == np.arange(256)).all()
 
     def test_omniglot_drawings_are_read_as_in_training(self):
         page = Image.new("1", (105, 105), 1)
@@ -283,6 +327,15 @@ class TestFromPhotographsToPredictions:
             model.adapt(images, [0, 1, 2])
         with pytest.raises(UserError, match="two or more to tell apart"):
             model.adapt(images, [0, 0, 0, 0])
+        with pytest.raises(UserError, match=r"an array of shape \(4, 2\)"):
+            model.adapt(images, np.eye(4)[:, :2])
+        for labels in (None, 3, "abcd"):
+            with pytest.raises(UserError, match="a sequence is needed"):
+                model.adapt(images, labels)
+        with pytest.raises(UserError, match="A label is \\[1\\]"):
+            model.adapt(images, [[0], [1], [0], [1]][::-1])
+        with pytest.raises(UserError, match="There is no device 'gpu'"):
+            FewShot.load(run, device="gpu")
 
 
 def test_the_page_from_photographs_to_predictions(tmp_path, monkeypatch):

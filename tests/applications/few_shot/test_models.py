@@ -105,6 +105,23 @@ def with_running_statistics(channels, image_size, ways):
     return nn.Sequential(nn.BatchNorm2d(channels), tiny(channels, image_size, ways))
 
 
+def of_the_batch(channels, image_size, ways):
+    return nn.Sequential(nn.BatchNorm2d(channels, track_running_stats=False), tiny(channels, image_size, ways))
+
+
+def with_dropout(channels, image_size, ways):
+    return nn.Sequential(nn.Dropout(0.5), tiny(channels, image_size, ways))
+
+
+class Bug(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.flatten(1) + None)
+
+
+def with_a_bug(channels, image_size, ways):
+    return Bug(channels * image_size**2, ways)
+
+
 def test_any_module_by_import_path():
     assert build("tests.applications.few_shot.test_models:tiny", 1, 28, 5)(torch.rand(2, 1, 28, 28)).shape == (2, 5)
 
@@ -115,7 +132,10 @@ def test_any_module_by_import_path():
         ("resnet", "neither 'conv4' nor 'fc' nor an import path"),
         ("no.such.module:net", "cannot be imported"),
         ("tests.applications.few_shot.test_models:missing", "cannot be imported"),
-        ("tests.applications.few_shot.test_models:with_running_statistics", "running statistics"),
+        ("tests.applications.few_shot.test_models:with_running_statistics", "Take BatchStatNorm"),
+        ("tests.applications.few_shot.test_models:of_the_batch", "would depend on the other queries"),
+        ("tests.applications.few_shot.test_models:with_dropout", r"by torch.vmap[\s\S]*no random numbers \(dropout"),
+        ("tests.applications.few_shot.test_models:with_a_bug", r"TypeError: [\s\S]*, at \S*test_models.py:\d+"),
     ],
 )
 def test_bad_models(name, message):

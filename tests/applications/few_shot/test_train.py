@@ -296,6 +296,7 @@ class TestBadInput:
             ("--resume", "nowhere", "not the folder of a run"),
             ("--data", "imagenet", "There is no data set 'imagenet', and no folder of that path"),
             ("--clip", 0.5, "--clip is 0.5"),
+            ("--ways", 1, "--ways is 1: there must be two classes or more"),
             ("--average", 0, "--average is 0"),
         ],
     )
@@ -482,6 +483,15 @@ class TestHead:
         assert not state["meta"]["head.weight"].any()
         assert main(["evaluate", str(tmp_path / "run"), *own("headed"), "--ways", "3", "--eval-tasks", "2"]) == 0
 
+    @pytest.mark.parametrize("model", ["deep_head", "first_head"])
+    def test_one_that_is_no_linear_layer_of_the_outputs(self, model, glyph_root, tmp_path, capsys):
+        """All zeros, it would pass on nothing, and every network would stay at chance."""
+        assert main([*own(model), "--data-root", str(glyph_root), "--out", str(tmp_path / "run")]) == 2
+        assert "is not one linear layer of 5 outputs" in capsys.readouterr().err
+        learned = [*own(model), "--head", "learned", "--tasks", "2", "--inner-steps", "2", "--steps", "2"]
+        rest = ["--eval-tasks", "2", "--data-root", str(glyph_root), "--out", str(tmp_path / "run")]
+        assert main([*learned, *rest]) == 0
+
     def test_nothing_but_a_head(self, glyph_root, tmp_path, capsys):
         model = ["--model", "tests.applications.few_shot.test_train:nothing_but_a_head", "--data-root", str(glyph_root)]
         assert main([*model, "--out", str(tmp_path / "run")]) == 2
@@ -511,6 +521,21 @@ def headed(channels, size, ways):
         "flat": torch.nn.Flatten(),
         "body": torch.nn.Linear(channels * size**2, 8),
         "head": torch.nn.Linear(8, ways),
+    }
+    return torch.nn.Sequential(OrderedDict(layers))
+
+
+def deep_head(channels, size, ways):
+    head = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, ways))
+    body = torch.nn.Linear(channels * size**2, 8)
+    return torch.nn.Sequential(OrderedDict(flat=torch.nn.Flatten(), body=body, head=head))
+
+
+def first_head(channels, size, ways):
+    layers = {
+        "head": torch.nn.Conv2d(channels, 5, 3, stride=size - 3),
+        "flat": torch.nn.Flatten(),
+        "last": torch.nn.Linear(20, ways),
     }
     return torch.nn.Sequential(OrderedDict(layers))
 

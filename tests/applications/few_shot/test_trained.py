@@ -195,8 +195,9 @@ class TestEvaluate:
         training = Config(data="omniglot", data_root=omniglot_root)
         whole = data.load("omniglot", omniglot_root, split="alphabets")
         changed = Config(data="omniglot", data_root=omniglot_root, split="alphabets")
-        assert seen_in_training(training, changed, whole.test) > 1000
-        assert seen_in_training(training, training, whole.test) == 0
+        network = Trained(training, {}, {}, {})
+        assert seen_in_training(network, changed, whole.test) > 1000
+        assert seen_in_training(network, training, whole.test) == 0
 
 
 FIGURES = {
