@@ -286,6 +286,9 @@ def options(config: Config) -> list[str]:
     return words
 
 
+OTHER = "not of one make. Give --model, --width and the other knobs of the network as in its training"
+
+
 def put(params: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     """Copy values into parameters of the same names, shapes and dtypes.
 
@@ -293,14 +296,13 @@ def put(params: dict[str, Tensor], values: dict[str, Tensor]) -> None:
         UserError: one of them is another one.
     """
     if unknown := set(values) - set(params):
-        raise UserError(f"The file has {', '.join(sorted(unknown))}, and the network has not: not of one make.")
+        raise UserError(f"The file has {', '.join(sorted(unknown))}, and the network has not: {OTHER}.")
     for name, param in params.items():
         found = values.get(name)
         if found is None or (found.shape, found.dtype) != (param.shape, param.dtype):
             has = "missing" if found is None else f"{list(found.shape)} of {found.dtype}"
             raise UserError(
-                f"The network has {name} {list(param.shape)} of {param.dtype}, and the file has it {has}: not of one "
-                "make."
+                f"The network has {name} {list(param.shape)} of {param.dtype}, and the file has it {has}: {OTHER}."
             )
         with torch.no_grad():
             param.copy_(values[name])
