@@ -62,7 +62,7 @@ def load(folder: Path, reading: Reading, cache: Path) -> Splits:
 
 def prepare(image: Image.Image, size: int, grey: bool) -> np.ndarray:
     """An image as the network sees it: its middle square, upright and resized, uint8 ``[channels, size, size]``."""
-    upright = ImageOps.exif_transpose(in_eight_bits(image)).convert("L" if grey else "RGB")
+    upright = in_eight_bits(ImageOps.exif_transpose(image)).convert("L" if grey else "RGB")
     square = np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
     return square[None] if grey else np.ascontiguousarray(square.transpose(2, 0, 1))
 

@@ -28,8 +28,8 @@ def as_bytes(images: Any, data: str, channels: int, size: int) -> Tensor:
     Args:
         images: PIL images, paths, arrays or tensors, in a sequence; or one array or tensor ``[n, ...]``; or one PIL
             image. An array is ``[height, width]``, ``[channels, height, width]`` or ``[height, width, channels]``, of
-            integers in [0, 255] or floating point numbers in [0, 1].
-            One of three dimensions that may be a single image in colour is refused.
+            integers in [0, 255] or floating point numbers in [0, 1]. A whole of three dimensions that may be one image
+            in colour, and not many grey ones, is refused.
         data: name of the data set, or path of its folder.
         channels, size: of the result; others are converted and resized.
 
@@ -68,8 +68,10 @@ def _one(image: Any, data: str, channels: int, size: int) -> np.ndarray:
     if isinstance(image, str | Path):
         image = _opened(Path(image))
     if isinstance(image, Image.Image):
-        image, read = folder.in_eight_bits(image), FROM_FILES.get(data)
-        return folder.prepare(image, size, grey=channels == 1) if read is None else read(image)
+        read = FROM_FILES.get(data)
+        if read is None:
+            return folder.prepare(image, size, grey=channels == 1)
+        return read(folder.in_eight_bits(image))
     if isinstance(image, np.ndarray | Tensor):
         return _array(np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image), channels, size)
     raise UserError(f"An image is a {type(image).__name__}: give PIL images, paths, NumPy arrays or tensors.")
