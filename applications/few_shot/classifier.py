@@ -105,12 +105,16 @@ class FewShot:
 
 
 def _listed(labels: Any) -> list[Hashable]:
-    shape = tuple(getattr(labels, "shape", ()))
-    if isinstance(labels, Tensor | np.ndarray) and len(shape) != 1:
-        raise UserError(f"The labels are an array of shape {shape}: one label for each image is needed, of shape [n].")
+    if isinstance(labels, Tensor | np.ndarray):
+        if labels.ndim != 1:
+            raise UserError(
+                f"The labels are an array of shape {tuple(labels.shape)}: one label for each image is needed, of shape "
+                "[n]."
+            )
+        labels = labels.tolist()
     if isinstance(labels, str) or not isinstance(labels, Iterable):
         raise UserError(f"The labels are {labels!r}: a sequence is needed, with one label for each image.")
-    given = labels.tolist() if isinstance(labels, Tensor | np.ndarray) else list(labels)
+    given = list(labels)
     for label in given:
         if not isinstance(label, Hashable):
             raise UserError(f"A label is {label!r}: give strings, numbers or other values that can be keys of a dict.")

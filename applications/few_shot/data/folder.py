@@ -106,7 +106,8 @@ def _given_parts(folder: Path) -> dict[str, Classes] | None:
 
 def _classes(folder: Path) -> Classes:
     try:
-        found = torchvision_datasets().ImageFolder(folder, allow_empty=True, is_valid_file=_is_image)
+        kinds, loader = _extensions(), torchvision_datasets().folder.default_loader
+        found = torchvision_datasets().DatasetFolder(folder, loader, kinds, allow_empty=True)
     except FileNotFoundError as error:
         raise UserError(
             f"{folder} has no folders of classes. --data takes a folder that holds a folder of images for each class, "
@@ -125,17 +126,13 @@ def _classes(folder: Path) -> Classes:
     if empty:
         raise UserError(
             f"{folder / empty[0]} has no images ({len(empty)} such folders of {len(classes)}). A class is a folder of "
-            f"images: {', '.join(_extensions())}. Fill it or take it away."
+            f"images: {', '.join(kinds)}. Fill it or take it away."
         )
     return classes
 
 
-def _extensions() -> list[str]:
-    return sorted((*torchvision_datasets().folder.IMG_EXTENSIONS, ".gif"))
-
-
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(tuple(_extensions()))
+def _extensions() -> tuple[str, ...]:
+    return tuple(sorted((*torchvision_datasets().folder.IMG_EXTENSIONS, ".gif")))
 
 
 def _split(classes: Classes, reading: Reading, folder: Path) -> dict[str, Classes]:

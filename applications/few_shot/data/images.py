@@ -43,16 +43,18 @@ def as_bytes(images: Any, data: str, channels: int, size: int) -> Tensor:
         images = [images]
     if not isinstance(images, Iterable):
         raise UserError(f"The images are {type(images).__name__}: give a sequence of them, or one array [n, ...].")
-    if isinstance(images, np.ndarray | Tensor) and images.ndim == 3 and _may_be_one(tuple(images.shape), channels):
-        raise UserError(
-            f"The images are one array of shape {tuple(images.shape)}, which may be one image or several grey ones. "
-            "Put a single image into a list, and give grey ones as [n, 1, height, width]."
-        )
-    if isinstance(images, np.ndarray | Tensor) and images.ndim not in (3, 4):
-        raise UserError(
-            f"The images are one array of shape {tuple(images.shape)}. Many images are [n, height, width], "
-            "[n, channels, height, width] or [n, height, width, channels]; put a single one into a list."
-        )
+    if isinstance(images, np.ndarray | Tensor):
+        shape = tuple(images.shape)
+        if len(shape) == 3 and _may_be_one(shape, channels):
+            raise UserError(
+                f"The images are one array of shape {shape}, which may be one image or several grey ones. "
+                "Put a single image into a list, and give grey ones as [n, 1, height, width]."
+            )
+        if len(shape) not in (3, 4):
+            raise UserError(
+                f"The images are one array of shape {shape}. Many images are [n, height, width], "
+                "[n, channels, height, width] or [n, height, width, channels]; put a single one into a list."
+            )
     rows = [_one(image, data, channels, size) for image in images]
     if not rows:
         raise UserError("There are no images: at least one is needed.")
