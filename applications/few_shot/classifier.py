@@ -35,6 +35,7 @@ class FewShot:
 
     def __init__(self, trained: Trained, device: torch.device | str = "cpu"):
         self.trained, self.device = trained, torch.device(device)
+        self._learners: dict[int, Learner] = {}
 
     @classmethod
     def load(
@@ -75,13 +76,19 @@ class FewShot:
         classes = list(dict.fromkeys(given))
         if len(classes) < 2:
             raise UserError(f"The labels name {len(classes)} class: there must be two or more to tell apart.")
-        learner = self.trained.learner(len(classes), self.device)
-        if learner.config.eval_steps is not None:
-            learner = learner.with_steps(learner.config.eval_steps)
+        learner = self._learner(len(classes))
         number = {label: index for index, label in enumerate(classes)}
         y = torch.tensor([number[label] for label in given], device=self.device)
         params = adapt(learner, support.unsqueeze(0), y.unsqueeze(0)).value
         return Classifier(self, learner, params, support, classes, like=labels)
+
+    def _learner(self, ways: int) -> Learner:
+        """That of an evaluation with so many classes, which is built once."""
+        if ways not in self._learners:
+            learner = self.trained.learner(ways, self.device)
+            steps = learner.config.eval_steps
+            self._learners[ways] = learner if steps is None else learner.with_steps(steps)
+        return self._learners[ways]
 
     def images(self, images: Images) -> Tensor:
         """Images as the network takes them: ``[n, channels, size, size]``, in [0, 1]; or the features of its backbone.

@@ -62,7 +62,11 @@ class _Said:
 
 @dataclass(frozen=True)
 class EvaluationConfig(Config, What):
-    """Evaluate a network on held-out tasks. The defaults are those of its training."""
+    """Evaluate a network on held-out tasks.
+
+    The defaults are those of its training, which --help shows behind RUN or --trained NAME; without a network, it shows
+    those of train.
+    """
 
 
 def command(arguments: list[str]) -> int:

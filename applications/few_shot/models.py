@@ -236,6 +236,8 @@ def _made(name: str, channels: int, image_size: int, ways: int) -> nn.Module:
         net = factory(channels, image_size, ways)
         if not isinstance(net, nn.Module):
             raise TypeError(f"it returned {type(net).__name__}, which is no torch.nn.Module")
+        if bad := next((name for name, param in net.named_parameters() if not param.isfinite().all()), None):
+            raise ValueError(f"its parameter {bad} begins with values that are not finite")
         with torch.no_grad():
             shape = list(copy.deepcopy(net)(torch.zeros(2, channels, image_size, image_size)).shape)
         if shape != [2, ways]:

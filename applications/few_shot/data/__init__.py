@@ -46,7 +46,7 @@ def load(
     """
     if name not in NAMES and not (reading is not None and Path(name).is_dir()):
         raise UserError(
-            f"There is no data set '{name}', and no folder of that path. Tasks are made of one of these. "
+            f"There is no data set '{name}', and no folder {Path(name).absolute()}. Tasks are made of one of these. "
             f"Try {', '.join(NAMES)}, or a folder that holds a folder of images for each class."
         )
     if name != "omniglot" and split != "characters":

@@ -321,6 +321,14 @@ class TestFromPhotographsToPredictions:
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
         assert classifier(images).dtype == np.array([7]).dtype
 
+    def test_one_model_serves_one_set_of_classes_after_another(self, run):
+        generator, model = np.random.default_rng(3), FewShot.load(run, device="cpu")
+        first, second, more = ([drawing(index, generator) for index in some] for some in ((0, 3), (1, 4), (2, 5, 6)))
+        expected = [FewShot.load(run).adapt(x, range(len(x))).probabilities(first) for x in (first, second, more)]
+        classifiers = [model.adapt(x, range(len(x))) for x in (first, second, more)]
+        for classifier, probabilities in zip(classifiers, expected, strict=True):
+            assert torch.equal(classifier.probabilities(first), probabilities)
+
     def test_labels_that_do_not_fit(self, run):
         model, images = FewShot.load(run), np.zeros((4, 16, 16, 3), np.uint8)
         with pytest.raises(UserError, match="4 images and 3 labels"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -122,6 +124,12 @@ def with_a_bug(channels, image_size, ways):
     return Bug(channels * image_size**2, ways)
 
 
+def not_finite(channels, image_size, ways):
+    net = tiny(channels, image_size, ways)
+    nn.init.constant_(net[1].bias, math.inf)
+    return net
+
+
 def test_any_module_by_import_path():
     assert build("tests.applications.few_shot.test_models:tiny", 1, 28, 5)(torch.rand(2, 1, 28, 28)).shape == (2, 5)
 
@@ -135,6 +143,7 @@ def test_any_module_by_import_path():
         ("tests.applications.few_shot.test_models:with_running_statistics", "Take BatchStatNorm"),
         ("tests.applications.few_shot.test_models:of_the_batch", "would depend on the other queries"),
         ("tests.applications.few_shot.test_models:with_dropout", r"by torch.vmap[\s\S]*no random numbers \(dropout"),
+        ("tests.applications.few_shot.test_models:not_finite", "its parameter 1.bias begins with values that are not"),
         ("tests.applications.few_shot.test_models:with_a_bug", r"TypeError: [\s\S]*, at \S*test_models.py:\d+"),
     ],
 )

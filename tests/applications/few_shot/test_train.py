@@ -139,7 +139,12 @@ class TestRun:
         with pytest.raises(SystemExit) as caught:
             main(["evaluate", "--help"])
         assert caught.value.code == 0
-        assert "--eval-tasks" in capsys.readouterr().out
+        assert "(default: 600)" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            main(["evaluate", str(finished), "--help"])
+        own = Config.from_json(json.loads((finished / "config.json").read_text())).eval_tasks
+        assert own != 600
+        assert f"(default: {own})" in capsys.readouterr().out
         assert main(["evaluate", str(finished), "--preset", "paper-omniglot-5way-1shot"]) == 2
         assert "no --preset" in capsys.readouterr().err
 
@@ -294,7 +299,7 @@ class TestBadInput:
             ("--model", "nonsense", "neither 'conv4' nor 'fc'"),
             ("--preset", "paper", "There is no preset 'paper'"),
             ("--resume", "nowhere", "not the folder of a run"),
-            ("--data", "imagenet", "There is no data set 'imagenet', and no folder of that path"),
+            ("--data", "imagenet", f"There is no data set 'imagenet', and no folder {Path('imagenet').absolute()}"),
             ("--clip", 0.5, "--clip is 0.5"),
             ("--ways", 1, "--ways is 1: there must be two classes or more"),
             ("--average", 0, "--average is 0"),
