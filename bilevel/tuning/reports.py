@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from ..solution import Solution
 
 if TYPE_CHECKING:
     import optuna
+
+LONG = 5.0
+"""Seconds of a step beside which those of loading libraries don't count."""
 
 RECORDED = ("num_steps", "residual_norm", "relative_residual")
 
@@ -104,7 +108,8 @@ def loss_within(
 
     The trial hears it at ``points`` equal parts of the time, so that the pruner compares runs at equal times. The last
     step may begin just before the end. A run may end by itself before its time: what it reached then stands for the
-    rest of it, others are compared with that, and it is not pruned.
+    rest of it, others are compared with that, and it is not pruned. The first step that a process makes here also loads
+    libraries, for up to a second: it counts no longer than the step after it.
 
     User attributes, of a trial that is pruned or fails too: ``steps``, the outer steps that were made here, whatever
     their numbers, and ``seconds``, the time that they took.
@@ -119,26 +124,25 @@ def loss_within(
     Raises:
         optuna.TrialPruned: as in `report`. ValueError: there was no record.
     """
-    told, made, loss, elapsed = 0, 0, math.nan, 0.0
+    told, made, loss, clock = 0, 0, math.nan, _Clock()
     value: Measured = math.nan
     fit: Solution | None = None
     try:
-        begin = time.perf_counter()
+        clock.begin()
         for _, value, fit in records:
-            wait()  # the step is made when its value is there
-            elapsed += time.perf_counter() - begin
+            clock.end()
             made += 1
-            point = min(points, int(points * elapsed / seconds))
+            point = min(points, int(points * clock.elapsed / seconds))
             if point > told or not (callable(value) or math.isfinite(float(value))):
                 loss = float(value() if callable(value) else value)
                 report(trial, point, loss, fit, worst=worst)
                 told = point
-            if elapsed >= seconds:
+            if clock.elapsed >= seconds:
                 break
-            begin = time.perf_counter()
+            clock.begin()
     finally:  # of a trial that is pruned or fails, too
         trial.set_user_attr("steps", made)
-        trial.set_user_attr("seconds", elapsed)
+        trial.set_user_attr("seconds", clock.elapsed + clock.first)
     if not made:
         raise ValueError("records is empty: there is no loss to return.")
     if told < points:  # it ended by itself
@@ -146,6 +150,35 @@ def loss_within(
         for point in range(told + 1, points + 1) if _hears(trial) else ():
             trial.report(loss, point)
     return loss
+
+
+@dataclass
+class _Clock:
+    """The time of the steps of a run.
+
+    Attributes:
+        elapsed: seconds. first: those of the first step of this process, until the next one is there to compare with.
+    """
+
+    elapsed: float = 0.0
+    first: float = 0.0
+    _begun: float = 0.0
+
+    loaded: ClassVar[bool] = False
+    """Whether this process has made a step."""
+
+    def begin(self) -> None:
+        self._begun = time.perf_counter()
+
+    def end(self) -> None:
+        wait()  # the step is made when its value is there
+        took = time.perf_counter() - self._begun
+        if _Clock.loaded or took > LONG:
+            self.elapsed += took + min(self.first, took)
+            self.first = 0.0
+        else:
+            self.first = took
+        _Clock.loaded = True
 
 
 def hypergradient_error(

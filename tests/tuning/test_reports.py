@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import subprocess
+import sys
 
 import optuna
 import pytest
@@ -79,6 +82,27 @@ def test_the_loss_when_the_time_is_over(monkeypatch):
     assert trial.value == 1 / 8
     assert list(trial.intermediate_values) == [1, 2, 3, 4]
     assert trial.intermediate_values[4] == 1 / 8
+
+
+def test_the_first_step_of_a_process_is_not_charged_what_libraries_take_to_load(tmp_path):
+    """In a process of its own: the default comes first, and would pay for all of PyTorch's start."""
+    program = tmp_path / "study.py"
+    program.write_text(
+        "import itertools, time, bilevel as bl\n"
+        "def run(trial):\n"
+        "    for k in itertools.count():\n"
+        "        time.sleep(0.6 if trial.number == k == 0 else 0.02)\n"
+        "        yield k, 1.0, None\n"
+        "study = bl.tuning.create_study('first')\n"
+        "study.optimize(lambda trial: bl.tuning.loss_within(trial, run(trial), 0.3), n_trials=2)\n"
+        "print([trial.user_attrs['steps'] for trial in study.trials])\n"
+        "print(study.trials[0].user_attrs['seconds'])\n"
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    steps, seconds = done.stdout.splitlines()
+    first, second = json.loads(steps)
+    assert min(first, second) > 2
+    assert float(seconds) < 0.6
 
 
 def test_a_run_that_diverges_between_reports_is_pruned_at_once():

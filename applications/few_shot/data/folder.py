@@ -62,17 +62,26 @@ def load(folder: Path, reading: Reading, cache: Path) -> Splits:
 
 def prepare(image: Image.Image, size: int, grey: bool) -> np.ndarray:
     """An image as the network sees it: its middle square, upright and resized, uint8 ``[channels, size, size]``."""
-    upright = in_eight_bits(ImageOps.exif_transpose(image)).convert("L" if grey else "RGB")
-    square = np.asarray(ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR))
+    shown = as_shown(image).convert("L" if grey else "RGB")
+    square = np.asarray(ImageOps.fit(shown, (size, size), Image.Resampling.BILINEAR))
     return square[None] if grey else np.ascontiguousarray(square.transpose(2, 0, 1))
 
 
-def in_eight_bits(image: Image.Image) -> Image.Image:
-    """An image whose pixels Pillow would cut off at 255, brought to 8 bits; others as they are.
+def as_shown(image: Image.Image) -> Image.Image:
+    """An image as a viewer shows it on white paper: upright, without transparency, with 8 bits a channel.
 
     Raises:
         UserError: its pixels have no largest value that everybody means: they are 32 bits long.
     """
+    upright = _in_eight_bits(ImageOps.exif_transpose(image))
+    if not upright.has_transparency_data:
+        return upright
+    layer = upright.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """An image whose pixels Pillow would cut off at 255, brought to 8 bits; others as they are."""
     if image.mode.startswith("I;16"):
         pixels = np.asarray(image).astype(np.float64) / 257
         return Image.fromarray(np.round(pixels).astype(np.uint8))
@@ -83,6 +92,9 @@ def in_eight_bits(image: Image.Image) -> Image.Image:
         )
     return image
 
+
+WAY = 2
+"""Goes up where images are prepared in another way, so that what was cached before is made again."""
 
 Classes = dict[str, list[Path]]
 """Name of a class -> its images."""
@@ -191,5 +203,5 @@ def _key(folder: Path, classes: Mapping[str, Sequence[Path]], reading: Reading) 
             except OSError as error:
                 raise UserError(f"{path} cannot be read: {error}. Mend it or take it away.") from error
             listed[name].append((str(path.relative_to(folder)), about.st_size, about.st_mtime_ns))
-    told = json.dumps([str(folder.resolve()), reading.size, reading.grey, listed])
+    told = json.dumps([str(folder.resolve()), reading.size, reading.grey, listed, WAY])
     return hashlib.sha256(told.encode()).hexdigest()[:20]

@@ -22,6 +22,10 @@ FROM_FILES: dict[str, Callable[[Image.Image], np.ndarray]] = {
 """How the files of a data set become uint8 ``[channels, size, size]``; those of others as `folder.prepare` says."""
 
 
+DRAWN = ("omniglot", "glyphs")
+"""Data sets of drawings, ink on paper."""
+
+
 def as_bytes(images: Any, data: str, channels: int, size: int) -> Tensor:
     """Prepare images as those of a data set: PIL images and files like its files, arrays like its tensors.
 
@@ -73,10 +77,25 @@ def _one(image: Any, data: str, channels: int, size: int) -> np.ndarray:
         read = FROM_FILES.get(data)
         if read is None:
             return folder.prepare(image, size, grey=channels == 1)
-        return read(folder.in_eight_bits(image))
+        return _drawn(read(folder.as_shown(image)), data, "an image or a file is dark ink on light paper")
     if isinstance(image, np.ndarray | Tensor):
-        return _array(np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image), channels, size)
+        array = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
+        return _drawn(_array(array, channels, size), data, "in an array ink is 255, or 1, and paper 0")
     raise UserError(f"An image is a {type(image).__name__}: give PIL images, paths, NumPy arrays or tensors.")
+
+
+def _drawn(pixels: np.ndarray, data: str, usual: str) -> np.ndarray:
+    """A drawing of one of the sets of drawings, whose ink covers a third of the paper at most.
+
+    Raises:
+        UserError: more than half of it is ink.
+    """
+    if data in DRAWN and pixels.mean() > 255 / 2:
+        raise UserError(
+            f"More than half of an image is ink, as this network reads it; it was trained on drawings ({data}), where "
+            f"{usual}. Invert the image: 255 - array, or PIL.ImageOps.invert."
+        )
+    return pixels
 
 
 def _opened(path: Path) -> Image.Image:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from applications.few_shot.data.classes import ImageClasses, Splits, with_rotations
 from applications.frame.data.files import read_npz, torchvision_datasets, unusable
@@ -147,8 +147,11 @@ def _folders(parent: Path) -> Iterator[Path]:
 
 
 def ink(drawing: Image.Image) -> np.ndarray:
-    """Where the ink of a drawing is, dark on light: bool [28, 28]."""
-    return ~np.asarray(drawing.convert("1").resize((SIDE, SIDE)))
+    """Where the ink of a drawing is, dark on light: bool [28, 28]; of grey levels, what is nearer to the darkest."""
+    if drawing.mode != "1":
+        grey = np.asarray(ImageOps.autocontrast(drawing.convert("L")))
+        drawing = Image.fromarray(grey >= 128)
+    return ~np.asarray(drawing.resize((SIDE, SIDE)))
 
 
 def _packed(drawing: Path) -> np.ndarray:

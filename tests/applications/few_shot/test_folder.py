@@ -234,6 +234,35 @@ class TestFormats:
         found = as_bytes(tmp_path / "deep.png", "some", 1, 16)
         assert (found[0, 0].flatten().numpy() == np.arange(256)).all()
 
+    def test_clear_parts_are_paper(self, tmp_path):
+        page = Image.new("LA", (32, 32), (0, 0))
+        ImageDraw.Draw(page).rectangle([8, 8, 23, 23], fill=(40, 255))
+        page.save(tmp_path / "clear.png")
+        grey = as_bytes(tmp_path / "clear.png", "some", 1, 32)[0, 0]
+        assert (grey[8:24, 8:24] == 40).all()
+        assert (grey[0] == 255).all()
+        for image in (page, page.convert("RGBA")):
+            ink = as_bytes(image, "omniglot", 1, 28)[0, 0]
+            assert 0.2 < (ink == 255).double().mean() < 0.3
+
+    def test_grey_pencil_on_grey_paper_is_a_drawing(self):
+        black, grey = Image.new("L", (105, 105), 255), Image.new("L", (105, 105), 180)
+        for page, pencil in ((black, 0), (grey, 60)):
+            ImageDraw.Draw(page).line([(10, 10), (90, 80)], fill=pencil, width=8)
+        assert torch.equal(as_bytes(grey, "omniglot", 1, 28), as_bytes(black, "omniglot", 1, 28))
+
+    def test_light_on_dark_is_told(self):
+        ink = np.zeros((28, 28), np.uint8)
+        ink[4:24, 12:16] = 255
+        drawn = [ink, torch.from_numpy(ink).float() / 255, Image.fromarray(255 - ink)]
+        for name in ("omniglot", "glyphs"):
+            assert as_bytes(drawn, name, 1, 28).float().mean() < 60
+            for inverted in (255 - ink, 1 - drawn[1]):
+                with pytest.raises(UserError, match="in an array ink is 255, or 1, and paper 0"):
+                    as_bytes([ink, inverted], name, 1, 28)
+            with pytest.raises(UserError, match="is dark ink on light paper"):
+                as_bytes([Image.fromarray(ink)], name, 1, 28)
+
     def test_omniglot_drawings_are_read_as_in_training(self):
         page = Image.new("1", (105, 105), 1)
         ImageDraw.Draw(page).line([(10, 10), (90, 80)], fill=0, width=6)
