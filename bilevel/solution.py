@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import html
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -51,7 +52,7 @@ class Result(enum.IntEnum):
         6,
         "zero or negative curvature was met: the matrix (the Hessian, of a loss) is not positive definite",
     )
-    UNBOUNDED = 7, "the loss still falls while the params grow: it may have no minimum"
+    UNBOUNDED = 7, "the loss still falls while the params grow: it may have no minimum, or one that is far away"
     DIVERGED = 8, "the iterates grew instead of converging, or the answer is worse than zero"
     NONFINITE = 9, "a NaN or an infinity appeared"
 
@@ -293,6 +294,8 @@ def marked(codes: Tensor, where: Tensor, result: Result) -> Tensor:
     return codes.masked_fill(where, int(result))
 
 
+NUMBER = re.compile(r"[-+]?\d[\d.e+-]*")
+
 Advice = str | Mapping[Result | None, str] | Callable[[], str]
 """What to try: one text, or one for each `Result`, and under None that for all others; or what finds it out."""
 
@@ -309,7 +312,7 @@ def settle(
     """Let a failed solve be heard as ``throw`` says; a good one passes silently.
 
     A non-finite solve always raises, but for ``throw="ignore"``: NaN gradients destroy a training run. A warning is
-    shown at the user's line, once for each result there.
+    shown at the user's line, once there for each result and cause, which is what the advice says but for its numbers.
 
     Args:
         start: the residual where the solve began, ``[*batch, n]``, to which the message relates that at its end.
@@ -317,10 +320,11 @@ def settle(
     """
     if throw == "ignore" or recording() or solution.result.ok:
         return
-    message = f"{what}: {_describe(solution, start)}. {_hint(solution.result, advice)}"
+    hint = _hint(solution.result, advice)
+    message = f"{what}: {_describe(solution, start)}. {hint}"
     if throw == "raise" or solution.result is Result.NONFINITE:
         raise SolveError(message, solution)
-    tell(message, SolveWarning, kind=(what, solution.result), place=place)
+    tell(message, SolveWarning, kind=(what, solution.result, NUMBER.sub("", hint)), place=place)
 
 
 def _hint(result: Result, advice: Advice) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import scipy.optimize
@@ -356,3 +358,21 @@ def test_a_small_residual_far_from_the_solution_is_told(monkeypatch):
         fit = quadratic_program(*data)
     assert fit.result is bl.Result.INACCURATE
     assert quadratic_program(*data, tol=1e-6).result is bl.Result.CONVERGED
+
+
+def test_a_second_cause_at_the_same_line_is_told_too():
+    """Unbounded and infeasible programs have one result; each is told once."""
+    eye, one = torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    flat = torch.zeros(2, 2, dtype=torch.float64)
+    programs = [
+        {"Q": flat, "G": eye, "h": one},  # falls without end
+        {"Q": eye, "G": torch.cat([eye, -eye]), "h": -torch.ones(4, dtype=torch.float64)},
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for program in 2 * programs:
+            quadratic_program(c=one, **program)
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == 2
+    assert "unbounded" in told[0]
+    assert "infeasible" in told[1]

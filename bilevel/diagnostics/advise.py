@@ -15,6 +15,7 @@ from ..hypergrad.base import Point
 from ..hypergrad.implicit import Implicit
 from ..inner.fixed_point import Anderson
 from ..inner.lbfgs import LBFGS
+from ..inner.newton_cg import NewtonCG
 from ..inner.roots import Newton
 from ..linalg.cg import CG
 from ..linalg.direct import LU, Cholesky
@@ -51,7 +52,7 @@ class Advice:
     Attributes:
         solver: the inner solver. hypergrad: to be passed on with it.
         tolerance: where it is not None, ``**tolerance.settings()`` take the place of both in an outer loop, and
-            ``tolerance = tolerance.after(loss)`` follows each outer step.
+            ``tolerance = tolerance.after(loss)`` follows each outer step; ``hypergrad`` is then for a single one.
         why: the reason. random: in words, which function is; the rest is then not measured. None: none is.
         num_params, num_hparams: how many there are.
         predicted_error: relative error of the hypergradient by ``hypergrad``, at the inner solution that ``solver``
@@ -95,7 +96,7 @@ class Advice:
 
     @property
     def expression(self) -> str:
-        """An outer step that can be pasted; ``fit`` is None before the first one, and ``params`` where it starts."""
+        """An outer step that can be pasted; what stands before the loop follows it as a comment."""
         if self.random is not None:
             return (
                 "method = bl.stochastic.SOBA(params, hparams, train_loss, val_loss, inner_lr=bl.stochastic.Decay(0.1), "
@@ -106,15 +107,22 @@ class Advice:
             settings = "**tolerance.settings()"
         call = f"fit = bl.{self.entry}(inner, params, {settings}, warm_start=fit); params = fit.value"
         if self.tolerance is None:
-            return call
-        return f"{call}  # begin with tolerance = {written(self.tolerance)}; then tolerance = tolerance.after(loss)"
+            return f"{call}  # begin with fit = None"
+        begin = f"begin with fit = None, tolerance = {written(self.tolerance)}"
+        return f"{call}  # {begin}; then tolerance = tolerance.after(loss)"
 
     def __str__(self) -> str:
         if self.random is not None:
             return f"Take a stochastic method, since {self.random}. In each step: {self.expression}"
         ratio = self.product_seconds / self.gradient_seconds
+        take = f"Take {written(self.hypergrad)}: {self.why}. In each outer step: {self.expression}."
+        if self.tolerance is not None:
+            take = (
+                f"In an outer loop take tolerances that make both solves as accurate as they help: {self.expression}. "
+                f"For one accurate hypergradient take {written(self.hypergrad)}: {self.why}."
+            )
         return (
-            f"Take {self.hypergrad!r}: {self.why}. In each outer step: {self.expression}. {self._solved()} "
+            f"{take} {self._solved()} "
             f"{self._curvature()}; one product costs {ratio:.1f} gradients, with {self.num_params} params and "
             f"{self.num_hparams} hyperparameters. Predicted: relative error {self.predicted_error:.0e}{self._limit()} "
             f"with {self.predicted_products} products in {self.predicted_seconds:.3g} s, after an inner solve of "
@@ -191,19 +199,19 @@ def advise(
     random = OuterLoss(problem, x, solver, "ignore").randomness(problem.init)
     if random is not None:
         return _for_random(random, problem, x)
-    begin = time.perf_counter()
-    fit = solve(problem, x, solver=solver, hypergrad=Implicit(), throw="ignore")
-    wait()
-    seconds = time.perf_counter() - begin
-    network, ended = None, fit
-    if solver is None and problem.kind == "argmin" and fit.result is Result.NEGATIVE_CURVATURE:
-        network = find_network(problem, x)
+    fit, seconds = _timed(problem, x, solver)
+    network = None
+    if solver is None and problem.kind == "argmin" and not fit.result.ok:
+        if fit.result is Result.NEGATIVE_CURVATURE:
+            network = find_network(problem, x)
+        elif _count(problem.init) <= LARGEST_DENSE:
+            newton = _timed(problem, x, NewtonCG())
+            if newton[0].result.ok:
+                solver, (fit, seconds) = NewtonCG(), newton
+    ended = fit
     if network is not None:
         solver = first_order_solver(problem, x)
-        begin = time.perf_counter()
-        fit = solve(problem, x, solver=solver, hypergrad=Implicit(), throw="ignore")
-        wait()
-        seconds = time.perf_counter() - begin
+        fit, seconds = _timed(problem, x, solver)
     statement, flat = statement_of(problem, x)
     params = [leaf.detach() for leaf in leaves(fit.value)]
     point = Point(statement, params, [t.detach() for t in flat], fit.stats["num_steps"].dim(), "ignore")
@@ -229,7 +237,6 @@ def advise(
         measured = _measured(problem, fit, x, point, hypergrad)
         if solver is None and _definite(spectrum) and fit.result.ok and problem.kind == "argmin":
             tolerance = _tolerance(problem, x)
-            why = f"{best.why}; from one outer step to the next, Adaptive makes both solves as accurate as they help"
     return Advice(
         hypergrad=hypergrad,
         asked=asked,
@@ -252,6 +259,14 @@ def advise(
         num_hparams=_count(x),
         inner_seconds=seconds,
     )
+
+
+def _timed(problem: Bilevel, x: Tree, solver: Solver | None) -> tuple[Solution, float]:
+    """An inner solve and its seconds."""
+    begin = time.perf_counter()
+    fit = solve(problem, x, solver=solver, hypergrad=Implicit(), throw="ignore")
+    wait()
+    return fit, time.perf_counter() - begin
 
 
 NETWORK_REASON = (

@@ -25,9 +25,9 @@ NOISES, MOST_NOISE = 3.0, 0.1
 """How many times its uncertainty a value may be off, and the noise beside which nothing is called right."""
 
 
-DIFFERENCES_ADVICE = " Give a reference_solver that is more accurate, a step, or a larger tolerance."
+DIFFERENCES_ADVICE = "Give a reference_solver that is more accurate (NewtonCG()), a step, or a larger tolerance."
 PATH_ADVICE = (
-    " An implicit hypergradient is that of a solution, and the inner solver ended near none, so that nothing can tell. "
+    "An implicit hypergradient is that of a solution, and the inner solver ended near none, so that nothing can tell. "
     "Let it solve further; or, to check the problem itself (nothing detached, no hyperparameter missing), check a "
     "short path: solver=Steps(SGD(lr=0.1), max_steps=3), hypergrad=Unroll()."
 )
@@ -113,10 +113,18 @@ class HypergradientCheck:
         optimum = " (near an optimum, so relative to slopes around it)" if self.optimum else ""
         noise = f", raised to {self.allowed:.0e} by the noise of the precision" if self.allowed > self.tolerance else ""
         noise = "" if self.verdict == "inconclusive" else noise
+        advice = f". {self.advice}" if self.advice else ""
         return (
-            f"{verdict}: relative error from finite differences {self.relative_error:.2e}{optimum} "
-            f"(they are certain to {self.uncertainty:.1e}){exact}{lost}; tolerance {self.tolerance:.0e}{noise}{doubts}"
+            f"{verdict}: relative error from finite differences {self.relative_error:.2e}{optimum} (they are certain "
+            f"to {self.uncertainty:.1e}){exact}{lost}; tolerance {self.tolerance:.0e}{noise}{doubts}{advice}"
         )
+
+    @property
+    def advice(self) -> str:
+        """What makes an inconclusive check conclusive; empty where there is nothing to be done."""
+        if self.verdict != "inconclusive" or self.random is not None:
+            return ""
+        return PATH_ADVICE if math.isinf(self.inner) else DIFFERENCES_ADVICE
 
 
 @differentiates
@@ -206,8 +214,7 @@ def check_hypergradient(
 def _heard(report: HypergradientCheck, throw: Throw) -> HypergradientCheck:
     """Let an inconclusive check be heard."""
     if report.verdict == "inconclusive" and throw != "ignore":
-        advice = "" if report.random else PATH_ADVICE if math.isinf(report.inner) else DIFFERENCES_ADVICE
-        tell(f"check_hypergradient: {report}.{advice}", SolveWarning, kind="check_hypergradient")
+        tell(f"check_hypergradient: {report}", SolveWarning, kind="check_hypergradient")
     return report
 
 

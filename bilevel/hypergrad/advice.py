@@ -23,14 +23,17 @@ INACCURATE_ADVICE = (
     "if this accuracy is enough. Where the loss has a kink there (abs, relu, max), its slopes do not tell how the "
     "minimum moves: ProximalGradient(prox) serves such a penalty"
 )
-FLAT_ADVICE = "The loss has no curvature along some directions, so that its minimum is no single point"
+FLAT_ADVICE = (
+    "As far as rounding tells, the loss has no curvature along some directions: its minimum is no single point"
+)
 SINGULAR_ADVICE = (
     "The factorised matrix is singular, where the minimum is no single point, or indefinite, where the params are none"
 )
 FLAT_WAYS = (
     "An outer loss that depends on where it lies along them has no hypergradient: add a penalty on the params, start "
     "where the loss is not constant, or take Implicit(damping=...); of an outer loss that does not, MINRES() or "
-    "LeastNorm() give it"
+    "LeastNorm() give it. If the minimum is a single point all the same, the problem is too ill-conditioned for this "
+    "precision: scale the params or the columns of the data, or take a higher one"
 )
 RESOLVED = 1e3
 """Rounding errors of the largest curvature within which another one counts as none."""

@@ -137,10 +137,11 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
             "The gradient vanishes at a maximum or saddle, which is no minimum: start elsewhere, for instance at "
             "random params"
         )
+    steps = f"raise max_steps{now(solver, 'max_steps')}"
     if result is Result.UNBOUNDED:
         text = (
-            "Without a minimum there is no hypergradient: add a penalty on the params (separable classes need one), or "
-            f"raise max_steps{now(solver, 'max_steps')} if you know that there is one"
+            "Without a minimum there is no hypergradient: add a penalty on the params (separable classes need one). If "
+            f"there is one, {_joined('scale the data', _other(name), steps)}"
         )
         return f"{text}. {NETWORK_ADVICE}" if _still_bends_down(problem, found) else text
     if result is Result.NONFINITE and not bool(torch.isfinite(problem.start.g).all()):
@@ -168,7 +169,6 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
         return f"{what}: " + _joined("scale the params or the data", "take float64", _other(name), enough)
     if name in LINE_SEARCHES and _still_bends_down(problem, found):
         return f"{what}, and the Hessian still has negative curvature here. {NETWORK_ADVICE}"
-    steps = f"raise max_steps{now(solver, 'max_steps')}"
     rate = "" if name in LINE_SEARCHES else "take another step size"
     return f"{what}: " + _joined(steps, rate, loosen, _other(name))
 
