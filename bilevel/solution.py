@@ -338,8 +338,11 @@ def _describe(solution: Solution, start: Tensor | None) -> str:
     failed = codes > int(Result.STEPS_DONE)
     tasks = f" in {int(failed.sum())} of {codes.numel()} problems" if codes.dim() else ""
     tried = f" (after {', '.join(solution.recovered)})" if solution.recovered else ""
+    told = f"{solution.result.help}{tasks}{tried}"
+    if solution.result is Result.INACCURATE:  # in spite of its residual, which may be tiny
+        return told
     size, kind = relative_residual(solution, start)
-    return f"{solution.result.help}{tasks}{tried}; {kind} {size[failed].max().item():.2g}"
+    return f"{told}; {kind} {size[failed].max().item():.2g}"
 
 
 def relative_residual(solution: Solution, start: Tensor | None) -> tuple[Tensor, str]:

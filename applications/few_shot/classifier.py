@@ -15,6 +15,7 @@ from applications.few_shot import backbone
 from applications.few_shot.data.images import as_bytes
 from applications.few_shot.methods import Learner, Params, adapt
 from applications.few_shot.models import inductive
+from applications.few_shot.train import describe
 from applications.few_shot.trained import Trained
 from applications.frame.device import select_device
 from applications.frame.errors import UserError
@@ -81,6 +82,11 @@ class FewShot:
         y = torch.tensor([number[label] for label in given], device=self.device)
         params = adapt(learner, support.unsqueeze(0), y.unsqueeze(0)).value
         return Classifier(self, learner, params, support, classes, like=labels)
+
+    def __repr__(self) -> str:
+        config, (channels, size) = self.trained.config, self.trained.config.image_shape
+        about = f"{describe(config)}, {config.model}, images [{channels}, {size}, {size}]"
+        return f"FewShot({about}, trained for {self.trained.origin['steps']} meta-steps)"
 
     def _learner(self, ways: int) -> Learner:
         """That of an evaluation with so many classes, which is built once."""

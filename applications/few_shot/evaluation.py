@@ -13,7 +13,7 @@ import tyro
 from applications.few_shot import backbone, data, evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, describe, set_up_device
-from applications.few_shot.trained import SHIPPED, Trained, seen_in_training
+from applications.few_shot.trained import NETWORK, SHIPPED, Trained, seen_in_training
 from applications.frame.command import parse, require
 from applications.frame.errors import UserError
 from applications.frame.options import check_folder, check_values, settings_told
@@ -24,9 +24,6 @@ from applications.frame.tune import read_settings
 
 NUM_TASKS = 1000
 """That a trained network is evaluated on where nothing is said."""
-
-NETWORK = ("model", "backbone", "width", "norm", "halve")
-"""Knobs that training decides."""
 
 USAGE = """\
 usage: python -m applications.few_shot evaluate RUN [options]              the last checkpoint of a run
@@ -167,7 +164,8 @@ def tell(found: dict[str, Any], config: Config) -> None:
 
 def write(folder: RunFolder, found: dict[str, Any], stem: str | None = None) -> Path:
     """Write the figures into a folder and return their file: a new one, whatever is there already."""
-    setting = f"{found['ways']}way-{found['shots']}shot-{found['split']}-{found['classes']}"
+    split = f"{found['split']}-" if found["data"] == "omniglot" else ""
+    setting = f"{found['ways']}way-{found['shots']}shot-{split}{found['classes']}"
     stem = stem or f"evaluation-step-{found['trained']['steps']}-{setting}"
     names = (f"{stem}{number}.json" for number in itertools.chain([""], (f"-{count}" for count in itertools.count(2))))
     return folder.write_new(names, as_json(found))

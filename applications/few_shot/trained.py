@@ -25,7 +25,7 @@ from applications.frame import schema
 from applications.frame.checkpoint import not_finite
 from applications.frame.command import names_code, refuse_code
 from applications.frame.errors import UserError
-from applications.frame.options import check_values, is_file
+from applications.frame.options import check_values, is_file, option
 from applications.frame.run_folder import RunFolder, understood
 from applications.frame.tune import read_settings
 
@@ -196,7 +196,8 @@ class Trained:
                 f"The network was trained for {self.config.ways} classes with a last layer that is learned, and has no "
                 f"weights for {ways}. One with a layer called head, trained with --head zero, serves any number."
             )
-        put({name: param for name, param in learner.meta.items() if name not in fixed}, self.meta)
+        other = _as_trained(self.config, learner.config)
+        put({name: param for name, param in learner.meta.items() if name not in fixed}, self.meta, other)
 
     def _content(self) -> dict[str, Any]:
         values = {**self.config.to_json(), "data_root": None}
@@ -286,23 +287,42 @@ def options(config: Config) -> list[str]:
     return words
 
 
-OTHER = "not of one make. Give --model, --width and the other knobs of the network as in its training"
+NETWORK = ("model", "backbone", "width", "norm", "halve")
+"""Knobs that training decides."""
 
 
-def put(params: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+def _as_trained(trained: Config, config: Config) -> str:
+    """What would make the network that of its training, in words."""
+    told = [
+        f"{option(name)} {getattr(trained, name)}"
+        for name in NETWORK
+        if getattr(trained, name) != getattr(config, name)
+    ]
+    if trained.image_shape != config.image_shape:
+        channels, size = trained.image_shape
+        told.append(f"images [{channels}, {size}, {size}] (of a folder: --grey, --image-size)")
+    return f"it was trained with {', '.join(told)}" if told else OTHER
+
+
+OTHER = "give --model, --width and the other knobs of the network as in its training"
+
+
+def put(params: dict[str, Tensor], values: dict[str, Tensor], other: str = OTHER) -> None:
     """Copy values into parameters of the same names, shapes and dtypes.
 
     Raises:
         UserError: one of them is another one.
     """
     if unknown := set(values) - set(params):
-        raise UserError(f"The file has {', '.join(sorted(unknown))}, and the network has not: {OTHER}.")
+        told = f"The file has {', '.join(sorted(unknown))}, and the network has not"
+        raise UserError(f"{told}: not of one make; {other}.")
     for name, param in params.items():
         found = values.get(name)
         if found is None or (found.shape, found.dtype) != (param.shape, param.dtype):
             has = "missing" if found is None else f"{list(found.shape)} of {found.dtype}"
             raise UserError(
-                f"The network has {name} {list(param.shape)} of {param.dtype}, and the file has it {has}: {OTHER}."
+                f"The network has {name} {list(param.shape)} of {param.dtype}, and the file has it {has}: not of one "
+                f"make; {other}."
             )
         with torch.no_grad():
             param.copy_(values[name])

@@ -211,8 +211,13 @@ def save(path: str | Path, settings: Mapping[str, Any]) -> None:
     """Write named settings, such as ``{"solver": ..., "hypergrad": ...}``, as a whole or not at all.
 
     Raises:
-        TypeError: as `to_json`. OSError: the path cannot be written.
+        TypeError: the arguments are of another kind, or as `to_json`. OSError: the path cannot be written.
     """
+    if not isinstance(settings, Mapping):
+        raise TypeError(
+            f"settings is {type(settings).__name__}: give names and what they stand for after the path, such as "
+            "save('best.json', {'solver': solver, 'hypergrad': hypergrad})."
+        )
     content = json.dumps({name: to_json(setting) for name, setting in settings.items()}, indent=2) + "\n"
     write_atomically(Path(path), lambda file: file.write(content.encode()))
 

@@ -144,3 +144,8 @@ def test_bad_files(tmp_path, text, message):
     (tmp_path / "best.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "best.json")
+
+
+def test_a_setting_without_a_name_is_told(tmp_path):
+    with pytest.raises(TypeError, match=r"settings is LBFGS: give names .*save\('best.json'"):
+        save(tmp_path / "best.json", bl.LBFGS())

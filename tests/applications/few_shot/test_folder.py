@@ -358,6 +358,17 @@ class TestFromPhotographsToPredictions:
         for classifier, probabilities in zip(classifiers, expected, strict=True):
             assert torch.equal(classifier.probabilities(first), probabilities)
 
+    def test_it_says_what_it_is(self, run):
+        told = repr(FewShot.load(run, device="cpu"))
+        assert "3-way 1-shot, conv4, images [3, 16, 16], trained for 80 meta-steps" in told
+
+    def test_a_network_of_other_images_names_the_options(self, photographs, tmp_path, capsys):
+        words = ["--data", str(photographs), "--data-root", str(tmp_path), "--start", "omniglot-20way-1shot"]
+        assert (
+            main([*words, "--width", "64", "--ways", "3", "--eval-queries", "5", "--out", str(tmp_path / "run")]) == 2
+        )
+        assert "images [1, 28, 28] (of a folder: --grey, --image-size)" in capsys.readouterr().err
+
     def test_labels_that_do_not_fit(self, run):
         model, images = FewShot.load(run), np.zeros((4, 16, 16, 3), np.uint8)
         with pytest.raises(UserError, match="4 images and 3 labels"):

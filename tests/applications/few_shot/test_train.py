@@ -117,7 +117,7 @@ class TestRun:
             "nearest neighbour on pixels",
         ):
             assert line in printed
-        found = json.loads((folder / "evaluation-step-8-5way-1shot-characters-test.json").read_text())["accuracy"]
+        found = json.loads((folder / "evaluation-step-8-5way-1shot-test.json").read_text())["accuracy"]
         assert {row["num_tasks"] for row in found.values()} == {60}
         assert 40 < found["nearest neighbour on pixels"]["mean"] < 75
 

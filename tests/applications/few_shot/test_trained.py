@@ -139,7 +139,10 @@ class TestStart:
 
     @pytest.mark.parametrize(
         ("more", "told"),
-        [(["--width", "16"], "not of one make"), (["--start", "no-such-network"], "There is no trained network")],
+        [
+            (["--width", "16"], "make; it was trained with --width 8"),
+            (["--start", "no-such-network"], "There is no trained network"),
+        ],
     )
     def test_another_network_or_none(self, more, told, file, glyph_root, tmp_path, capsys):
         words = [*QUICK, "--data-root", str(glyph_root), "--start", str(file), "--steps", "1"]
@@ -161,7 +164,7 @@ class TestEvaluate:
         assert "Accuracy on 10 held-out tasks, implicit MAML, glyphs 3-way 1-shot" in capsys.readouterr().out
         after = {path.name: path.read_bytes() for path in run.iterdir()}
         assert {name: after[name] for name in before} == before
-        stem = "evaluation-step-20-3way-1shot-characters-test"
+        stem = "evaluation-step-20-3way-1shot-test"
         assert set(after) - set(before) == {f"{stem}.json", f"{stem}-2.json"}
         one, two = (json.loads(after[f"{stem}{more}.json"]) for more in ("", "-2"))
         assert {**one, "seconds": 0} == {**two, "seconds": 0}
