@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -46,6 +47,29 @@ def test_the_mean_and_its_gradient(problem, chunk_size, num_threads):
     joined = bl.Solution.joined(fits)
     assert joined.stats["num_steps"].shape == (T,)
     assert joined.adjoint.value.shape == (T, 3)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_adjoint_solves_of_chunks_are_told_at_the_users_line_and_once(num_threads):
+    """Each chunk is differentiated by the library itself, in threads that have no line of the user's by then."""
+    scales = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+
+    def losses(shift, x):
+        def inner(y):
+            return ((y - x - shift).square() * scales).sum(-1)
+
+        hypergrad = bl.Implicit(bl.CG(rtol=1e-6, max_steps=1))
+        fit = bl.argmin(inner, torch.zeros_like(x), solver=bl.NewtonCG(), hypergrad=hypergrad)
+        return fit.value.square().sum(-1), None
+
+    shift = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        bl.mean_over_tasks(losses, shift, x, chunk_size=2, num_threads=num_threads)[0].backward()
+    (warning,) = caught
+    assert "The adjoint solve" in str(warning.message)
+    assert warning.filename == __file__
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])

@@ -14,7 +14,6 @@ from ..closure import Autocast, Closure, Tracer, in_transform
 from ..notices import place_of_user
 from ..problem import Posed, Problem
 from ..reach import Reach
-from ..recording import free_looks
 from ..solution import Solution
 from ..tree import Tree
 from .base import Hypergrad
@@ -63,7 +62,7 @@ def differentiable_solve(
     closure = Closure(fn, spec, args, tracer.captured, Autocast.current(flat[0].device), tracer.spared)
     method = hypergrad or Implicit()
     state = None if warm_start is None or warm_start.adjoint is None else warm_start.adjoint.state
-    place = None if free_looks(flat[0]) else place_of_user()
+    place = place_of_user()
     call = Call(kind(closure), spec, batch_dims, method, search, problem, minimize, state, place)
     start = flat if method.reaches_init else [leaf.detach() for leaf in flat]
     value, stats = solution(call, start, tracer.resolved)
