@@ -123,7 +123,7 @@ class Problem:
         self.hparams: list[Tensor] = []  # the tensors among them that were found
         self.shrink: Shrink | None = None  # the prox of a composite problem
         self.terms: Any = None  # the residuals of a problem of least squares
-        self.init = init
+        self.init = pytree.tree_map(torch.Tensor.detach, init)  # with its graph, all earlier solves would stay alive
         if free_looks(self.start.f):
             self.refuse_nonfinite()
 
@@ -265,7 +265,7 @@ class RootProblem:
         self.data: Any = None  # what a solver of a special form needs beside the residual
         self.y = self.raveler.ravel(point).detach().clone()
         self.r = self.raveler.ravel(leaves(found)).detach()
-        self.init = init
+        self.init = pytree.tree_map(torch.Tensor.detach, init)
         if free_looks(self.r):
             self.refuse_nonfinite()
 
@@ -429,8 +429,16 @@ def check_residual(found: Tree, init: Tree, what: str = "residual") -> None:
     ):
         raise ValueError(
             f"{what} returned {_shapes(found)} for init {_shapes(init)}: a square system has as many equations as "
-            "unknowns, in a tree of the same structure and shapes."
+            f"unknowns, in a tree of the same structure and shapes.{ordered(found, init)}"
         )
+
+
+def ordered(found: Tree, init: Tree) -> str:
+    """What to add about two trees that differ, where they do only in the order of their keys."""
+    paths = [[path for path, _ in pytree.tree_flatten_with_path(tree)[0]] for tree in (found, init)]
+    if paths[0] == paths[1] or set(map(pytree.keystr, paths[0])) != set(map(pytree.keystr, paths[1])):
+        return ""
+    return " The keys stand in another order than those of init: give them in its order."
 
 
 def _shapes(tree: Tree) -> Tree:

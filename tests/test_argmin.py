@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import itertools
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -555,3 +557,20 @@ def test_the_start_may_be_the_hyperparameter_itself():
     with torch.no_grad():
         x.zero_()
     assert plain.value.sum() == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"solver": bl.Steps(bl.Adam(0.1), max_steps=3)}, {"solver": bl.ProximalGradient(bl.prox.L1(0.1))}],
+)
+def test_a_warm_start_with_its_graph_keeps_no_earlier_solution_alive(settings):
+    x, params, alive = torch.tensor(0.5, requires_grad=True), torch.zeros(3), []
+    for _ in range(4):
+        fit = bl.argmin(lambda y: ((y - 3) ** 2 + x.exp() * y**2).sum(), params, **settings)
+        torch.autograd.grad(fit.value.square().sum(), x)
+        params = fit.value
+        alive.append(weakref.ref(params))
+    gc.collect()
+    assert [ref() is None for ref in alive] == [True, True, True, False]
+    with pytest.raises(ValueError, match="another order than those of init"):
+        bl.root(lambda y: {"b": y["b"], "a": y["a"]}, {"a": torch.ones(2), "b": torch.ones(2)})

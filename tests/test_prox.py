@@ -258,3 +258,21 @@ def test_a_tree_of_them_is_the_sum_of_its_leaves():
     for wrong in ({"a": L1()}, {"a": L1(), "b": 3}):
         with pytest.raises((TypeError, ValueError), match="prox"):
             bl.argmin(objective, init, solver=bl.ProximalGradient(wrong))
+
+
+def test_parts_are_matched_by_their_keys():
+    """A dict of bounds or proxes in another order than init's acts on the leaves that it names."""
+    init = {"weight": torch.zeros(2, dtype=torch.float64), "bias": torch.zeros((), dtype=torch.float64)}
+
+    def loss(p):
+        return (p["weight"] - 3).square().sum() / 2 + (p["bias"] - 5).square() / 2
+
+    for solver in (bl.LBFGS, bl.ScipyMinimize):
+        fit = bl.argmin(loss, init, solver=solver(bounds=(None, {"bias": 9.0, "weight": 1.0})))
+        torch.testing.assert_close(fit.value["weight"], torch.ones(2, dtype=torch.float64))
+        assert fit.value["bias"].item() == pytest.approx(5.0)
+    strength = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    fit = bl.argmin(loss, init, solver=bl.ProximalGradient({"bias": None, "weight": bl.prox.L1(strength)}))
+    torch.testing.assert_close(fit.value["weight"], torch.full((2,), 2.0, dtype=torch.float64), rtol=1e-4, atol=0)
+    (slope,) = torch.autograd.grad(fit.value["weight"].sum(), strength)
+    assert slope.item() == pytest.approx(-2.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
-from ..problem import Problem
+from ..problem import Problem, ordered
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import Tree, leaves, norm
 from .minimize import check_settings
@@ -50,6 +50,7 @@ class External:
         if pytree.tree_structure(found) != raveler.spec or [t.shape for t in leaves(found)] != raveler.shapes:
             raise TypeError(
                 "External: solve returned something that is not a tree like init, of the same structure and shapes."
+                f"{ordered(found, start)}"
             )
         y = raveler.ravel([leaf.detach() for leaf in leaves(found)])
         codes = make_codes(Result.STEPS_DONE, problem.start.f)

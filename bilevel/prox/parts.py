@@ -152,13 +152,14 @@ def within(bounds: tuple[Tree, Tree], init: Tree) -> Prox:
 
 def _broadcast(tree: Tree, spec: pytree.TreeSpec, what: str, is_part: Callable[[object], bool]) -> list[Any]:
     """The parts of a tree, one for each leaf of another; a part stands for all leaves below it."""
-    parts: list[Any] = []
+    parts: list[Any] = [None] * spec.num_leaves
 
     def put(part: Tree, below: Tree) -> None:
-        parts.extend([part] * pytree.tree_structure(below).num_leaves)
+        for index in pytree.tree_leaves(below):  # by number: a dict may name its parts in another order
+            parts[index] = part
 
     try:
-        pytree.tree_map_(put, tree, pytree.tree_unflatten([0] * spec.num_leaves, spec), is_leaf=is_part)
+        pytree.tree_map_(put, tree, pytree.tree_unflatten(list(range(spec.num_leaves)), spec), is_leaf=is_part)
     except ValueError as error:
         raise ValueError(f"{what} have not the structure of init: {error}") from error
     return parts
