@@ -23,6 +23,7 @@ from .hypergrad.search import Search
 from .hypergrad.statement import ObjectiveStatement, ResidualStatement, SymmetricResidualStatement
 from .inner.decay import with_decay
 from .inner.default import DefaultLBFGS
+from .inner.first_look import first_look, hidden_minimum, hidden_root
 from .inner.fixed_point import Anderson
 from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
@@ -104,6 +105,7 @@ def argmin(
     if isinstance(hypergrad, PathMethod):
         return hypergrad.run(objective, init, args, solver, throw)
     reads_residual = isinstance(hypergrad, Implicit | Penalty) and torch.is_grad_enabled() and throw != "ignore"
+    given = objective
     solver, objective = with_decay(solver, objective, init, warn=reads_residual)
     prox = prox_of(solver, init)
     if prox is not None:
@@ -116,7 +118,14 @@ def argmin(
         args,
         build=lambda tracer: Problem(objective, init, args, tracer=tracer),
         batch_dims_of=_check_loss,
-        search=Search.by(solver, throw, "The inner solve", fallback=NewtonCG(), look=look_closer),
+        search=Search.by(
+            solver,
+            throw,
+            "The inner solve",
+            fallback=NewtonCG(),
+            look=look_closer,
+            hides=first_look(given, solver, hidden_minimum),
+        ),
         hypergrad=hypergrad,
         minimize=solver.minimize,
         warm_start=warm_start,
@@ -215,7 +224,7 @@ def root(
         settings |= {"batched": batched, "symmetric": symmetric}
         return with_aux(lambda first: root(first, init, *args, **settings), residual, args, hypergrad is not None)
     kind = SymmetricResidualStatement if symmetric else ResidualStatement
-    return _root(kind, residual, init, args, solver or Newton(), hypergrad, batched, throw, warm_start)
+    return _root(kind, residual, residual, init, args, solver or Newton(), hypergrad, batched, throw, warm_start)
 
 
 @solves
@@ -255,12 +264,14 @@ def fixed_point(
         check_residual(found, y, "map")
         return tree_map(torch.sub, y, found)
 
-    return _root(ResidualStatement, residual, init, args, solver or Anderson(), hypergrad, batched, throw, warm_start)
+    solver = solver or Anderson()
+    return _root(ResidualStatement, residual, map, init, args, solver, hypergrad, batched, throw, warm_start)
 
 
 def _root(
     kind: type[ResidualStatement],
     residual: Callable[..., Tree],
+    given: Callable[..., Tree],
     init: Tree,
     args: tuple[Tree, ...],
     solver: RootSolver,
@@ -284,7 +295,13 @@ def _root(
         args,
         build=lambda tracer: RootProblem(residual, init, args, batch_dims=int(batched), tracer=tracer),
         batch_dims_of=lambda _, init: len(check_batch(init, int(batched))),
-        search=Search(solver.find, throw, "The solve of the system", getattr(solver, "advice", ROOT_ADVICE)),
+        search=Search(
+            solver.find,
+            throw,
+            "The solve of the system",
+            getattr(solver, "advice", ROOT_ADVICE),
+            hides=first_look(given, solver, hidden_root),
+        ),
         hypergrad=hypergrad,
         warm_start=warm_start,
     )

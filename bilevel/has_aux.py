@@ -22,6 +22,11 @@ class WithoutAux:
     def __call__(self, *args: Any) -> Any:
         return self.pair(*args)[0]
 
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """The user's own, for `inspect.unwrap`."""
+        return self.fn
+
     def pair(self, *args: Any) -> tuple[Any, Any]:
         """Both parts.
 

@@ -26,3 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests first: one that began last would keep one worker busy, and the others waiting."""
     slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("applications")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions are looked at where they are solved for the first time: in each test, whatever ran before it."""
+    from bilevel.inner import first_look  # here, so that a run of some files imports what they do
+
+    monkeypatch.setattr(first_look, "LOOKED", first_look.Known())

@@ -6,15 +6,13 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from inspect import unwrap
-from types import CodeType
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from .._torch import pytree
+from ..inner.first_look import Known
 from ..inner.outcome import COUPLED_ADVICE, is_coupled
 from ..linalg.curvature import fused_norm, has_layer_norm
 from ..linalg.jacobian import GraphJacobian
@@ -123,11 +121,7 @@ class Call:
         if not once or recording() or self.throw == "ignore":
             return False
         fn = getattr(self.statement.closure, "fn", None)
-        code = None if fn is None else getattr(unwrap(fn), "__code__", None)
-        if not isinstance(code, CodeType) or code in _SOLVED:
-            return problem.draws
-        _SOLVED.add(code)
-        return True
+        return problem.draws or (fn is not None and _SOLVED.is_new(fn))
 
     def keep(self, adjoint: Solution | None, point: Point) -> None:
         """Leave the adjoint solve where the caller finds it, and let it be heard, and what was put off till now."""
@@ -182,8 +176,8 @@ class Call:
         )
 
 
-_SOLVED: WeakSet[CodeType] = WeakSet()
-"""The code of the objectives that were solved."""
+_SOLVED = Known()
+"""The objectives that were solved."""
 
 
 def measured(found: Solution, residual: Tensor, loss: Tensor | None) -> Solution:

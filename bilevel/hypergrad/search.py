@@ -16,7 +16,7 @@ from ..inner.outcome import inner_advice, suspicious
 from ..notices import Place, tell
 from ..problem import Posed, Problem
 from ..recording import free_looks, recording
-from ..solution import Result, Solution, SolveWarning, Throw, settle
+from ..solution import Result, Solution, SolveError, SolveWarning, Throw, settle
 
 Found = Solution[Tensor]
 
@@ -73,6 +73,7 @@ class Search(Generic[Posed]):
         look: looks closer at what is `suspicious`, from the problem and what was found; None: nothing does.
         complete: gives whatever was found its last stats, likewise; None: nothing is missing.
         own_stats: names of stats that the solver knows better than they can be measured.
+        hides: what a solve that went well may hide, in words, likewise; empty: nothing was seen. None: nothing looks.
     """
 
     method: Callable[[Posed], Found]
@@ -83,6 +84,7 @@ class Search(Generic[Posed]):
     look: Callable[[Posed, Found], Found] | None = None
     complete: Callable[[Posed, Found], Found] | None = None
     own_stats: tuple[str, ...] = ()
+    hides: Callable[[Posed, Found], str] | None = None
 
     @classmethod
     def by(cls, solver: InnerSolver, throw: Throw, what: str, **closer: Any) -> Search[Problem]:
@@ -121,7 +123,19 @@ class Search(Generic[Posed]):
             found = measure(self.fallback.minimize(problem))
             found = replace(found, recovered=(type(self.fallback).__name__,))
             seen = int(_flags(found))
-        return self._heard(problem, found, seen)
+        found = self._heard(problem, found, seen)
+        if self.hides is not None and found.result.ok and free_looks(flags):
+            self._tell(self.hides(problem, found), found)
+        return found
+
+    def _tell(self, hidden: str, found: Found) -> None:
+        """What a solve that went well hides, as ``throw`` says."""
+        if not hidden:
+            return
+        message = f"{self.what} went well by its own measures, which do not see this. {hidden}"
+        if self.throw == "raise":
+            raise SolveError(message, found)
+        tell(message, SolveWarning)
 
     def _heard(self, problem: Posed, found: Found, seen: int, place: Place | None = None) -> Found:
         """Look closer where that is due, and let a failure be heard."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from ..linalg.noise import normal
 from ..linalg.operator import Operator, Restricted
 from ..problem import Problem
 from ..solution import Result, Solution, marked
-from ..tree import axpy, norm, scale
+from ..tree import axpy, dot, norm, scale
 from .minimize import InnerSolver
 
 PROBES = 5
@@ -31,6 +33,19 @@ COUPLED_ADVICE = (
     "The problems of the batch depend on each other: a vector of T losses is T problems, of which the t-th depends on "
     "the t-th slice of the params only. Return the sum or the mean of the losses for one problem, or look for what "
     "mixes the slices (a matrix product or a norm over the first dimension)"
+)
+
+
+KINK_ADVICE = (
+    "The slope of the loss jumps where the solve ended: it has a kink (abs, max, relu) or a step there, and no "
+    "smooth minimum, so the hypergradient is not that of the minimum. Take ProximalGradient(prox) for such a "
+    "penalty, constrained() or bounds for a constraint, or a smooth loss in its place"
+)
+
+SADDLE_ADVICE = (
+    "The gradient vanishes where the solve ended, but the loss bends down from there along directions that no step has "
+    "seen, as the solver began on a symmetry (equal or zero params): this is no minimum. Start elsewhere, for instance "
+    "at random params"
 )
 
 
@@ -94,14 +109,38 @@ def is_random(problem: Problem, found: Solution) -> bool:
 def has_kink(problem: Problem, found: Solution) -> bool:
     """Whether the gradient changes as much over a step that is a hundredth of another, across where a solve ended."""
     y, start = found.value.detach(), norm(problem.start.g)
-    g = problem.evaluate(y).g
-    unit = scale(torch.where(norm(g) > 0, 1 / norm(g), torch.zeros_like(start)), g)
+    unit = _downhill(problem, y)
     longest = torch.finfo(y.dtype).eps ** 0.4 * torch.maximum(norm(y), norm(y - problem.start.y))
-    jumps = []
-    for length in (longest, longest / 100):
-        ahead, behind = (problem.evaluate(axpy(way * length, unit, y)).g for way in (-1, 1))
-        jumps.append(norm(ahead - behind))
+    jumps = [norm(_jump(problem, y, length, unit)) for length in (longest, longest / 100)]
     return bool(((jumps[1] > 0.5 * jumps[0]) & (jumps[1] > 1e-3 * start)).any())
+
+
+def has_kink_nearby(problem: Problem, found: Solution) -> bool:
+    """Whether a kink lies within a hundredth of the params from where a solve ended, as ordered steps leave it.
+
+    Along the gradient the loss is then a V: it falls towards the kink from both sides, with slopes that are the same
+    over a step and over a tenth of it, or nearly so, where those of a smooth valley are a tenth.
+    """
+    y = found.value.detach()
+    size, unit = torch.maximum(norm(y), norm(y - problem.start.y)), _downhill(problem, y)
+    valleys = []
+    for span in (0.1, 0.01, 0.001):
+        ahead, behind = (dot(problem.evaluate(axpy(way * span * size, unit, y)).g, unit) for way in (1, -1))
+        valleys.append(torch.minimum(ahead, -behind))
+    kinks = [(near > 0.3 * far) & (far > 1e-3 * norm(problem.start.g)) for far, near in itertools.pairwise(valleys)]
+    return bool(torch.stack(kinks).any())
+
+
+def _downhill(problem: Problem, y: Tensor) -> Tensor:
+    """The gradient at ``y`` at unit length; zero where it vanishes."""
+    g = problem.evaluate(y).g
+    return scale(torch.where(norm(g) > 0, 1 / norm(g), torch.zeros_like(norm(g))), g)
+
+
+def _jump(problem: Problem, y: Tensor, length: Tensor, unit: Tensor) -> Tensor:
+    """What the gradient changes by from ``length`` behind ``y`` to as much ahead."""
+    ahead, behind = (problem.evaluate(axpy(way * length, unit, y)).g for way in (1, -1))
+    return ahead - behind
 
 
 def is_coupled(operator: Operator) -> bool:
@@ -159,11 +198,7 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
     what = "The hypergradient holds at a minimum only"
     loosen = f"loosen gtol{now(solver, 'gtol')}" if getattr(solver, "gtol", None) else ""
     if result is Result.STAGNATED and has_kink(problem, found):
-        return (
-            "The slope of the loss jumps where the solve ended: it has a kink (abs, max, relu) or a step there, and no "
-            "smooth minimum, so the hypergradient is not that of the minimum. Take ProximalGradient(prox) for such a "
-            "penalty, constrained() or bounds for a constraint, or a smooth loss in its place"
-        )
+        return KINK_ADVICE
     if result is Result.STAGNATED:
         enough = f"{loosen or 'give a gtol of your own'} if this accuracy is enough"
         return f"{what}: " + _joined("scale the params or the data", "take float64", _other(name), enough)

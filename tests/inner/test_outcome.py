@@ -157,7 +157,8 @@ def test_problems_of_a_batch_that_depend_on_each_other_are_told(linear):
 
     with pytest.warns(bl.SolveWarning, match="inner solve.*depend on each other"):
         bl.argmin(inner, start, hypergrad=bl.Implicit(linear))
-    fit = bl.argmin(inner, start, solver=bl.GradientDescent(0.02, 1000), hypergrad=bl.Implicit(linear))
+    with pytest.warns(bl.SolveWarning, match="inner solve.*depend on each other"):
+        fit = bl.argmin(inner, start, solver=bl.GradientDescent(0.02, 1000), hypergrad=bl.Implicit(linear))
     with pytest.warns(bl.SolveWarning, match="adjoint solve.*depend on each other"):
         fit.value.sum().backward()
     fit = bl.argmin(lambda y: inner(y).sum(), start, hypergrad=bl.Implicit(linear))

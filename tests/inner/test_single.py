@@ -85,7 +85,7 @@ def test_as_many_evaluations():
             count += 1
             return logistic(w)
 
-        bl.argmin(loss, init, hypergrad=None)
+        bl.argmin(loss, init, hypergrad=None, throw="ignore")  # the first look would count too
         counts.append(count)
     assert counts[0] == counts[1]
 

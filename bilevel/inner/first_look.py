@@ -1,0 +1,83 @@
+"""What a solve that went well may hide, looked at where a function is solved for the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from inspect import unwrap
+from types import CodeType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from ..linalg.jacobian import GraphJacobian
+from ..problem import Problem, RootProblem
+from ..solution import Result, Solution
+from ..tree import norm
+from .outcome import COUPLED_ADVICE, KINK_ADVICE, SADDLE_ADVICE, bends_down, curved, has_kink_nearby, is_coupled
+
+FEWEST, MOST = 5, 20
+"""Products that a look at the curvature costs: as many as the solver made steps, within these."""
+
+
+class Known:
+    """The functions that were met, by their code, each for some purpose."""
+
+    def __init__(self) -> None:
+        self._met: WeakKeyDictionary[CodeType, set[str]] = WeakKeyDictionary()
+
+    def is_new(self, fn: Callable[..., Any], purpose: str = "") -> bool:
+        """Whether a function is met for the first time; False for one without code."""
+        while isinstance(fn, partial):
+            fn = fn.func
+        code = getattr(unwrap(fn), "__code__", None)
+        if not isinstance(code, CodeType):
+            return False
+        met = self._met.setdefault(code, set())
+        new = purpose not in met
+        met.add(purpose)
+        return new
+
+
+def first_look(
+    fn: Callable[..., Any], solver: object, look: Callable[[Any, Solution], str]
+) -> Callable[[Any, Solution], str] | None:
+    """``look``, the first time that a function of the user is solved by such a solver; None after that."""
+    return look if LOOKED.is_new(fn, type(solver).__name__) else None
+
+
+LOOKED = Known()
+
+
+def hidden_minimum(problem: Problem, found: Solution) -> str:
+    """Why what was found may be no minimum although the solver calls it good, in words; empty where nothing was seen.
+
+    A solver that starts on a symmetry, such as equal components or zero weights, never leaves it, and sees no
+    direction in which the loss bends down; ordered steps are at no kink, but about it; and the problems of a batch
+    that depend on each other are no problems of their own.
+    """
+    y = found.value.detach()
+    bent = curved(problem, y)
+    if bent is not None and problem.raveler.batch_shape and is_coupled(bent[0]):
+        return COUPLED_ADVICE
+    ordered = found.stats["result"] == int(Result.STEPS_DONE)
+    if bool(ordered.any()) and has_kink_nearby(problem, found):
+        return KINK_ADVICE
+    # A tolerance of the user's may end a solve anywhere; where little of the gradient is left, it claims a minimum.
+    left = found.stats["residual_norm"] <= torch.finfo(y.dtype).eps ** 0.4 * norm(problem.start.g)
+    claimed = left & (found.stats["result"] == int(Result.CONVERGED))
+    if not bool(claimed.any()):
+        return ""
+    products = min(MOST, max(FEWEST, int(found.stats["num_steps"].max())))
+    down = bends_down(problem, y, products, torch.finfo(y.dtype).eps ** 0.5)
+    return SADDLE_ADVICE if bool((down & claimed).any()) else ""
+
+
+def hidden_root(problem: RootProblem, found: Solution) -> str:
+    """The same of a system: whether its problems depend on each other."""
+    if not problem.raveler.batch_shape:
+        return ""
+    at = problem.linearize(found.value.detach())
+    moves = any(residual.requires_grad for residual in at.residual)
+    return COUPLED_ADVICE if moves and is_coupled(GraphJacobian(problem.raveler, at, symmetric=False)) else ""

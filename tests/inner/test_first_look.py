@@ -1,0 +1,136 @@
+"""What solves that went well hide: saddles on a symmetry, kinks about which ordered steps turn, coupled batches."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import mse_loss
+
+import bilevel as bl
+
+F64 = torch.float64
+SADDLE, KINK, COUPLED = "bends down from there", "it has a kink", "The problems of the batch depend on each other"
+
+
+def randn(*shape):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+
+def two_means(x, means):
+    """Negative log-likelihood of two components of equal weight."""
+    return -torch.logsumexp(-((x[:, None] - means) ** 2) / 2, 1).mean()
+
+
+def told(solve):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        solve()
+    return [str(warning.message) for warning in caught if issubclass(warning.category, bl.SolveWarning)]
+
+
+class TestSaddles:
+    x = torch.cat([randn(50) - 2, randn(50) + 2])
+
+    @pytest.mark.parametrize("solver", [None, bl.NewtonCG(), bl.ScipyMinimize()], ids=str)
+    def test_equal_components(self, solver):
+        def loss(means):
+            return two_means(self.x, means)
+
+        with pytest.warns(bl.SolveWarning, match=SADDLE):
+            fit = bl.argmin(loss, torch.ones(2, dtype=F64), solver=solver)
+        assert fit.value[0].item() == pytest.approx(fit.value[1].item())
+
+    def test_unequal_components_are_a_minimum(self):
+        assert not told(lambda: bl.argmin(lambda m: two_means(self.x, m), torch.tensor([1.0, 1.01], dtype=F64)))
+
+    def test_a_network_of_zeros(self):
+        x = randn(30, 2)
+        net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+        zeros = {name: torch.zeros_like(param) for name, param in net.named_parameters()}
+        y = (x[:, :1] * x[:, 1:]).tanh() + 0.3
+
+        def loss(params):
+            return mse_loss(functional_call(net, params, (x,)), y) + 1e-3 * sum(
+                p.square().sum() for p in params.values()
+            )
+
+        assert any(SADDLE in text for text in told(lambda: bl.argmin(loss, zeros)))
+
+    def test_it_is_looked_at_once_for_a_function_and_raised_where_that_is_asked_for(self):
+        def loss(shift, means):
+            return two_means(self.x + shift, means)
+
+        start = torch.ones(2, dtype=F64)
+        with pytest.raises(bl.SolveError, match=SADDLE):
+            bl.argmin(partial(loss, 0.0), start, throw="raise")
+        assert not told(lambda: bl.argmin(partial(loss, 0.1), start))
+        assert told(lambda: bl.argmin(partial(loss, 0.1), start, solver=bl.NewtonCG()))
+        assert not told(lambda: bl.argmin(lambda m: two_means(self.x, m), start, throw="ignore"))
+
+    def test_with_aux(self):
+        with pytest.warns(bl.SolveWarning, match=SADDLE):
+            bl.argmin(lambda m: (two_means(self.x, m), m), torch.ones(2, dtype=F64), has_aux=True)
+
+    def test_a_tolerance_of_ones_own_may_end_anywhere(self):
+        start = torch.tensor([1.0, 1.001], dtype=F64)
+        assert not told(lambda: bl.argmin(lambda m: two_means(self.x, m), start, solver=bl.LBFGS(gtol=1e-2)))
+
+
+class TestKinks:
+    x = randn(40, 5)
+    y = x[:, 0] + 0.3 * torch.randn(40, dtype=F64, generator=torch.Generator().manual_seed(1))
+
+    @pytest.mark.parametrize(
+        "solver",
+        [bl.Steps(bl.Adam(1e-2), max_steps=600), bl.Steps(bl.SGD(1e-2), max_steps=600), bl.GradientDescent(1e-2, 600)],
+        ids=str,
+    )
+    def test_the_lasso_by_ordered_steps(self, solver):
+        start = torch.full((5,), 0.1, dtype=F64)
+
+        def lasso(w):
+            return (self.x @ w - self.y).square().mean() + 0.14 * w.abs().sum()
+
+        with pytest.warns(bl.SolveWarning, match=KINK):
+            bl.argmin(lasso, start, solver=solver)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, F64])
+    @pytest.mark.parametrize("steps", [3, 100])
+    def test_a_network_of_relus_is_no_such_thing(self, dtype, steps):
+        x = randn(60, 4).to(dtype)
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 1)).to(dtype)
+        y = x.prod(1, keepdim=True).sin()
+
+        def loss(params):
+            return mse_loss(functional_call(net, params, (x,)), y)
+
+        params = dict(net.named_parameters())
+        for solver in (bl.GradientDescent(0.1, steps), bl.Steps(bl.Adam(1e-2), max_steps=steps)):
+            assert not told(lambda solver=solver: bl.argmin(partial(loss), params, solver=solver))
+
+
+class TestCoupledBatches:
+    matrix = torch.tensor([[2.0, 0.5], [0.5, 3.0]], dtype=F64)
+    start = torch.zeros(2, dtype=F64)
+
+    def test_losses(self):
+        solver = bl.GradientDescent(lr=0.1, max_steps=500)
+        with pytest.warns(bl.SolveWarning, match=COUPLED):
+            bl.argmin(lambda y: y * (self.matrix @ y) / 2 - y, self.start, solver=solver)
+        assert not told(
+            lambda: bl.argmin(lambda y: y * (self.matrix.diagonal() * y) / 2 - y, self.start, solver=solver)
+        )
+
+    def test_systems(self):
+        with pytest.warns(bl.SolveWarning, match=COUPLED):
+            bl.root(lambda y: self.matrix @ y - 1, self.start, batched=True)
+        with pytest.warns(bl.SolveWarning, match=COUPLED):
+            bl.fixed_point(lambda y: (0.2 * self.matrix @ y).tanh() + 1, self.start, batched=True)
+        assert not told(lambda: bl.root(lambda y: self.matrix.diagonal() * y - 1, self.start, batched=True))
+        assert not told(lambda: bl.root(lambda y: self.matrix @ y - 1, self.start))
