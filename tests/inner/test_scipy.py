@@ -11,8 +11,8 @@ import torch
 import bilevel as bl
 from bilevel.inner.scipy import BOUNDED_METHODS
 
-METHODS = "Nelder-Mead Powell CG BFGS Newton-CG L-BFGS-B TNC COBYLA COBYQA SLSQP trust-constr dogleg trust-ncg".split()
-METHODS += ["trust-exact", "trust-krylov"]
+METHODS = ["Nelder-Mead", "Powell", "CG", "BFGS", "Newton-CG", "L-BFGS-B", "TNC", "COBYLA", "COBYQA", "SLSQP"]
+METHODS += ["trust-constr", "dogleg", "trust-ncg", "trust-exact", "trust-krylov"]
 START = torch.tensor([0.1, 0.2], dtype=torch.float64)
 ONE_SIDED = [(0, None), (None, 5.0), (-math.inf, torch.tensor([5.0, math.inf])), (None, None), (-math.inf, math.inf)]
 HELD = [(0.0, 1.0), (None, 1.0), (torch.tensor([-math.inf, 0.0]), torch.tensor([1.0, 1.0]))]
