@@ -25,6 +25,7 @@ from .inner.minimize import InnerSolver
 from .inner.roots import Newton, RootSolver
 from .linalg.direct import LeastNorm
 from .linalg.jacobian import GraphJacobian
+from .linalg.operator import widened
 from .linalg.scaled import SMALL
 from .notices import tell
 from .problem import Problem, RootProblem, check_batch, check_init
@@ -37,8 +38,8 @@ ADVICE = (
     "constraints and whether their gradients are independent there, or raise max_steps"
 )
 SADDLE = (
-    "The conditions of Lagrange hold, but at a saddle or maximum along the constraints: start elsewhere, or look whether "
-    "the objective has a minimum there or falls without end (a maximum is the minimum of minus the objective)"
+    "The conditions of Lagrange hold, but at a saddle or maximum along the constraints: start elsewhere, or look "
+    "whether the objective has a minimum there or falls without end (a maximum is the minimum of minus the objective)"
 )
 UNBOUNDED = (
     "The objective seems to fall without end where the constraints hold: constrain or penalise what grows, or start "
@@ -212,11 +213,12 @@ class AugmentedLagrangian:
         *params, multipliers = problem.raveler.unravel(problem.y)
         mu = torch.full(problem.y.shape[:-1], self.strength, dtype=torch.float64, device=problem.y.device)
         fell = torch.zeros_like(mu, dtype=torch.bool)
+        enough = max(1e-4, torch.finfo(problem.raveler.coarsest).eps)
         gap = first = None
         for _ in range(self.rounds):
 
             def augmented(params: list[Tensor], nu: Tensor = multipliers, mu: Tensor = mu) -> Tensor:
-                c = constraints([*params, nu])
+                c = widened(constraints([*params, nu]))
                 found: Tensor = objective([*params, nu]) + (nu * c).sum(-1) + mu.to(c.dtype) / 2 * c.square().sum(-1)
                 return found
 
@@ -227,14 +229,14 @@ class AugmentedLagrangian:
                 ahead = augmented(inner.raveler.unravel(found.value.detach()), mu=100 * mu)
                 lost = (found.stats["result"] == int(Result.NONFINITE)) | ~torch.isfinite(ahead)
                 params = inner.raveler.unravel(torch.where(lost.unsqueeze(-1), inner.start.y, found.value.detach()))
-                c = constraints([*params, multipliers])
+                c = widened(constraints([*params, multipliers]))
             fell = fell | lost
             if not bool(torch.isfinite(c).all()):
                 return problem.y, fell
             multipliers = multipliers + scale(torch.where(lost, 0.0, mu), c)
             size = norm(c)
             first = size if first is None else torch.maximum(first, size)
-            if bool((~lost & (size <= 1e-4 * first)).all()):
+            if bool((~lost & (size <= enough * first)).all()):
                 break
             slow = lost if gap is None else lost | (size > 0.25 * gap)
             mu, gap = torch.where(slow, 10 * mu, mu), size

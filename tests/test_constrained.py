@@ -112,12 +112,8 @@ def test_a_tree_of_params():
 def test_a_curvature_that_only_the_constraint_holds_raises_the_strength(curvature):
     """The first augmented Lagrangians fall without end: closed form of values, multiplier and slopes."""
     x = tensor(1.5).requires_grad_()
-    fit = bl.constrained(
-        lambda y: -curvature * y[0] ** 2 + (y[1] - x) ** 2,
-        lambda y: (y[0] - x)[None],
-        tensor([0.0, 1.0]),
-        throw="raise",
-    )
+    objective = lambda y: -curvature * y[0] ** 2 + (y[1] - x) ** 2  # noqa: E731
+    fit = bl.constrained(objective, lambda y: (y[0] - x)[None], tensor([0.0, 1.0]), throw="raise")
     torch.testing.assert_close(fit.value.params, torch.stack([x, x]), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(fit.value.multipliers, 2 * curvature * x[None], rtol=1e-9, atol=0)
     (slope,) = torch.autograd.grad(fit.value.params.sum() + fit.value.multipliers[0], x)
@@ -130,7 +126,7 @@ def test_an_objective_without_a_minimum_along_the_constraints_is_told(objective,
     """Whether the start meets the constraint or not; and of a batch each problem by itself."""
     line = lambda y: y.sum(-1, keepdim=True) - 1  # noqa: E731
     for start in ([1.0, 0.0], [0.3, 0.1]):
-        with pytest.raises(bl.SolveError, match="falls? without end"):
+        with pytest.raises(bl.SolveError, match=r"falls? without end"):
             bl.constrained(objective, line, torch.tensor(start, dtype=dtype), throw="raise")
     signs = torch.tensor([1.0, -1.0], dtype=dtype)
     start = torch.tensor([[0.3, 0.1], [0.3, 0.1]], dtype=dtype)
