@@ -123,7 +123,7 @@ def test_params_and_hyperparameters_of_mixed_dtypes(hypergrad):
     assert by_z.item() == pytest.approx(6 * 0.5 + 1, rel=1e-5)
 
 
-HALF = [bl.Cholesky(), bl.LU(), bl.Nystrom(rank=4, damping=1e-3), bl.Nystrom(2), bl.MINRES(max_steps=4)]
+HALF = [bl.Cholesky(), bl.LU(), bl.LeastNorm(), bl.Nystrom(rank=4, damping=1e-3), bl.Nystrom(2), bl.MINRES(max_steps=4)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
