@@ -172,6 +172,22 @@ def check_step_size(value: object, name: str = "lr", advice: str = SCHEDULES) ->
         raise ValueError(f"{name} is {value}: it must be positive and finite.")
 
 
+def check_momentum(value: object) -> None:
+    """Refuse what is no number in [0, 1).
+
+    Raises:
+        TypeError: it is no number. ValueError: it lies elsewhere.
+    """
+    if not isinstance(value, Real):
+        raise TypeError(
+            f"momentum is {_kind(value)}: a number is needed, such as momentum.item(), because whether it is zero "
+            "decides what is computed. For one that is learned, or one of each problem, take "
+            "Steps(SGD(lr=..., momentum=...), max_steps=...), whose settings may be tensors."
+        )
+    if not 0 <= float(value) < 1:
+        raise ValueError(f"momentum is {value}: it lies in [0, 1).")
+
+
 def _is_optimizer(value: object) -> bool:
     return isinstance(value, torch.optim.Optimizer) or (
         isinstance(value, type) and issubclass(value, torch.optim.Optimizer)

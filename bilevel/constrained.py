@@ -25,6 +25,7 @@ from .inner.minimize import InnerSolver
 from .inner.roots import Newton, RootSolver
 from .linalg.direct import LeastNorm
 from .linalg.jacobian import GraphJacobian
+from .linalg.operator import widened
 from .linalg.scaled import SMALL
 from .notices import tell
 from .problem import Problem, RootProblem, check_batch, check_init
@@ -36,7 +37,15 @@ ADVICE = (
     "The hypergradient holds at a constrained minimum only: start closer to it, look whether any point meets all "
     "constraints and whether their gradients are independent there, or raise max_steps"
 )
-SADDLE = "The conditions of Lagrange hold, but at a saddle or maximum along the constraints: start elsewhere"
+SADDLE = (
+    "The conditions of Lagrange hold, but at a saddle or maximum along the constraints: start elsewhere, or look "
+    "whether the objective has a minimum there or falls without end (a maximum is the minimum of minus the objective)"
+)
+UNBOUNDED = (
+    "The objective seems to fall without end where the constraints hold: constrain or penalise what grows, or start "
+    "closer to the minimum (a maximum is the minimum of minus the objective). If there is a minimum, hold the "
+    "constraints more strongly from the start: AugmentedLagrangian(strength=1e4)"
+)
 
 DEGENERATE = (
     "The constrained problem is degenerate: its constraints depend on each other, or its minimum is not isolated, so "
@@ -191,40 +200,51 @@ class AugmentedLagrangian:
                 "AugmentedLagrangian serves bl.constrained, whose objective it needs; take Newton() for root."
             )
         near = copy.copy(problem)
-        near.y = self._near(problem)
+        near.y, fell = self._near(problem)
         near.r = problem.evaluate(near.y)
-        return self.newton.find(near)
+        found = self.newton.find(near)
+        codes = found.stats["result"]
+        doubtful = (codes > int(Result.STEPS_DONE)) | (problem.raveler.size > SMALL)  # a small root is looked at
+        return found.with_stats(result=marked(codes, fell & doubtful, Result.UNBOUNDED))
 
-    def _near(self, problem: RootProblem) -> Tensor:
+    def _near(self, problem: RootProblem) -> tuple[Tensor, Tensor]:
+        """A point near the minimum, and which problems fell without end in a turn."""
         objective, constraints = problem.data
         *params, multipliers = problem.raveler.unravel(problem.y)
         mu = torch.full(problem.y.shape[:-1], self.strength, dtype=torch.float64, device=problem.y.device)
+        fell = torch.zeros_like(mu, dtype=torch.bool)
+        enough = max(1e-4, torch.finfo(problem.raveler.coarsest).eps)
         gap = first = None
         for _ in range(self.rounds):
 
             def augmented(params: list[Tensor], nu: Tensor = multipliers, mu: Tensor = mu) -> Tensor:
-                c = constraints([*params, nu])
+                c = widened(constraints([*params, nu]))
                 found: Tensor = objective([*params, nu]) + (nu * c).sum(-1) + mu.to(c.dtype) / 2 * c.square().sum(-1)
                 return found
 
             inner = Problem(augmented, params, max_batch_dims=mu.dim())
-            params = inner.raveler.unravel(self.inner.minimize(inner).value.detach())
+            found = self.inner.minimize(inner)
+            # Where mu is smaller than the curvature that the constraints hold, it falls for ever: that turn is lost.
             with torch.no_grad():
-                c = constraints([*params, multipliers])
+                ahead = augmented(inner.raveler.unravel(found.value.detach()), mu=100 * mu)
+                lost = (found.stats["result"] == int(Result.NONFINITE)) | ~torch.isfinite(ahead)
+                params = inner.raveler.unravel(torch.where(lost.unsqueeze(-1), inner.start.y, found.value.detach()))
+                c = widened(constraints([*params, multipliers]))
+            fell = fell | lost
             if not bool(torch.isfinite(c).all()):
-                return problem.y
-            multipliers = multipliers + scale(mu, c)
+                return problem.y, fell
+            multipliers = multipliers + scale(torch.where(lost, 0.0, mu), c)
             size = norm(c)
             first = size if first is None else torch.maximum(first, size)
-            if bool((size <= 1e-4 * first).all()):
+            if bool((~lost & (size <= enough * first)).all()):
                 break
-            mu = torch.where(size > 0.25 * (first if gap is None else gap), 10 * mu, mu) if gap is not None else mu
-            gap = size
-        return problem.raveler.ravel([*params, multipliers])
+            slow = lost if gap is None else lost | (size > 0.25 * gap)
+            mu, gap = torch.where(slow, 10 * mu, mu), size
+        return problem.raveler.ravel([*params, multipliers]), fell
 
 
 def _advice(_: RootProblem, found: Solution[Tensor]) -> str:
-    return SADDLE if found.result is Result.NEGATIVE_CURVATURE else ADVICE
+    return {Result.NEGATIVE_CURVATURE: SADDLE, Result.UNBOUNDED: UNBOUNDED}.get(found.result, ADVICE)
 
 
 def _look_at_curvature(problem: RootProblem, found: Solution[Tensor], *, warn: bool) -> Solution[Tensor]:

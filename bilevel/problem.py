@@ -156,7 +156,7 @@ class Problem:
         """The loss and the gradient at ``y``, of one problem on the host; all in float64."""
         with torch.enable_grad():
             loss, grads = self._gradient(_stand_in(torch.from_numpy(y).to(self.raveler.dtype)))
-        parts = [grad.numpy(force=True).ravel() for grad in grads]
+        parts = [grad.to(self.raveler.dtype).numpy(force=True).ravel() for grad in grads]  # NumPy has no bfloat16
         g = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return float(loss.detach()), g.astype(np.float64, copy=False)
 

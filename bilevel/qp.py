@@ -204,6 +204,12 @@ def _checked(
     tensors = [tensor for tensor in given if tensor is not None]
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     tensors = [tensor.to(dtype) for tensor in tensors]
+    for name, matrix, tensor in (("b", "A", tensors[3]), ("h", "G", tensors[5])):
+        if tensor.dim() == 0:
+            raise ValueError(
+                f"{name} has shape (): a vector is needed, one number for each row of {matrix}. "
+                f"For one constraint write {matrix} as [1, {n}] and {name} as [1]."
+            )
     rows = (n, None, tensors[3].shape[-1], None, tensors[5].shape[-1], None)
     for name, tensor, height in zip(("Q", "c", "A", "b", "G", "h"), tensors, rows, strict=True):
         wanted = (height, n) if height is not None else tensor.shape[-1:]

@@ -168,7 +168,7 @@ def _gradient(
     The gradients are those for the leaves of the params, then of the chunk, that require grad.
     """
     free, own = [_free(leaf) for leaf in flat], tree_map(_free, chunk)
-    losses, rest = fn(pytree.tree_unflatten(free, spec), *own)
+    losses, rest = _pair(fn(pytree.tree_unflatten(free, spec), *own))
     if losses.shape != (_count(chunk),):
         raise ValueError(
             f"fn returned losses of shape {tuple(losses.shape)} for {_count(chunk)} tasks: one for each is needed."
@@ -184,6 +184,23 @@ def _gradient(
     # What is kept would keep the graph of its chunk.
     kept = pytree.tree_map_only(Tensor, Tensor.detach, keep(rest) if keep else rest)
     return losses.detach(), found, kept
+
+
+def _pair(found: object) -> tuple[Tensor, Tree]:
+    """What ``fn`` returned, where it is a tensor of losses and something else."""
+    if isinstance(found, tuple | list) and len(found) == 2 and isinstance(found[0], Tensor):
+        losses, rest = found
+        return losses, rest
+    what = f"a {type(found).__name__}"
+    advice = "Return a tuple, with all else in one tree: (losses, {'name': tensor})"
+    if isinstance(found, Tensor):
+        what = f"one tensor of shape {tuple(found.shape)}"
+        advice = "Where nothing else is wanted, return (losses, None)"
+    elif isinstance(found, tuple | list):
+        what = f"({', '.join(type(part).__name__ for part in found)})"
+    raise ValueError(
+        f"fn returned {what}: a pair is needed, the losses [t] of its t tasks and whatever else is wanted. {advice}."
+    )
 
 
 def _refuse_captured(losses: Tensor, wanted: Sequence[Tensor]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import bilevel as bl
 from bilevel import Bisection, LeastNorm, Result
+from bilevel.linalg.scaled import SMALL
 from tests.conformance import randn, spd
 
 
@@ -105,6 +106,37 @@ def test_a_tree_of_params():
     excess = (target["w"].sum(1) + target["b"]) / 4
     torch.testing.assert_close(fit.value.params["w"], target["w"] - excess[:, None])
     torch.testing.assert_close(fit.value.params["b"], target["b"] - excess)
+
+
+@pytest.mark.parametrize("curvature", [100.0, 1e4])
+def test_a_curvature_that_only_the_constraint_holds_raises_the_strength(curvature):
+    """The first augmented Lagrangians fall without end: closed form of values, multiplier and slopes."""
+    x = tensor(1.5).requires_grad_()
+    objective = lambda y: -curvature * y[0] ** 2 + (y[1] - x) ** 2  # noqa: E731
+    fit = bl.constrained(objective, lambda y: (y[0] - x)[None], tensor([0.0, 1.0]), throw="raise")
+    torch.testing.assert_close(fit.value.params, torch.stack([x, x]), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fit.value.multipliers, 2 * curvature * x[None], rtol=1e-9, atol=0)
+    (slope,) = torch.autograd.grad(fit.value.params.sum() + fit.value.multipliers[0], x)
+    assert slope.item() == pytest.approx(2 + 2 * curvature, rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("objective", [lambda y: -y.square().sum(-1), lambda y: y[..., 0] - y[..., 1].exp()])
+def test_an_objective_without_a_minimum_along_the_constraints_is_told(objective, dtype):
+    """Whether the start meets the constraint or not; and of a batch each problem by itself."""
+    line = lambda y: y.sum(-1, keepdim=True) - 1  # noqa: E731
+    for start in ([1.0, 0.0], [0.3, 0.1]):
+        with pytest.raises(bl.SolveError, match=r"falls? without end"):
+            bl.constrained(objective, line, torch.tensor(start, dtype=dtype), throw="raise")
+    signs = torch.tensor([1.0, -1.0], dtype=dtype)
+    start = torch.tensor([[0.3, 0.1], [0.3, 0.1]], dtype=dtype)
+    fit = bl.constrained(lambda y: signs * y.square().sum(-1), line, start, batched=True, throw="ignore")
+    assert fit.stats["result"][0] == int(Result.CONVERGED)
+    assert fit.stats["result"][1] >= int(Result.NEGATIVE_CURVATURE)
+    torch.testing.assert_close(fit.value.params[0], torch.full((2,), 0.5, dtype=dtype))
+    many = torch.linspace(-1, 1, SMALL, dtype=dtype)
+    with pytest.raises(bl.SolveError, match="seems to fall without end where the constraints hold"):
+        bl.constrained(lambda y: -y.square().sum(), line, many, throw="raise")
 
 
 def test_a_maximum_a_set_that_is_empty_and_constraints_that_repeat_are_told():

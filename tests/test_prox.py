@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import scipy.optimize
 import torch
@@ -157,6 +160,8 @@ def test_values():
         (lambda: L1(-1.0), "strength"),
         (lambda: ElasticNet(1.0, -2.0), "l2"),
         (lambda: Box(1.0, 0.0), "lower is 1.0 and upper 0.0"),
+        (lambda: Box(math.inf, math.inf), "lower is inf"),
+        (lambda: Box(0.0, -math.inf), "upper -inf"),
         (lambda: Simplex(-1.0), "total"),
         (lambda: L2Ball(-1.0), "radius"),
         (lambda: GroupLasso(torch.tensor([0.0, 1.0])), "groups"),
@@ -165,6 +170,14 @@ def test_values():
 def test_bad_settings_name_the_argument(make, name):
     with pytest.raises(ValueError, match=name):
         make()
+
+
+@pytest.mark.parametrize(
+    ("bounds", "words"), [((np.zeros(2), 1.0), "lower is array"), ((0, [1.0]), r"upper is \[1.0\]")]
+)
+def test_bounds_of_a_box_that_are_no_tensors_are_told(bounds, words):
+    with pytest.raises(TypeError, match=words):
+        Box(*bounds)
 
 
 def test_settings_of_each_problem():

@@ -376,3 +376,17 @@ def test_a_second_cause_at_the_same_line_is_told_too():
     assert len(told) == 2
     assert "unbounded" in told[0]
     assert "infeasible" in told[1]
+
+
+@pytest.mark.parametrize("names", ["Ab", "Gh"])
+@pytest.mark.parametrize("matrix", [torch.ones(2), torch.ones(1, 2)], ids=str)
+def test_one_constraint_as_a_number_is_told(names, matrix):
+    constraint = dict(zip(names, (matrix, torch.tensor(1.0)), strict=True))
+    with pytest.raises(
+        ValueError, match=rf"{names[1]} has shape \(\).*write {names[0]} as \[1, 2\] and {names[1]} as \[1\]"
+    ):
+        bl.quadratic_program(torch.eye(2), -torch.ones(2), **constraint)
+    constraint = dict(zip(names, (matrix.reshape(1, 2), torch.ones(1)), strict=True))
+    torch.testing.assert_close(
+        bl.quadratic_program(torch.eye(2), -torch.ones(2), **constraint).value.primal, torch.full((2,), 0.5)
+    )

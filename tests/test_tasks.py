@@ -327,3 +327,21 @@ def test_unrolled_steps_from_a_start_without_gradient(method):
     mean, _ = bl.mean_over_tasks(fn, rate, x, chunk_size=2)
     torch.testing.assert_close(torch.autograd.grad(mean, rate)[0], expected)
     assert not bl.mean_over_tasks(fn, rate.detach(), x, chunk_size=2)[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (lambda losses: losses, r"one tensor of shape \(2,\): .* return \(losses, None\)"),
+        (lambda losses: losses.sum(), r"one tensor of shape \(\): .* return \(losses, None\)"),
+        (lambda losses: (losses, 1, 2), r"\(Tensor, int, int\): a pair is needed.* all else in one tree"),
+        (lambda losses: {"losses": losses, "other": 1}, "a dict: a pair is needed"),
+        (lambda losses: (None, losses), r"\(NoneType, Tensor\): a pair is needed"),
+    ],
+)
+def test_what_is_no_pair_of_losses_and_something_else_is_told(returned, words):
+    data = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=words):
+        bl.mean_over_tasks(lambda p, d: returned((d - p).square().sum(-1)), torch.zeros(3, requires_grad=True), data)
+    with pytest.raises(ValueError, match=words):
+        bl.losses_of_tasks(lambda p, d: returned((d - p).square().sum(-1)), torch.zeros(2, 3), data)

@@ -98,6 +98,7 @@ class _Solution(torch.autograd.Function):
         call: Call = ctx.call
         _implicit(call, "a forward-mode derivative")
         _refuse_nested_forward_mode()
+        _refuse_legacy_vmap([tangent for tangent in tangents if tangent is not None])
         params, hparams = call.split(ctx.saved_tensors)
         moved = call.split(tangents)[1]
         right = _push(lambda tensors: call.statement.residual(params, tensors), hparams, moved)
@@ -341,6 +342,6 @@ def _refuse_nested_forward_mode() -> None:
 def _refuse_legacy_vmap(tensors: Sequence[Tensor]) -> None:
     if any(is_legacy_batchedtensor(tensor) for tensor in tensors):
         raise NotImplementedError(
-            "A backward pass over several gradients at once (is_grads_batched=True, or torch.autograd.functional with "
-            "vectorize=True) does not work here: use torch.func.jacrev or torch.func.vmap."
+            "A derivative in several directions at once (is_grads_batched=True, or torch.autograd.functional with "
+            "vectorize=True) does not work here: use torch.func.jacrev, torch.func.jacfwd or torch.func.vmap."
         )

@@ -173,6 +173,6 @@ def look_closer_inside(problem: Problem, found: Solution) -> Solution[Tensor]:
 def snapped(box: Bounds, y: Tensor, g: Tensor, slack: float = 1e-6) -> Tensor:
     """Params that a solver left a little inside of the bound that holds them, on it."""
     for bound, pulls in ((box.low, g > 0), (box.high, g < 0)):
-        close = (y - bound).abs() <= slack * bound.abs().clamp_min(1.0)
+        close = torch.isfinite(bound) & ((y - bound).abs() <= slack * bound.abs().clamp_min(1.0))
         y = torch.where(close & pulls, bound, y)
     return box.clip(y)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from ..checks import check_step_size
+from ..checks import check_momentum, check_step_size
 from ..linalg.solve import chosen
 from ..problem import Evaluation, Problem
 from ..solution import Solution
@@ -48,8 +47,7 @@ class GradientDescent:
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         for lr in self.lr if isinstance(self.lr, tuple) else (self.lr,):
             check_step_size(lr)
-        if not isinstance(self.momentum, Real) or not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}: it lies in [0, 1).")
+        check_momentum(self.momentum)
         if self.line_search and (self.momentum or self.safeguard):
             raise ValueError("line_search excludes momentum and safeguard: it finds its own steps.")
 

@@ -32,9 +32,9 @@ class LBFGS:
         gtol: stop a problem at this gradient norm; None: where the next step is at most 1e-9 (float64) or 3e-5
             (float32) times the norm of the params, whatever the scales of loss, params and start; see `Nearness`.
         history: curvature pairs kept, two vectors each.
-        bounds: ``(lower, upper)`` of the params: None, a number, a tensor, or a tree like ``init`` of these. The steps
-            are then projected (Bertsekas 1982), ``gtol`` is for the gradient of the params that are free to move, and
-            the hypergradient holds those at a bound that pulls them; it reaches bounds that require grad.
+        bounds: ``(lower, upper)`` of the params: None, a number, a tensor or array, or a tree like ``init`` of these.
+            The steps are then projected (Bertsekas 1982), ``gtol`` is for the gradient of the params that are free to
+            move, and the hypergradient holds those at a bound that pulls them; it reaches bounds that require grad.
         callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
     """
 

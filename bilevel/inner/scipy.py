@@ -53,10 +53,10 @@ class ScipyMinimize:
             Those that want a Hessian get its products, ``"dogleg"`` and ``"trust-exact"`` the matrices.
         max_steps: iterations at most.
         gtol: stop at this gradient norm; None: as in `LBFGS`.
-        bounds: as in `LBFGS`, of the methods that have them; interior ones (trust-constr) end beside a bound that holds
-            them, which counts as not converged.
-        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them. COBYLA,
-            SLSQP and TNC cannot be ended. Whether a step is the last one is not known of most methods.
+        bounds: as in `LBFGS`, of the methods that have them. Params that are within 1e-6 of a bound that pulls them are
+            put on it. Within bounds trust-constr goes on until its trust region is of rounding, whatever ``gtol`` is.
+        callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them. Whether a
+            step is the last one is not known of most methods.
     """
 
     method: str = "L-BFGS-B"
@@ -89,6 +89,7 @@ class ScipyMinimize:
         free = method in DERIVATIVE_FREE
         latest, judge, told = start, _Judge(problem, start, box), watch(self, problem)
         slope = _free(start, box)
+        end: Evaluation | None = None
         calls, stopped = 0, told is not None and told(0, start.y, slope.g, start.f, torch.ones_like(start.f))
         if stopped or self._done(slope) or (self.gtol is None and not free and judge.arrived(start)):
             return self._solution(problem, start, 0, stopped, box)
@@ -109,32 +110,40 @@ class ScipyMinimize:
             dense: np.ndarray = torch.block_diag(*blocks.reshape(-1, *blocks.shape[-2:]).double().cpu()).numpy()
             return dense
 
-        def after_step(x: np.ndarray) -> None:
-            nonlocal calls, stopped
+        def after_step(x: np.ndarray, *_: object) -> None:  # trust-constr tells of its state, too
+            nonlocal calls, stopped, end
             y, calls = tensor(x), calls + 1
             at = latest if torch.equal(latest.y, y) else problem.evaluate(y)
             arrived = self.gtol is None and not free and judge.arrived(at)
             stopped = told is not None and told(calls, at.y, _free(at, box).g, at.f, torch.full_like(at.f, not arrived))
             if arrived or stopped:
+                end = at
                 raise StopIteration
 
         products: dict[str, Any] = {"hessp": hessp} if method in HESSIAN_METHODS else {}
         if method in DENSE_HESSIAN_METHODS:
             products = {"hess": hess}
-        outcome = scipy.optimize.minimize(
-            (lambda x: value_and_grad(x)[0]) if free else value_and_grad,
-            to_numpy(start.y),
-            jac=None if free else True,
-            method=self.method,
-            options=self._options(method, self.gtol or 0.0, start),
-            callback=after_step if told is not None or (self.gtol is None and not free) else None,
-            bounds=None if box is None else scipy.optimize.Bounds(to_numpy(box.low), to_numpy(box.high)),
-            **products,
-        )
-        at = problem.evaluate(tensor(outcome.x))
+        try:
+            outcome = scipy.optimize.minimize(
+                (lambda x: value_and_grad(x)[0]) if free else value_and_grad,
+                to_numpy(start.y),
+                jac=None if free else True,
+                method=self.method,
+                options=self._options(method, self.gtol or 0.0, start),
+                callback=after_step if told is not None or (self.gtol is None and not free) else None,
+                bounds=None if box is None else scipy.optimize.Bounds(to_numpy(box.low), to_numpy(box.high)),
+                **products,
+            )
+        except StopIteration:  # TNC lets through what ends a solve; the others catch it
+            if end is None:
+                raise
+        if end is None:
+            at, steps = problem.evaluate(tensor(outcome.x)), int(outcome.get("nit", outcome.nfev))
+        else:
+            at, steps = end, calls
         if box is not None:
             at = problem.evaluate(snapped(box, at.y, at.g))
-        return self._solution(problem, at, int(outcome.get("nit", outcome.nfev)), stopped, box)
+        return self._solution(problem, at, steps, stopped, box)
 
     def _done(self, at: Evaluation) -> bool:
         return bool((norm(at.g) <= (self.gtol or 0.0)).all())
@@ -143,6 +152,8 @@ class ScipyMinimize:
         # SciPy looks at the largest entry, we at the 2-norm of each problem.
         entry = gtol / start.g.shape[-1] ** 0.5
         limit = "maxfun" if method == "tnc" else "maxiter"  # TNC counts evaluations only
+        if method == "trust-constr" and self.bounds is not None:
+            entry = 0.0  # it is for the Lagrangian, which ends too soon; so the size of the trust region does
         tolerance = TOLERANCE_OPTIONS[method](entry) if method in TOLERANCE_OPTIONS else {"gtol": entry}
         return {**tolerance, limit: self.max_steps}
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..linalg.jacobian import pull_back, transposed
+from ..linalg.operator import widened
 from ..problem import Evaluation, Problem
 from ..solution import Result, Solution
 from ..tree import dot, norm, scale
@@ -112,9 +113,10 @@ class DenseModel(Model):
         size = columns if last is None else torch.maximum(columns, last.size)
         self.size = torch.where((size > 0) & torch.isfinite(size), size, torch.ones_like(size))
         scaled = (matrix / self.size.unsqueeze(-2)).nan_to_num(0, 0, 0)
-        u, s, vt = torch.linalg.svd(scaled, full_matrices=False)
+        u, s, vt = torch.linalg.svd(widened(scaled), full_matrices=False)
         self.s, self.v = s.double(), vt.mT
-        self.coefficients = (u.mT @ self.residuals.nan_to_num(0, 0, 0).unsqueeze(-1)).squeeze(-1).double()
+        residuals = self.residuals.nan_to_num(0, 0, 0).to(u.dtype)
+        self.coefficients = (u.mT @ residuals.unsqueeze(-1)).squeeze(-1).double()
 
     def step(self, radius: Tensor) -> tuple[Tensor, Tensor]:
         s, c = self.s, self.s * self.coefficients
@@ -135,7 +137,7 @@ class DenseModel(Model):
         bounded = torch.where(bottom > 0, c / bottom, torch.zeros_like(c))
         bounded = bounded * (radius / norm(bounded)).nan_to_num(1.0).clamp_max(1.0).unsqueeze(-1)
         weights = torch.where(inside.unsqueeze(-1), full, bounded).to(self.v.dtype)
-        return -(self.v @ weights.unsqueeze(-1)).squeeze(-1) / self.size, inside
+        return (-(self.v @ weights.unsqueeze(-1)).squeeze(-1) / self.size).to(self.at.y.dtype), inside
 
 
 SECULAR_STEPS = 8

@@ -85,6 +85,7 @@ class LeastNorm:
         """Solve ``A x = b``; see `LinearSolver`."""
         matrix = _dense(operator, self.max_size, "LeastNorm")
         unit, length = normalise(b)
+        unit = unit.to(matrix.dtype)  # which is wider than half precision
         x = least_norm(matrix, unit, self.max_condition)
         consistent = norm(unit - (matrix @ x.unsqueeze(-1)).squeeze(-1)) <= CONSISTENT * torch.finfo(b.dtype).eps ** 0.5
         found = _report(matrix, x, unit, length, torch.ones_like(consistent), b.dtype)

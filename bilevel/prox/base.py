@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -140,9 +141,12 @@ class Box(Prox):
     separable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        for name, bound in (("lower", self.lower), ("upper", self.upper)):
+            if not isinstance(bound, Tensor | Real):
+                raise TypeError(f"{name} is {bound!r}: a number or a tensor is needed, such as torch.as_tensor(bound).")
         low, high = torch.as_tensor(self.lower).detach(), torch.as_tensor(self.upper).detach()
         hidden = is_functorch_wrapped_tensor(low) or is_functorch_wrapped_tensor(high)
-        if not hidden and not bool((low <= high).all()):
+        if not hidden and not bool(((low <= high) & (low < torch.inf) & (high > -torch.inf)).all()):
             raise ValueError(f"lower is {self.lower} and upper {self.upper}: the box is empty.")
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:

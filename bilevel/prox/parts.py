@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,16 +134,16 @@ def on_leaves(tree: Tree, init: Tree) -> Prox:
 
 
 def within(bounds: tuple[Tree, Tree], init: Tree) -> Prox:
-    """The box of ``(lower, upper)``, each None, a number, a tensor, or a tree like ``init`` of these.
+    """The box of ``(lower, upper)``, each None, a number, a tensor or array, or a tree like ``init`` of these.
 
     Raises:
-        ValueError: bounds of another structure or shape, or an empty box.
+        TypeError: what is no bound. ValueError: bounds of another structure or shape, or an empty box.
     """
     spec, flat = pytree.tree_structure(init), leaves(init)
     sides = []
     for name, side, none in (("lower", bounds[0], -torch.inf), ("upper", bounds[1], torch.inf)):
         parts = _broadcast(
-            side, spec, f"the {name} bounds", lambda part: part is None or isinstance(part, Tensor | float | int)
+            side, spec, f"the {name} bounds", lambda part: part is None or isinstance(part, Tensor | np.ndarray | Real)
         )
         sides.append(
             [_shaped(none if part is None else part, leaf, name) for part, leaf in zip(parts, flat, strict=True)]
@@ -161,13 +163,23 @@ def _broadcast(tree: Tree, spec: pytree.TreeSpec, what: str, is_part: Callable[[
     try:
         pytree.tree_map_(put, tree, pytree.tree_unflatten(list(range(spec.num_leaves)), spec), is_leaf=is_part)
     except ValueError as error:
-        raise ValueError(f"{what} have not the structure of init: {error}") from error
+        raise ValueError(
+            f"{what} have not the structure of init (a list is a tree; write a vector as a tensor): {error}"
+        ) from error
     return parts
 
 
 def _shaped(bound: Any, leaf: Tensor, name: str) -> Setting:
-    if not isinstance(bound, Tensor):
+    if isinstance(bound, np.ndarray) and bound.dtype.kind in "biuf":
+        bound = torch.as_tensor(bound)
+    if isinstance(bound, Real):
         return float(bound)
+    if not isinstance(bound, Tensor) or bound.is_complex():
+        kind = f"of {bound.dtype}" if isinstance(bound, Tensor | np.ndarray) else repr(bound)
+        raise TypeError(
+            f"the {name} bound is {kind}: each is None, a real number, a tensor or an array that broadcasts to its "
+            "leaf of init, or a tree like init of these."
+        )
     try:
         return bound.to(leaf.device, leaf.dtype).expand(leaf.shape)
     except RuntimeError:

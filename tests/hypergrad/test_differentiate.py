@@ -255,6 +255,19 @@ def test_batched_backward_is_refused():
         torch.autograd.grad(fit.value, h, basis, is_grads_batched=True)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("strategy", ["reverse-mode", "forward-mode"])
+def test_a_vectorized_jacobian_is_refused_and_what_serves_is_named(strategy):
+    def fitted(h):
+        return bl.argmin(lambda y: (y - 3 * h).square().sum(), torch.zeros(2, dtype=torch.float64)).value
+
+    h = torch.ones(2, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"vectorize=True.*torch\.func\.jacrev, torch\.func\.jacfwd"):
+        torch.autograd.functional.jacobian(fitted, h, vectorize=True, strategy=strategy)
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(jacobian(fitted)(h), 3 * torch.eye(2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "group_norm", "decomposed"])
 def test_norms_whose_higher_derivatives_are_wrong_in_pytorch_are_refused(name):
     x = randn(8, 4, seed=1)

@@ -123,7 +123,7 @@ def test_params_and_hyperparameters_of_mixed_dtypes(hypergrad):
     assert by_z.item() == pytest.approx(6 * 0.5 + 1, rel=1e-5)
 
 
-HALF = [bl.Cholesky(), bl.LU(), bl.Nystrom(rank=4, damping=1e-3), bl.Nystrom(2), bl.MINRES(max_steps=4)]
+HALF = [bl.Cholesky(), bl.LU(), bl.LeastNorm(), bl.Nystrom(rank=4, damping=1e-3), bl.Nystrom(2), bl.MINRES(max_steps=4)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -184,3 +184,55 @@ def test_defaults_ask_of_half_precision_what_it_can_give(linear, dtype):
     exact = torch.linalg.solve(a.T @ a / 24 + z.exp() * torch.eye(4, dtype=F64), a.T @ b / 24)
     (expected,) = torch.autograd.grad(exact.square().sum(), z)
     assert relative_error(grad.double(), expected) < 8 * torch.finfo(dtype).eps
+
+
+CURVATURE = torch.tensor([[4.0, 1.0, 0.5], [1.0, 3.0, 0.0], [0.5, 0.0, 2.0]], dtype=F64)
+SLOPE = torch.tensor([1.0, -2.0, 0.5], dtype=F64)
+ROOT = torch.linalg.cholesky(CURVATURE)
+
+
+def coupled(p, x):
+    """Minimal where ``CURVATURE p = x SLOPE``; of params of two kinds."""
+    y = torch.cat([p["coarse"].float(), p["fine"].float()])
+    return y @ CURVATURE.float() @ y / 2 - x * (SLOPE.float() @ y)
+
+
+def residuals(p, x):
+    """The same as a sum of squares, in the kind of the coarser ones."""
+    y = torch.cat([p["coarse"].float(), p["fine"].float()])
+    return (
+        ROOT.mT.float() @ y - x * torch.linalg.solve_triangular(ROOT, SLOPE[:, None], upper=False)[:, 0].float()
+    ).to(p["coarse"].dtype)
+
+
+WAYS = {
+    "argmin": lambda start, x: bl.argmin(coupled, start, x, throw="raise").value,
+    "argmin gtol": lambda start, x: bl.argmin(coupled, start, x, solver=bl.LBFGS(gtol=0.1), throw="raise").value,
+    "argmin bounds": lambda start, x: (
+        bl.argmin(coupled, start, x, solver=bl.LBFGS(bounds=(-9, None)), throw="raise").value
+    ),
+    "least_squares": lambda start, x: bl.least_squares(residuals, start, x, throw="ignore").value,
+    "constrained": lambda start, x: (
+        bl.constrained(coupled, lambda p, x: p["fine"][:1] - p["fine"][1:] / 2, start, x, throw="raise").value.params
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fine", [torch.float32, torch.float64, None], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_params_of_a_half_and_of_a_finer_precision_together(way, fine, dtype):
+    """The closed form, and its slope by x, to the coarser precision."""
+    start = {"coarse": torch.zeros(1, dtype=dtype), "fine": torch.zeros(2, dtype=fine or dtype)}
+    x = torch.tensor(1.5, requires_grad=True)
+    found = WAYS[way](start, x)
+    assert [found[name].dtype for name in start] == [dtype, fine or dtype]
+    exact = torch.linalg.solve(CURVATURE, SLOPE)
+    if way == "constrained":
+        free = torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.0, 1.0]], dtype=F64)
+        exact = free @ torch.linalg.solve(free.T @ CURVATURE @ free, free.T @ SLOPE)
+    flat = torch.cat([found["coarse"].double(), found["fine"].double()])
+    error = 16 * torch.finfo(dtype).eps if "gtol" not in way else 0.1
+    assert relative_error(flat, 1.5 * exact) < error
+    (slope,) = torch.autograd.grad(flat.sum(), x)
+    assert slope.item() == pytest.approx(exact.sum().item(), rel=error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import pytest
@@ -216,11 +217,26 @@ def test_a_start_outside_is_moved_inside():
         (0.5, "pair"),
         ((torch.zeros(3), None), "broadcast"),
         (({"a": 0.0}, None), "structure"),
+        (([0.0, 0.0], None), "write a vector as a tensor"),
+        ((np.zeros(3), None), "broadcast"),
+        (("0", None), "lower bound is '0'"),
+        ((None, np.array(["1", "2"])), "upper bound is of <U1"),
+        ((None, torch.tensor(1j)), "upper bound is of torch.complex64"),
+        ((math.inf, None), "empty"),
+        ((None, torch.tensor([1.0, -math.inf])), "empty"),
+        ((math.nan, None), "empty"),
     ],
 )
 def test_bad_bounds(bounds, words):
     with pytest.raises((ValueError, TypeError), match=words):
         bl.argmin(lambda y: y.square().sum(), torch.ones(2), solver=LBFGS(bounds=bounds))
+
+
+@pytest.mark.parametrize("low", [np.array([1.0, -3.0]), np.array([1, -3]), np.float32([1, -3])], ids=repr)
+def test_bounds_may_be_arrays_of_numpy(low):
+    for solver in (LBFGS(bounds=(low, np.array(5.0))), ScipyMinimize(bounds=(low, np.float64(5.0)))):
+        fit = bl.argmin(lambda y: y.square().sum(), tensor([2.0, 2.0]), solver=solver, throw="raise")
+        torch.testing.assert_close(fit.value, tensor([1.0, 0.0]), rtol=0, atol=1e-7)
 
 
 def test_scipy_methods_without_bounds_say_so():

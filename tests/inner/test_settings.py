@@ -77,6 +77,12 @@ def test_the_edges_of_each_setting(make, good, bad):
             make(value)
 
 
+@pytest.mark.parametrize("momentum", [torch.tensor(0.5), torch.tensor(0.5, requires_grad=True), "0.5", None], ids=repr)
+def test_a_momentum_that_is_no_number_is_told_what_takes_one(momentum):
+    with pytest.raises(TypeError, match=r"momentum is .*: a number is needed.*take Steps\(SGD\(lr=..., momentum=...\)"):
+        bl.GradientDescent(lr=0.1, momentum=momentum)
+
+
 @pytest.mark.parametrize("settings", [{"momentum": 0.5}, {"safeguard": True}], ids=repr)
 def test_a_line_search_excludes_what_finds_steps_otherwise(settings):
     with pytest.raises(ValueError, match="line_search excludes momentum and safeguard"):
@@ -249,7 +255,7 @@ class TestSchedules:
     def test_step_sizes_of_one_step_are_numbers(self):
         with pytest.raises(TypeError, match="step_size is a tensor of shape"):
             bl.OneStep(torch.full((7,), 0.1))
-        with pytest.raises(ValueError, match="momentum is"):
+        with pytest.raises(TypeError, match="momentum is of type list"):
             bl.GradientDescent(momentum=[0.5] * 7)
         with pytest.raises(ValueError, match="lr is inf"):
             bl.GradientDescent(lr=float("inf"))
