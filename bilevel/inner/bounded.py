@@ -12,7 +12,7 @@ from ..prox.parts import within
 from ..recording import recording
 from ..solution import Result, Solution
 from ..tree import Tree, axpy, dot, norm, scale
-from .descent import MAX_TRIALS, SUFFICIENT_DECREASE, grows
+from .descent import MAX_TRIALS, SUFFICIENT_DECREASE, grows, ran_away
 from .minimize import Progress, choose
 from .nearness import Nearness
 from .outcome import look_closer
@@ -95,7 +95,7 @@ def descend_within(
         if nearness is not None:
             progress.end(~moved & nearness.acceptable, Result.CONVERGED)
         progress.end(~moved, Result.STAGNATED)
-    unbounded = grows(progress, at, before, begin, nearness) & (at.f < halfway.f)
+    unbounded = (grows(progress, at, before, begin, nearness) & (at.f < halfway.f)) | ran_away(at, begin)
     progress.mark(unbounded, Result.UNBOUNDED)
     stats = {} if nearness is None else {"step_norm": nearness.predicted}
     return progress.solution(at.y, loss=at.f, **stats)

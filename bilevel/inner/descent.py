@@ -226,9 +226,20 @@ def descend(
         walk, going = walk.step(problem, free)
     progress, at, nearness = walk.progress, walk.at, walk.nearness
     progress.mark(grows(progress, at, before, start, nearness) & (at.f < halfway.f), Result.UNBOUNDED)
+    progress.mark(ran_away(at, start), Result.UNBOUNDED)
     return progress.solution(
         at.y, step_size=walk.size, loss=at.f, **({} if nearness is None else {"step_norm": nearness.predicted})
     )
+
+
+def ran_away(at: Evaluation, start: Evaluation) -> Tensor:
+    """Which problems are so far from their start that nothing of it is left in rounding, params and loss alike.
+
+    A loss that falls without end leads there. Every step is short beside such params, and gradients are rounding.
+    """
+    far, size, slope = torch.finfo(at.y.dtype).eps ** -1.25, norm(start.y), norm(start.g)
+    scale = torch.maximum(start.f.abs(), slope * size)
+    return (norm(at.y) > far * size) & (at.f < -far * scale) & (scale > 0) & (norm(at.g) > 1e-3 * slope)
 
 
 def grows(

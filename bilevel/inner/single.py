@@ -63,6 +63,8 @@ def descend_single(problem: Problem, gtol: float | None, max_steps: int, history
         code = Result.MAX_STEPS if walk.code is None else walk.code
         if walk.grows(code, before) and walk.at.f < halfway.f:
             code = Result.UNBOUNDED
+        if walk.ran_away():
+            code = Result.UNBOUNDED
     return walk.solution(code)
 
 
@@ -165,6 +167,12 @@ class _Walk:
         curvature = float(((at.g - ahead.g) / at.slope) @ (at.g / at.slope))
         step = reach / curvature if curvature else 0.0
         return step if math.isfinite(step) else 0.0
+
+    def ran_away(self) -> bool:
+        """As `descent.ran_away`."""
+        at, start, far, size = self.at, self.start, self.eps**-1.25, _norm(self.start.y)
+        scale = max(abs(start.f), start.slope * size)
+        return _norm(at.y) > far * size and at.f < -far * scale and scale > 0 and at.slope > 1e-3 * start.slope
 
     def grows(self, code: Result, before: _At) -> bool:
         """As `descent.grows`."""

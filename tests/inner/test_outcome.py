@@ -77,6 +77,16 @@ class TestWithoutAMinimum:
         with pytest.warns(bl.SolveWarning, match="may have no minimum"):
             bl.argmin(lambda y: inner(y) + 0 * y.square().sum(), torch.ones(2, dtype=torch.float64), hypergrad=None)
 
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("solver", [None, bl.LBFGS(bounds=(-5.0, None)), bl.NewtonCG()], ids=str)
+    @pytest.mark.parametrize("start", [[1.0, 0.0], [0.0, 0.0], [[1.0, 0.0], [2.0, 3.0]]], ids=str)
+    def test_a_loss_that_falls_along_one_of_its_params(self, start, solver, dtype):
+        """Where params have grown to 1e20 and more, every step is short beside them."""
+        start = torch.tensor(start, dtype=dtype)
+        with pytest.warns(bl.SolveWarning, match="no minimum"):
+            fit = bl.argmin(lambda y: -y[..., 0] + (y[..., 1] - 1) ** 2, start, solver=solver, hypergrad=None)
+        assert fit.result is bl.Result.UNBOUNDED
+
     def test_a_minimum_that_is_far_is_not_called_so(self):
         curvature = torch.logspace(0, 7, 8, dtype=torch.float64)
         target = 1e6 * torch.ones(8, dtype=torch.float64)
