@@ -55,6 +55,11 @@ class Reach:
         ]
         self._listed: tuple[Reached, ...] | None = None
 
+    @property
+    def reaches(self) -> bool:
+        """Whether there is any."""
+        return bool(self._tensors)
+
     @classmethod
     def of(
         cls, fn: Callable[..., Any], init: Any, args: tuple[Any, ...], captured: Sequence[Tensor], to_init: bool

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, mse_loss
@@ -574,3 +576,39 @@ def test_a_warm_start_with_its_graph_keeps_no_earlier_solution_alive(settings):
     assert [ref() is None for ref in alive] == [True, True, True, False]
     with pytest.raises(ValueError, match="another order than those of init"):
         bl.root(lambda y: {"b": y["b"], "a": y["a"]}, {"a": torch.ones(2), "b": torch.ones(2)})
+
+
+class TestHyperparametersThatWereDetached:
+    start = torch.zeros(3, dtype=torch.float64)
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            lambda x: x.detach().exp(),
+            lambda x: x.data.exp(),
+            lambda x: math.exp(x.item()),
+            lambda x: math.exp(float(x)),
+            lambda x: float(np.exp(x.detach().numpy())),
+            lambda x: torch.tensor(x.tolist()).exp(),
+        ],
+    )
+    def test_it_is_told_where_no_gradient_reaches_any(self, value):
+        log_decay = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+        with pytest.warns(UserWarning, match=r"The problem uses log_decay, .* no gradient will reach"):
+            fit = bl.argmin(lambda w: (w - 1).square().sum() + value(log_decay) * w.square().sum(), self.start)
+        assert fit.captured == ()
+
+    def test_it_is_missing_among_what_is_captured(self):
+        kept, lost = (torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit = bl.argmin(
+                lambda w: (w - 1).square().sum() + (kept.exp() + lost.detach().exp()) * w.square().sum(), self.start
+            )
+            bl.argmin(lambda w: (w - 1).square().sum() + lost.detach() * w.square().sum(), self.start, hypergrad=None)
+        assert [one.name for one in fit.captured] == ["kept"]
+
+    def test_systems_too(self):
+        x = torch.ones((), dtype=torch.float64, requires_grad=True)
+        with pytest.warns(UserWarning, match="The problem uses x, "):
+            bl.root(lambda y: y - x.detach(), self.start)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .._torch import pytree
 from ..inner.first_look import Known
@@ -59,6 +60,7 @@ class Findings:
     fused: str | None = None
     layer_norm: bool = False
     later: Later | None = None
+    reached: list[bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,12 @@ def measured_at_solution(problem: Problem | RootProblem, found: Solution) -> Sol
     return measured(found, *problem.residual_at(found.value.detach()))
 
 
+def _among(nodes: Iterable[Node], tensors: Sequence[Tensor]) -> list[bool]:
+    """Which of these leaves a graph reaches."""
+    variables = {id(variable) for node in nodes if (variable := getattr(node, "variable", None)) is not None}
+    return [id(tensor) in variables for tensor in tensors]
+
+
 def inspect(findings: Findings, at: Linearization, *, second: bool) -> None:
     """Look through the graph once: for hyperparameters that cannot be reached, for norms whose higher derivatives
     are wrong in PyTorch, and for custom Functions that have none.
@@ -212,6 +220,10 @@ def inspect(findings: Findings, at: Linearization, *, second: bool) -> None:
     """
     nodes = list(graph_nodes(at.residual if at.loss is None else [at.loss]))
     refuse_hidden(nodes, [*at.leaves, *at.hparams])
+    findings.reached = _among(nodes, at.hparams)
+    if not all(findings.reached):  # a prox has its own beside those of the loss
+        others = _among(graph_nodes(at.residual), at.hparams)
+        findings.reached = [one or other for one, other in zip(findings.reached, others, strict=True)]
     findings.fused = fused_norm(nodes)
     findings.layer_norm = has_layer_norm(nodes)
     if second and at.loss is not None and findings.point is not None and findings.point.throw != "ignore":

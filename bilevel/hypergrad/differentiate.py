@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .._torch import pytree
 from ..closure import Autocast, Closure, Tracer, in_transform
-from ..notices import place_of_user
+from ..notices import place_of_user, tell
 from ..problem import Posed, Problem
 from ..reach import Reach
+from ..recording import recording
 from ..solution import Solution
 from ..tree import Tree
 from .base import Hypergrad
@@ -68,13 +69,29 @@ def differentiable_solve(
     value, stats = solution(call, start, tracer.resolved)
     plain = call.findings.found
     assert plain is not None
+    reach = None
     if hypergrad is None:
         value = [leaf.detach() for leaf in value]
+    else:
+        flags = call.findings.reached or [True] * len(tracer.captured)
+        reached = [tensor for tensor, flag in zip(tracer.captured, flags, strict=True) if flag]
+        reach = Reach.of(fn, init, args, reached, method.reaches_init)
+        if not reach.reaches and search.throw != "ignore" and not recording():
+            used = Reach.of(fn, init, args, tracer.captured, False).listed()
+            names = ", ".join(one.name or f"a tensor {tuple(one.shape)}" for one in used)
+            tell(DETACHED.format(names=names), UserWarning, kind="detached")
     return Solution(
         pytree.tree_unflatten(value, spec),
         stats,
         plain.recovered,
         plain.state,
         adjoint_cell=call.findings.adjoint_cell,
-        reach=None if hypergrad is None else Reach.of(fn, init, args, tracer.captured, method.reaches_init),
+        reach=reach,
     )
+
+
+DETACHED = (
+    "The problem uses {names}, which require grad, but by their values alone (detach(), .data, .item(), float(), "
+    "NumPy, or torch.no_grad()): no gradient will reach them, and backward() leaves their grad as it is. Use the "
+    "tensors themselves; or, where none is wanted, pass hypergrad=None."
+)
