@@ -15,7 +15,16 @@ from ..linalg.jacobian import GraphJacobian
 from ..problem import Problem, RootProblem
 from ..solution import Result, Solution
 from ..tree import norm
-from .outcome import COUPLED_ADVICE, KINK_ADVICE, SADDLE_ADVICE, bends_down, curved, has_kink_nearby, is_coupled
+from .outcome import (
+    COUPLED_ADVICE,
+    KINK_ADVICE,
+    SADDLE_ADVICE,
+    bends_down,
+    curved,
+    has_kink,
+    has_kink_nearby,
+    is_coupled,
+)
 
 FEWEST, MOST = 5, 20
 """Products that a look at the curvature costs: as many as the solver made steps, within these."""
@@ -64,9 +73,11 @@ def hidden_minimum(problem: Problem, found: Solution) -> str:
     ordered = found.stats["result"] == int(Result.STEPS_DONE)
     if bool(ordered.any()) and has_kink_nearby(problem, found):
         return KINK_ADVICE
+    converged, left = found.stats["result"] == int(Result.CONVERGED), found.stats["residual_norm"]
+    if bool((converged & (left > 1e-3 * norm(problem.start.g))).any()) and has_kink(problem, found):
+        return KINK_ADVICE
     # A tolerance of the user's may end a solve anywhere; where little of the gradient is left, it claims a minimum.
-    left = found.stats["residual_norm"] <= torch.finfo(y.dtype).eps ** 0.4 * norm(problem.start.g)
-    claimed = left & (found.stats["result"] == int(Result.CONVERGED))
+    claimed = converged & (left <= torch.finfo(y.dtype).eps ** 0.4 * norm(problem.start.g))
     if not bool(claimed.any()):
         return ""
     products = min(MOST, max(FEWEST, int(found.stats["num_steps"].max())))

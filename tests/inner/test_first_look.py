@@ -99,6 +99,16 @@ class TestKinks:
         with pytest.warns(bl.SolveWarning, match=KINK):
             bl.argmin(lasso, start, solver=solver)
 
+    def test_a_kink_where_the_default_says_that_it_has_converged(self):
+        """Forward mode solves no system that would doubt it: the derivative of the minimum, x, is 1, and not 0."""
+        x = torch.tensor(2.0, dtype=F64)
+
+        def minimum(x):
+            return bl.argmin(lambda y: (y - x).abs() + 0.1 * y**2, torch.tensor(0.0, dtype=F64)).value
+
+        with pytest.warns(bl.SolveWarning, match=KINK):
+            torch.func.jvp(minimum, (x,), (torch.ones_like(x),))
+
     @pytest.mark.parametrize("dtype", [torch.float32, F64])
     @pytest.mark.parametrize("steps", [3, 100])
     def test_a_network_of_relus_is_no_such_thing(self, dtype, steps):
