@@ -227,7 +227,7 @@ class AugmentedLagrangian:
             # Where mu is smaller than the curvature that the constraints hold, it falls for ever: that turn is lost.
             with torch.no_grad():
                 ahead = augmented(inner.raveler.unravel(found.value.detach()), mu=100 * mu)
-                lost = (found.stats["result"] == int(Result.NONFINITE)) | ~torch.isfinite(ahead)
+                lost = (found.stats["result"] >= int(Result.UNBOUNDED)) | ~torch.isfinite(ahead)
                 params = inner.raveler.unravel(torch.where(lost.unsqueeze(-1), inner.start.y, found.value.detach()))
                 c = widened(constraints([*params, multipliers]))
             fell = fell | lost
