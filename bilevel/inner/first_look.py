@@ -30,6 +30,10 @@ FEWEST, MOST = 5, 20
 """Products that a look at the curvature costs: as many as the solver made steps, within these."""
 
 
+LARGEST = 10_000
+"""Unknowns of all problems together up to which it is looked: beyond, another graph of the gradient may not fit."""
+
+
 class Known:
     """The functions that were met, by their code, each for some purpose."""
 
@@ -67,6 +71,8 @@ def hidden_minimum(problem: Problem, found: Solution) -> str:
     that depend on each other are no problems of their own.
     """
     y = found.value.detach()
+    if y.numel() > LARGEST:
+        return ""
     bent = curved(problem, y)
     if bent is not None and problem.raveler.batch_shape and is_coupled(bent[0]):
         return COUPLED_ADVICE
@@ -87,7 +93,7 @@ def hidden_minimum(problem: Problem, found: Solution) -> str:
 
 def hidden_root(problem: RootProblem, found: Solution) -> str:
     """The same of a system: whether its problems depend on each other."""
-    if not problem.raveler.batch_shape:
+    if not problem.raveler.batch_shape or found.value.numel() > LARGEST:
         return ""
     at = problem.linearize(found.value.detach())
     moves = any(residual.requires_grad for residual in at.residual)
