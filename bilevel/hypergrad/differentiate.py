@@ -91,7 +91,7 @@ def differentiable_solve(
 
 
 DETACHED = (
-    "The problem uses {names}, which require grad, but by their values alone (detach(), .data, .item(), float(), "
-    "NumPy, or torch.no_grad()): no gradient will reach them, and backward() leaves their grad as it is. Use the "
-    "tensors themselves; or, where none is wanted, pass hypergrad=None."
+    "Of {names}, the problem uses the values alone (detach(), .data, .item(), float(), NumPy, or torch.no_grad()), "
+    "although gradients are required there: none will arrive, and backward() leaves .grad as it is. Use the tensors "
+    "themselves; or pass hypergrad=None where no gradient is wanted."
 )

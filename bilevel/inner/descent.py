@@ -239,7 +239,8 @@ def ran_away(at: Evaluation, start: Evaluation) -> Tensor:
     """
     far, size, slope = torch.finfo(at.y.dtype).eps ** -1.25, norm(start.y), norm(start.g)
     scale = torch.maximum(start.f.abs(), slope * size)
-    return (norm(at.y) > far * size) & (at.f < -far * scale) & (scale > 0) & (norm(at.g) > 1e-3 * slope)
+    away: Tensor = (norm(at.y) > far * size) & (at.f < -far * scale) & (scale > 0) & (norm(at.g) > 1e-3 * slope)
+    return away
 
 
 def grows(

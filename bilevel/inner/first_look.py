@@ -15,16 +15,19 @@ from ..linalg.jacobian import GraphJacobian
 from ..problem import Problem, RootProblem
 from ..solution import Result, Solution
 from ..tree import norm
+from .minimize import DEFAULT_STEPS, InnerSolver, Unasked
 from .outcome import (
     COUPLED_ADVICE,
     KINK_ADVICE,
     SADDLE_ADVICE,
+    UNASKED_ADVICE,
     bends_down,
     curved,
     has_kink,
     has_kink_nearby,
     is_coupled,
 )
+from .roots import RootSolver
 
 FEWEST, MOST = 5, 20
 """Products that a look at the curvature costs: as many as the solver made steps, within these."""
@@ -53,30 +56,36 @@ class Known:
         return new
 
 
+PROGRESS = 1e-2
+"""The part of the gradient at the start that a default number of steps may leave without a word."""
+
+
 def first_look(
-    fn: Callable[..., Any], solver: object, look: Callable[[Any, Solution], str]
+    fn: Callable[..., Any], solver: object, look: Callable[[Any, Any, Solution], str]
 ) -> Callable[[Any, Solution], str] | None:
     """``look``, the first time that a function of the user is solved by such a solver; None after that."""
-    return look if LOOKED.is_new(fn, type(solver).__name__) else None
+    return partial(look, solver) if LOOKED.is_new(fn, type(solver).__name__) else None
 
 
 LOOKED = Known()
 
 
-def hidden_minimum(problem: Problem, found: Solution) -> str:
+def hidden_minimum(solver: InnerSolver, problem: Problem, found: Solution) -> str:
     """Why what was found may be no minimum although the solver calls it good, in words; empty where nothing was seen.
 
     A solver that starts on a symmetry, such as equal components or zero weights, never leaves it, and sees no
-    direction in which the loss bends down; ordered steps are at no kink, but about it; and the problems of a batch
-    that depend on each other are no problems of their own.
+    direction in which the loss bends down; ordered steps are at no kink, but about it, and where nobody gave the order
+    they may have come nowhere; and the problems of a batch that depend on each other are no problems of their own.
     """
-    y = found.value.detach()
+    y, ordered = found.value.detach(), found.stats["result"] == int(Result.STEPS_DONE)
+    part = float((found.stats["residual_norm"] / norm(problem.start.g)).nan_to_num(0.0).max())
+    if bool(ordered.any()) and isinstance(getattr(solver, "max_steps", None), Unasked) and part > PROGRESS:
+        return UNASKED_ADVICE.format(steps=DEFAULT_STEPS, part=part)
     if y.numel() > LARGEST:
         return ""
     bent = curved(problem, y)
     if bent is not None and problem.raveler.batch_shape and is_coupled(bent[0]):
         return COUPLED_ADVICE
-    ordered = found.stats["result"] == int(Result.STEPS_DONE)
     if bool(ordered.any()) and has_kink_nearby(problem, found):
         return KINK_ADVICE
     converged, left = found.stats["result"] == int(Result.CONVERGED), found.stats["residual_norm"]
@@ -91,7 +100,7 @@ def hidden_minimum(problem: Problem, found: Solution) -> str:
     return SADDLE_ADVICE if bool((down & claimed).any()) else ""
 
 
-def hidden_root(problem: RootProblem, found: Solution) -> str:
+def hidden_root(_: RootSolver, problem: RootProblem, found: Solution) -> str:
     """The same of a system: whether its problems depend on each other."""
     if not problem.raveler.batch_shape or found.value.numel() > LARGEST:
         return ""

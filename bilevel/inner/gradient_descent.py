@@ -13,7 +13,7 @@ from ..problem import Evaluation, Problem
 from ..solution import Solution
 from ..tree import axpy
 from .descent import descend
-from .minimize import Progress, check_settings, choose
+from .minimize import DEFAULT_STEPS, Progress, check_settings, choose
 from .watch import Callbacks, watch
 
 
@@ -36,7 +36,7 @@ class GradientDescent:
     """
 
     lr: float | tuple[float, ...] = 0.1
-    max_steps: int = 100
+    max_steps: int = DEFAULT_STEPS
     gtol: float | None = None
     momentum: float = 0.0
     safeguard: bool = False

@@ -22,6 +22,13 @@ class InnerSolver(Protocol):
         ...
 
 
+class Unasked(int):
+    """A number of steps that is a default, and so no order of the user's; it equals that number."""
+
+
+DEFAULT_STEPS = Unasked(100)
+
+
 def check_settings(*, max_steps: int, gtol: float | None) -> None:
     """Refuse limits and tolerances that mean nothing, naming the argument."""
     if max_steps < 1:

@@ -49,6 +49,13 @@ SADDLE_ADVICE = (
 )
 
 
+UNASKED_ADVICE = (
+    "{steps} steps were made, the default of this solver, and the gradient there is {part:.2g} of that at the start: "
+    "the hypergradient is off in proportion. Say how many steps are wanted (max_steps) or where to end (gtol), take "
+    "another step size, or LBFGS(), which goes on to the minimum"
+)
+
+
 def suspicious(found: Solution) -> Tensor:
     """Where a solver found a gradient of zero or made no step, and calls it good."""
     stats = found.stats

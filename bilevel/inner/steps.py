@@ -19,7 +19,7 @@ from ..problem import Evaluation, Problem
 from ..recording import free_looks
 from ..solution import Solution
 from ..tree import Tree
-from .minimize import Progress, check_settings, choose
+from .minimize import DEFAULT_STEPS, Progress, check_settings, choose
 from .watch import Callbacks, watch
 
 Setting = float | Tensor
@@ -187,7 +187,7 @@ class Steps:
     """
 
     rule: Rule
-    max_steps: int = 100
+    max_steps: int = DEFAULT_STEPS
     gtol: float | None = None
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 

@@ -14,7 +14,7 @@ from ..problem import Evaluation, Problem
 from ..solution import Solution
 from ..tree import Tree, leaves
 from .decay import Coefficient
-from .minimize import Progress, check_settings
+from .minimize import DEFAULT_STEPS, Progress, check_settings
 from .watch import Callbacks, watch
 
 COUPLED = (
@@ -50,7 +50,7 @@ class TorchOptim:
         self,
         optimizer: Callable[..., torch.optim.Optimizer],
         *,
-        max_steps: int = 100,
+        max_steps: int = DEFAULT_STEPS,
         gtol: float | None = None,
         callback: Callbacks = None,
         **settings: Any,

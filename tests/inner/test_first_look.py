@@ -125,6 +125,28 @@ class TestKinks:
             assert not told(lambda solver=solver: bl.argmin(partial(loss), params, solver=solver))
 
 
+class TestStepsThatNobodyAskedFor:
+    SLOW = (bl.GradientDescent(1e-3), bl.Steps(bl.SGD(1e-3)), bl.TorchOptim(torch.optim.SGD, lr=1e-3))
+
+    @pytest.mark.parametrize("solver", SLOW, ids=str)
+    def test_they_are_told_where_they_came_nowhere(self, solver):
+        start = torch.zeros(2, dtype=F64)
+        (text,) = told(lambda: bl.argmin(lambda y: (y - 1).square().sum(), start, solver=solver))
+        assert "100 steps were made, the default of this solver, and the gradient there is 0.82 of that" in text
+
+    @pytest.mark.parametrize(
+        "solver",
+        [bl.GradientDescent(1e-3, 100), bl.Steps(bl.SGD(1e-3), max_steps=100), bl.GradientDescent(0.3)],
+        ids=str,
+    )
+    def test_an_order_is_not_questioned_and_an_arrival_neither(self, solver):
+        assert not told(lambda: bl.argmin(lambda y: (y - 1).square().sum(), torch.zeros(2, dtype=F64), solver=solver))
+
+    def test_the_default_is_a_number_like_others(self):
+        assert bl.GradientDescent(0.1) == bl.GradientDescent(0.1, 100)
+        assert repr(bl.GradientDescent(0.1)) == repr(bl.GradientDescent(0.1, 100))
+
+
 class TestCoupledBatches:
     matrix = torch.tensor([[2.0, 0.5], [0.5, 3.0]], dtype=F64)
     start = torch.zeros(2, dtype=F64)
