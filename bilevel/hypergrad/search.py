@@ -124,7 +124,7 @@ class Search(Generic[Posed]):
             found = replace(found, recovered=(type(self.fallback).__name__,))
             seen = int(_flags(found))
         found = self._heard(problem, found, seen)
-        if self.hides is not None and free_looks(flags) and found.result.ok:
+        if self.hides is not None and free_looks(flags):
             self._tell(self.hides(problem, found), found)
         return found
 

@@ -22,16 +22,16 @@ from .outcome import (
     SADDLE_ADVICE,
     UNASKED_ADVICE,
     bends_down,
-    curved,
     has_kink,
     has_kink_nearby,
     is_coupled,
+    is_random,
+    mixes_problems,
 )
 from .roots import RootSolver
 
 FEWEST, MOST = 5, 20
 """Products that a look at the curvature costs: as many as the solver made steps, within these."""
-
 
 LARGEST = 10_000
 """Unknowns of all problems together up to which it is looked: beyond, another graph of the gradient may not fit."""
@@ -62,9 +62,14 @@ PROGRESS = 1e-2
 
 def first_look(
     fn: Callable[..., Any], solver: object, look: Callable[[Any, Any, Solution], str]
-) -> Callable[[Any, Solution], str] | None:
-    """``look``, the first time that a function of the user is solved by such a solver; None after that."""
-    return partial(look, solver) if LOOKED.is_new(fn, type(solver).__name__) else None
+) -> Callable[[Any, Solution], str]:
+    """``look``, the first time that a function of the user is solved well by such a solver; nothing after that."""
+
+    def once(problem: Any, found: Solution) -> str:
+        new = found.result.ok and LOOKED.is_new(fn, type(solver).__name__)
+        return look(solver, problem, found) if new else ""
+
+    return once
 
 
 LOOKED = Known()
@@ -78,21 +83,21 @@ def hidden_minimum(solver: InnerSolver, problem: Problem, found: Solution) -> st
     they may have come nowhere; and the problems of a batch that depend on each other are no problems of their own.
     """
     y, ordered = found.value.detach(), found.stats["result"] == int(Result.STEPS_DONE)
-    part = float((found.stats["residual_norm"] / norm(problem.start.g)).nan_to_num(0.0).max())
+    left, begun = found.stats["residual_norm"], norm(problem.start.g)
+    part = float((left / begun).nan_to_num(0.0).max())
     if bool(ordered.any()) and isinstance(getattr(solver, "max_steps", None), Unasked) and part > PROGRESS:
         return UNASKED_ADVICE.format(steps=DEFAULT_STEPS, part=part)
     if y.numel() > LARGEST:
         return ""
-    bent = curved(problem, y)
-    if bent is not None and problem.raveler.batch_shape and is_coupled(bent[0]):
+    if mixes_problems(problem, y):
         return COUPLED_ADVICE
-    if bool(ordered.any()) and has_kink_nearby(problem, found):
-        return KINK_ADVICE
-    converged, left = found.stats["result"] == int(Result.CONVERGED), found.stats["residual_norm"]
-    if bool((converged & (left > 1e-3 * norm(problem.start.g))).any()) and has_kink(problem, found):
-        return KINK_ADVICE
+    converged = found.stats["result"] == int(Result.CONVERGED)
+    kink = bool(ordered.any()) and has_kink_nearby(problem, found)
+    kink = kink or (bool((converged & (left > 1e-3 * begun)).any()) and has_kink(problem, found))
+    if kink:  # a random objective, which may be trained without a hypergradient, has no slopes to compare
+        return "" if is_random(problem, found) else KINK_ADVICE
     # A tolerance of the user's may end a solve anywhere; where little of the gradient is left, it claims a minimum.
-    claimed = converged & (left <= torch.finfo(y.dtype).eps ** 0.4 * norm(problem.start.g))
+    claimed = converged & (left <= torch.finfo(y.dtype).eps ** 0.4 * begun)
     if not bool(claimed.any()):
         return ""
     products = min(MOST, max(FEWEST, int(found.stats["num_steps"].max())))

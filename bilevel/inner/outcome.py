@@ -158,6 +158,12 @@ def is_coupled(operator: Operator) -> bool:
     return bool((product[1:].abs() > torch.finfo(product.dtype).eps ** 0.5 * product.abs().max()).any())
 
 
+def mixes_problems(problem: Problem, y: Tensor) -> bool:
+    """Whether the problems of a batch depend on each other at ``y``, as `is_coupled` sees it."""
+    bent = curved(problem, y) if problem.raveler.batch_shape else None
+    return bent is not None and is_coupled(bent[0])
+
+
 def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) -> str:
     """What to try where ``solver`` failed, from its own settings and what is seen where it ended.
 
@@ -169,8 +175,7 @@ def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) 
     result, name = found.result, _name(solver)
     if is_random(problem, found):
         return RANDOM_ADVICE
-    bent = curved(problem, found.value) if problem.raveler.batch_shape else None
-    if bent is not None and is_coupled(bent[0]):
+    if mixes_problems(problem, found.value):
         return COUPLED_ADVICE
     if "given_up" in found.stats:
         return (

@@ -61,9 +61,7 @@ def descend_single(problem: Problem, gtol: float | None, max_steps: int, history
                 before, halfway = halfway, walk.at
             walk.step()
         code = Result.MAX_STEPS if walk.code is None else walk.code
-        if walk.grows(code, before) and walk.at.f < halfway.f:
-            code = Result.UNBOUNDED
-        if walk.ran_away():
+        if (walk.grows(code, before) and walk.at.f < halfway.f) or walk.ran_away():
             code = Result.UNBOUNDED
     return walk.solution(code)
 

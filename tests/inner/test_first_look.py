@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.functional import mse_loss
 
 import bilevel as bl
+from bilevel.inner import first_look
 
 F64 = torch.float64
 SADDLE, KINK, COUPLED = "bends down from there", "it has a kink", "The problems of the batch depend on each other"
@@ -72,6 +73,14 @@ class TestSaddles:
         assert told(lambda: bl.argmin(partial(loss, 0.1), start, solver=bl.NewtonCG()))
         assert not told(lambda: bl.argmin(lambda m: two_means(self.x, m), start, throw="ignore"))
 
+    def test_a_solve_that_is_to_say_nothing_leaves_the_look_to_the_next(self):
+        def loss(means):
+            return two_means(self.x, means)
+
+        start = torch.ones(2, dtype=F64)
+        assert not told(lambda: bl.argmin(loss, start, throw="ignore"))
+        assert told(lambda: bl.argmin(loss, start))
+
     def test_with_aux(self):
         with pytest.warns(bl.SolveWarning, match=SADDLE):
             bl.argmin(lambda m: (two_means(self.x, m), m), torch.ones(2, dtype=F64), has_aux=True)
@@ -108,6 +117,18 @@ class TestKinks:
 
         with pytest.warns(bl.SolveWarning, match=KINK):
             torch.func.jvp(minimum, (x,), (torch.ones_like(x),))
+
+    def test_a_random_objective_that_is_trained_alone_has_none(self, monkeypatch):
+        draws = torch.Generator().manual_seed(0)
+
+        def loss(w):
+            batch = torch.randint(40, (4,), generator=draws)
+            return (self.x[batch] @ w - self.y[batch]).square().mean()
+
+        for _ in range(20):
+            monkeypatch.setattr(first_look, "LOOKED", first_look.Known())
+            solve = partial(bl.argmin, partial(loss), torch.zeros(5, dtype=F64), solver=bl.GradientDescent(0.05, 20))
+            assert not told(lambda solve=solve: solve(hypergrad=None))
 
     @pytest.mark.parametrize("dtype", [torch.float32, F64])
     @pytest.mark.parametrize("steps", [3, 100])
