@@ -91,9 +91,7 @@ class FewShot:
     def _learner(self, ways: int) -> Learner:
         """That of an evaluation with so many classes, which is built once."""
         if ways not in self._learners:
-            learner = self.trained.learner(ways, self.device)
-            steps = learner.config.eval_steps
-            self._learners[ways] = learner if steps is None else learner.with_steps(steps)
+            self._learners[ways] = self.trained.learner(ways, self.device).for_evaluation()
         return self._learners[ways]
 
     def images(self, images: Images) -> Tensor:

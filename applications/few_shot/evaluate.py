@@ -60,8 +60,7 @@ def settings(learner: Learner) -> Iterator[tuple[str, Classifier]]:
 
     They share the adaptation, where one is asked right after the other.
     """
-    if learner.config.eval_steps is not None:
-        learner = learner.with_steps(learner.config.eval_steps)
+    learner = learner.for_evaluation()
     adapted = _Adapted(learner)
     if not any(isinstance(module, BatchStatNorm) for module in learner.net.modules()):
         yield "inductive: no query sees another", adapted.classifier(transductive)

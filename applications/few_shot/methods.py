@@ -105,6 +105,11 @@ class Learner:
             chosen["solver"] = replace(chosen["solver"], max_steps=steps)
         return replace(self, config=replace(self.config, inner_steps=steps), chosen=chosen)
 
+    def for_evaluation(self) -> Learner:
+        """The same with the steps that the configuration asks for in evaluations."""
+        steps = self.config.eval_steps
+        return self if steps is None else self.with_steps(steps)
+
     def late(self) -> Learner:
         """The same with the steps that the configuration asks for late in training."""
         config = self.config
