@@ -19,6 +19,9 @@ NEWER = ("backbone", "start", "late_from", "late_inner_steps", "late_cg_steps", 
 """Knobs that runs of earlier versions don't have; their defaults change nothing."""
 
 
+Precision = Literal["float32", "tf32", "bf16", "float64"]
+
+
 @dataclass(frozen=True)
 class Config(SolverKnobs):
     """Few-shot classification by implicit MAML and its relatives: train, then evaluate on held-out tasks.
@@ -119,7 +122,7 @@ class Config(SolverKnobs):
     """Tasks in one tensor program; None: a few on a CPU, so that their tensors stay in the cache, all on a GPU."""
     capture: bool = False
     """Record the meta-step as a CUDA graph and replay it, on a GPU; for methods that make a fixed number of steps."""
-    precision: Literal["float32", "tf32", "bf16", "float64"] = "float32"
+    precision: Precision = "float32"
     """Arithmetic: tf32 and bf16 are for GPUs."""
 
     eval_tasks: int = 600

@@ -13,10 +13,10 @@ import tyro
 from applications.few_shot import backbone, data, evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, describe, set_up_device
-from applications.few_shot.trained import NETWORK, SHIPPED, Trained, seen_in_training
+from applications.few_shot.trained import NETWORK, SHIPPED, STEPS, TRAINING_ONLY, Trained, seen_in_training
 from applications.frame.command import parse, require
 from applications.frame.errors import UserError
-from applications.frame.options import check_folder, check_values, settings_told
+from applications.frame.options import check_folder, check_values, option, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import SOLVER
 from applications.frame.run_folder import RunFolder, as_json
@@ -93,13 +93,23 @@ def command(arguments: list[str]) -> int:
     same = config.preset == start.preset and config.resume is None and config.start == start.start
     why = "evaluate has no --preset, no --resume and no --start: give the settings that are to change by themselves."
     require(same, why)
-    other = [name for name in NETWORK if getattr(config, name) != getattr(start, name)]
-    require(not other, f"--{' and --'.join(other)}: evaluate takes the network as it was trained. Leave it out.")
+    changed = {name for name, value in vars(config).items() if value != getattr(start, name)}
+    if config.solver:
+        trained = replace(trained, chosen=read_settings(config.solver, config.solver_settings, "few_shot"))
+    without_effect = {*NETWORK, *TRAINING_ONLY, *(STEPS if "solver" in trained.chosen else ())}
+    if other := sorted(map(option, changed & without_effect)):
+        more = " The queries of an evaluation are --eval-queries." if "queries" in changed else ""
+        raise UserError(
+            f"{' and '.join(other)}: evaluate takes the network as it was trained, and this would change nothing. "
+            f"Leave it out.{more}"
+        )
     check_values(config)
     config.check()
     check_folder(config.out, "out")
-    if config.solver:
-        trained = replace(trained, chosen=read_settings(config.solver, config.solver_settings, "few_shot"))
+    asked = {"strength": config.strength} if "strength" in changed else {}
+    asked |= trained.chosen if config.solver else {}
+    if "strength" in asked:
+        trained = trained.at_strength(asked["strength"])
     with settings_told(config), forgiving():
         found = figures(trained, config, what)
         tell(found, config)
@@ -121,7 +131,7 @@ def figures(trained: Trained, config: Config, what: What) -> dict[str, Any]:
     begin, device = time.perf_counter(), set_up_device(config)
     splits = backbone.splits(config)
     classes = getattr(splits, what.classes)
-    learner = replace(trained.learner(config.ways, device), config=config)
+    learner = replace(trained.learner(config.ways, device, config.precision), config=config)
     method = METHOD_NAMES[config.method]
     classifiers = {f"{method}, {name}": classify for name, classify in evaluate.settings(learner)}
     if what.baselines:

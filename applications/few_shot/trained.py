@@ -18,12 +18,12 @@ from typing_extensions import NotRequired, TypedDict
 
 import bilevel as bl
 from applications.few_shot import backbone, data
-from applications.few_shot.config import Config
+from applications.few_shot.config import Config, Precision
 from applications.few_shot.methods import Learner, fixed_at_zero
 from applications.few_shot.train import checkpoint_file, untrained_network
 from applications.frame import schema
 from applications.frame.checkpoint import not_finite
-from applications.frame.command import names_code, refuse_code
+from applications.frame.command import names_code, refuse_code, require
 from applications.frame.errors import UserError
 from applications.frame.options import check_values, is_file, option
 from applications.frame.run_folder import RunFolder, understood
@@ -168,8 +168,12 @@ class Trained:
             if names_code(self.config, name) and value not in self.trusted:
                 refuse_code(value, name, "The trained network")
 
-    def learner(self, ways: int | None = None, device: torch.device | str = "cpu") -> Learner:
+    def learner(
+        self, ways: int | None = None, device: torch.device | str = "cpu", precision: Precision | None = None
+    ) -> Learner:
         """The network with its parameters, for tasks of ``ways`` classes; None: as many as in training.
+
+        ``precision`` is that of `Config`; None: that of its training.
 
         Raises:
             UserError: the head was learned, for another number of classes; the network's code is another one now, or
@@ -177,12 +181,27 @@ class Trained:
         """
         self.refuse_code()
         ways = ways or self.config.ways
-        config = replace(self.config, ways=ways)
+        config = replace(self.config, ways=ways, precision=precision or self.config.precision)
         net = untrained_network(config, *backbone.shape(config)).to(torch.device(device), config.dtype)
         learner = Learner.create(config, net, self.chosen)
         self.put_into(learner)
         put(learner.log_strength, self.log_strength)
         return learner
+
+    def at_strength(self, strength: float) -> Trained:
+        """The same with another lambda.
+
+        Raises:
+            UserError: lambda was learned with the network, or the value is not positive.
+        """
+        require(strength > 0, f"The strength is {strength}: a positive number is needed.")
+        if self.config.learn_strength != "no":
+            raise UserError(
+                "The strength (lambda) of this network was learned with it, and is no longer a setting. Leave it out, "
+                "or train with --learn-strength no."
+            )
+        log_strength = {name: torch.full_like(value, strength).log() for name, value in self.log_strength.items()}
+        return replace(self, log_strength=log_strength)
 
     def put_into(self, learner: Learner) -> None:
         """Copy the meta-parameters into those of a learner, whose settings and lambda stay its own.
@@ -288,7 +307,16 @@ def options(config: Config) -> list[str]:
 
 
 NETWORK = ("model", "backbone", "width", "norm", "halve")
-"""Knobs that training decides."""
+"""Knobs that say which network it is."""
+
+TRAINING_ONLY = (
+    *("head", "learn_strength", "queries", "cg_steps", "steps", "late_from", "late_inner_steps", "late_cg_steps"),
+    *("tasks", "lr", "schedule", "clip", "average", "minutes", "clock", "capture", "validate_every"),
+)
+"""Knobs that change nothing of an evaluation."""
+
+STEPS = ("inner_lr", "inner_momentum", "safeguard", "newton_cg_steps")
+"""Knobs that a solver of a file has in itself."""
 
 
 def _as_trained(trained: Config, config: Config) -> str:
@@ -308,7 +336,7 @@ OTHER = "give --model, --width and the other knobs of the network as in its trai
 
 
 def put(params: dict[str, Tensor], values: dict[str, Tensor], other: str = OTHER) -> None:
-    """Copy values into parameters of the same names, shapes and dtypes.
+    """Copy values into parameters of the same names and shapes, whatever their precision.
 
     Raises:
         UserError: one of them is another one.
@@ -318,7 +346,7 @@ def put(params: dict[str, Tensor], values: dict[str, Tensor], other: str = OTHER
         raise UserError(f"{told}: not of one make; {other}.")
     for name, param in params.items():
         found = values.get(name)
-        if found is None or (found.shape, found.dtype) != (param.shape, param.dtype):
+        if found is None or found.shape != param.shape or not found.is_floating_point():
             has = "missing" if found is None else f"{list(found.shape)} of {found.dtype}"
             raise UserError(
                 f"The network has {name} {list(param.shape)} of {param.dtype}, and the file has it {has}: not of one "

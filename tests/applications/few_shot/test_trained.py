@@ -189,6 +189,49 @@ class TestEvaluate:
         assert "nearest neighbour on pixels" in printed
         assert "the same before training" in printed
 
+    def test_settings_of_adaptation_take_effect(self, file, glyph_root, tmp_path, capsys):
+        root = ["--data-root", str(glyph_root), "--eval-tasks", "10", "--eval-steps", "40"]
+        bl.tuning.save(tmp_path / "solver.json", {"strength": 500.0})
+        found = {}
+        for name, more in {
+            "as trained": [],
+            "strength": ["--strength", "500"],
+            "of a file": ["--solver", str(tmp_path / "solver.json")],
+            "step size": ["--inner-lr", "1e-9"],
+            "float64": ["--precision", "float64"],
+        }.items():
+            assert main(["evaluate", "--trained", str(file), *root, *more]) == 0, name
+            found[name] = [line for line in capsys.readouterr().out.splitlines() if "+-" in line]
+        assert found["strength"] == found["of a file"] != found["as trained"]
+        assert found["step size"] not in (found["as trained"], found["strength"])
+        assert found["float64"][0] == found["as trained"][0]
+
+    def test_what_a_solver_of_a_file_has_in_itself_is_refused(self, run, glyph_root, tmp_path, capsys):
+        folder = tmp_path / "tuned"
+        shutil.copytree(run, folder)
+        bl.tuning.save(folder / "solver.json", {"solver": bl.GradientDescent(0.05, 7)})
+        more = ["--data-root", str(glyph_root), "--eval-tasks", "4"]
+        assert main(["evaluate", str(folder), *more]) == 0
+        assert main(["evaluate", str(folder), *more, "--inner-lr", "0.2"]) == 2
+        assert "--inner-lr: evaluate takes the network as it was trained" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("words", "told"),
+        [
+            (["--queries", "3"], "The queries of an evaluation are --eval-queries."),
+            (["--tasks", "3", "--head", "learned"], "--head and --tasks: evaluate takes the network as it was trained"),
+            (["--strength", "-1"], "--strength is -1"),
+        ],
+    )
+    def test_settings_of_training_are_refused(self, words, told, file, capsys):
+        assert main(["evaluate", "--trained", str(file), *words]) == 2
+        assert told in capsys.readouterr().err
+
+    def test_a_strength_that_was_learned_is_no_setting(self, file):
+        learned = replace(Trained.load(file), config=replace(Trained.load(file).config, learn_strength="layer"))
+        with pytest.raises(UserError, match="was learned with it"):
+            learned.at_strength(2.0)
+
     def test_both_or_neither(self, run, capsys):
         assert main(["evaluate", str(run), "--trained", "some"]) == 2
         assert "one of them" in capsys.readouterr().err
