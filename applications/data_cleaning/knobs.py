@@ -39,6 +39,13 @@ class Config(DataKnobs, SolverKnobs):
     seconds: float = 2.0
     """Processor time of each curve with --setting stochastic; tuning a method's step sizes takes as much again."""
 
+    def without_effect(self) -> dict[str, str]:
+        """See `SolverKnobs`."""
+        cleaning = self.setting == "cleaning"
+        found = {} if cleaning else dict.fromkeys(("repeats", "steps", "fit_ridge"), "--setting cleaning")
+        found |= {"seconds": "--setting stochastic"} if cleaning else {}
+        return found | ({"hidden": "the network; add its --model"} if self.model == "softmax" else {})
+
     def check(self) -> None:
         require_at_least_one(self, "hidden", "repeats", "steps", "num_train", "num_val")
         require(0 <= self.noise < 1, f"--noise is {self.noise}: a part of the labels, from 0 to below 1.")

@@ -44,6 +44,13 @@ class Config(DataKnobs, SolverKnobs):
     full_steps: int = 600
     """Steps of the ConvNet on batches of all training images, the ceiling."""
 
+    def without_effect(self) -> dict[str, str]:
+        """See `SolverKnobs`."""
+        linear = dict.fromkeys(("steps", "lr", "l2"), "the linear classifier")
+        convnet = ("convnet_steps", "convnet_lr", "convnet_l2", "width", "batch", "full_steps")
+        idle = {"both": {}, "linear": dict.fromkeys(convnet, "the ConvNet"), "convnet": linear}
+        return idle[self.network]
+
     def check(self) -> None:
         require_at_least_one(self, "images_per_class", "steps", "convnet_steps", "width", "batch", "full_steps")
         require(self.seed >= 0, f"--seed is {self.seed}: it starts at 0.")

@@ -49,6 +49,11 @@ class ComparisonConfig(Config, What):
     The budget is --minutes of training each, or --steps with --minutes None. The other options are those of train.
     """
 
+    def without_effect(self) -> dict[str, str]:
+        """What changes nothing for any of the methods."""
+        each = [Config.without_effect(replace(self, method=method)) for method in self.methods]
+        return {name: what for name, what in (each or [{}])[0].items() if all(name in one for one in each)}
+
 
 def command(arguments: list[str], train: Callable[[list[str]], int]) -> int:
     """Run the trainings that are missing, seed by seed; ``train`` is the command that makes one."""

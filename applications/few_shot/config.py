@@ -184,6 +184,27 @@ class Config(SolverKnobs):
             f"--width is {self.width}: with --norm image it must be a multiple of 8.",
         )
 
+    def without_effect(self) -> dict[str, str]:
+        """See `Knobs`."""
+        implicit = self.method.startswith("imaml")
+        newton, descent = self.method == "imaml-hf", self.method not in ("imaml-hf", "prototypical")
+        late = self.late_inner_steps is not None or self.late_cg_steps is not None
+        unused = {
+            "folders of images": (self.data in SHAPES, ("image_size", "grey", "held_out")),
+            "--data omniglot": (self.data != "omniglot", ("split",)),
+            "--model conv4 on images": (self.network != "conv4", ("width", "norm", "halve")),
+            "the imaml methods": (not implicit, ("strength", "cg_steps", "late_cg_steps", "hessian")),
+            "--method imaml-hf": (not newton, ("newton_cg_steps",)),
+            "adaptation by gradient descent": (not descent, ("inner_lr", "inner_momentum", "safeguard")),
+            "methods that adapt a network": (
+                self.method == "prototypical",
+                ("inner_steps", "late_inner_steps", "eval_steps", "head"),
+            ),
+            "--late-inner-steps and --late-cg-steps": (not late, ("late_from",)),
+            "--minutes": (self.minutes is None, ("clock",)),
+        }
+        return {name: what for what, (idle, names) in unused.items() if idle for name in names}
+
     @property
     def network(self) -> str:
         """What is built: --model, behind a backbone a head unless another one is named."""

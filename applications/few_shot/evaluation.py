@@ -13,10 +13,10 @@ import tyro
 from applications.few_shot import backbone, data, evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, describe, set_up_device
-from applications.few_shot.trained import NETWORK, SHIPPED, STEPS, TRAINING_ONLY, Trained, seen_in_training
+from applications.few_shot.trained import NETWORK, SHIPPED, Trained, seen_in_training
 from applications.frame.command import parse, require
 from applications.frame.errors import UserError
-from applications.frame.options import check_folder, check_values, option, settings_told
+from applications.frame.options import check_folder, check_values, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import SOLVER
 from applications.frame.run_folder import RunFolder, as_json
@@ -35,6 +35,13 @@ Accuracy on held-out tasks, transductive and not. Options are those of train, su
   --out DIR                     where the figures go, in place of the run's folder; --solver FILE, other solvers
   --baselines                   the untrained network and classifiers of pixels too
 """
+
+
+TRAINING_ONLY = (
+    *("head", "learn_strength", "cg_steps", "steps", "late_from", "late_inner_steps", "late_cg_steps"),
+    *("tasks", "lr", "schedule", "clip", "average", "minutes", "clock", "capture", "validate_every"),
+)
+"""Knobs that change nothing of an evaluation, beside the queries."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,11 @@ class EvaluationConfig(Config, What):
     those of train.
     """
 
+    def without_effect(self) -> dict[str, str]:
+        """See `Knobs`."""
+        training = dict.fromkeys(TRAINING_ONLY, "training")
+        return super().without_effect() | training | {"queries": "training; of an evaluation, it is --eval-queries"}
+
 
 def command(arguments: list[str]) -> int:
     """``evaluate``; of a run, the figures are written beside it under a name of their own."""
@@ -93,21 +105,15 @@ def command(arguments: list[str]) -> int:
     same = config.preset == start.preset and config.resume is None and config.start == start.start
     why = "evaluate has no --preset, no --resume and no --start: give the settings that are to change by themselves."
     require(same, why)
-    changed = {name for name, value in vars(config).items() if value != getattr(start, name)}
-    if config.solver:
-        trained = replace(trained, chosen=read_settings(config.solver, config.solver_settings, "few_shot"))
-    without_effect = {*NETWORK, *TRAINING_ONLY, *(STEPS if "solver" in trained.chosen else ())}
-    if other := sorted(map(option, changed & without_effect)):
-        more = " The queries of an evaluation are --eval-queries." if "queries" in changed else ""
-        raise UserError(
-            f"{' and '.join(other)}: evaluate takes the network as it was trained, and this would change nothing. "
-            f"Leave it out.{more}"
-        )
+    other = [name for name in NETWORK if getattr(config, name) != getattr(start, name)]
+    require(not other, f"--{' and --'.join(other)}: evaluate takes the network as it was trained. Leave it out.")
     check_values(config)
     config.check()
     check_folder(config.out, "out")
-    asked = {"strength": config.strength} if "strength" in changed else {}
-    asked |= trained.chosen if config.solver else {}
+    asked = {} if config.strength == start.strength else {"strength": config.strength}
+    if config.solver:
+        trained = replace(trained, chosen=read_settings(config.solver, config.solver_settings, "few_shot"))
+        asked |= trained.chosen
     if "strength" in asked:
         trained = trained.at_strength(asked["strength"])
     with settings_told(config), forgiving():

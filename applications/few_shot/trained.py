@@ -309,15 +309,6 @@ def options(config: Config) -> list[str]:
 NETWORK = ("model", "backbone", "width", "norm", "halve")
 """Knobs that say which network it is."""
 
-TRAINING_ONLY = (
-    *("head", "learn_strength", "queries", "cg_steps", "steps", "late_from", "late_inner_steps", "late_cg_steps"),
-    *("tasks", "lr", "schedule", "clip", "average", "minutes", "clock", "capture", "validate_every"),
-)
-"""Knobs that change nothing of an evaluation."""
-
-STEPS = ("inner_lr", "inner_momentum", "safeguard", "newton_cg_steps")
-"""Knobs that a solver of a file has in itself."""
-
 
 def _as_trained(trained: Config, config: Config) -> str:
     """What would make the network that of its training, in words."""

@@ -59,6 +59,13 @@ class Knobs:
             UserError: naming the option.
         """
 
+    def without_effect(self) -> Mapping[str, str]:
+        """Knobs that change nothing beside the others as they are -> what they are for, as in ``"it is for ..."``.
+
+        A command that gives one of them is told so: who gives it believes that it does something.
+        """
+        return {}
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file, without the place of the run."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in PLACE}
@@ -190,6 +197,8 @@ def parse(
 ) -> K:
     """The knobs ``start``, or those of the preset that is asked for, changed by the options.
 
+    Options that change nothing beside the others are told.
+
     Raises:
         UserError: there is no such preset.
         SystemExit: ``--help``, or options that cannot be parsed.
@@ -200,9 +209,13 @@ def parse(
             raise UserError(f"There is no preset {asked.preset!r}. There are {', '.join(presets)}.")
         start = presets[asked.preset]
         help = f"{help or inspect.getdoc(kind)}\n\nPresets: {', '.join(presets)}."
-    if start is None:
-        return tyro.cli(kind, args=arguments, prog=command, description=help)
-    return tyro.cli(kind, default=start, args=arguments, prog=command, description=help)
+    start = kind() if start is None else start
+    found = tyro.cli(kind, default=start, args=arguments, prog=command, description=help)
+    if found.resume is None and ranks.leads():  # a resumed run has its own settings, and others are refused
+        for name, what in found.without_effect().items():
+            if getattr(found, name) != getattr(start, name):
+                print(f"note: {option(name)} changes nothing here: it is for {what}.", file=sys.stderr)
+    return found
 
 
 @dataclass(frozen=True)

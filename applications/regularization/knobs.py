@@ -26,6 +26,10 @@ class Config(DataKnobs, SolverKnobs):
     hidden: int = 1000
     """Units of each hidden layer, for weights: 1,000 are a million weights."""
 
+    def without_effect(self) -> dict[str, str]:
+        """See `SolverKnobs`."""
+        return {} if self.problem in ("all", "weights") else {"hidden": "--problem weights"}
+
     def check(self) -> None:
         for name in ("train", "validation", "steps"):
             value = getattr(self, name)

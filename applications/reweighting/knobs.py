@@ -68,6 +68,15 @@ class Config(DataKnobs, SolverKnobs):
 
     solver_settings = ("hypergrad", "meta_lr")
 
+    def without_effect(self) -> dict[str, str]:
+        """See `Knobs`."""
+        unused = {
+            "--problems long-tail": ("long-tail" not in self.problems, ("imbalance", "long_tail_inputs")),
+            "--problems noise": ("noise" not in self.problems, ("noise",)),
+            "--model mlp": (self.model != "mlp", ("hidden",)),
+        }
+        return {name: what for what, (idle, names) in unused.items() if idle for name in names}
+
     def check(self) -> None:
         """See `Knobs`."""
         for name in ("repeats", "meta_per_class", "validation_per_class", "test_per_class", "hidden", "steps", "batch"):

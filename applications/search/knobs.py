@@ -28,6 +28,11 @@ class Config(DataKnobs, SolverKnobs):
 
     solver_settings = ("tol", "max_iter", "n_starts")
 
+    def without_effect(self) -> dict[str, str]:
+        """See `SolverKnobs`."""
+        own = ("data_root", "task", "examples", "per_feature")
+        return dict.fromkeys(own, "other --data than what is built in") if self.data == "built-in" else {}
+
     def check(self) -> None:
         """See `SolverKnobs`."""
         require_at_least_one(self, "repeats", "candidates")

@@ -31,6 +31,13 @@ class Config(SolverKnobs):
 
     length = "evaluations"
 
+    def without_effect(self) -> dict[str, str]:
+        """See `SolverKnobs`."""
+        real = set(self.data) - {"synthetic", "sparse-ho"}
+        found = {} if real else dict.fromkeys(("test_size", "noise_features"), "real data")
+        blocks = set(self.data) - {"diabetes", "sparse-ho"}
+        return found if blocks else {**found, "block_size": "synthetic data and files"}
+
     def check(self) -> None:
         require(len(self.data) > 0, "--data names no data set: give diabetes, synthetic, sparse-ho or a file.")
         require(len(set(self.data)) == len(self.data), f"--data names one twice: {' '.join(self.data)}.")

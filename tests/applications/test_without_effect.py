@@ -1,0 +1,91 @@
+"""Options that change nothing beside the others are told: who gives one believes that it does something."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from applications.data_cleaning.knobs import Config as Cleaning
+from applications.distillation.knobs import Config as Distillation
+from applications.few_shot.__main__ import main as few_shot
+from applications.few_shot.compare import ComparisonConfig
+from applications.few_shot.config import PRESETS
+from applications.few_shot.config import Config as FewShot
+from applications.frame.command import parse
+from applications.regularization.knobs import Config as Regularization
+from applications.reweighting.knobs import Config as Reweighting
+from applications.search.knobs import Config as Search
+from applications.sparse_regression.knobs import Config as SparseRegression
+
+CASES = [
+    (FewShot, "--image-size 84 --data omniglot", "--image-size changes nothing here: it is for folders of images."),
+    (FewShot, "--grey", "--grey changes nothing here"),
+    (FewShot, "--split alphabets", "it is for --data omniglot"),
+    (FewShot, "--model fc --width 64 --halve pool", "--width changes nothing here: it is for --model conv4 on images."),
+    (FewShot, "--backbone applications.few_shot.backbone:resnet18 --norm image", "--norm changes nothing here"),
+    (FewShot, "--method maml --strength 2", "--strength changes nothing here: it is for the imaml methods."),
+    (FewShot, "--method reptile --cg-steps 5", "--cg-steps changes nothing here"),
+    (FewShot, "--newton-cg-steps 7", "it is for --method imaml-hf"),
+    (FewShot, "--method imaml-hf --inner-lr 0.3", "it is for adaptation by gradient descent"),
+    (FewShot, "--method prototypical --inner-steps 9", "it is for methods that adapt a network"),
+    (FewShot, "--late-from 0.5", "it is for --late-inner-steps and --late-cg-steps"),
+    (FewShot, "--clock cpu", "it is for --minutes"),
+    (FewShot, "--preset paper-omniglot-5way-1shot --method maml --strength 3", "--strength changes nothing here"),
+    (ComparisonConfig, "--methods maml fomaml --cg-steps 3", "--cg-steps changes nothing here"),
+    (Cleaning, "--hidden 64", "--hidden changes nothing here: it is for the network; add its --model."),
+    (Cleaning, "--seconds 9", "it is for --setting stochastic"),
+    (Cleaning, "--setting stochastic --steps 9 --repeats 2", "--steps changes nothing here"),
+    (Distillation, "--network linear --convnet-steps 9", "it is for the ConvNet"),
+    (Distillation, "--network convnet --l2 0.1", "it is for the linear classifier"),
+    (Regularization, "--problem features --hidden 10", "it is for --problem weights"),
+    (Reweighting, "--problems noise --imbalance 9", "it is for --problems long-tail"),
+    (Reweighting, "--problems long-tail --noise 0.1", "it is for --problems noise"),
+    (Reweighting, "--model resnet32 --hidden 9", "it is for --model mlp"),
+    (Search, "--task regression", "it is for other --data than what is built in"),
+    (SparseRegression, "--data synthetic --noise-features 5", "it is for real data"),
+    (SparseRegression, "--data diabetes --block-size 5", "it is for synthetic data and files"),
+]
+
+
+@pytest.mark.parametrize(("kind", "words", "told"), CASES)
+def test_it_is_told(kind, words, told, capsys):
+    parse(kind, words.split(), "command", presets=PRESETS if kind is FewShot else None)
+    notes = capsys.readouterr().err.splitlines()
+    assert notes
+    assert all(note.startswith("note: --") for note in notes)
+    assert any(told in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (FewShot, "--image-size 84 --grey --data photographs"),
+        (FewShot, "--split alphabets --data omniglot"),
+        (FewShot, "--preset paper-omniglot-5way-1shot --method maml"),
+        (FewShot, "--preset paper-omniglot-5way-1shot --model fc"),
+        (FewShot, "--late-from 0.5 --late-cg-steps 5"),
+        (FewShot, "--clock wall --grey --resume some/run"),
+        (ComparisonConfig, "--methods maml imaml --cg-steps 3 --strength 2"),
+        (Cleaning, "--model mlp --hidden 64"),
+        (Distillation, "--network both --l2 0.1 --width 8"),
+        (Reweighting, "--noise 0.1 --imbalance 9 --hidden 9"),
+        (Search, "--data diabetes --task regression"),
+        (SparseRegression, "--noise-features 5 --block-size 10"),
+    ],
+)
+def test_what_has_an_effect_is_not(kind, words, capsys):
+    parse(kind, words.split(), "command", presets=PRESETS if kind is FewShot else None)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", sorted({kind for kind, _, _ in CASES}, key=repr))
+def test_only_knobs_are_named(kind):
+    names = {field.name for field in dataclasses.fields(kind)}
+    assert set(kind().without_effect()) <= names
+
+
+def test_the_command_says_it_and_goes_on(tmp_path, glyph_root, capsys):
+    small = ["--steps", "1", "--tasks", "2", "--width", "8", "--eval-tasks", "2", "--data-root", str(glyph_root)]
+    assert few_shot([*small, "--grey", "--out", str(tmp_path / "run")]) == 0
+    assert "note: --grey changes nothing here: it is for folders of images.\n" in capsys.readouterr().err
