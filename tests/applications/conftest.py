@@ -102,7 +102,8 @@ def refused(tmp_path, capsys) -> Callable[..., str]:
     def run(command: Callable[..., int], *arguments: object) -> str:
         capsys.readouterr()
         assert command(*map(str, arguments), "--out", str(tmp_path / "run")) == 2
-        message = capsys.readouterr().err
+        lines = capsys.readouterr().err.splitlines(keepends=True)
+        message = "".join(line for line in lines if not line.startswith("note: "))
         assert message.startswith("error: ")
         assert "Traceback" not in message
         assert not (tmp_path / "run").exists()
