@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -211,7 +212,8 @@ def root(
         solver: `Newton` by default; `ScipyRoot`.
         batched: the first dimension of every leaf counts T independent problems, each with its own stopping; the
             t-th residual then depends on the t-th unknowns only.
-        symmetric: the Jacobian is symmetric, as that of a gradient is: `CG`, `MINRES` and `Cholesky` may be used.
+        symmetric: the Jacobian is symmetric, as that of a gradient is: `CG`, `MINRES` and `Cholesky` may be used. The
+            first solve of a function looks whether it is.
         has_aux: ``residual`` returns a pair, of which the second part becomes ``solution.aux``, as in `argmin`.
         init, args, hypergrad, throw, warm_start: as in `argmin`; ``throw="fallback"`` retries the adjoint solve.
 
@@ -300,7 +302,7 @@ def _root(
             throw,
             "The solve of the system",
             getattr(solver, "advice", ROOT_ADVICE),
-            hides=first_look(given, solver, hidden_root),
+            hides=first_look(given, solver, partial(hidden_root, kind.symmetric)),
         ),
         hypergrad=hypergrad,
         warm_start=warm_start,

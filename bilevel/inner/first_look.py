@@ -17,10 +17,12 @@ from ..solution import Result, Solution
 from ..tree import norm
 from .minimize import DEFAULT_STEPS, InnerSolver, Unasked
 from .outcome import (
+    ASYMMETRIC_ADVICE,
     COUPLED_ADVICE,
     KINK_ADVICE,
     SADDLE_ADVICE,
     UNASKED_ADVICE,
+    asymmetry,
     bends_down,
     has_kink,
     has_kink_nearby,
@@ -105,10 +107,15 @@ def hidden_minimum(solver: InnerSolver, problem: Problem, found: Solution) -> st
     return SADDLE_ADVICE if bool((down & claimed).any()) else ""
 
 
-def hidden_root(_: RootSolver, problem: RootProblem, found: Solution) -> str:
-    """The same of a system: whether its problems depend on each other."""
-    if not problem.raveler.batch_shape or found.value.numel() > LARGEST:
+def hidden_root(symmetric: bool, _: RootSolver, problem: RootProblem, found: Solution) -> str:
+    """The same of a system: whether its problems depend on each other, and whether it is symmetric if that is said."""
+    if not (problem.raveler.batch_shape or symmetric) or found.value.numel() > LARGEST:
         return ""
     at = problem.linearize(found.value.detach())
-    moves = any(residual.requires_grad for residual in at.residual)
-    return COUPLED_ADVICE if moves and is_coupled(GraphJacobian(problem.raveler, at, symmetric=False)) else ""
+    if not any(residual.requires_grad for residual in at.residual):
+        return ""
+    jacobian = GraphJacobian(problem.raveler, at, symmetric=False)
+    if problem.raveler.batch_shape and is_coupled(jacobian):
+        return COUPLED_ADVICE
+    part = asymmetry(jacobian) if symmetric else 0.0
+    return ASYMMETRIC_ADVICE.format(part=part) if part > torch.finfo(found.value.dtype).eps ** 0.5 else ""

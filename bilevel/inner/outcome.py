@@ -36,6 +36,12 @@ COUPLED_ADVICE = (
 )
 
 
+ASYMMETRIC_ADVICE = (
+    "The Jacobian of the residual is not symmetric, although symmetric=True says that it is: J v and J^T v differ by "
+    "{part:.1g} of their length, and derivatives of the solution are wrong or not found. Leave symmetric=True out"
+)
+
+
 KINK_ADVICE = (
     "The slope of the loss jumps where the solve ended: it has a kink (abs, max, relu) or a step there, and no "
     "smooth minimum, so the hypergradient is not that of the minimum. Take ProximalGradient(prox) for such a "
@@ -156,6 +162,13 @@ def is_coupled(operator: Operator) -> bool:
     vector.view(-1, operator.size)[0] = normal((operator.size,), 0, operator.device).to(operator.dtype)
     product = operator.matvec(vector).reshape(-1, operator.size)
     return bool((product[1:].abs() > torch.finfo(product.dtype).eps ** 0.5 * product.abs().max()).any())
+
+
+def asymmetry(operator: Operator) -> float:
+    """``||J v - J^T v|| / ||J v||`` for a random v; the largest of a batch."""
+    v = normal((*operator.batch_shape, operator.size), 0, operator.device).to(operator.dtype)
+    ahead, back = operator.matvec(v), operator.rmatvec(v)
+    return float((norm(ahead - back) / norm(ahead)).nan_to_num(0.0).max())
 
 
 def mixes_problems(problem: Problem, y: Tensor) -> bool:

@@ -21,7 +21,7 @@ class Cholesky:
     """Factorise the symmetric positive definite ``A``; up to ``max_size`` unknowns for each problem.
 
     A matrix that is not positive definite gives `Result.NEGATIVE_CURVATURE` and a zero solution for that
-    problem.
+    problem. The residual is that of ``A`` itself, so that one that is not symmetric, as was said, has a large one.
     """
 
     max_size: int = 4096
@@ -30,7 +30,7 @@ class Cholesky:
         """Solve ``A x = b``; see `LinearSolver`."""
         require_symmetric(operator, "Cholesky")
         matrix = _dense(operator, self.max_size, "Cholesky")
-        factor, info = torch.linalg.cholesky_ex(matrix)
+        factor, info = torch.linalg.cholesky_ex((matrix + matrix.mT) / 2)
         unit, length = normalise(widened(b))
         x = torch.cholesky_solve(unit.unsqueeze(-1), factor).squeeze(-1)
         found = _together(operator, b, matrix, _report(matrix, x, unit, length, info == 0, b.dtype))
@@ -167,8 +167,7 @@ def _dense(operator: Operator, max_size: int, name: str) -> Tensor:
             f"{name} would form matrices of {operator.size} unknowns ({gibibytes:.3g} GiB); its max_size is "
             f"{max_size}. Use CG, or raise max_size."
         )
-    matrix = widened(operator.to_dense())
-    return (matrix + matrix.mT) / 2 if operator.symmetric else matrix
+    return widened(operator.to_dense())
 
 
 def _report(

@@ -187,3 +187,41 @@ class TestCoupledBatches:
             bl.fixed_point(lambda y: (0.2 * self.matrix @ y).tanh() + 1, self.start, batched=True)
         assert not told(lambda: bl.root(lambda y: self.matrix.diagonal() * y - 1, self.start, batched=True))
         assert not told(lambda: bl.root(lambda y: self.matrix @ y - 1, self.start))
+
+
+class TestSymmetry:
+    matrix = 3 * torch.eye(4, dtype=F64) + 0.01 * randn(4, 4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, F64])
+    @pytest.mark.parametrize("batched", [False, True])
+    def test_a_jacobian_that_is_not_symmetric_although_it_is_said(self, dtype, batched):
+        matrix = self.matrix.to(dtype)
+        start = torch.zeros(2, 4, dtype=dtype) if batched else torch.zeros(4, dtype=dtype)
+
+        def solve(symmetric):
+            return bl.root(lambda y: y @ matrix - 1, start, batched=batched, symmetric=symmetric)
+
+        assert not told(lambda: solve(False))
+        first_look.LOOKED = first_look.Known()
+        (message,) = told(lambda: solve(True))
+        assert "although symmetric=True says that it is" in message
+
+    @pytest.mark.parametrize("dtype", [torch.float32, F64])
+    def test_gradients_are_symmetric(self, dtype):
+        matrix = randn(30, 30).to(dtype)
+        target = {"a": randn(3).to(dtype), "b": randn(9, 3).to(dtype)}
+
+        def loss(y):
+            flat = torch.cat([leaf.flatten() for leaf in y.values()])
+            return (matrix @ (flat - 1)).square().sum() / 2 + flat.pow(4).sum()
+
+        start = {name: torch.zeros_like(leaf) for name, leaf in target.items()}
+        assert not told(lambda: bl.root(torch.func.grad(loss), start, symmetric=True))
+
+    def test_a_residual_of_wrong_derivatives(self):
+        """As Cholesky takes one half of the matrix, its hypergradient would be wrong by six percent, without a word."""
+        b = torch.ones(4, dtype=F64, requires_grad=True)
+        matrix = 3 * torch.eye(4, dtype=F64) + 0.1 * randn(4, 4)
+        hypergrad = bl.Implicit(bl.Cholesky())
+        with pytest.warns(bl.SolveWarning, match="not symmetric"):
+            bl.root(lambda y: matrix @ y - b, torch.zeros(4, dtype=F64), hypergrad=hypergrad, symmetric=True)

@@ -84,6 +84,14 @@ def test_cholesky_flags_an_indefinite_matrix_of_a_batch():
     assert torch.isfinite(solution.value).all()
 
 
+def test_cholesky_of_a_matrix_that_is_not_symmetric_tells_its_residual():
+    matrix, b = 3 * torch.eye(4, dtype=torch.float64) + 0.3 * randn(4, 4), randn(4)
+    solution = Cholesky().solve(Dense(matrix), b)
+    assert solution.result is Result.STAGNATED
+    residual = torch.linalg.vector_norm(matrix @ solution.value - b)
+    assert float(solution.stats["residual_norm"]) == pytest.approx(float(residual), rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "solver", [MINRES(), NormalCG(), GMRES(), BiCGSTAB(), LSMR(), LU(), LeastNorm(), Cholesky(), Neumann()], ids=repr
 )
