@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from applications.data_cleaning.model import ModelName
-from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one
+from applications.frame.command import DataKnobs, Purposes, SolverKnobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,13 @@ class Config(DataKnobs, SolverKnobs):
     seconds: float = 2.0
     """Processor time of each curve with --setting stochastic; tuning a method's step sizes takes as much again."""
 
-    def without_effect(self) -> dict[str, str]:
-        """See `SolverKnobs`."""
-        cleaning = self.setting == "cleaning"
-        found = {} if cleaning else dict.fromkeys(("repeats", "steps", "fit_ridge"), "--setting cleaning")
-        found |= {"seconds": "--setting stochastic"} if cleaning else {}
-        return found | ({"hidden": "the network; add its --model"} if self.model == "softmax" else {})
+    def only_for(self) -> Purposes:
+        """See `Knobs`."""
+        return {
+            "--setting cleaning": (self.setting == "cleaning", ("repeats", "steps", "fit_ridge")),
+            "--setting stochastic": (self.setting == "stochastic", ("seconds",)),
+            "the network; add its --model": (self.model != "softmax", ("hidden",)),
+        }
 
     def check(self) -> None:
         require_at_least_one(self, "hidden", "repeats", "steps", "num_train", "num_val")

@@ -10,7 +10,7 @@ from applications.distillation import data
 from applications.distillation.distill import Distillation, Schedule
 from applications.distillation.inner import CUT_OFF, Inner
 from applications.distillation.networks import ConvNet, Linear
-from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one, require_positive
+from applications.frame.command import DataKnobs, Purposes, SolverKnobs, require, require_at_least_one, require_positive
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,13 @@ class Config(DataKnobs, SolverKnobs):
     full_steps: int = 600
     """Steps of the ConvNet on batches of all training images, the ceiling."""
 
-    def without_effect(self) -> dict[str, str]:
-        """See `SolverKnobs`."""
-        linear = dict.fromkeys(("steps", "lr", "l2"), "the linear classifier")
+    def only_for(self) -> Purposes:
+        """See `Knobs`."""
         convnet = ("convnet_steps", "convnet_lr", "convnet_l2", "width", "batch", "full_steps")
-        idle = {"both": {}, "linear": dict.fromkeys(convnet, "the ConvNet"), "convnet": linear}
-        return idle[self.network]
+        return {
+            "the linear classifier": (self.network != "convnet", ("steps", "lr", "l2")),
+            "the ConvNet": (self.network != "linear", convnet),
+        }
 
     def check(self) -> None:
         require_at_least_one(self, "images_per_class", "steps", "convnet_steps", "width", "batch", "full_steps")

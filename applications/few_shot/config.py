@@ -10,7 +10,7 @@ import torch
 from typing_extensions import Self
 
 from applications.few_shot.data import SHAPES, Reading
-from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
+from applications.frame.command import Purposes, SolverKnobs, require, require_at_least_one, require_positive
 
 Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile", "prototypical"]
 
@@ -184,26 +184,24 @@ class Config(SolverKnobs):
             f"--width is {self.width}: with --norm image it must be a multiple of 8.",
         )
 
-    def without_effect(self) -> dict[str, str]:
+    def only_for(self) -> Purposes:
         """See `Knobs`."""
-        implicit = self.method.startswith("imaml")
-        newton, descent = self.method == "imaml-hf", self.method not in ("imaml-hf", "prototypical")
+        adapts, newton = self.method != "prototypical", self.method == "imaml-hf"
         late = self.late_inner_steps is not None or self.late_cg_steps is not None
-        unused = {
-            "folders of images": (self.data in SHAPES, ("image_size", "grey", "held_out")),
-            "--data omniglot": (self.data != "omniglot", ("split",)),
-            "--model conv4 on images": (self.network != "conv4", ("width", "norm", "halve")),
-            "the imaml methods": (not implicit, ("strength", "cg_steps", "late_cg_steps", "hessian")),
-            "--method imaml-hf": (not newton, ("newton_cg_steps",)),
-            "adaptation by gradient descent": (not descent, ("inner_lr", "inner_momentum", "safeguard")),
-            "methods that adapt a network": (
-                self.method == "prototypical",
-                ("inner_steps", "late_inner_steps", "eval_steps", "head"),
+        return {
+            "folders of images": (self.data not in SHAPES, ("image_size", "grey", "held_out")),
+            "--data omniglot": (self.data == "omniglot", ("split",)),
+            "--model conv4 on images": (self.network == "conv4", ("width", "norm", "halve")),
+            "the imaml methods": (
+                self.method.startswith("imaml"),
+                ("strength", "cg_steps", "late_cg_steps", "hessian"),
             ),
-            "--late-inner-steps and --late-cg-steps": (not late, ("late_from",)),
-            "--minutes": (self.minutes is None, ("clock",)),
+            "--method imaml-hf": (newton, ("newton_cg_steps",)),
+            "adaptation by gradient descent": (adapts and not newton, ("inner_lr", "inner_momentum", "safeguard")),
+            "methods that adapt a network": (adapts, ("inner_steps", "late_inner_steps", "eval_steps", "head")),
+            "--late-inner-steps and --late-cg-steps": (late, ("late_from",)),
+            "--minutes": (self.minutes is not None, ("clock",)),
         }
-        return {name: what for what, (idle, names) in unused.items() if idle for name in names}
 
     @property
     def network(self) -> str:

@@ -14,7 +14,7 @@ from applications.few_shot import backbone, data, evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, describe, set_up_device
 from applications.few_shot.trained import NETWORK, SHIPPED, Trained, seen_in_training
-from applications.frame.command import parse, require
+from applications.frame.command import Purposes, parse, require
 from applications.frame.errors import UserError
 from applications.frame.options import check_folder, check_values, settings_told
 from applications.frame.output import forgiving
@@ -72,10 +72,10 @@ class EvaluationConfig(Config, What):
     those of train.
     """
 
-    def without_effect(self) -> dict[str, str]:
+    def only_for(self) -> Purposes:
         """See `Knobs`."""
-        training = dict.fromkeys(TRAINING_ONLY, "training")
-        return super().without_effect() | training | {"queries": "training; of an evaluation, it is --eval-queries"}
+        queries = "training; of an evaluation, it is --eval-queries"
+        return {**super().only_for(), "training": (False, TRAINING_ONLY), queries: (False, ("queries",))}
 
 
 def command(arguments: list[str]) -> int:

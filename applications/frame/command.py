@@ -32,6 +32,9 @@ PLACE = ("out", "resume", "solver")
 """What config.json does not hold; the settings of the solver's file are kept beside it."""
 
 
+Purposes = Mapping[str, tuple[bool, Collection[str]]]
+
+
 @dataclass(frozen=True)
 class Knobs:
     """What every application has; a subclass adds its own, and checks them in `check`."""
@@ -59,12 +62,16 @@ class Knobs:
             UserError: naming the option.
         """
 
-    def without_effect(self) -> Mapping[str, str]:
-        """Knobs that change nothing beside the others as they are -> what they are for, as in ``"it is for ..."``.
+    def only_for(self) -> Purposes:
+        """What some knobs are only for, whether the others ask for it, and their names."""
+        return {}
+
+    def without_effect(self) -> dict[str, str]:
+        """Knobs that change nothing beside the others as they are -> what they are for.
 
         A command that gives one of them is told so: who gives it believes that it does something.
         """
-        return {}
+        return {name: what for what, (asked, names) in self.only_for().items() if not asked for name in names}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file, without the place of the run."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one
+from applications.frame.command import DataKnobs, Purposes, SolverKnobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Config(DataKnobs, SolverKnobs):
     hidden: int = 1000
     """Units of each hidden layer, for weights: 1,000 are a million weights."""
 
-    def without_effect(self) -> dict[str, str]:
-        """See `SolverKnobs`."""
-        return {} if self.problem in ("all", "weights") else {"hidden": "--problem weights"}
+    def only_for(self) -> Purposes:
+        """See `Knobs`."""
+        return {"--problem weights": (self.problem in ("all", "weights"), ("hidden",))}
 
     def check(self) -> None:
         for name in ("train", "validation", "steps"):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from applications.frame.command import DataKnobs, SolverKnobs, require
+from applications.frame.command import DataKnobs, Purposes, SolverKnobs, require
 from applications.frame.data import Examples
 from applications.frame.device import select_device
 from applications.reweighting.drawing import Drawn, Problem, draw
@@ -68,14 +68,13 @@ class Config(DataKnobs, SolverKnobs):
 
     solver_settings = ("hypergrad", "meta_lr")
 
-    def without_effect(self) -> dict[str, str]:
+    def only_for(self) -> Purposes:
         """See `Knobs`."""
-        unused = {
-            "--problems long-tail": ("long-tail" not in self.problems, ("imbalance", "long_tail_inputs")),
-            "--problems noise": ("noise" not in self.problems, ("noise",)),
-            "--model mlp": (self.model != "mlp", ("hidden",)),
+        return {
+            "--problems long-tail": ("long-tail" in self.problems, ("imbalance", "long_tail_inputs")),
+            "--problems noise": ("noise" in self.problems, ("noise",)),
+            "--model mlp": (self.model == "mlp", ("hidden",)),
         }
-        return {name: what for what, (idle, names) in unused.items() if idle for name in names}
 
     def check(self) -> None:
         """See `Knobs`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one
+from applications.frame.command import DataKnobs, Purposes, SolverKnobs, require, require_at_least_one
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Config(DataKnobs, SolverKnobs):
 
     solver_settings = ("tol", "max_iter", "n_starts")
 
-    def without_effect(self) -> dict[str, str]:
-        """See `SolverKnobs`."""
+    def only_for(self) -> Purposes:
+        """See `Knobs`."""
         own = ("data_root", "task", "examples", "per_feature")
-        return dict.fromkeys(own, "other --data than what is built in") if self.data == "built-in" else {}
+        return {"other --data than what is built in": (self.data != "built-in", own)}
 
     def check(self) -> None:
         """See `SolverKnobs`."""

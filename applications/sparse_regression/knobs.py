@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from applications.frame.command import SolverKnobs, require, require_at_least_one
+from applications.frame.command import Purposes, SolverKnobs, require, require_at_least_one
 from applications.sparse_regression.data import Study, draw
 
 
@@ -31,12 +31,13 @@ class Config(SolverKnobs):
 
     length = "evaluations"
 
-    def without_effect(self) -> dict[str, str]:
-        """See `SolverKnobs`."""
-        real = set(self.data) - {"synthetic", "sparse-ho"}
-        found = {} if real else dict.fromkeys(("test_size", "noise_features"), "real data")
-        blocks = set(self.data) - {"diabetes", "sparse-ho"}
-        return found if blocks else {**found, "block_size": "synthetic data and files"}
+    def only_for(self) -> Purposes:
+        """See `Knobs`."""
+        given = set(self.data) - {"sparse-ho"}
+        return {
+            "real data": (bool(given - {"synthetic"}), ("test_size", "noise_features")),
+            "synthetic data and files": (bool(given - {"diabetes"}), ("block_size",)),
+        }
 
     def check(self) -> None:
         require(len(self.data) > 0, "--data names no data set: give diabetes, synthetic, sparse-ho or a file.")
