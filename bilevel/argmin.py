@@ -82,9 +82,10 @@ def argmin(
             such pairs, too.
         throw: what a failed solve does, here and in the backward pass: ``"raise"`` a `SolveError`, ``"warn"``
             (a `SolveWarning`; non-finite solves still raise; on a GPU of both solves with the backward pass, by one
-            look), ``"fallback"`` (retry with `NewtonCG`, and MINRES or damped CG, then warn), ``"ignore"`` (the stats
-            alone tell).
-        warm_start: an earlier solution: its adjoint is the first guess of the next, with its preconditioner.
+            look), ``"fallback"`` (retry with `NewtonCG`, where there are no bounds or prox, and MINRES or damped CG,
+            then warn), ``"ignore"`` (the stats alone tell).
+        warm_start: an earlier solution: its adjoint is the first guess of the next, with its preconditioner, where its
+            settings are the same. Methods without an iterative linear solve have no use for it.
 
     Returns:
         A `Solution` whose value is a tree like ``init``. Its stats have the batch shape: ``num_steps``,

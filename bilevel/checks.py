@@ -73,7 +73,9 @@ def check_solver(solver: object, method: str, caller: str) -> None:
         raise TypeError(f"solver is the class {_name(solver)}: write solver={_name(solver)}(...), an object.")
     if _has(solver, method):
         return
-    if _has(solver, "minimize"):
+    if caller == "constrained" and _has(solver, "minimize"):
+        advice = f"it minimises without constraints. Write solver=AugmentedLagrangian(inner={_name(solver)}(...))"
+    elif _has(solver, "minimize"):
         advice = "it minimises. Take Newton(), Anderson() or ScipyRoot(), or argmin for a loss"
     elif _has(solver, "find"):
         advice = "it solves systems. Take LBFGS() or NewtonCG(), or root for a system"

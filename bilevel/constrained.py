@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .argmin import Params
-from .checks import check_function, check_hypergrad, check_start
+from .checks import check_function, check_hypergrad, check_solver, check_start, check_warm_start
 from .closure import Closure, Tracer, VmappedClosure
 from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod
@@ -20,8 +20,10 @@ from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
 from .hypergrad.search import Search
 from .hypergrad.statement import SymmetricResidualStatement
+from .inner.decay import with_decay
 from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
+from .inner.proximal import prox_of
 from .inner.roots import Newton, RootSolver
 from .linalg.direct import LeastNorm
 from .linalg.jacobian import GraphJacobian
@@ -101,8 +103,10 @@ def constrained(
     check_function("objective", objective, init, "constrained")
     check_function("constraints", constraints, init, "constrained")
     check_start(init)
+    check_solver(solver, "find", "constrained")
     check_init(init)
     check_hypergrad(hypergrad)
+    check_warm_start(warm_start)
     if isinstance(hypergrad, PathMethod):
         raise TypeError(f"hypergrad is {hypergrad!r}: a constrained problem takes Implicit(linear_solver), or None.")
     dims = int(batched)
@@ -204,6 +208,8 @@ class AugmentedLagrangian:
         near.r = problem.evaluate(near.y)
         found = self.newton.find(near)
         codes = found.stats["result"]
+        worse = (codes <= int(Result.STEPS_DONE)) & (norm(problem.evaluate(found.value)) > norm(problem.r))
+        codes = marked(codes, worse, Result.STAGNATED)
         doubtful = (codes > int(Result.STEPS_DONE)) | (problem.raveler.size > SMALL)  # a small root is looked at
         return found.with_stats(result=marked(codes, fell & doubtful, Result.UNBOUNDED))
 
@@ -211,6 +217,13 @@ class AugmentedLagrangian:
         """A point near the minimum, and which problems fell without end in a turn."""
         objective, constraints = problem.data
         *params, multipliers = problem.raveler.unravel(problem.y)
+        _, minimised = with_decay(self.inner, objective, params, warn=False)
+        if minimised is not objective or prox_of(self.inner, params) is not None:
+            raise TypeError(
+                f"inner is {self.inner!r}, with bounds, a prox or a weight decay, which the solution would not have: "
+                "the conditions of Lagrange are those of the objective and the equality constraints alone. Put a "
+                "penalty into the objective, or take quadratic_program, which has inequalities."
+            )
         mu = torch.full(problem.y.shape[:-1], self.strength, dtype=torch.float64, device=problem.y.device)
         fell = torch.zeros_like(mu, dtype=torch.bool)
         enough = max(1e-4, torch.finfo(problem.raveler.coarsest).eps)
@@ -226,11 +239,16 @@ class AugmentedLagrangian:
             found = self.inner.minimize(inner)
             # Where mu is smaller than the curvature that the constraints hold, it falls for ever: that turn is lost.
             with torch.no_grad():
-                ahead = augmented(inner.raveler.unravel(found.value.detach()), mu=100 * mu)
-                lost = (found.stats["result"] >= int(Result.UNBOUNDED)) | ~torch.isfinite(ahead)
+                reached = inner.raveler.unravel(found.value.detach())
+                ahead = augmented(reached, mu=100 * mu)
+                rose = ~(augmented(reached) <= inner.start.f)  # too long steps, which a larger mu makes longer yet
+                fallen = (found.stats["result"] >= int(Result.UNBOUNDED)) | ~torch.isfinite(ahead)
+                lost = rose | fallen
                 params = inner.raveler.unravel(torch.where(lost.unsqueeze(-1), inner.start.y, found.value.detach()))
                 c = widened(constraints([*params, multipliers]))
-            fell = fell | lost
+            fell = fell | (fallen & ~rose)
+            if bool(rose.all()):
+                break
             if not bool(torch.isfinite(c).all()):
                 return problem.y, fell
             multipliers = multipliers + scale(torch.where(lost, 0.0, mu), c)
@@ -239,7 +257,7 @@ class AugmentedLagrangian:
             if bool((~lost & (size <= enough * first)).all()):
                 break
             slow = lost if gap is None else lost | (size > 0.25 * gap)
-            mu, gap = torch.where(slow, 10 * mu, mu), size
+            mu, gap = torch.where(slow & ~rose, 10 * mu, mu), size
         return problem.raveler.ravel([*params, multipliers]), fell
 
 

@@ -9,17 +9,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .argmin import Params
+from .argmin import Params, argmin
 from .checks import check_function, check_hypergrad, check_solver, check_start, check_warm_start
 from .closure import Closure, Tracer, VmappedClosure
 from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
+from .hypergrad.penalty import Penalty
 from .hypergrad.search import Search
 from .hypergrad.statement import ObjectiveStatement
+from .inner.decay import with_decay
 from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
+from .inner.proximal import prox_of
 from .inner.trust_region import LevenbergMarquardt, Loss, Rho, Terms
 from .linalg.cg import CG
 from .linalg.direct import Cholesky
@@ -72,7 +75,8 @@ def least_squares(
         loss: ``rho``, as in `scipy.optimize.least_squares`: ``"linear"`` is plain least squares, the others let
             outliers count less; or an elementwise function of ``(r / s)^2`` with slope 1 at 0.
         loss_scale: ``s``, the residual from which on one counts as an outlier.
-        solver: `LevenbergMarquardt` by default; `GaussNewtonCG` for many params; any solver of `argmin`.
+        solver: `LevenbergMarquardt` by default; `GaussNewtonCG` for many params; any solver of `argmin`, whose bounds,
+            prox or weight decay count as in `argmin`.
         curvature: of the adjoint solve. ``"full"``: the Hessian, and the derivative is exact. ``"gauss_newton"``:
             without the second derivatives of the residuals, whose products are cheaper and never of negative curvature;
             biased by what the residuals at the fit weigh, and exact where they vanish.
@@ -107,6 +111,8 @@ def least_squares(
             f"{type(hypergrad).__name__} differentiates the path of a solver of argmin, and trust regions have none: "
             "take Implicit, or write the sum of squares as an objective for argmin."
         )
+    if curvature == "gauss_newton":
+        _check_curvature(hypergrad)
     dims = int(batched)
     check_batch(init, dims)
 
@@ -122,6 +128,14 @@ def least_squares(
         return problem
 
     method = solver or LevenbergMarquardt()
+    warn = isinstance(hypergrad, Implicit | Penalty) and torch.is_grad_enabled() and throw != "ignore"
+    if with_decay(method, cost, init, warn)[1] is not cost or prox_of(method, init) is not None:
+        if curvature != "full":
+            raise ValueError(
+                f"curvature is {curvature!r}, and {method!r} minimises more than the sum of squares (bounds, a prox or "
+                "a weight decay): take curvature='full'."
+            )
+        return argmin(cost, init, *args, solver=method, hypergrad=hypergrad, throw=throw, warm_start=warm_start)
     complete = None if throw == "ignore" else _look_at_curvature
     found: Solution[Params] = differentiable_solve(
         lambda closure: LeastSquaresStatement(closure, replace(closure, fn=flat), of_residuals),
@@ -136,6 +150,16 @@ def least_squares(
         warm_start=warm_start,
     )
     return found
+
+
+def _check_curvature(hypergrad: Hypergrad | None) -> None:
+    if hypergrad is not None and not isinstance(hypergrad, Implicit):
+        raise ValueError(f"curvature='gauss_newton' is of Implicit: {type(hypergrad).__name__} takes no such products.")
+    if hypergrad is not None and hypergrad.operator != "graph":
+        raise ValueError(
+            f"curvature='gauss_newton' is an operator, and hypergrad has another one, {hypergrad.operator!r}: give one "
+            "of the two."
+        )
 
 
 @dataclass(frozen=True)

@@ -207,3 +207,34 @@ def test_bisection_tells_where_there_is_no_root():
     assert abs(at_zero.value.item()) < 1e-29
     with pytest.raises(ValueError, match="bracket"):
         Bisection(1.0, 0.0)
+
+
+@pytest.mark.parametrize(("lr", "steps"), [(0.01, 5), (0.1, 50), (10.0, 5), (0.001, 500)])
+def test_inner_steps_that_are_too_long_or_few_do_no_harm(lr, steps):
+    inner = bl.GradientDescent(lr, steps)
+    fit = bl.constrained(
+        lambda y: ((y - 2) ** 2).sum(),
+        lambda y: (y.sum() - 1)[None],
+        tensor([0.0, 0.0]),
+        solver=bl.AugmentedLagrangian(inner=inner),
+        throw="raise",
+    )
+    torch.testing.assert_close(fit.value.params, tensor([0.5, 0.5]), rtol=1e-9, atol=0)
+    torch.testing.assert_close(fit.value.multipliers, tensor([3.0]), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"solver": bl.LBFGS()}, r"AugmentedLagrangian\(inner=LBFGS"),
+        ({"solver": bl.AugmentedLagrangian}, "is the class"),
+        ({"warm_start": 3}, "warm_start is"),
+        ({"solver": bl.AugmentedLagrangian(inner=bl.LBFGS(bounds=(0.0, 0.7)))}, "with bounds, a prox"),
+        ({"solver": bl.AugmentedLagrangian(inner=bl.ProximalGradient(bl.prox.Box(0.0, 0.7)))}, "with bounds, a prox"),
+        ({"solver": bl.AugmentedLagrangian(inner=bl.Steps(bl.SGD(0.01, weight_decay=5.0), 9))}, "or a weight decay"),
+    ],
+    ids=range(6),
+)
+def test_solvers_of_other_problems_are_refused(settings, told):
+    with pytest.raises(TypeError, match=told):
+        bl.constrained(lambda y: y.square().sum(), lambda y: (y.sum() - 1)[None], tensor([0.0, 0.0]), **settings)

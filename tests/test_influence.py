@@ -282,3 +282,20 @@ def test_what_is_wrong_is_told(logistic):
     assert relative_error(scores.left_out(torch.ones(1, NUM, dtype=torch.bool)), -scores.values.mean(1)[None]) < 1e-12
     with pytest.raises(ValueError, match="masks"):
         scores.left_out(torch.ones(NUM))
+
+
+def test_an_inverse_is_the_whole_answer():
+    params, x = {"w": randn(2)}, randn(6, 2)
+
+    def influence(**settings):
+        return Influence(
+            lambda p, batch: batch @ p["w"], lambda out, _: out.square() / 2, params, x, damping=5.0, **settings
+        )
+
+    with pytest.raises(ValueError, match="Both inverse and linear_solver"):
+        influence(inverse=torch.eye(2).double(), linear_solver=bl.CG())
+    with pytest.raises(TypeError, match="inverse is of type function"):
+        influence(inverse=lambda g: g).of(x)
+    with pytest.warns(bl.SolveWarning, match="linear solve of the influences"):
+        scores = influence(inverse=torch.eye(2).double()).of(x)
+    assert scores.result is bl.Result.STAGNATED

@@ -246,3 +246,50 @@ def test_a_plain_objective_is_none_of_theirs():
     for settings in ({"max_steps": 0}, {"radius": 0.0}, {"gtol": -1.0}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             LevenbergMarquardt(**settings)
+
+
+@pytest.mark.parametrize(
+    ("solver", "value", "slope"),
+    [
+        (bl.ScipyMinimize(bounds=(0.0, 0.7)), [0.7, 0.1], 0.1),
+        (bl.LBFGS(bounds=(0.0, 0.7)), [0.7, 0.1], 0.1),
+        (bl.ProximalGradient(bl.prox.L1(0.3)), [1.7, 0.0], 2.0),
+        (bl.Steps(bl.SGD(0.1, weight_decay=1.0), 300), [1.0, 0.05], 1.05),
+        (bl.TorchOptim(torch.optim.SGD, lr=0.1, weight_decay=1.0, max_steps=300), [1.0, 0.05], 1.05),
+    ],
+    ids=lambda case: type(case).__name__,
+)
+def test_bounds_a_prox_and_a_weight_decay_of_the_solver_count(solver, value, slope):
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+
+    def residuals(p):
+        return p - scale * tensor([2.0, 0.1])
+
+    fit = bl.least_squares(residuals, tensor([0.0, 0.0]), solver=solver)
+    torch.testing.assert_close(fit.value.detach(), tensor(value), rtol=1e-6, atol=1e-9)
+    (found,) = torch.autograd.grad(fit.value.sum(), scale)
+    assert found.item() == pytest.approx(slope, rel=1e-6)
+    with pytest.raises(ValueError, match="more than the sum of squares"):
+        bl.least_squares(residuals, tensor([0.0, 0.0]), solver=solver, curvature="gauss_newton")
+
+
+def test_batches_with_bounds():
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    at = torch.tensor([[2.0, 0.1], [1.0, 0.2]], dtype=torch.float64)
+    solver = bl.LBFGS(bounds=(0.0, 0.7))
+    fit = bl.least_squares(lambda p: p - scale * at, torch.zeros_like(at), solver=solver, batched=True)
+    torch.testing.assert_close(fit.value.detach(), at.clamp(max=0.7))
+    assert torch.autograd.grad(fit.value.sum(), scale)[0].item() == pytest.approx(0.3)
+
+
+def test_a_decay_beside_the_gradient_is_told():
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    solver = bl.Steps(bl.AdamW(0.01, weight_decay=0.1), 3)
+    with pytest.warns(bl.SolveWarning, match="decays the params beside the gradient"):
+        bl.least_squares(lambda p: p - scale, tensor([0.5]), solver=solver)
+
+
+@pytest.mark.parametrize("hypergrad", [bl.Penalty(), bl.Implicit(operator="func"), bl.FiniteDifference()], ids=repr)
+def test_curvature_is_not_passed_over(hypergrad):
+    with pytest.raises(ValueError, match="curvature='gauss_newton' is"):
+        bl.least_squares(lambda p: p - 1, tensor([0.5]), curvature="gauss_newton", hypergrad=hypergrad)

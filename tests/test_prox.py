@@ -289,3 +289,8 @@ def test_parts_are_matched_by_their_keys():
     torch.testing.assert_close(fit.value["weight"], torch.full((2,), 2.0, dtype=torch.float64), rtol=1e-4, atol=0)
     (slope,) = torch.autograd.grad(fit.value["weight"].sum(), strength)
     assert slope.item() == pytest.approx(-2.0)
+
+
+def test_a_strength_for_each_coordinate_is_none_for_each_group():
+    with pytest.raises(ValueError, match="for 2 groups"):
+        bl.prox.GroupLasso(torch.tensor([0, 0, 1, 1]), torch.ones(4))

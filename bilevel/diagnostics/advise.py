@@ -30,7 +30,7 @@ from .compare import LARGEST_DENSE
 from .cost import median_seconds, wait
 from .differences import OuterLoss
 from .network import PRODUCTS, find_network, first_order_solver, fresh, left_by_few_products, network_hypergrad
-from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of, with_decay_outside
+from .problem import SOLVED_KINDS, Bilevel, Solver, as_solved, leaf_copies, solve, statement_of
 from .spectrum import Spectrum, look
 from .written import written
 
@@ -195,7 +195,7 @@ def advise(
             f"accuracy is {accuracy}: in {dtype} a relative error between {torch.finfo(dtype).eps * 10:.0e} and 1 can "
             "be asked for."
         )
-    problem, solver = with_decay_outside(problem, solver)
+    problem, solver = as_solved(problem, solver)
     random = OuterLoss(problem, x, solver, "ignore").randomness(problem.init)
     if random is not None:
         return _for_random(random, problem, x)
@@ -254,7 +254,7 @@ def advise(
         solver=_named(problem) if solver is None else solver,
         tolerance=tolerance,
         why=why or best.why,
-        entry=problem.kind,
+        entry="argmin" if problem.kind == "composite" else problem.kind,
         num_params=_count(problem.init),
         num_hparams=_count(x),
         inner_seconds=seconds,
@@ -292,7 +292,7 @@ def _for_random(random: str, problem: Bilevel, x: Tree) -> Advice:
         product_seconds=unknown,
         gradient_seconds=unknown,
         candidates=[],
-        entry=problem.kind,
+        entry="argmin" if problem.kind == "composite" else problem.kind,
         random=random,
         num_params=_count(problem.init),
         num_hparams=_count(x),

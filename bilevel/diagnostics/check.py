@@ -17,7 +17,7 @@ from ..solution import Solution, SolveWarning, Throw
 from ..tree import Tree, filled, leaves, tree_map
 from .checked import distance
 from .differences import Differences, OuterLoss
-from .problem import AnyHypergrad, Bilevel, Solver, leaf_copies, solve, with_decay_outside
+from .problem import AnyHypergrad, Bilevel, Solver, as_solved, leaf_copies, solve
 
 Verdict = Literal["right", "wrong", "inconclusive"]
 
@@ -169,8 +169,8 @@ def check_hypergradient(
     path = isinstance(hypergrad, PathMethod)
     reference = reference_solver if reference_solver is not None else solver
     if not path:
-        reference = with_decay_outside(problem, reference)[1]
-        problem, solver = with_decay_outside(problem, solver)
+        reference = as_solved(problem, reference)[1]
+        problem, solver = as_solved(problem, solver)
     outer = OuterLoss(problem, x, reference, throw, path=path)
     random = outer.randomness(problem.init)
     if random is not None:

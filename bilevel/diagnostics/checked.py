@@ -19,7 +19,7 @@ from ..linalg.operator import Operator
 from ..solution import Solution, Throw
 from ..tree import Tree, filled, leaves, norm, tree_map
 from .precision import as_double, in_double
-from .problem import SOLVED_KINDS, Bilevel, Solver, leaf_copies, solve, statement_of, with_decay_outside
+from .problem import SOLVED_KINDS, Bilevel, Solver, as_solved, leaf_copies, solve, statement_of
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def hypergradient(
     """
     where = problem.hparams if hparams is None else hparams
     x = leaf_copies(where)
-    problem, solver = with_decay_outside(problem, solver)
+    problem, solver = as_solved(problem, solver)
     fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw=throw)
     loss, by_x, by_params = outer_gradients(problem, fit.value, x)
     implicit = torch.autograd.grad(leaves(fit.value), leaves(x), by_params, allow_unused=True)

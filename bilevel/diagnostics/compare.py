@@ -30,7 +30,7 @@ from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .cost import median_seconds, peak_mib
 from .methods import accurate_solver, methods_for
-from .problem import AnyHypergrad, Bilevel, Method, Solver, leaf_copies, solve, with_decay_outside
+from .problem import AnyHypergrad, Bilevel, CompositeProblem, Method, Solver, as_solved, leaf_copies, solve
 
 LARGEST_DENSE = 2048
 
@@ -135,17 +135,18 @@ def compare_methods(
         solver: the inner solver of those that do not bring their own; None: an accurate one.
         repeats: runs for the median time; memory is measured in one more.
 
-    A weight decay inside of a solver is a part of the inner loss, so that methods with such a solver are compared with
-    the solution of that loss.
+    A weight decay, bounds or a prox of a solver are a part of the inner problem, so that methods with such a solver are
+    compared with the solution of that problem.
     """
     solver = accurate_solver(problem) if solver is None else solver
     if methods is None:
-        methods = {method.name: (method.solver or solver, method.hypergrad) for method in methods_for(problem)}
+        suited = methods_for(as_solved(problem, solver)[0])
+        methods = {method.name: (method.solver or solver, method.hypergrad) for method in suited}
     truth, name = _reference(problem)
     rows = []
     for label, method in methods.items():
         given, hypergrad = method if isinstance(method, tuple) else (solver, method)
-        lowered, plain = with_decay_outside(problem, given)
+        lowered, plain = as_solved(problem, given)
         own = truth if lowered is problem else _reference(lowered)[0]
         rows.append(_measure(lowered, label, plain, hypergrad, own, repeats))
     where = leaves(problem.init)[0].device
@@ -186,14 +187,15 @@ def _measure(
     truth: list[Tensor],
     repeats: int,
 ) -> Row:
-    counted = _Counted(problem)
+    counted = _Counted(problem.problem if isinstance(problem, CompositeProblem) else problem)
     counter: _CountingSolver | None = None
     if isinstance(hypergrad, Implicit):
         symmetric = problem.kind in ("argmin", "composite")
         counter = _CountingSolver(hypergrad.linear_solver or (CG() if symmetric else GMRES()))
         hypergrad = replace(hypergrad, linear_solver=counter)
     try:
-        grads, fit = _gradient(counted, solver, hypergrad)
+        counting = replace(problem, problem=counted) if isinstance(problem, CompositeProblem) else counted
+        grads, fit = _gradient(counting, solver, hypergrad)
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as refusal:
         return Row(
             name, math.nan, None, counted.calls, math.nan, math.nan, "", f"{type(refusal).__name__}: {refusal}"[:90]

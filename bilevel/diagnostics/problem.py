@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from ..hypergrad.base import Hypergrad, PathMethod
 from ..hypergrad.statement import ObjectiveStatement, ResidualStatement, Statement, SymmetricResidualStatement
 from ..inner.decay import with_decay
 from ..inner.minimize import InnerSolver
+from ..inner.proximal import prox_of
 from ..inner.roots import RootSolver
+from ..prox.base import Prox
 from ..solution import Solution, Throw
-from ..tree import Tree, leaves, tree_map
+from ..tree import Raveler, Tree, leaves, tree_map
 from .captures import Opened, captured_hparams, takes_params_only
 
 Kind = Literal["argmin", "root", "fixed_point"]
@@ -154,11 +156,70 @@ def _residual_of(problem: Bilevel) -> Callable[[Tree, Tree], Tree]:
     return own
 
 
-def with_decay_outside(problem: Bilevel, solver: Solver | None) -> tuple[Bilevel, Solver | None]:
-    """The problem that the solver solves: a weight decay inside of an optimizer is a part of the inner loss."""
+def as_solved(problem: Bilevel, solver: Solver | None) -> tuple[Bilevel, Solver | None]:
+    """The problem that the solver solves, which may be more than the inner loss, and the solver for it.
+
+    A weight decay inside of an optimizer is a part of the loss, and so are a prox and bounds.
+    """
     if problem.kind != "argmin" or solver is None:
         return problem, solver
     plain, inner = with_decay(cast(InnerSolver, solver), problem.inner, problem.init, warn=False)
-    if plain is solver:
-        return problem, solver
-    return BilevelProblem(inner, problem.outer, problem.init, problem.hparams), plain
+    if plain is not solver:
+        problem = BilevelProblem(inner, problem.outer, problem.init, problem.hparams)
+    prox = prox_of(plain, problem.init)
+    return (problem if prox is None else CompositeProblem(problem, plain, prox)), plain
+
+
+@dataclass(frozen=True)
+class CompositeProblem:
+    """The inner loss with the bounds or the prox of a solver."""
+
+    problem: Bilevel
+    solver: InnerSolver
+    prox: Prox
+    kind: ClassVar[str] = "composite"
+    matrix_kind: ClassVar[str] = "composite"
+
+    @property
+    def init(self) -> Tree:
+        return self.problem.init
+
+    @property
+    def hparams(self) -> Tree:
+        return self.problem.hparams
+
+    def inner(self, params: Tree, hparams: Tree) -> Tree:
+        """The smooth part of the loss."""
+        return self.problem.inner(params, hparams)
+
+    def outer(self, params: Tree, hparams: Tree) -> Tensor:
+        """The outer loss."""
+        return self.problem.outer(params, hparams)
+
+    def solve_inner(self, hparams: Tree, *, solver: Solver | None = None, **settings: Any) -> Solution:
+        """By a solver that has bounds or a prox; by the problem's own where none is given.
+
+        Raises:
+            ValueError: the solver has none, so that its solutions are those of another problem.
+        """
+        other = cast(InnerSolver, solver)
+        if solver is not None and prox_of(other, self.init) is None:
+            raise ValueError(
+                f"{type(solver).__name__} solves the inner problem without the bounds or the prox that "
+                f"{type(self.solver).__name__} has: give it the same ones, or leave it out."
+            )
+        chosen = self.solver if solver is None else other
+        return argmin(self.problem.inner, self.init, hparams, solver=chosen, **settings)
+
+    def residual(self, params: Tree, hparams: Tree) -> Tree:
+        """``y - prox(y - g(y), 1)``, a tree like params."""
+
+        def summed(point: Tree) -> tuple[Tensor, Tensor]:
+            losses = cast(Tensor, self.problem.inner(point, hparams))
+            return losses.sum(), losses
+
+        slope, losses = torch.func.grad(summed, has_aux=True)(params)
+        raveler = Raveler(params, losses.shape)
+        y = raveler.ravel(leaves(params))
+        moved = self.prox.prox(y - raveler.ravel(leaves(slope)), torch.ones_like(losses))
+        return raveler.unflatten(raveler.unravel(y - moved))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import Tensor
+
 from ..linalg.gauss_newton import OfModule
+from ..prox.base import Prox
 
 
 def written(setting: object) -> str:
@@ -22,7 +25,8 @@ def written(setting: object) -> str:
     arguments = []
     for index, field in enumerate(field for field in dataclasses.fields(setting) if field.repr):
         value = getattr(setting, field.name)
-        if value != field.default:
+        if isinstance(value, Tensor) or value != field.default:
             first = index == 0 and dataclasses.is_dataclass(value)
             arguments.append(written(value) if first else f"{field.name}={written(value)}")
-    return f"bl.{type(setting).__name__}({', '.join(arguments)})"
+    place = "bl.prox" if isinstance(setting, Prox) else "bl"
+    return f"{place}.{type(setting).__name__}({', '.join(arguments)})"

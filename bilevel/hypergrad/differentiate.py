@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._torch import pytree
 from ..closure import Autocast, Closure, Tracer, in_transform
+from ..linalg.adjoint import is_differentiated
 from ..notices import place_of_user, tell
 from ..problem import Posed, Problem
 from ..reach import Reach
@@ -76,7 +77,8 @@ def differentiable_solve(
         flags = call.findings.reached or [True] * len(tracer.captured)
         reached = [tensor for tensor, flag in zip(tracer.captured, flags, strict=True) if flag]
         reach = Reach.of(fn, init, args, reached, method.reaches_init)
-        if not reach.reaches and search.throw != "ignore" and not recording():
+        required = not reach.reaches and is_differentiated(*tracer.captured)
+        if required and search.throw != "ignore" and not recording():
             used = Reach.of(fn, init, args, tracer.captured, False).listed()
             names = ", ".join(one.name or f"a tensor {tuple(one.shape)}" for one in used)
             tell(DETACHED.format(names=names), UserWarning, kind="detached")

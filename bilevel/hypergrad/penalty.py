@@ -23,6 +23,12 @@ INEXACT_ADVICE = (
     "The hypergradient is as inexact as that: give the inner solver a gtol of 0.01 / strength or less, or more steps, "
     "or lower strength"
 )
+BENT_ADVICE = (
+    "The number is the part of it that is missing half-way; of a linear response it is none. The hypergradient is off "
+    "by as much or more: raise strength, tenfold for instance, and the accuracy of the inner solver with it (gtol)"
+)
+BENT = 0.02
+"""Part of the nudge that may be missing at half of the response, where it is not linear."""
 INEXACT = 0.02
 """Part of the nudge that a nudged solve may leave unanswered."""
 TRIES = 5
@@ -43,9 +49,10 @@ class Penalty:
             Error O(1/strength), or O(1/strength^2) symmetric; the solver has to be more accurate than that.
         symmetric: nudge both ways and take the difference: two solves, one order more.
 
-    A nudge that moves the params by no more than their rounding is a failed solve, as ``throw`` says, and so is one
-    that the inner solver does not answer: the gradient that it leaves is compared with the nudge. A solver that makes
-    few steps is called a few times. The nudge is given to the solution at hand, as if that were exact.
+    A nudge that moves the params by no more than their rounding is a failed solve, as ``throw`` says, and so are one
+    that the inner solver does not answer, since the gradient that it leaves is compared with the nudge, and one so
+    large that the params do not answer in proportion. A solver that makes few steps is called a few times. The nudge is
+    given to the solution at hand, as if that were exact.
     """
 
     strength: float = 100.0
@@ -60,15 +67,25 @@ class Penalty:
         """See `Hypergrad`."""
         point.require_objective("Penalty")
         unit, length = normalise(cotangent)
-        ahead = self._gradient(point, unit, length, 1.0)
+        ahead, gained = self._gradient(point, unit, length, 1.0)
         if self.symmetric:
-            behind = self._gradient(point, unit, length, -1.0)
+            behind, lost = self._gradient(point, unit, length, -1.0)
+            self._look(point, unit, length, (gained - lost) / 2)
             pairs = zip(ahead, behind, strict=True)
             return Pulled([None if a is None or b is None else (a - b) / 2 for a, b in pairs])
+        self._look(point, unit, length, gained)
         base = point.loss_gradient(point.params, weights=length * self.strength)
         return Pulled([None if a is None or b is None else a - b for a, b in zip(ahead, base, strict=True)])
 
-    def _gradient(self, point: Point, unit: Tensor, length: Tensor, sign: float) -> list[Tensor | None]:
+    def _look(self, point: Point, unit: Tensor, length: Tensor, gained: Tensor) -> None:
+        """Tell a nudge to which the response is not linear: half-way, half of it must be there; NaN is told already."""
+        if recording():
+            return
+        missing = norm(gained * self.strength + unit / 2) * 2
+        _tell(point, (length > 0) & (missing > BENT), missing, "The nudge of Penalty is too large", BENT_ADVICE)
+
+    def _gradient(self, point: Point, unit: Tensor, length: Tensor, sign: float) -> tuple[list[Tensor | None], Tensor]:
+        """The gradient where the nudge has moved the params, and the inner gradient that was gained half-way."""
         raveler = point.raveler
         base = raveler.ravel(point.params)
         found, left = self._nudged(point, base, sign / self.strength * unit - _residual(point))
@@ -78,7 +95,10 @@ class Penalty:
         _tell(point, lost, moved, "The nudge of Penalty is lost in rounding", NUDGE_ADVICE)
         inexact = (length > 0) & ~lost & ~(left * self.strength <= INEXACT)
         _tell(point, inexact, left, "The nudged inner solve of Penalty is inexact", INEXACT_ADVICE)
-        return point.loss_gradient(raveler.unravel(found), weights=length * self.strength)
+        half = replace(point, params=raveler.unravel((base + found) / 2), _at=None)
+        gained = torch.zeros_like(base) if recording() else _residual(half) - _residual(point)
+        gained = gained.masked_fill((lost | inexact).unsqueeze(-1), torch.nan)
+        return point.loss_gradient(raveler.unravel(found), weights=length * self.strength), gained
 
     def _nudged(self, point: Point, base: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         """The minimum under a linear term, and the norm of the gradient that is left."""

@@ -15,7 +15,7 @@ from ..linalg.noise import signs
 from ..linalg.operator import Operator
 from ..linalg.preconditioners import InversePreconditioner, Multiplies
 from ..linalg.solve import LinearSolver
-from ..solution import Result, Solution, Throw, check_throw, settle
+from ..solution import Result, Solution, Throw, check_throw, marked, settle
 from ..tree import Raveler, Tree, leaves, norm, tree_map
 from .curvature import Curvature, push
 from .data import Losses, Outputs, count_of, part
@@ -71,6 +71,11 @@ class Influence:
     ):
         check_throw(throw)
         check_linear_solver(linear_solver)
+        if inverse is not None and linear_solver is not None:
+            raise ValueError(
+                "Both inverse and linear_solver are given, and inverse is the whole answer: leave one out, or write "
+                "linear_solver=CG(preconditioner=InversePreconditioner(inverse))."
+            )
         if curvature not in ("gauss_newton", "full"):
             raise ValueError(f"curvature is {curvature!r}: it is 'gauss_newton' or 'full'.")
         if damping is not None and not damping >= 0:
@@ -181,6 +186,7 @@ class Influence:
             left, size = norm(g - operator.matvec(u)), norm(g)
             stats = {"num_steps": torch.zeros_like(size, dtype=torch.int64), "residual_norm": left}
             codes = torch.full_like(size, int(Result.STEPS_DONE), dtype=torch.int8)
+            codes = marked(codes, left > size, Result.STAGNATED)
             found = Solution(u, {**stats, "relative_residual": left / size, "result": codes})
         settle(found, self.throw, "The linear solve of the influences", ADVICE)
         return found

@@ -19,13 +19,16 @@ from .minimize import DEFAULT_STEPS, InnerSolver, Unasked
 from .outcome import (
     ASYMMETRIC_ADVICE,
     COUPLED_ADVICE,
+    ENDLESS_ADVICE,
     KINK_ADVICE,
+    RAISED_ADVICE,
     SADDLE_ADVICE,
     UNASKED_ADVICE,
     asymmetry,
     bends_down,
     has_kink,
     has_kink_nearby,
+    has_no_end,
     is_coupled,
     is_random,
     mixes_problems,
@@ -81,14 +84,21 @@ def hidden_minimum(solver: InnerSolver, problem: Problem, found: Solution) -> st
     """Why what was found may be no minimum although the solver calls it good, in words; empty where nothing was seen.
 
     A solver that starts on a symmetry, such as equal components or zero weights, never leaves it, and sees no
-    direction in which the loss bends down; ordered steps are at no kink, but about it, and where nobody gave the order
-    they may have come nowhere; and the problems of a batch that depend on each other are no problems of their own.
+    direction in which the loss bends down, nor that it falls or is flat without end; ordered steps are at no kink, but
+    about it, may have raised the loss, and where nobody gave the order may have come nowhere; and the problems of a
+    batch that depend on each other are no problems of their own.
     """
     y, ordered = found.value.detach(), found.stats["result"] == int(Result.STEPS_DONE)
     left, begun = found.stats["residual_norm"], norm(problem.start.g)
     part = float((left / begun).nan_to_num(0.0).max())
     if bool(ordered.any()) and isinstance(getattr(solver, "max_steps", None), Unasked) and part > PROGRESS:
         return UNASKED_ADVICE.format(steps=DEFAULT_STEPS, part=part)
+    if bool(ordered.any()):
+        begin, end = problem.start.f, problem.losses(y)
+        raised = ordered & (end > begin + torch.finfo(y.dtype).eps ** 0.75 * begin.abs())
+        if bool(raised.any()) and not is_random(problem, found):
+            worst = (end - begin).where(raised, torch.zeros_like(end)).argmax()
+            return RAISED_ADVICE.format(begin=float(begin.flatten()[worst]), end=float(end.flatten()[worst]))
     if y.numel() > LARGEST:
         return ""
     if mixes_problems(problem, y):
@@ -102,6 +112,8 @@ def hidden_minimum(solver: InnerSolver, problem: Problem, found: Solution) -> st
     claimed = converged & (left <= torch.finfo(y.dtype).eps ** 0.4 * begun)
     if not bool(claimed.any()):
         return ""
+    if bool((claimed & has_no_end(problem, found)).any()):
+        return ENDLESS_ADVICE
     products = min(MOST, max(FEWEST, int(found.stats["num_steps"].max())))
     down = bends_down(problem, y, products, torch.finfo(y.dtype).eps ** 0.5)
     return SADDLE_ADVICE if bool((down & claimed).any()) else ""

@@ -62,6 +62,19 @@ UNASKED_ADVICE = (
 )
 
 
+RAISED_ADVICE = (
+    "The steps that were ordered raised the loss, from {begin:.3g} to {end:.3g}: they are too long, and what they "
+    "reach are no minimum. Take a smaller step size, GradientDescent(..., safeguard=True), or LBFGS(), which looks "
+    "for its own"
+)
+
+ENDLESS_ADVICE = (
+    "The loss is nowhere higher beyond the params that were reached, on the way from the start and as far again: it "
+    "falls or is flat without end there, so that there may be no minimum, and the hypergradient is that of none. Add a "
+    "penalty, such as decay / 2 * |params|^2, or bounds"
+)
+
+
 def suspicious(found: Solution) -> Tensor:
     """Where a solver found a gradient of zero or made no step, and calls it good."""
     stats = found.stats
@@ -117,6 +130,16 @@ def is_random(problem: Problem, found: Solution) -> bool:
     first, second = (problem.evaluate(found.value.detach()) for _ in range(2))
     apart = (first.f - second.f).abs() > torch.finfo(first.g.dtype).eps ** 0.75 * first.f.abs()
     return bool(apart.any())
+
+
+def has_no_end(problem: Problem, found: Solution) -> Tensor:
+    """Where the loss, which has fallen, does not rise again on the same way, as far again; ``[*batch]``."""
+    y, start = found.value.detach(), problem.start
+    f = problem.losses(y)
+    fallen = start.f - f > 1e3 * torch.finfo(y.dtype).eps * torch.maximum(f.abs(), start.f.abs())
+    for part in (0.25, 0.5, 1.0):
+        fallen = fallen & (problem.losses(axpy(torch.full_like(f, part), y - start.y, y)) <= f)
+    return fallen
 
 
 def has_kink(problem: Problem, found: Solution) -> bool:

@@ -53,7 +53,7 @@ class Nystrom:
         """Solve ``A x = b``; see `LinearSolver`."""
         require_symmetric(operator, "Nystrom")
         unit, length = normalise(b)
-        kept = state.precondition if state is not None else None
+        kept = state.precondition if state is not None and state.made_by(self) else None
         reuse = isinstance(kept, Inverse) and kept.basis.shape[:-1] == b.shape
         inverse = kept if reuse else self._invert(operator)
         assert isinstance(inverse, Inverse)
@@ -68,7 +68,7 @@ class Nystrom:
         codes = marked(codes, bad, Result.NONFINITE)
         steps = torch.full_like(length, 0 if reuse else inverse.basis.shape[-1], dtype=torch.int64)
         value = torch.nan_to_num(length, 0, 0, 0).to(b.dtype).unsqueeze(-1) * x
-        return report(value, codes, steps, relative * length, length, LinearState(value, inverse))
+        return report(value, codes, steps, relative * length, length, LinearState(value, inverse, maker=self))
 
     def _invert(self, operator: Operator) -> Inverse:
         basis, eigenvalues, usable = sketch(operator, self.rank, self.seed, self.sketch)

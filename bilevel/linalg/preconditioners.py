@@ -92,6 +92,13 @@ class InversePreconditioner:
 
     inverse: Multiplies
 
+    def __post_init__(self) -> None:
+        if not (hasattr(self.inverse, "shape") and hasattr(self.inverse, "__matmul__")):
+            raise TypeError(
+                f"inverse is of type {type(self.inverse).__name__}: what multiplies a flat vector by @ and has a shape "
+                "is needed, such as a matrix or an operator. Of a function: preconditioner=lambda operator: function."
+            )
+
     def __call__(self, operator: Operator) -> Precondition:
         if self.inverse.shape[-1] != operator.size:
             raise ValueError(

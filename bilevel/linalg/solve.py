@@ -32,12 +32,23 @@ class LinearState:
     Attributes:
         x0: a first guess ``[*batch, n]``; ignored where zero is the better one, or where shapes differ.
         precondition: built by an earlier solve, and used again instead of building it anew.
+        maker: the settings that built it, or the function; others build their own.
         lanczos: the curvature that the solve saw, where it is a Lanczos process.
     """
 
     x0: Tensor | None = None
     precondition: Precondition | None = None
     lanczos: Lanczos | None = None
+    maker: object = None
+
+    def made_by(self, maker: object) -> bool:
+        """Whether these settings built the preconditioner."""
+        if self.precondition is None or self.maker is maker:
+            return self.precondition is not None
+        try:
+            return type(self.maker) is type(maker) and bool(self.maker == maker)
+        except RuntimeError:  # tensors among the settings, that are other objects
+            return False
 
     def fits(self, operator: Operator) -> bool:
         """Whether it is of problems of the same number, size and dtype, as far as it shows."""
@@ -147,7 +158,7 @@ class IterativeSolver(ABC):
         codes = marked(found.codes, length == 0, Result.CONVERGED)
         codes = marked(codes, ~(finite & (found.relative < torch.inf)), Result.NONFINITE)
         value = value if x0 is None else x0 + value
-        kept = LinearState(value, precondition, found.lanczos)
+        kept = LinearState(value, precondition, found.lanczos, getattr(self, "preconditioner", None))
         solution = report(value, codes, found.steps, found.relative * length, size, kept)
         seen = {"condition": found.condition, "least_curvature": found.least}
         return solution.with_stats(**{name: value for name, value in seen.items() if value is not None})
@@ -163,7 +174,7 @@ class IterativeSolver(ABC):
         build: Preconditioner | None = getattr(self, "preconditioner", None)
         if build is None:
             return None
-        if state is None or state.precondition is None or not state.fits(operator):
+        if state is None or not state.made_by(build) or not state.fits(operator):
             return build(operator)
         return state.precondition
 

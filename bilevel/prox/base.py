@@ -110,6 +110,13 @@ class GroupLasso(Prox):
         if self.groups.dtype != torch.int64 or self.groups.dim() != 1 or bool((self.groups < 0).any()):
             raise ValueError("groups is a vector of int64 that names the group of each coordinate, counted from 0.")
 
+        count = int(self.groups.max()) + 1 if len(self.groups) else 0
+        if isinstance(self.strength, Tensor) and self.strength.dim() and self.strength.shape[-1] not in (1, count):
+            raise ValueError(
+                f"strength has shape {tuple(self.strength.shape)} for {count} groups: a number is needed, or one for "
+                "each group."
+            )
+
     def prox(self, y: Tensor, step: Setting) -> Tensor:
         size = self._sizes(y)
         alive = size > 0

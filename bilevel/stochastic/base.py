@@ -57,6 +57,10 @@ class Advance:
     """Run once the state has been found finite: writes to `Stochastic._memory`, which is too large to copy."""
 
 
+FIXED = ("inner_params", "outer_params", "inner_loss", "outer_loss")
+"""What a method is made of; the rest are settings, which may change."""
+
+
 @dataclass(eq=False, repr=False)
 class Stochastic(ABC):
     """Base of the stochastic bilevel methods.
@@ -132,6 +136,14 @@ class Stochastic(ABC):
         self._memory: State = {}
         self._growth = Growth({})
         self._step_sizes()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in FIXED and "_oracles" in self.__dict__:
+            raise AttributeError(
+                f"{name} is taken when the method is made, and another one would not be used: make a new "
+                f"{type(self).__name__}, which can go on with load_state_dict(method.state_dict())."
+            )
+        super().__setattr__(name, value)
 
     @property
     def inner_draws(self) -> int:

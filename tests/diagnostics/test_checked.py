@@ -216,3 +216,56 @@ def test_the_weight_decay_of_an_optimizer_is_a_part_of_the_problem(solver):
     assert float(found.stats["error"]) < 1e-8 * abs(exact)
     assert bl.diagnostics.check_hypergradient(problem, solver=solver).ok
     assert bl.diagnostics.advise(problem, solver=solver).predicted_error <= 1e-6
+
+
+class TestBoundsAndProxes:
+    """They are a part of the problem that is solved, so of the one that is looked at."""
+
+    problem = BilevelProblem(
+        lambda w, x: ((w - x) ** 2).sum(),
+        lambda w, x: (w - 0.3).square().sum(),
+        torch.zeros(2, dtype=torch.float64),
+        torch.tensor([2.0, 0.5], dtype=torch.float64),
+    )
+    solvers = pytest.mark.parametrize(
+        ("solver", "exact"),
+        [
+            (bl.LBFGS(bounds=(0.0, 1.0)), [0.0, 0.4]),
+            (bl.ScipyMinimize(bounds=(0.0, 1.0)), [0.0, 0.4]),
+            (bl.ProximalGradient(bl.prox.L1(0.1)), [3.3, 0.3]),
+        ],
+        ids=lambda case: type(case).__name__,
+    )
+
+    @solvers
+    def test_the_error_is_that_of_what_was_solved(self, solver, exact):
+        found = hypergradient(self.problem, solver=solver)
+        torch.testing.assert_close(found.value, torch.tensor(exact, dtype=torch.float64))
+        assert float(found.stats["error"]) < 1e-9
+
+    @solvers
+    def test_checks_and_advice(self, solver, exact):
+        assert bl.diagnostics.check_hypergradient(self.problem, solver=solver).verdict == "right"
+        advice = bl.diagnostics.advise(self.problem, solver=solver)
+        assert advice.predicted_error <= 1e-6
+        assert "bl.argmin(inner, params" in str(advice)
+        with pytest.raises(ValueError, match="without the bounds or the prox"):
+            bl.diagnostics.check_hypergradient(self.problem, solver=solver, reference_solver=bl.NewtonCG())
+
+    @solvers
+    def test_methods_are_compared_with_it(self, solver, exact):
+        rows = bl.diagnostics.compare_methods(self.problem, solver=solver, repeats=1).rows
+        assert len(rows) >= 5
+        assert all(row.error < 1e-9 and row.evaluations > 0 for row in rows)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_a_batch(self, dtype):
+        problem = BilevelProblem(
+            lambda w, x: ((w - x) ** 2).sum(-1),
+            lambda w, x: (w - 0.3).square().sum(),
+            torch.zeros(3, 2, dtype=dtype),
+            torch.tensor([2.0, 0.5], dtype=dtype),
+        )
+        found = hypergradient(problem, solver=bl.LBFGS(bounds=(0.0, 1.0)))
+        torch.testing.assert_close(found.value, torch.tensor([0.0, 1.2], dtype=dtype))
+        assert float(found.stats["error"]) < 1e-6

@@ -395,3 +395,14 @@ def test_on_a_gpu():
     loss = (problem.a_val.cuda() @ fit.value - problem.b_val.cuda()).square().mean() / 2
     (grad,) = torch.autograd.grad(loss, x)
     assert relative_error(grad.cpu(), problem.hypergradient(problem.hparams)) <= 1e-9
+
+
+@pytest.mark.parametrize("solve", [bl.argmin, bl.root], ids=lambda solve: solve.__name__)
+def test_a_vmap_over_starts_without_hyperparameters_says_nothing(solve, recwarn):
+    def function(y):
+        return (y - 1) ** 2 if solve is bl.argmin else (y - 1) ** 3 + y - 1
+
+    starts = torch.tensor([0.5, -0.5], dtype=torch.float64)
+    found = torch.vmap(lambda start: solve(function, start).value)(starts)
+    torch.testing.assert_close(found, torch.ones_like(starts))
+    assert not recwarn.list

@@ -403,3 +403,23 @@ def test_settings_and_limits():
             make()
     with pytest.raises(TypeError, match="rule is"):
         bl.SAMA(0.1)
+
+
+def test_a_nudge_that_is_too_large_is_told():
+    """The params answer to a nudge of a hundredth by 1.7, and the hypergradient is four times the true one."""
+    q = torch.tensor(1e-3, dtype=torch.float64, requires_grad=True)
+
+    def hypergradient(hypergrad):
+        fit = bl.argmin(
+            lambda y: torch.nn.functional.softplus(-3 * y) + q * y**2,
+            torch.tensor(0.0, dtype=torch.float64),
+            solver=bl.NewtonCG(gtol=1e-12),
+            hypergrad=hypergrad,
+        )
+        return torch.autograd.grad(fit.value, q)[0].item()
+
+    exact = hypergradient(bl.Implicit())
+    for loose in (bl.Penalty(), bl.Penalty(1e3, symmetric=False)):
+        with pytest.warns(bl.SolveWarning, match="too large"):
+            assert hypergradient(loose) != pytest.approx(exact, rel=0.05)
+    assert hypergradient(bl.Penalty(1e4)) == pytest.approx(exact, rel=1e-3)

@@ -225,3 +225,51 @@ class TestSymmetry:
         hypergrad = bl.Implicit(bl.Cholesky())
         with pytest.warns(bl.SolveWarning, match="not symmetric"):
             bl.root(lambda y: matrix @ y - b, torch.zeros(4, dtype=F64), hypergrad=hypergrad, symmetric=True)
+
+
+class TestSteps:
+    @pytest.mark.parametrize(
+        "solver",
+        [
+            bl.GradientDescent(0.3, max_steps=20),
+            bl.Steps(bl.SGD(0.3), max_steps=20),
+            bl.TorchOptim(torch.optim.SGD, lr=0.3, max_steps=20),
+        ],
+        ids=lambda solver: type(solver).__name__,
+    )
+    def test_that_raised_the_loss(self, solver):
+        start = torch.zeros(2, dtype=F64)
+        (message,) = told(lambda: bl.argmin(lambda y: 10 * (y - 1).square().sum(), start, solver=solver))
+        assert "raised the loss, from 20 to" in message
+
+    def test_one_problem_of_a_batch(self):
+        scale, start = torch.tensor([0.1, 10.0], dtype=F64), torch.zeros(2, dtype=F64)
+        solver = bl.GradientDescent(0.3, max_steps=20)
+        (message,) = told(lambda: bl.argmin(lambda y: scale * (y - 1).square(), start, solver=solver))
+        assert "raised the loss, from 10 to" in message
+
+    def test_that_lowered_it(self):
+        solver = bl.GradientDescent(0.03, max_steps=3)
+        assert not told(lambda: bl.argmin(lambda y: (y - 1).square().sum(), torch.zeros(2, dtype=F64), solver=solver))
+
+
+class TestNoEnd:
+    @pytest.mark.parametrize("solver", [None, bl.NewtonCG()], ids=str)
+    def test_a_loss_that_falls_for_ever(self, solver):
+        (message,) = told(lambda: bl.argmin(lambda y: y.atan(), torch.tensor(2.0, dtype=F64), solver=solver))
+        assert "falls or is flat without end" in message
+
+    @pytest.mark.parametrize(
+        ("loss", "start"),
+        [
+            (lambda y: y**4, 1.0),
+            (lambda y: (y**2 - 1) ** 2, 3.0),
+            (lambda y: torch.exp(-y) + 1e-3 * y, -5.0),
+            (lambda y: -torch.cos(y), 1.5),
+            (lambda y: 1e12 * (y - 1e6) ** 2, 1e6 + 1e-3),
+            (lambda y: y - torch.log(y), 1e-3),
+        ],
+        ids=range(6),
+    )
+    def test_minima_are_minima(self, loss, start):
+        assert not told(lambda: bl.argmin(loss, torch.tensor(start, dtype=F64), hypergrad=None))

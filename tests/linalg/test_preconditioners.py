@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 
 from bilevel.linalg.cg import CG
+from bilevel.linalg.nystrom import Nystrom, NystromPreconditioner
 from bilevel.linalg.operator import Dense
 from bilevel.linalg.preconditioners import AdamPreconditioner, Jacobi
 from bilevel.solution import Result
@@ -68,3 +71,50 @@ def test_bad_settings_name_the_argument():
         Jacobi(num_probes=0)
     with pytest.raises(ValueError, match="eps is -1"):
         AdamPreconditioner(torch.ones(3), eps=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (Nystrom(6, damping=1.0), Nystrom(6, damping=1e-9)),
+        (Nystrom(2, damping=8.0), Nystrom(6, damping=1e-9)),
+        (
+            CG(max_steps=1, preconditioner=NystromPreconditioner(1)),
+            CG(max_steps=1, preconditioner=NystromPreconditioner(6)),
+        ),
+        (CG(max_steps=6, preconditioner=Jacobi()), CG(max_steps=1, preconditioner=NystromPreconditioner(6))),
+    ],
+    ids=range(4),
+)
+def test_settings_of_an_earlier_solve_do_not_override_those_of_this_one(first, second):
+    operator, b = Dense(spd(6)), randn(6)
+    state = first.solve(operator, b).state
+    cold, warm = second.solve(operator, b), second.solve(operator, b, replace(state, x0=None))
+    assert float(cold.stats["relative_residual"]) < 1e-6
+    assert float(warm.stats["relative_residual"]) < 1e-6
+
+
+def test_equal_settings_build_no_second_preconditioner():
+    built = []
+
+    @dataclass(frozen=True)
+    class Counting:
+        rank: int
+
+        def __call__(self, operator):
+            built.append(self.rank)
+            return lambda r: r
+
+    operator, b = Dense(spd(6)), randn(6)
+    state = CG(preconditioner=Counting(1)).solve(operator, b).state
+    CG(preconditioner=Counting(1)).solve(operator, randn(6, seed=7), state)
+    assert built == [1]
+    CG(preconditioner=Counting(2)).solve(operator, randn(6, seed=7), state)
+    assert built == [1, 2]
+
+
+def test_adam_of_other_tensors_is_another_preconditioner():
+    operator, b = Dense(spd(6)), randn(6)
+    first, second = (CG(preconditioner=AdamPreconditioner(torch.full((6,), size).double())) for size in (1.0, 2.0))
+    state = first.solve(operator, b).state
+    assert second.solve(operator, b, state).result is Result.CONVERGED

@@ -243,3 +243,12 @@ def test_methods_are_compared_by_identity_and_hashable():
     first, second = soba(), soba()
     assert first != second
     assert len({first, second}) == 2
+
+
+@pytest.mark.parametrize("name", ["inner_params", "outer_params", "inner_loss", "outer_loss"])
+def test_what_a_method_is_made_of_cannot_be_replaced(name):
+    method = soba()
+    with pytest.raises(AttributeError, match="is taken when the method is made"):
+        setattr(method, name, getattr(method, name))
+    method.inner_lr = 0.01
+    assert method.inner_lr == 0.01
