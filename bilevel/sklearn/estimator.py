@@ -45,7 +45,9 @@ class BilevelSearchCV(BaseSearchCV):
         estimator: `Ridge`, `LogisticRegression`, `KernelRidge`, `SVR`, `ElasticNet`, `Lasso` of scikit-learn,
             `FeatureRidge`, `FeatureLogistic`, `FeatureKernelRidge` of this package, or a `Pipeline` that ends with one
             of them. The steps before are fitted on the training part of each fold; columns by name, strings and missing
-            values are their business. Where they give sparse features, dense copies are made.
+            values are their business. Where they give sparse features, dense copies are made. The folds are fitted to
+            their minimum, whatever the ``tol``, ``max_iter`` and ``solver`` of the estimator are; these are of the fit
+            on all data at the end, which a loose ``tol`` lets stop short.
         param_space: bounds ``(low, high)`` by parameter name, such as ``{"ridge__alpha": (1e-4, 1e4)}``; a parameter
             with a value for each feature has the same bounds for all.
         scoring: as in `GridSearchCV`; it then chooses among the places that the search has seen, which costs one more
