@@ -32,7 +32,7 @@ class LinearState:
     Attributes:
         x0: a first guess ``[*batch, n]``; ignored where zero is the better one, or where shapes differ.
         precondition: built by an earlier solve, and used again instead of building it anew.
-        maker: the settings that built it, or the function; others build their own.
+        maker: the settings that built it, or the function; others build their own. None: it serves all.
         lanczos: the curvature that the solve saw, where it is a Lanczos process.
     """
 
@@ -43,7 +43,7 @@ class LinearState:
 
     def made_by(self, maker: object) -> bool:
         """Whether these settings built the preconditioner."""
-        if self.precondition is None or self.maker is maker:
+        if self.precondition is None or self.maker is None or self.maker is maker:
             return self.precondition is not None
         try:
             return type(self.maker) is type(maker) and bool(self.maker == maker)

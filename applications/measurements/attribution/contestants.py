@@ -60,7 +60,7 @@ class Trained:
 
     def influence(self, linear_solver: Any = None, inverse: Any = None, curvature: Curvature = GAUSS) -> bl.Influence:
         """The penalty is the damping."""
-        solver = linear_solver or bl.CG(rtol=1e-3)
+        solver = linear_solver or (bl.CG(rtol=1e-3) if inverse is None else None)
         return bl.Influence(
             self.outputs, losses, self.params, self.train, damping=self.decay, linear_solver=solver, inverse=inverse,
             curvature=curvature, throw="ignore",
