@@ -241,7 +241,9 @@ class AugmentedLagrangian:
             with torch.no_grad():
                 reached = inner.raveler.unravel(found.value.detach())
                 ahead = augmented(reached, mu=100 * mu)
-                rose = ~(augmented(reached) <= inner.start.f)  # too long steps, which a larger mu makes longer yet
+                # Too long steps, which a larger mu makes longer yet.
+                rounding = torch.finfo(problem.raveler.coarsest).eps ** 0.75 * inner.start.f.abs()
+                rose = augmented(reached) > inner.start.f + rounding
                 fallen = (found.stats["result"] >= int(Result.UNBOUNDED)) | ~torch.isfinite(ahead)
                 lost = rose | fallen
                 params = inner.raveler.unravel(torch.where(lost.unsqueeze(-1), inner.start.y, found.value.detach()))

@@ -63,9 +63,8 @@ UNASKED_ADVICE = (
 
 
 RAISED_ADVICE = (
-    "The steps that were ordered raised the loss, from {begin:.3g} to {end:.3g}: they are too long, and what they "
-    "reach are no minimum. Take a smaller step size, GradientDescent(..., safeguard=True), or LBFGS(), which looks "
-    "for its own"
+    "The steps that were ordered raised the loss, from {begin:.3g} to {end:.3g}: they are too long, and reach "
+    "no minimum. Take a smaller step size, GradientDescent(..., safeguard=True), or LBFGS(), which looks for its own"
 )
 
 ENDLESS_ADVICE = (

@@ -21,7 +21,7 @@ class Cholesky:
     """Factorise the symmetric positive definite ``A``; up to ``max_size`` unknowns for each problem.
 
     A matrix that is not positive definite gives `Result.NEGATIVE_CURVATURE` and a zero solution for that
-    problem. The residual is that of ``A`` itself, so that one that is not symmetric, as was said, has a large one.
+    problem. The residual is that of ``A`` itself: where that is not symmetric, it is large.
     """
 
     max_size: int = 4096

@@ -47,7 +47,7 @@ class LinearState:
             return self.precondition is not None
         try:
             return type(self.maker) is type(maker) and bool(self.maker == maker)
-        except RuntimeError:  # tensors among the settings, that are other objects
+        except (RuntimeError, ValueError):  # tensors or arrays among the settings, that are other objects
             return False
 
     def fits(self, operator: Operator) -> bool:
