@@ -67,9 +67,10 @@ class Penalty:
         """See `Hypergrad`."""
         point.require_objective("Penalty")
         unit, length = normalise(cotangent)
-        ahead, gained = self._gradient(point, unit, length, 1.0)
+        here = _residual(point)
+        ahead, gained = self._gradient(point, here, unit, length, 1.0)
         if self.symmetric:
-            behind, lost = self._gradient(point, unit, length, -1.0)
+            behind, lost = self._gradient(point, here, unit, length, -1.0)
             self._look(point, unit, length, (gained - lost) / 2)
             pairs = zip(ahead, behind, strict=True)
             return Pulled([None if a is None or b is None else (a - b) / 2 for a, b in pairs])
@@ -84,11 +85,16 @@ class Penalty:
         missing = norm(gained * self.strength + unit / 2) * 2
         _tell(point, (length > 0) & (missing > BENT), missing, "The nudge of Penalty is too large", BENT_ADVICE)
 
-    def _gradient(self, point: Point, unit: Tensor, length: Tensor, sign: float) -> tuple[list[Tensor | None], Tensor]:
-        """The gradient where the nudge has moved the params, and the inner gradient that was gained half-way."""
+    def _gradient(
+        self, point: Point, here: Tensor, unit: Tensor, length: Tensor, sign: float
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """The gradient where the nudge has moved the params, and the inner gradient that was gained half-way.
+
+        ``here``: the inner gradient at the point.
+        """
         raveler = point.raveler
         base = raveler.ravel(point.params)
-        found, left = self._nudged(point, base, sign / self.strength * unit - _residual(point))
+        found, left = self._nudged(point, base, sign / self.strength * unit - here)
         rounding = 10 * torch.finfo(base.dtype).eps * norm(base)
         moved = norm(found - base)
         lost = (length > 0) & (moved <= rounding)
@@ -96,7 +102,7 @@ class Penalty:
         inexact = (length > 0) & ~lost & ~(left * self.strength <= INEXACT)
         _tell(point, inexact, left, "The nudged inner solve of Penalty is inexact", INEXACT_ADVICE)
         half = replace(point, params=raveler.unravel((base + found) / 2), _at=None)
-        gained = torch.zeros_like(base) if recording() else _residual(half) - _residual(point)
+        gained = torch.zeros_like(base) if recording() else _residual(half) - here
         gained = gained.masked_fill((lost | inexact).unsqueeze(-1), torch.nan)
         return point.loss_gradient(raveler.unravel(found), weights=length * self.strength), gained
 
