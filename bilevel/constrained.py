@@ -20,10 +20,9 @@ from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
 from .hypergrad.search import Search
 from .hypergrad.statement import SymmetricResidualStatement
-from .inner.decay import with_decay
 from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
-from .inner.proximal import prox_of
+from .inner.proximal import minimises_more
 from .inner.roots import Newton, RootSolver
 from .linalg.direct import LeastNorm
 from .linalg.jacobian import GraphJacobian
@@ -217,8 +216,7 @@ class AugmentedLagrangian:
         """A point near the minimum, and which problems fell without end in a turn."""
         objective, constraints = problem.data
         *params, multipliers = problem.raveler.unravel(problem.y)
-        _, minimised = with_decay(self.inner, objective, params, warn=False)
-        if minimised is not objective or prox_of(self.inner, params) is not None:
+        if minimises_more(self.inner, objective, params):
             raise TypeError(
                 f"inner is {self.inner!r}, with bounds, a prox or a weight decay, which the solution would not have: "
                 "the conditions of Lagrange are those of the objective and the equality constraints alone. Put a "

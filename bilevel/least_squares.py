@@ -19,10 +19,9 @@ from .hypergrad.implicit import Implicit
 from .hypergrad.penalty import Penalty
 from .hypergrad.search import Search
 from .hypergrad.statement import ObjectiveStatement
-from .inner.decay import with_decay
 from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
-from .inner.proximal import prox_of
+from .inner.proximal import minimises_more
 from .inner.trust_region import LevenbergMarquardt, Loss, Rho, Terms
 from .linalg.cg import CG
 from .linalg.direct import Cholesky
@@ -129,7 +128,7 @@ def least_squares(
 
     method = solver or LevenbergMarquardt()
     warn = isinstance(hypergrad, Implicit | Penalty) and torch.is_grad_enabled() and throw != "ignore"
-    if with_decay(method, cost, init, warn)[1] is not cost or prox_of(method, init) is not None:
+    if minimises_more(method, cost, init, warn):
         if curvature != "full":
             raise ValueError(
                 f"curvature is {curvature!r}, and {method!r} minimises more than the sum of squares (bounds, a prox or "

@@ -254,7 +254,7 @@ def advise(
         solver=_named(problem) if solver is None else solver,
         tolerance=tolerance,
         why=why or best.why,
-        entry="argmin" if problem.kind == "composite" else problem.kind,
+        entry=_entry(problem),
         num_params=_count(problem.init),
         num_hparams=_count(x),
         inner_seconds=seconds,
@@ -292,7 +292,7 @@ def _for_random(random: str, problem: Bilevel, x: Tree) -> Advice:
         product_seconds=unknown,
         gradient_seconds=unknown,
         candidates=[],
-        entry="argmin" if problem.kind == "composite" else problem.kind,
+        entry=_entry(problem),
         random=random,
         num_params=_count(problem.init),
         num_hparams=_count(x),
@@ -301,6 +301,11 @@ def _for_random(random: str, problem: Bilevel, x: Tree) -> Advice:
 
 def _count(tree: Tree) -> int:
     return sum(leaf.numel() for leaf in leaves(tree))
+
+
+def _entry(problem: Bilevel) -> str:
+    """The function that solves such a problem: of a composite one, `argmin` by a solver with bounds or a prox."""
+    return "argmin" if problem.kind == "composite" else problem.kind
 
 
 def _named(problem: Bilevel) -> Solver:

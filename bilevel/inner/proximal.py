@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from ..linalg.solve import stop_now
-from ..problem import Evaluation, Problem, Shrink
+from ..problem import Evaluation, Objective, Problem, Shrink
 from ..prox import Prox
 from ..prox.parts import on_leaves
 from ..solution import Result, Solution
 from ..tree import Tree, axpy, dot, norm, scale
+from .decay import with_decay
 from .minimize import InnerSolver, Progress, check_tolerance, choose
 from .nearness import Goal
 from .watch import Callbacks, watch
@@ -128,6 +129,15 @@ def prox_of(solver: InnerSolver, init: Tree) -> Prox | None:
     """The prox of a solver of ``objective + prox.value``, on the flat params; None: its problems are smooth."""
     made: Callable[[Tree], Prox | None] | None = getattr(solver, "prox_for", None)
     return None if made is None else made(init)
+
+
+def minimises_more(solver: InnerSolver, objective: Objective, init: Tree, warn: bool = False) -> bool:
+    """Whether a solver has a weight decay, bounds or a prox, so that its solutions are not those of the objective.
+
+    Args:
+        warn: let a decay be heard that belongs to no objective; see `with_decay`.
+    """
+    return with_decay(solver, objective, init, warn)[1] is not objective or prox_of(solver, init) is not None
 
 
 def look_of(solver: InnerSolver) -> Callable[[Problem, Solution], Solution[Tensor]] | None:
