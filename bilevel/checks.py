@@ -9,6 +9,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
+from .recording import Recorded
 from .solution import Solution
 
 
@@ -39,6 +40,11 @@ def check_root(
 
 def check_function(name: str, value: object, init: object, caller: str) -> None:
     """Refuse a first argument that cannot be called."""
+    if isinstance(value, Recorded):
+        raise TypeError(
+            f"{name} is a captured function, whose results are detached: no gradient would be found. Pass the function "
+            f"itself, and capture the one that calls {caller}."
+        )
     if callable(value):
         return
     swapped = f" Are the two swapped? Write {caller}({name}, init, ...)." if callable(init) else ""

@@ -10,8 +10,11 @@ Gloo on CPUs, NCCL on GPUs; no DDP hooks, which do not see functional gradients.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -19,8 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._torch import FunctionContext
+from .linalg.gauss_newton import GaussNewton, OfModule
+from .linalg.noise import signs
 from .linalg.operator import Operator
-from .tree import Tree, is_continuous, tree_map
+from .ranks import SAME_OPERATOR, tell_ranks
+from .tree import Tree, is_continuous, leaves, tree_map
 
 if dist.is_available() and not dist.is_initialized():
     # Its functions take the group of all ranks for their default when they are imported, and optimizers import them.
@@ -32,8 +38,17 @@ Group: TypeAlias = "dist.ProcessGroup | None"
 
 
 def world_size(group: Group = None) -> int:
-    """Ranks; 1 without a process group."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    """Ranks; 1 without a process group.
+
+    Raises:
+        ValueError: this process is not of the group; as all functions here.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError(f"Rank {dist.get_rank()} is not in this process group: only its own ranks may call this.")
+    return size
 
 
 def rank(group: Group = None) -> int:
@@ -60,23 +75,82 @@ def sharded(objective: Callable[..., Tensor], group: Group = None) -> Callable[.
 
     Every rank calls `argmin` (or an outer loss) with it, with the same params and hyperparameters, at the same time; a
     loss, a gradient and a Hessian product each cost one all-reduce of their size. A mean over all data is a sum of
-    ``loss.sum() / total``. Exact for first and second derivatives (`Implicit` and `Unroll` by reverse mode).
+    ``loss.sum() / total``; a penalty is added in parts, or by one rank alone. Exact for first and second derivatives
+    (`Implicit` and `Unroll` by reverse mode).
 
-    Raises:
-        ValueError: a captured tensor requires grad. Its gradient would be that of this rank's data alone:
-            hyperparameters must be among ``args``.
+    Not for the residuals of `least_squares`, whose squares are what is summed: give `argmin` the sharded cost.
+
+    Raises, at the call:
+        TypeError: ``objective`` returns something other than a tensor.
+        ValueError: a captured tensor requires grad, whose gradient would be that of this rank's data alone:
+            hyperparameters must be among ``args``. The ranks begin with different params or hyperparameters, or (in
+            the backward pass) come with different gradients of the outer loss.
     """
 
     def total(params: Tree, *args: Any) -> Tensor:
-        if world_size(group) == 1:
+        if _alone.get() or world_size(group) == 1:
             return objective(params, *args)
+        tell_ranks(_Group(group))
         here = [tree_map(lambda leaf: _replicate(leaf, group), tree) for tree in (params, *args)]
         loss = objective(*here)
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"The sharded objective returned a {type(loss).__name__}: a tensor is needed, which is summed over the "
+                "ranks. What comes beside a loss (has_aux) is not: compute it from the solution."
+            )
         _refuse_captured(loss)
-        result: Tensor = _Sum.apply(loss, group)
+        result: Tensor = _Sum.apply(_tied(loss, here), group)
         return result
 
+    total.sums_over_ranks = True  # type: ignore[attr-defined]
     return total
+
+
+def _tied(loss: Tensor, trees: list[Tree]) -> Tensor:
+    """The loss itself, with a graph from each leaf to it and to its derivatives of every order.
+
+    A rank whose data do not use a leaf, or use it linearly, would leave out a reduction that the others make, and pair
+    its next one with that. Of sine and tanh every derivative depends on all leaves, and is finite everywhere.
+    """
+    firsts = [
+        (torch.view_as_real(leaf) if leaf.is_complex() else leaf).reshape(-1)[:1].sum().to(loss.device, loss.dtype)
+        for tree in trees
+        for leaf in leaves(tree)
+        if isinstance(leaf, Tensor) and is_continuous(leaf)
+    ]
+    return loss + 0 * torch.stack(firsts).nan_to_num().tanh().sum().sin() if firsts else loss
+
+
+_alone: ContextVar[bool] = ContextVar("alone", default=False)
+"""Whether sharded objectives are those of this rank's own data now."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """See `Ranks`."""
+
+    group: Group
+
+    def check_same(self, tensors: Iterable[Tensor], what: str) -> None:
+        if _agree(self.group, _digest(tensors)):
+            raise ValueError(f"The ranks have different {what}.")
+
+    def first(self, number: int) -> int:
+        found: int = from_first(number, self.group)
+        return found
+
+    def operator(self, factory: Callable[..., Operator], *args: Any) -> Operator:
+        if isinstance(factory, GaussNewton | OfModule):  # made of functions of this rank's data
+            token = _alone.set(True)
+            try:
+                return AllReduce(factory(*args), self.group)
+            finally:
+                _alone.reset(token)
+        operator = factory(*args)
+        if not isinstance(operator, AllReduce):
+            probe = signs((*operator.batch_shape, operator.size), 0, operator.device).to(operator.dtype)
+            self.check_same([operator.matvec(probe)], SAME_OPERATOR)
+        return operator
 
 
 class AllReduce(Operator):
@@ -125,10 +199,14 @@ def reduce_gradients(params: Iterable[Tensor], *numbers: float, group: Group = N
         The sums of the numbers.
 
     Raises:
+        TypeError: params holds what is no tensor.
         ValueError: the ranks have other params, or another count of numbers; on every rank.
         RankError: another rank raised, here or in a block of `together`.
     """
     params = list(params)
+    for param in params:
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params holds a {type(param).__name__}: tensors are needed, such as module.parameters().")
     if world_size(group) == 1:
         return [float(number) for number in numbers]
     with _telling(group):
@@ -138,7 +216,7 @@ def reduce_gradients(params: Iterable[Tensor], *numbers: float, group: Group = N
         dtype = torch.float32
         for param in params:
             dtype = torch.promote_types(dtype, param.dtype.to_real())
-        layout = hash((len(numbers), *((param.numel(), param.dtype.itemsize) for param in params))) >> 2  # fits int64
+        layout = _layout(params, len(numbers))
         own = {place: _flat(param, device, dtype) for place, param in enumerate(params) if param.grad is not None}
     if _agree(group, layout):
         raise ValueError(
@@ -168,6 +246,12 @@ def _reduce_flat(
         if param.is_complex():
             part = torch.view_as_complex(part.view(-1, 2))
         param.grad = part.view(param.shape).to(param.device, param.dtype)
+
+
+def _layout(params: list[Tensor], count: int) -> int:
+    """A number that tells apart lists of params of other shapes or dtypes; the same in every process."""
+    described = repr((count, [(tuple(param.shape), str(param.dtype)) for param in params]))
+    return zlib.crc32(described.encode())
 
 
 def _flat(param: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -252,8 +336,24 @@ def from_first(value: Tree, group: Group = None) -> Tree:
     if world_size(group) == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=group)
+    dist.broadcast_object_list(box, group_src=0, group=group)
     return box[0]
+
+
+def _digest(tensors: Iterable[Tensor]) -> int:
+    """A number that tells apart tensors of other shapes or other bits; the same in every process."""
+    found = 0
+    for tensor in tensors:
+        flat = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+        flat = flat.to_dense().reshape(-1) + 0.0  # both zeros are one
+        bits = flat.contiguous().view(INTEGERS[flat.element_size()]).long()
+        places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+        found = zlib.crc32(repr((found, tuple(tensor.shape), int((bits * places).sum()))).encode())
+    return found
+
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the size of their elements."""
 
 
 def _replicate(leaf: object, group: Group) -> object:

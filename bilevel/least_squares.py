@@ -97,6 +97,12 @@ def least_squares(
     """
     check_throw(throw)
     check_function("residuals", residuals, init, "least_squares")
+    if getattr(residuals, "sums_over_ranks", False):
+        raise ValueError(
+            "residuals is made by bl.distributed.sharded, which adds what the ranks return: residuals of different "
+            "data would be added to each other. Add their squares: argmin(sharded(cost), init, ...), where cost "
+            "returns the residuals of this rank's data .square().sum() / 2."
+        )
     check_start(init)
     check_solver(solver, "minimize", "least_squares")
     check_hypergrad(hypergrad)

@@ -19,6 +19,7 @@ from ._torch import pull, pytree, sequence_number
 from .checks import refuse_mps
 from .closure import Autocast, Tracer, sparing
 from .context import UNCOMPILED
+from .ranks import SAME_START, Ranks, Watch
 from .reach import Reach
 from .recording import free_looks, recording
 from .solution import NonFiniteError
@@ -76,6 +77,7 @@ class Problem:
 
     Attributes:
         draws: the objective drew random numbers, or another thread did meanwhile.
+        ranks: those over which the objective is summed, or None.
 
     Raises:
         TypeError: ``init`` holds something other than real floating-point tensors.
@@ -107,8 +109,10 @@ class Problem:
                 tracer.know(point)
                 tracer.note(args)
             before = _generators(point[0])
-            with self.autocast.evaluating(), tracer or contextlib.nullcontext():
+            with self.autocast.evaluating(), tracer or contextlib.nullcontext(), Watch() as watch:
                 loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
+            self.ranks = watch.ranks
+            _check_ranks(watch.ranks, point, args)
             self.draws = before != _generators(point[0])
             check_loss(loss, init, max_batch_dims)
             if tracer and tracer.differentiable and not tracer.captured:
@@ -204,6 +208,13 @@ class Problem:
         return self.loss(self.raveler.unflatten(point))
 
 
+def _check_ranks(ranks: Ranks | None, point: Sequence[Tensor], args: tuple[Tree, ...]) -> None:
+    """Where a problem is summed over ranks, all have to begin with the same params and hyperparameters."""
+    if ranks is not None and not recording():
+        tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        ranks.check_same([*point, *tensors], SAME_START)
+
+
 def _generators(like: Tensor) -> list[Any]:
     """The states of the global generators of random numbers; none while a recording is made, which cannot look."""
     if recording():
@@ -257,9 +268,11 @@ class RootProblem:
             if tracer:
                 tracer.know(point)
                 tracer.note(args)
-            with self.autocast.evaluating(), tracer or contextlib.nullcontext():
+            with self.autocast.evaluating(), tracer or contextlib.nullcontext(), Watch() as watch:
                 found = residual(self.raveler.unflatten(point), *args)
             check_residual(found, init)
+            self.ranks = watch.ranks
+            _check_ranks(watch.ranks, point, args)
             if tracer and tracer.differentiable and not tracer.captured:
                 refuse_hidden(graph_nodes(leaves(found)), point)
         self.data: Any = None  # what a solver of a special form needs beside the residual

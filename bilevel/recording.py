@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ._torch import pytree
+from ._torch import maybe_current_level, pytree
 from .tree import Tree
 
 MAX_RECORDINGS = 16
@@ -52,6 +52,11 @@ class Recorded:
 
     def run(self, program: Callable[..., Tree], *args: Tree) -> Tree:
         """``program(fn, *args)`` as one recording; the tensors that it returns are detached and the caller's own."""
+        if maybe_current_level() is not None:
+            raise RuntimeError(
+                "A captured function was called under torch.func: its results are detached, so that their derivatives "
+                "would be zero. Capture what takes the derivative, capture(torch.func.grad(fn)), or call fn itself."
+            )
         flat, spec = pytree.tree_flatten(args)
         tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
         # A captured function that another one calls is part of the recording of that one.
@@ -61,8 +66,16 @@ class Recorded:
         for tensor in tensors:
             if tensor.device != device:
                 raise ValueError(f"The arguments are on {device} and {tensor.device}: a recording is of one device.")
-        modes = torch.is_grad_enabled(), _autocast(device), *_kernels()
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), _autocast(device), *_kernels()
         key = (program, spec, modes, *(_signature(leaf) for leaf in flat))
+        try:
+            hash(key)
+        except TypeError as error:
+            kinds = ", ".join(sorted({type(leaf).__name__ for leaf in flat if type(leaf).__hash__ is None}))
+            raise TypeError(
+                f"An argument holds {kinds or 'something'}, which is no constant of a recording, as it cannot be "
+                "hashed: pass a tensor, torch.as_tensor(array), or a number."
+            ) from error
         with self._lock, _on(device):  # a recording has one set of inputs
             known = self._programs.pop(key, None)
             if known is None:
@@ -91,7 +104,8 @@ def capture(fn: Callable[..., Tree], max_recordings: int = MAX_RECORDINGS) -> Re
         fn: from trees of tensors to a tree of tensors; other leaves are constants of the recording, and hashable. A
             `Solution` is a tree of its value, stats and adjoint. What ``fn`` reads beside its arguments is read where
             it was: changed in place, it has its new values; assigned anew (``param.data = ...``, a module in eval
-            mode) it is as it was at the recording. Pass such things as arguments.
+            mode) it is as it was at the recording. Pass such things as arguments, and do not
+            change arguments in place: those of a recording are copies.
         max_recordings: kept at most, each with its memory; the one that was not used for longest goes first.
 
     Returns:
@@ -101,7 +115,8 @@ def capture(fn: Callable[..., Tree], max_recordings: int = MAX_RECORDINGS) -> Re
     Raises:
         RuntimeError: (when called) ``fn`` does what cannot be recorded. An error of its own, which it has without a
             recording too, comes as it is.
-        ValueError: arguments on several devices.
+            Also under a transform of `torch.func`, since derivatives of detached results would be zero.
+        TypeError: an argument is neither a tensor nor hashable. ValueError: arguments on several devices.
     """
     return Recorded(fn, max_recordings)
 

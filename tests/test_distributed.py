@@ -170,6 +170,184 @@ def test_many_ranks_are_one(tmp_path):
     )
 
 
+def test_ranks_may_use_other_leaves(tmp_path):
+    """A weight for each rank, a penalty of one, a rank whose loss is linear or zero: derivatives of both orders."""
+    launch(
+        """
+        from torch.autograd import grad
+
+        target = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+        start = torch.zeros(2, dtype=torch.float64)
+
+        def weighted(w, logs, r):
+            return logs[r].exp() * (w - target[r]).square().sum() + 0.05 * w.square().sum()
+
+        def penalised(w, logs, r):
+            loss = (w - target[r]).square().sum()
+            return loss + logs[0].exp() * w.square().sum() if r == 0 else loss
+
+        def linear(w, logs, r):
+            return (w * target[1]).sum() if r else ((w - logs[0]) ** 2).sum() + logs[1]
+
+        def nothing(w, logs, r):
+            return torch.zeros((), dtype=torch.float64) if r else ((w - logs[1]) ** 2).sum()
+
+        def derivatives(objective, settings):
+            logs = [torch.full((), 0.3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+            fit = bl.argmin(objective, start, logs, **settings)
+            first = grad((fit.value**3).sum(), logs, create_graph=True, materialize_grads=True)
+            second = grad(sum(first) + 0 * sum(logs), logs, materialize_grads=True)
+            return torch.stack([fit.value[0].detach(), *(part.detach() for part in (*first, *second))])
+
+        unrolled = {"solver": bl.GradientDescent(0.1, max_steps=10), "hypergrad": bl.Unroll()}
+        func = {"solver": bl.NewtonCG(), "hypergrad": bl.Implicit(operator="func")}
+        for part in (weighted, penalised, linear, nothing):
+            for settings in ({}, unrolled, func):
+                found = derivatives(sharded(lambda w, logs: part(w, logs, own)), settings)
+                truth = derivatives(lambda w, logs: part(w, logs, 0) + part(w, logs, 1), settings)
+                check(torch.allclose(found, truth, rtol=1e-9, atol=1e-9), part.__name__, settings, found, truth)
+                check(all_reduce(torch.ones(2)).tolist() == [2.0, 2.0], "a reduction was left over")
+
+        logs = [torch.full((), 0.3, dtype=torch.float64) for _ in range(2)]
+        found = torch.func.jacfwd(sharded(lambda w, logs: nothing(w, logs, own)))(start, logs)
+        check(torch.allclose(found, torch.full((2,), -0.6, dtype=torch.float64)), found)
+        """,
+        2,
+        tmp_path,
+    )
+
+
+def test_operators_and_directions_are_those_of_all_data(tmp_path):
+    """Gauss-Newton, written out and of a module; forward gradients, although each rank has another seed."""
+    launch(
+        """
+        features, labels = logistic()
+        module, start = torch.nn.Linear(6, 1, bias=False).double(), torch.zeros(1, 6, dtype=torch.float64)
+
+        def hypergradient(part, wrap, method, solver=None):
+            def outputs(w, x):
+                return torch.func.functional_call(module, {"weight": w}, features[part]).squeeze(-1).exp()
+
+            def misfit(outputs, x):
+                return (outputs - labels[part]).square().sum() / 41
+
+            def penalty(w, x):
+                return len(labels[part]) / 41 * (x.exp() * w.square()).sum()
+
+            x = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+            inner = wrap(lambda w, x: misfit(outputs(w, x), x) + penalty(w, x))
+            fit = bl.argmin(inner, start, x, solver=solver, hypergrad=method(outputs, misfit, penalty))
+            return torch.autograd.grad(fit.value.square().sum(), x)[0]
+
+        torch.manual_seed(own)
+        steps = bl.GradientDescent(0.1, max_steps=5)
+        every = slice(0, 41)
+        for method, solver in (
+            (lambda *parts: bl.Implicit(bl.CG(rtol=1e-13), operator=bl.GaussNewton(*parts)), None),
+            (lambda *parts: bl.Implicit(bl.CG(rtol=1e-13), operator=bl.GaussNewton.of(module)), None),
+            (lambda *parts: bl.ForwardGradient(6, "orthogonal"), steps),
+        ):
+            found = hypergradient(shard(41), sharded, method, solver)
+            truth = hypergradient(every, lambda objective: objective, method, solver)
+            check(torch.allclose(found, truth, rtol=1e-9, atol=1e-12), found, truth)
+        one = hypergradient(shard(41), sharded, lambda *parts: bl.ForwardGradient(1), steps)
+        check(torch.equal(one, from_first(one)))
+
+        def losses(w, x):
+            return (features[shard(41)] @ w[0] - labels[shard(41)]).square()
+
+        def fisher(w, x):
+            return losses(w, x).sum() / 41
+
+        own_data = bl.EmpiricalFisher(losses)
+        x = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+        inner = sharded(lambda w, x: fisher(w, x) + (x.exp() * w.square()).sum() / 2)
+        for operator, word in (
+            (own_data, "products of the operator"),
+            (lambda problem, at: AllReduce(own_data(problem, at)), None),
+        ):
+            fit = bl.argmin(inner, start, x, hypergrad=bl.Implicit(bl.MINRES(max_steps=3), operator=operator))
+            try:
+                torch.autograd.grad(fit.value.sum(), x)
+            except ValueError as error:
+                check(word is not None and word in str(error), error)
+            else:
+                check(word is None, "no error")
+        """,
+        2,
+        tmp_path,
+    )
+
+
+def test_ranks_that_differ_are_told(tmp_path):
+    """Another start, another hyperparameter, an outer loss of one rank's data: an error on each, and they go on."""
+    launch(
+        """
+        features, labels = logistic()
+        part = shard(41)
+
+        def inner(w, x):
+            return (features[part] @ w - labels[part]).square().sum() / 41 + (x.exp() * w.square()).sum() / 3
+
+        zero = torch.zeros(6, dtype=torch.float64)
+
+        def expect(word, call):
+            try:
+                call()
+            except (TypeError, ValueError) as error:
+                check(word in str(error), error)
+            else:
+                check(False, "no error: " + word)
+            check(all_reduce(torch.ones(1)).item() == 3, "a reduction was left over")
+
+        def own_outer(**settings):
+            x = zero.clone().requires_grad_()
+            fit = bl.argmin(sharded(inner), zero, x, **settings)
+            (features[part] @ fit.value - labels[part]).square().sum().backward()
+
+        expect("different params", lambda: bl.argmin(sharded(inner), zero + own, zero))
+        swapped = torch.tensor([1.0, 0, 0, 0, 0, 0] if own else [0, 1.0, 0, 0, 0, 0]).double().requires_grad_()
+        expect("different params", lambda: bl.argmin(sharded(inner), zero, swapped))
+        expect("different params", lambda: bl.root(sharded(lambda y: y - 1), zero + own))
+        for settings in (
+            {},
+            {"hypergrad": bl.Implicit(bl.Cholesky())},
+            {"solver": bl.GradientDescent(0.1, max_steps=4), "hypergrad": bl.Unroll()},
+            {"solver": bl.Steps(bl.Adam(0.1), max_steps=4), "hypergrad": bl.Unroll(checkpoint="tree")},
+        ):
+            expect("different gradients of the outer loss", lambda: own_outer(**settings))
+        expect("returned a tuple", lambda: bl.argmin(sharded(lambda w: (w.sum(), 1)), zero))
+        expect("returned a float", lambda: bl.argmin(sharded(lambda w: 1.0), zero))
+        expect("different params", lambda: bl.argmin(sharded(inner), zero + 1 + own * 1e-15, zero))
+        # Data may differ as args.
+        x = zero.clone().requires_grad_()
+        bl.argmin(sharded(lambda w, x, f: (f @ w - x[:1]).square().sum()), zero, x, features[part])
+
+        def param(*shape, dtype):
+            made = torch.zeros(shape, dtype=dtype, requires_grad=True)
+            made.grad = torch.ones_like(made)
+            return made
+
+        odd = own == 2
+        kinds = [param(2, dtype=torch.complex64 if odd else torch.float64)]
+        expect("with other params", lambda: reduce_gradients(kinds))
+        turned = [param(*((2, 3) if odd else (3, 2)), dtype=torch.float32)]
+        expect("with other params", lambda: reduce_gradients(turned))
+
+        group = dist.new_group([1, 2])
+        if own:
+            check(from_first({"rank": own}, group) == {"rank": 1})
+        """,
+        3,
+        tmp_path,
+    )
+
+
+def test_residuals_of_other_data_are_not_added():
+    with pytest.raises(ValueError, match=r"argmin\(sharded\(cost\), init"):
+        bl.least_squares(sharded(lambda w: w - 1), torch.zeros(2))
+
+
 def gradients(part: slice) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Params of every kind, with their gradients on this part of eight examples, and the loss."""
     random = torch.Generator().manual_seed(0)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -263,3 +264,37 @@ def test_steps_that_are_made_again_are_recorded(recorded, method):
     assert len(recorded) == 1
     with pytest.raises(RuntimeError, match=r"could not be recorded.*draws random numbers"):
         gradient(bl.capture(unrolled(method, noise=True)), params, *data(1))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.vmap])
+def test_under_a_transform_it_is_refused(transform, request):
+    """On a CPU, too, where detached results would have derivatives of zero without a word."""
+    fn = bl.capture(lambda x: (x**2).sum())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"called under torch\.func: its results are detached"):
+            transform(fn)(torch.ones(3, 2))
+        request.getfixturevalue("recorded")
+    inside = bl.capture(lambda x: torch.func.grad(lambda y: (y**2).sum())(x))
+    assert torch.equal(inside(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_a_captured_function_is_no_objective():
+    fn = bl.capture(lambda y: (y**2).sum())
+    for solve in (bl.argmin, bl.root, bl.fixed_point, bl.least_squares):
+        with pytest.raises(TypeError, match="is a captured function, whose results are detached"):
+            solve(fn, torch.ones(3))
+
+
+def test_inference_mode_has_a_recording_of_its_own(recorded):
+    fn, x = bl.capture(lambda x: x * 2), torch.ones(3)
+    for _ in range(2):
+        with torch.inference_mode():
+            fn(x)
+        with torch.no_grad():
+            assert torch.equal(fn(x + 1), torch.full((3,), 4.0))
+    assert len(recorded) == 2
+
+
+def test_a_constant_that_cannot_be_hashed_is_named(recorded):
+    with pytest.raises(TypeError, match="An argument holds ndarray, which is no constant of a recording"):
+        bl.capture(lambda x, y: x)(torch.ones(3), np.ones(3))

@@ -20,6 +20,7 @@ from ..linalg.jacobian import GraphJacobian
 from ..linalg.solve import LinearState
 from ..notices import Place
 from ..problem import Linearization, Problem, RootProblem, graph_nodes, refuse_hidden
+from ..ranks import Ranks
 from ..recording import recording
 from ..solution import AdjointCell, Result, Solution, SolveError, Throw, marked, settle
 from ..tree import norm
@@ -55,6 +56,7 @@ class Findings:
     found: Solution | None = None
     point: Point | None = None
     seen: Seen | None = None
+    ranks: Ranks | None = None
     names: list[str] = field(default_factory=list)
     adjoint_cell: AdjointCell = field(default_factory=AdjointCell)
     fused: str | None = None

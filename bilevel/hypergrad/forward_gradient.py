@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..inner.minimize import InnerSolver
 from ..linalg.noise import normal, signs
-from ..problem import Objective
+from ..problem import Objective, Problem
 from ..recording import recording
 from ..solution import Solution, Throw
 from ..tree import Tree, leaves
@@ -73,10 +73,10 @@ class ForwardGradient:
         if not torch.is_grad_enabled() or count == 0:
             return finish(path.problem, path.walk.steps.minimize(path.problem), throw)
         # Half of the weight of a mean in each of the two places where directions stand.
-        directions = self._directions(count, path.problem.start.y.device) / math.sqrt(self.num_directions)
+        directions = self._directions(count, path.problem) / math.sqrt(self.num_directions)
         return finish(path.problem, carried(path, directions, "ForwardGradient(...)", start), throw)
 
-    def _directions(self, count: int, device: torch.device) -> Tensor:
+    def _directions(self, count: int, problem: Problem) -> Tensor:
         """``[num_directions, count]``, float64."""
         if recording():
             raise NotImplementedError(
@@ -84,7 +84,9 @@ class ForwardGradient:
                 "would have those of the recording. Call the function without capture, or take Unroll()."
             )
         shape = (self.num_directions, count)
-        seed = int(torch.randint(2**62, (), generator=self.generator))
+        device, seed = problem.start.y.device, int(torch.randint(2**62, (), generator=self.generator))
+        if problem.ranks is not None:  # each would follow its own directions, and their sum none
+            seed = problem.ranks.first(seed)
         if self.distribution == "rademacher":
             return signs(shape, seed, device)
         drawn = normal(shape, seed, device)

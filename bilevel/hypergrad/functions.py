@@ -22,6 +22,7 @@ from .._torch import (
 from ..closure import in_transform
 from ..context import uncompiled
 from ..problem import Problem
+from ..ranks import SAME_GRADIENT
 from ..solution import Solution
 from ..tree import filled, is_continuous
 from .base import Pulled
@@ -51,7 +52,7 @@ class _Solution(torch.autograd.Function):
 
         def measure(found: Solution) -> Solution:
             params = [leaf.clone() for leaf in problem.raveler.unravel(found.value.detach())]
-            findings.found, findings.seen = found, None
+            findings.found, findings.seen, findings.ranks = found, None, problem.ranks
             findings.point = point = call.point(params, [tensor.detach() for tensor in hparams])
             at = point.linearization()
             residual = point.raveler.ravel([r.detach() for r in at.residual])
@@ -229,6 +230,8 @@ def _plain_pull(call: Call, params: list[Tensor], hparams: list[Tensor], cotange
     point = call.findings.point
     if point is None or point.params[0].shape != params[0].shape or not _same(point.hparams, hparams):
         point = call.point([leaf.detach() for leaf in params], [tensor.detach() for tensor in hparams])
+    if call.findings.ranks is not None:
+        call.findings.ranks.check_same(cotangents, SAME_GRADIENT)
     pulled = call.check_finite(call.hypergrad.pull(point, point.raveler.ravel([g.detach() for g in cotangents])))
     point.release()
     call.keep(pulled.adjoint, point)

@@ -5,19 +5,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from .._torch import FunctionContext, TorchDispatchMode, after_backward, pytree
+from .._torch import FunctionContext, TorchDispatchMode, after_backward, is_functorch_wrapped_tensor, pytree
 from ..closure import Autocast, Closure, Tracer, in_transform, substituting
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import InnerSolver, Progress
 from ..inner.steps import SGD, LastStep, State, Steps
 from ..linalg.curvature import fused_norm, has_layer_norm
 from ..problem import Objective, Problem, gradient, graph_nodes, refuse_hidden
+from ..ranks import SAME_GRADIENT, Ranks
 from ..reach import Reach
 from ..recording import recording
 from ..solution import Result, Solution, SolveError, Throw, settle
@@ -189,10 +191,17 @@ def finish(problem: Problem, found: Solution, throw: Throw, layer_norm: bool = F
     found = measured_at_solution(problem, found)
     settle(found, throw, "The inner solve", PATH_ADVICE, start=problem.first_residual)
     value = _FirstOrderOnly.apply(found.value) if layer_norm and found.value.requires_grad else found.value
+    if problem.ranks is not None and value.requires_grad:
+        value.register_hook(partial(_check_same_gradient, problem.ranks))
     if throw != "ignore" and value.requires_grad and not recording():
         value = _Guarded.apply(value, problem.hparams, found.without_values())
     tree = problem.raveler.unflatten(problem.raveler.unravel(value))
     return replace(found.with_value(tree), reach=problem.reach)
+
+
+def _check_same_gradient(ranks: Ranks, grad: Tensor) -> None:
+    if not is_functorch_wrapped_tensor(grad):
+        ranks.check_same([grad], SAME_GRADIENT)
 
 
 @dataclass(frozen=True)

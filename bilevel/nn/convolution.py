@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .._torch import FunctionContext
 from . import kernels
 from .batched import BilinearFunction, check_operands, per_channel
-from .kernels import Geometry, Pair
+from .kernels import Geometry, Pair, checked_geometry
 
 
 def conv2d(
@@ -59,6 +59,7 @@ class Conv2d(nn.Conv2d):
         padding: int | Pair = 0,
         bias: bool = True,
     ):
+        stride, padding = checked_geometry(stride, padding)
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,14 +125,3 @@ def check_convolution(name: str, x: Tensor, weight: Tensor, bias: Tensor | None 
     channels = x.shape[-3] if x.dim() >= 4 else None
     shapes = {"x": (x, images), "weight": (weight, (*tasks, None, channels, None, None))}
     check_operands(name, shapes if bias is None else {**shapes, "bias": (bias, (*tasks, filters))})
-
-
-def checked_geometry(stride: int | Pair, padding: int | Pair) -> Geometry:
-    """Stride and padding as pairs."""
-    pairs = []
-    for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
-        pair = (value, value) if isinstance(value, int) else value
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
-            raise ValueError(f"{name} is {value!r}: a whole number of at least {least} is needed, or a pair of them.")
-        pairs.append((pair[0], pair[1]))
-    return pairs[0], pairs[1]

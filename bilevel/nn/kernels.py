@@ -133,19 +133,45 @@ def weight(x: Tensor, g: Tensor, geometry: Geometry, size: Pair) -> Tensor:
     return _backward(_layout(g), _layout(x), like, geometry, 1)
 
 
+def checked_geometry(stride: int | Pair, padding: int | Pair) -> Geometry:
+    """Stride and padding as pairs."""
+    pairs = []
+    for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
+        pair = (value, value) if isinstance(value, int) else value
+        if (
+            not isinstance(pair, tuple | list)
+            or len(pair) != 2
+            or not all(isinstance(v, int) and v >= least for v in pair)
+        ):
+            raise ValueError(f"{name} is {value!r}: a whole number of at least {least} is needed, or a pair of them.")
+        pairs.append((pair[0], pair[1]))
+    return pairs[0], pairs[1]
+
+
 def choose_kernels(
-    x: Tensor, weight: Tensor, geometry: Geometry, repeats: int = 5
+    x: Tensor, weight: Tensor, geometry: tuple[int | Pair, int | Pair], repeats: int = 5
 ) -> dict[MapName, dict[KernelName, float]]:
     """Measure all kernels on such operands; for operands of these shapes the fastest are taken from now on.
 
     On a GPU every map does this by itself the first time, so that it is for CPUs.
 
     Args:
-        x: ``[T, n, c, h, w]``. weight: ``[T, o, c, k, k]``. geometry: stride and padding.
+        x: ``[T, n, c, h, w]``. weight: ``[T, o, c, k, k]``. geometry: stride and padding. repeats: runs of each.
 
     Returns:
         For ``"output"``, and for the gradients of ``"input"`` and ``"weight"``, the seconds of each kernel.
+
+    Raises:
+        ValueError: shapes without T, which have no choice of kernels; a bad geometry; no repeats.
     """
+    geometry = checked_geometry(*geometry)
+    if x.dim() != 5 or weight.dim() != 5:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}: [T, n, c, h, w] and [T, o, c, k, k] are needed. "
+            "Without T there is nothing to choose: PyTorch's own kernels are taken."
+        )
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}: at least one run is needed.")
     y = output(x, weight, geometry)
     image, filters = (x.shape[-2], x.shape[-1]), (weight.shape[-2], weight.shape[-1])
     return {

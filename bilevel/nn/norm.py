@@ -17,8 +17,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from .._torch import FunctionContext, in_dual_level, maybe_current_level
 from ..recording import recording
 from .batched import BatchedFunction, check_operands, per_channel
-from .convolution import check_convolution, checked_geometry
-from .kernels import Pair, apart, empty_images, side_by_side
+from .convolution import check_convolution
+from .kernels import Pair, apart, checked_geometry, empty_images, side_by_side
 
 
 def batch_norm(
@@ -35,7 +35,8 @@ def batch_norm(
     with its input where the weight is positive, falls where it is negative, so the extremes are found before.
 
     Args:
-        x: ``[n, c, h, w]``. weight, bias: ``[c]``; or all with a first dimension T.
+        x: ``[n, c, h, w]``. weight, bias: ``[c]``; or all with a first dimension T. Of bfloat16 and float16, whose sums
+            are too coarse, the result is float32.
         eps: added to the variance. pool: size of the windows of a max-pool, None for none.
         statistics: mean and variance of x, ``[c]`` each, where they are known: see `convolution_statistics`.
 
@@ -90,7 +91,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, pool: int | None, statistics
     if statistics is not None:
         shapes |= {"mean": (statistics[0], channels), "variance": (statistics[1], channels)}
     check_operands("batch_norm", shapes)
-    if pool is not None and not 1 <= pool <= min(x.shape[-2:]):
+    if pool is not None and not (isinstance(pool, int) and 1 <= pool <= min(x.shape[-2:])):
         raise ValueError(f"pool is {pool}: windows of 1 to {min(x.shape[-2:])} pixels fit into x {tuple(x.shape)}.")
 
 

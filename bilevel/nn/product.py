@@ -38,6 +38,8 @@ def _is_differentiated(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_thin(a: Tensor, b: Tensor) -> bool:
+    if torch.is_autocast_enabled("cpu"):
+        return False
     if not a.dim() == b.dim() == 2 or a.device.type != "cpu" or a.dtype != torch.float32 or b.dtype != torch.float32:
         return False
     (rows, inner), columns = a.shape, b.shape[1]

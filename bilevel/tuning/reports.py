@@ -118,12 +118,16 @@ def loss_within(
         records: a generator that makes an outer step each time it is asked, and yields its number, loss and fit. For
             the loss it may yield a function, such as a validation: it is called at those points only, and its time does
             not count.
-        seconds: the budget. points: how often the trial hears of it.
+        seconds: the budget, positive. points: how often the trial hears of it, at least once.
         worst: as in `report`.
 
     Raises:
-        optuna.TrialPruned: as in `report`. ValueError: there was no record.
+        optuna.TrialPruned: as in `report`. ValueError: there was no record; a budget or a number of points of nothing.
     """
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"seconds is {seconds}: a positive number is needed.")
+    if points < 1:
+        raise ValueError(f"points is {points}: the trial has to hear of its loss at least once.")
     told, made, loss, clock = 0, 0, math.nan, _Clock()
     value: Measured = math.nan
     fit: Solution | None = None
@@ -217,6 +221,7 @@ def limit(trial: optuna.Trial, name: str, value: float, at_most: float) -> None:
     Raises:
         ValueError: a limit that is not positive.
     """
+    value, at_most = float(value), float(at_most)
     if not at_most > 0:
         raise ValueError(f"at_most is {at_most}: a positive limit is needed.")
     trial.set_user_attr(name, value)
@@ -232,9 +237,14 @@ def best_trial(study: optuna.Study) -> optuna.trial.FrozenTrial:
     """The best trial that keeps to every limit (Optuna's own ``best_trial`` of a study with one objective).
 
     Raises:
-        ValueError: no trial is complete and within the limits.
+        ValueError: no trial is complete and within the limits; a study with several objectives.
     """
     require("optuna", "tuning")
+    if len(study.directions) > 1:
+        raise ValueError(
+            f"The study {study.study_name!r} has {len(study.directions)} objectives, and no best trial: take one of "
+            "study.best_trials, its Pareto front; `within_limits` says which keep to the limits."
+        )
     from optuna.trial import TrialState
 
     done = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if t.value is not None]

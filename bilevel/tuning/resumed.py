@@ -95,9 +95,16 @@ def suggest_choice(trial: optuna.trial.BaseTrial, name: str, choices: list[str])
         raise
 
 
-def tell_other_ranges(trial: optuna.trial.BaseTrial) -> None:
-    """Warn where a range differs from that of the trials before: Optuna takes it in silence, its samplers mix both."""
+def tell_other_ranges(trial: optuna.trial.BaseTrial, compared: set[str]) -> None:
+    """Warn where a range differs from that of the trials before: Optuna takes it in silence, its samplers mix both.
+
+    Args:
+        compared: the parameters that this run has compared already; those of the trial are added.
+    """
     for name, now in trial.distributions.items():
+        if name in compared:
+            continue
+        compared.add(name)
         before = earlier(trial, name)
         if before is not None and before != now:
             tell(

@@ -170,6 +170,8 @@ def _fits(value: object, hint: Any) -> bool:
         return len(value) == len(every) and all(map(_fits, value, every))
     if origin is collections.abc.Callable:
         return isinstance(value, PRECONDITIONERS) or value in OPERATORS
+    if hint is Any:
+        return True
     if hint is float:
         return isinstance(value, float | int) and not isinstance(value, bool)
     if hint is int:
@@ -188,8 +190,10 @@ def expression(setting: Any) -> str:
     to_json(setting)
     if isinstance(setting, Tensor):
         return repr(setting.item())
-    if isinstance(setting, float) and _odd(setting):
-        return f"float({str(setting)!r})"
+    if isinstance(setting, float):
+        return f"float({str(setting)!r})" if _odd(setting) else repr(float(setting))
+    if isinstance(setting, list):
+        return f"[{', '.join(map(expression, setting))}]"
     if isinstance(setting, tuple):
         return f"({', '.join(map(expression, setting))}{',' if len(setting) == 1 else ''})"
     if isinstance(setting, TorchOptim):

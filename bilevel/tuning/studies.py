@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 import platform
@@ -60,24 +61,27 @@ def create_study(
         worker: number of this process among those that work on the study.
         grace_seconds: see `open_storage`.
         defaults: parameters of the first trial, the settings that are in use today: the best of the study is then never
-            worse than they are. Parameters that are left out are sampled; those that the trial never asks for are
+            worse than they are. A first trial that failed or was interrupted is made again when the study is resumed.
+            Parameters that are left out are sampled; those that the trial never asks for are
             refused by `guard`, and by the ``suggest`` functions where they are nearly a setting of theirs.
 
     Raises:
-        ValueError: an unknown sampler; a study of this name with other directions; a damaged storage.
+        ValueError: an unknown sampler; a study of this name with other directions; a storage that is damaged or cannot
+            be reached.
     """
     require("optuna", "tuning")
     import optuna
 
     directions = [direction] if isinstance(direction, str) else list(direction)
     opened = open_storage(storage, grace_seconds)
-    study = optuna.create_study(
-        study_name=name,
-        storage=opened,
-        directions=directions,  # type: ignore[arg-type]
-        pruner=pruner,
-        load_if_exists=True,
-    )
+    with _reading(storage):
+        study = optuna.create_study(
+            study_name=name,
+            storage=opened,
+            directions=directions,  # type: ignore[arg-type]
+            pruner=pruner,
+            load_if_exists=True,
+        )
     found = [d.name.lower() for d in study.directions]
     if found != [d.lower() for d in directions]:
         raise ValueError(
@@ -86,8 +90,26 @@ def create_study(
     sweep(study, grace_seconds)
     study.sampler = _sampler(sampler, seed + 7919 * worker + len(study.trials))
     if defaults is not None and worker == 0:
-        study.enqueue_trial(dict(defaults), user_attrs={"default": True}, skip_if_exists=True)
+        _put_in_front(study, dict(defaults))
     return study
+
+
+def _put_in_front(study: optuna.Study, params: dict[str, Any]) -> None:
+    """Enqueue these parameters, unless a trial has them: one that an error or an interruption ended does not count.
+
+    One that has ended its process twice does: tried at each resumption, it would end all of them.
+    """
+    require("optuna", "tuning")
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(deepcopy=False):
+        known = {**trial.system_attrs.get(FIXED, {}), **trial.params}
+        retried = RETRIED in trial.user_attrs or "retry_history" in trial.system_attrs
+        if all(name in known and known[name] == value for name, value in params.items()) and (
+            retried or trial.state is not TrialState.FAIL
+        ):
+            return
+    study.enqueue_trial(params, user_attrs={"default": True})
 
 
 def open_storage(storage: str | Path | None, grace_seconds: int = GRACE_SECONDS) -> optuna.storages.BaseStorage | None:
@@ -103,10 +125,11 @@ def open_storage(storage: str | Path | None, grace_seconds: int = GRACE_SECONDS)
     A journal's last line is cut where a crash left half of it: appended to, it would make the journal unreadable.
 
     Raises:
-        ValueError: an address of neither kind.
+        ValueError: an address of neither kind; a storage that is damaged or cannot be reached.
     """
     require("optuna", "tuning")
     import optuna
+    import sqlalchemy
     from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
@@ -114,7 +137,10 @@ def open_storage(storage: str | Path | None, grace_seconds: int = GRACE_SECONDS)
         return None
     address = str(storage)
     if "://" in address:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _reading(storage):
+            url = sqlalchemy.make_url(address)
+            if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
+                Path(url.database).parent.mkdir(parents=True, exist_ok=True)
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
             return RDBStorage(
                 address,
@@ -131,7 +157,51 @@ def open_storage(storage: str | Path | None, grace_seconds: int = GRACE_SECONDS)
     lock = JournalFileOpenLock(address)
     with _held(lock):
         repair_journal(Path(address))
-    return JournalStorage(JournalFileBackend(address, lock_obj=JournalFileOpenLock(address)))
+        _check_journal(Path(address))
+    with _reading(storage):
+        return JournalStorage(JournalFileBackend(address, lock_obj=JournalFileOpenLock(address)))
+
+
+@contextmanager
+def _reading(storage: str | Path | None) -> Iterator[None]:
+    """An error of a database or a journal as one that says which it is, and what to look at."""
+    import sqlalchemy
+
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, KeyError) as error:
+        said = str(getattr(error, "orig", None) or error).strip().splitlines()
+        raise ValueError(
+            f"The storage {_without_password(storage)} is damaged, is none of Optuna, or cannot be reached "
+            f"({type(error).__name__}: {said[0] if said else ''}). See whether the server runs and the address is "
+            "right; a file that is damaged has to be restored, or moved away to begin anew."
+        ) from error
+
+
+def _without_password(storage: str | Path | None) -> str:
+    """An address as it may be shown."""
+    import sqlalchemy
+
+    address = str(storage)
+    try:
+        return sqlalchemy.make_url(address).render_as_string() if "://" in address else address
+    except sqlalchemy.exc.ArgumentError:
+        return repr(address.split("://")[0] + "://...")
+
+
+def _check_journal(path: Path) -> None:
+    """Refuse a journal with a line that is none, naming it: Optuna's own error names neither file nor line."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"Line {number} of the journal {path} is damaged ({error}): all trials after it depend on it. "
+                    "Restore the file, or cut it before that line, or move it away to begin anew."
+                ) from error
 
 
 def repair_journal(path: Path) -> int:
@@ -194,17 +264,17 @@ def guard(objective: Objective) -> Objective:
     complete). Other errors pass, a division by zero too: they are mistakes in the program.
 
     Raises:
+        TypeError: the objective returns what is no number.
         ValueError: the trial was put in front with parameters (``defaults`` of `create_study`) that nothing asks for:
             they are misspelt, or belong to another choice.
     """
     require("optuna", "tuning")
     import optuna
 
-    compared = False
+    compared: set[str] = set()
 
     @functools.wraps(objective)
     def guarded(trial: optuna.Trial) -> float | Sequence[float]:
-        nonlocal compared
         trial.set_user_attr(PROCESS, _this_process())
         try:
             values = objective(trial)
@@ -214,16 +284,25 @@ def guard(objective: Objective) -> Objective:
             trial.set_user_attr("failure", f"{type(error).__name__}: {error}"[:500])
             raise optuna.TrialPruned(str(error)) from error
         refuse_unused(trial)
-        if not compared:
-            compared = True
-            tell_other_ranges(trial)
-        for value in values if isinstance(values, Sequence) else [values]:
+        tell_other_ranges(trial, compared)
+        for value in map(_number, values if isinstance(values, Sequence) else [values]):
             if not math.isfinite(value):
                 trial.set_user_attr("failure", f"the value is {value}")
                 raise optuna.TrialPruned(f"The value is {value}.")
         return values
 
     return guarded
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        missing = " Is its return missing?" if value is None else ""
+        raise TypeError(
+            f"The objective returned {type(value).__name__}: a number is needed, or one for each direction of the "
+            f"study.{missing}"
+        ) from error
 
 
 def _sampler(name: Sampler, seed: int) -> optuna.samplers.BaseSampler:

@@ -170,3 +170,15 @@ def test_autocast_computes_in_low_precision():
 def test_shapes_that_do_not_fit(x, w):
     with pytest.raises(ValueError, match="is needed to go with the others"):
         conv2d(torch.zeros(x), torch.zeros(w))
+
+
+def test_arguments_of_the_choice_of_kernels(nothing_measured):
+    x, w = operands(2, channels=3)
+    seconds = choose_kernels(x, w, (1, 0), repeats=1)
+    assert set(seconds) == {"output", "input", "weight"}
+    with pytest.raises(ValueError, match="Without T there is nothing to choose"):
+        choose_kernels(x[0], w[0], (1, 0))
+    with pytest.raises(ValueError, match="repeats is 0"):
+        choose_kernels(x, w, (1, 0), repeats=0)
+    with pytest.raises(ValueError, match="padding is 'same'"):
+        Conv2d(1, 1, 3, padding="same")

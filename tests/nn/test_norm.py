@@ -104,3 +104,9 @@ def test_statistics_of_a_convolution_without_a_look_at_it(geometry):
     y = conv2d(x, weight, None, *geometry)
     known = batch_norm(y, bias + 1.5, bias, pool=2, statistics=found)
     assert relative_error(known, batch_norm(y, bias + 1.5, bias, pool=2)) < 1e-12
+
+
+@pytest.mark.parametrize("pool", [(2, 2), 2.0, 0])
+def test_pools_that_are_no_windows(pool):
+    with pytest.raises(ValueError, match="pool is"):
+        batch_norm(torch.ones(2, 3, 4, 4), torch.ones(3), torch.ones(3), pool=pool)

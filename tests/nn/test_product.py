@@ -104,3 +104,11 @@ def test_linear_takes_it():
         y = linear(x, w.mT, torch.ones(10))
     assert "_linear_pointwise" in called.names
     assert relative_error(y, x @ w + 1) < 1e-6
+
+
+def test_autocast_is_that_of_torch():
+    a, b = torch.randn(300, 512), torch.randn(512, 10)
+    assert _is_thin(a, b) or not _has_onednn()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert matmul(a, b).dtype is (a @ b).dtype is torch.bfloat16
+        assert linear(a, b.mT.contiguous()).dtype is torch.bfloat16

@@ -212,3 +212,30 @@ def test_what_a_run_that_ended_early_has_reached_stands_for_the_rest_of_its_time
 
     study.optimize(lambda trial: loss_within(trial, [(1, lambda: math.nan, None)], 1e6), n_trials=1)
     assert study.trials[8].state.name == "PRUNED"
+
+
+@pytest.mark.parametrize("settings", [{"seconds": 0}, {"seconds": math.nan}, {"seconds": -1}, {"points": 0}])
+def test_budgets_of_nothing_are_refused(settings):
+    name = next(iter(settings))
+    trial = optuna.trial.FixedTrial({})
+    with pytest.raises(ValueError, match=f"{name} is "):
+        bl.tuning.loss_within(trial, iter([(0, 1.0, None)]), **{"seconds": 1.0, **settings})
+
+
+def test_a_limit_takes_a_tensor(tmp_path):
+    study = bl.tuning.create_study("s", f"sqlite:///{tmp_path / 's.db'}")
+
+    def objective(trial):
+        bl.tuning.limit(trial, "seconds", torch.tensor(2.0), torch.tensor(4.0))
+        return 1.0
+
+    study.optimize(objective, n_trials=1)
+    assert study.trials[0].user_attrs["seconds"] == 2.0
+    assert study.trials[0].constraints["seconds"] == -0.5
+
+
+def test_several_objectives_have_no_best_trial():
+    study = bl.tuning.create_study("s", direction=["minimize", "minimize"])
+    study.optimize(lambda trial: (1.0, 2.0), n_trials=1)
+    with pytest.raises(ValueError, match="has 2 objectives, and no best trial"):
+        bl.tuning.best_trial(study)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,3 +150,16 @@ def test_bad_files(tmp_path, text, message):
 def test_a_setting_without_a_name_is_told(tmp_path):
     with pytest.raises(TypeError, match=r"settings is LBFGS: give names .*save\('best.json'"):
         save(tmp_path / "best.json", bl.LBFGS())
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (0.0, None), (None, 2)])
+def test_bounds_survive_a_file(bounds, tmp_path):
+    for solver in (bl.LBFGS(bounds=bounds), bl.ScipyMinimize(bounds=bounds)):
+        save(tmp_path / "b.json", {"solver": solver})
+        assert load(tmp_path / "b.json") == {"solver": solver}
+        assert eval(expression(solver), {"bl": bl}) == solver
+
+
+def test_expressions_of_numpy_numbers_and_lists_can_be_run():
+    assert expression(bl.CG(rtol=np.float64(1e-3))) == "bl.CG(rtol=0.001)"
+    assert eval(expression([bl.CG(), 1.5]), {"bl": bl}) == [bl.CG(), 1.5]

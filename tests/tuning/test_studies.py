@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import torch
@@ -286,3 +287,78 @@ def test_four_workers_on_postgresql_one_killed(postgres):
     assert sorted(trial.number for trial in trials) == list(range(len(trials)))
     assert sum(trial.state == TrialState.COMPLETE for trial in trials) == len(trials) - 1 >= 18
     assert not [trial for trial in trials if trial.state == TrialState.RUNNING]
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["sqlite", "journal"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_defaults_that_were_interrupted_are_tried_again(tmp_path, kind, error):
+    """Once they are measured, or pruned, they are not."""
+    address = addresses(tmp_path)[kind]
+
+    def broken(trial: optuna.Trial) -> float:
+        trial.suggest_float("x", -10, 10)
+        raise error
+
+    study = create_study("s", address, defaults={"x": 2.0})
+    with pytest.raises(error):
+        study.optimize(guard(broken), n_trials=3)
+    study = create_study("s", address, defaults={"x": 2.0})
+    study.optimize(guard(bowl), n_trials=3)
+    assert study.best_value == 0
+    assert study.best_trial.user_attrs["default"]
+    study = create_study("s", address, defaults={"x": 2.0})
+    study.optimize(guard(bowl), n_trials=2)
+    assert [trial.params["x"] for trial in study.trials].count(2.0) == 2
+
+
+def test_a_sqlite_file_gets_its_folder(tmp_path):
+    create_study("s", f"sqlite:///{tmp_path / 'a' / 'b.db'}").optimize(guard(bowl), n_trials=1)
+    assert (tmp_path / "a" / "b.db").exists()
+
+
+def test_a_damaged_storage_is_named(tmp_path):
+    garbage = tmp_path / "garbage.db"
+    garbage.write_bytes(b"no database at all" * 100)
+    with pytest.raises(ValueError, match=r"garbage\.db is damaged, is none of Optuna, or cannot be reached"):
+        create_study("s", f"sqlite:///{garbage}")
+    with pytest.raises(ValueError, match="cannot be reached") as caught:
+        create_study("s", "postgresql+psycopg2://someone:secret@127.0.0.1:1/none")
+    assert "secret" not in str(caught.value)
+    path = tmp_path / "study.log"
+    create_study("s", path).optimize(guard(bowl), n_trials=2)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], "{damaged\n", *lines[2:]]))
+    with pytest.raises(ValueError, match=r"Line 3 of the journal .*study\.log is damaged"):
+        create_study("s", path)
+
+
+@pytest.mark.parametrize("value", [None, np.ones(2), "1.0x", torch.ones(3)])
+def test_what_is_no_number_is_named(value):
+    with pytest.raises(TypeError, match=f"The objective returned {type(value).__name__}: a number is needed"):
+        create_study("s").optimize(guard(lambda trial: value), n_trials=1)
+
+
+def test_other_ranges_are_told_whenever_they_come(tmp_path):
+    """Also of a parameter that the first trial of the resumed study does not ask for."""
+
+    def objective(high: float):
+        def run(trial: optuna.Trial) -> float:
+            kind = trial.suggest_categorical("kind", ["a", "b"])
+            return trial.suggest_float(kind, 0, high)
+
+        return run
+
+    address = addresses(tmp_path)[1]
+    study = create_study("s", address)
+    for kind in "ab":
+        study.enqueue_trial({"kind": kind})
+    study.optimize(guard(objective(1.0)), n_trials=2)
+    study = create_study("s", address)
+    for kind in "aabb":
+        study.enqueue_trial({"kind": kind})
+    with pytest.warns(UserWarning, match="The study was begun with") as caught:
+        study.optimize(guard(objective(2.0)), n_trials=4)
+    told = [str(warning.message) for warning in caught if "was begun with" in str(warning.message)]
+    assert len(told) == 2
+    assert "'a'" in told[0]
+    assert "'b'" in told[1]
