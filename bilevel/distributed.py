@@ -26,6 +26,7 @@ from .linalg.gauss_newton import GaussNewton, OfModule
 from .linalg.noise import signs
 from .linalg.operator import Operator
 from .ranks import SAME_OPERATOR, tell_ranks
+from .recording import free_looks
 from .tree import Tree, is_continuous, leaves, tree_map
 
 if dist.is_available() and not dist.is_initialized():
@@ -81,25 +82,28 @@ def sharded(objective: Callable[..., Tensor], group: Group = None) -> Callable[.
     Not for the residuals of `least_squares`, whose squares are what is summed: give `argmin` the sharded cost.
 
     Raises, at the call:
-        TypeError: ``objective`` returns something other than a tensor.
+        RankError: ``objective`` raised on another rank.
+        TypeError: it returns something other than a tensor.
         ValueError: a captured tensor requires grad, whose gradient would be that of this rank's data alone:
             hyperparameters must be among ``args``. The ranks begin with different params or hyperparameters, or (in
             the backward pass) come with different gradients of the outer loss.
     """
+
+    known: list[Tensor] = []  # the shape and dtype of a loss
 
     def total(params: Tree, *args: Any) -> Tensor:
         if _alone.get() or world_size(group) == 1:
             return objective(params, *args)
         tell_ranks(_Group(group))
         here = [tree_map(lambda leaf: _replicate(leaf, group), tree) for tree in (params, *args)]
-        loss = objective(*here)
-        if not isinstance(loss, Tensor):
-            raise TypeError(
-                f"The sharded objective returned a {type(loss).__name__}: a tensor is needed, which is summed over the "
-                "ranks. What comes beside a loss (has_aux) is not: compute it from the solution."
-            )
-        _refuse_captured(loss)
-        result: Tensor = _Sum.apply(_tied(loss, here), group)
+        try:
+            loss = objective(*here)
+            _check_own(loss)
+        except Exception as error:
+            _fail(error, known[0] if known else _like_a_loss(here), group)
+            raise
+        known[:] = [torch.empty_like(loss, requires_grad=False)]
+        result: Tensor = _Loss.apply(_tied(loss, here), group)
         return result
 
     total.sums_over_ranks = True  # type: ignore[attr-defined]
@@ -277,7 +281,7 @@ def together(group: Group = None) -> Iterator[None]:
 
     A rank whose process ends is heard by the others in any case; one that catches its error, or has something to do
     before it ends, would leave them waiting in the next all-reduce, for half an hour by default. Costs an all-reduce of
-    three numbers. Of collectives the block has `reduce_gradients` only.
+    three numbers. Of collectives the block has `reduce_gradients` and `sharded` objectives only.
 
     Raises:
         RankError: at the end of the block, or in its `reduce_gradients`.
@@ -362,8 +366,30 @@ def _replicate(leaf: object, group: Group) -> object:
     return leaf
 
 
-def _refuse_captured(loss: Tensor) -> None:
-    """Every path from the loss to a leaf has to pass the replication of an argument."""
+def _fail(error: Exception, like: Tensor, group: Group) -> None:
+    """Go through the reduction in which the other ranks wait, with no number, and a word that this one failed."""
+    error.told_to_ranks = True  # type: ignore[attr-defined]
+    with suppress(Exception):  # the ranks may be gone, and this error is the one to see
+        all_reduce(_with_word(torch.full_like(like, torch.nan), failed=True), group)
+
+
+def _like_a_loss(trees: list[Tree]) -> Tensor:
+    """A scalar where the first leaf is: what most losses are."""
+    first = next(leaf for tree in trees for leaf in leaves(tree) if isinstance(leaf, Tensor))
+    return torch.empty((), dtype=first.dtype, device=first.device)
+
+
+def _with_word(loss: Tensor, failed: bool) -> Tensor:
+    return torch.cat([loss.detach().reshape(-1), loss.new_full((1,), float(failed))])
+
+
+def _check_own(loss: object) -> None:
+    """The loss of a rank's own data is a tensor, and every path from it to a leaf passes that of an argument."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"The sharded objective returned a {type(loss).__name__}: a tensor is needed, which is summed over the "
+            "ranks. What comes beside a loss (has_aux) is not: compute it from the solution."
+        )
     waiting, seen = [loss.grad_fn], set()
     while waiting:
         node = waiting.pop()
@@ -393,6 +419,32 @@ class _Collective(torch.autograd.Function):
     @classmethod
     def jvp(cls, ctx: FunctionContext, tangent: Tensor, _: None) -> Tensor:
         moved: Tensor = cls.apply(tangent, ctx.group)
+        return moved
+
+
+class _Loss(_Collective):
+    """As `_Sum`, of losses: a rank whose objective raised is heard here, where the others would wait for it.
+
+    Where looks at values are not free, they get a NaN in place of an error.
+    """
+
+    @staticmethod
+    def forward(tensor: Tensor, group: Group) -> Tensor:
+        total = all_reduce(_with_word(tensor, failed=False), group)
+        if free_looks(total) and bool(total[-1] > 0):
+            raise RankError(
+                f"The objective raised an error on another rank, so rank {rank(group)} stops as well: that rank's own "
+                "message says why."
+            )
+        return total[:-1].view(tensor.shape)
+
+    @staticmethod
+    def backward(ctx: FunctionContext, grad: Tensor) -> tuple[Tensor, None]:
+        return _Replicate.apply(grad, ctx.group), None
+
+    @classmethod
+    def jvp(cls, ctx: FunctionContext, tangent: Tensor, _: None) -> Tensor:
+        moved: Tensor = _Sum.apply(tangent, ctx.group)
         return moved
 
 

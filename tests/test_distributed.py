@@ -343,6 +343,48 @@ def test_ranks_that_differ_are_told(tmp_path):
     )
 
 
+def test_an_objective_that_raises_leaves_no_rank_waiting(tmp_path):
+    """At the start of a solve and in its midst, of one problem and of five, with `together` around it and without."""
+    launch(
+        """
+        import contextlib, time
+        from bilevel.distributed import RankError, together
+
+        def solve(fails_from, batch=()):
+            calls = 0
+
+            def inner(w, x):
+                nonlocal calls
+                calls += 1
+                if own == 1 and calls > fails_from:
+                    raise ZeroDivisionError("bad data")
+                return ((w - own) ** 4).sum(-1) + x * w.sum(-1)
+
+            x = torch.ones((), dtype=torch.float64)
+            return bl.argmin(sharded(inner), torch.zeros(*batch, 3, dtype=torch.float64), x)
+
+        begun = time.monotonic()
+        for fails_from in (0, 4):
+            for batch in ((), (5,)) if fails_from else ((),):
+                for block in (contextlib.nullcontext, together):
+                    try:
+                        with block():
+                            solve(fails_from, batch)
+                    except ZeroDivisionError:
+                        check(own == 1)
+                    except RankError as error:
+                        check(own != 1 and "error on another rank" in str(error), error)
+                    else:
+                        check(False, "no error")
+                    check(all_reduce(torch.ones(1)).item() == world_size())
+        check(time.monotonic() - begun < 60)
+        solve(10**9)
+        """,
+        2,
+        tmp_path,
+    )
+
+
 def test_residuals_of_other_data_are_not_added():
     with pytest.raises(ValueError, match=r"argmin\(sharded\(cost\), init"):
         bl.least_squares(sharded(lambda w: w - 1), torch.zeros(2))
