@@ -67,8 +67,8 @@ def custom_root(
     def wrap(solver: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(solver)
         def solved(init_params: Tree, *args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():
-                found = solver(init_params, *_detached(args), **_detached(kwargs))
+            with torch.enable_grad():  # for a training loop inside; of detached arguments it leaves no graph
+                found = _detached(solver(init_params, *_detached(args), **_detached(kwargs)))
             params, aux = found if has_aux else (found, None)
             bound = signature.bind(params, *args, **kwargs)
             bound.apply_defaults()

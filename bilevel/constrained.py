@@ -22,10 +22,12 @@ from .hypergrad.search import Search
 from .hypergrad.statement import SymmetricResidualStatement
 from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
+from .inner.nearness import Goal
 from .inner.proximal import minimises_more
 from .inner.roots import Newton, RootSolver
 from .linalg.direct import LeastNorm
 from .linalg.jacobian import GraphJacobian
+from .linalg.noise import signs
 from .linalg.operator import widened
 from .linalg.scaled import SMALL
 from .notices import tell
@@ -33,6 +35,9 @@ from .problem import Problem, RootProblem, check_batch, check_init
 from .recording import recording
 from .solution import Result, Solution, SolveWarning, Throw, check_throw, marked
 from .tree import Tree, norm, scale, tree_map
+
+MOVE = 1e-3
+"""Relative change of the params by which the sizes of constraints are found."""
 
 ADVICE = (
     "The hypergradient holds at a constrained minimum only: start closer to it, look whether any point meets all "
@@ -208,9 +213,31 @@ class AugmentedLagrangian:
         found = self.newton.find(near)
         codes = found.stats["result"]
         worse = (codes <= int(Result.STEPS_DONE)) & (norm(problem.evaluate(found.value)) > norm(problem.r))
-        codes = marked(codes, worse, Result.STAGNATED)
+        codes = marked(codes, worse | self._apart(problem, found.value), Result.STAGNATED)
         doubtful = (codes > int(Result.STEPS_DONE)) | (problem.raveler.size > SMALL)  # a small root is looked at
         return found.with_stats(result=marked(codes, fell & doubtful, Result.UNBOUNDED))
+
+    def _apart(self, problem: RootProblem, y: Tensor) -> Tensor:
+        """Whether constraints are left that no point meets: by what they are beside their changes with the params.
+
+        Newton's step is none there, and large multipliers hide what is left.
+        """
+        constraints = problem.data[1]
+        *params, multipliers = problem.raveler.unravel(y.detach())
+        with torch.no_grad():
+
+            def gap(leaves: list[Tensor]) -> Tensor:
+                return widened(constraints([*leaves, multipliers]))
+
+            left = gap(params)
+            largest = norm(gap(problem.raveler.unravel(problem.y)[:-1]))
+            for seed in (None, 0, 1):
+                moved = [
+                    leaf * (1 + MOVE * (1 if seed is None else signs(leaf.shape, seed, leaf.device).to(leaf.dtype)))
+                    for leaf in params
+                ]
+                largest = torch.maximum(largest, norm(gap(moved) - left) / MOVE)
+        return norm(left) > Goal.of(y.dtype, problem.raveler.coarsest).promised * largest
 
     def _near(self, problem: RootProblem) -> tuple[Tensor, Tensor]:
         """A point near the minimum, and which problems fell without end in a turn."""

@@ -27,7 +27,7 @@ from .linalg.noise import signs
 from .linalg.operator import Operator
 from .ranks import SAME_OPERATOR, tell_ranks
 from .recording import free_looks
-from .tree import Tree, is_continuous, leaves, tree_map
+from .tree import Tree, digest, is_continuous, leaves, tree_map
 
 if dist.is_available() and not dist.is_initialized():
     # Its functions take the group of all ranks for their default when they are imported, and optimizers import them.
@@ -136,7 +136,7 @@ class _Group:
     group: Group
 
     def check_same(self, tensors: Iterable[Tensor], what: str) -> None:
-        if _agree(self.group, _digest(tensors)):
+        if _agree(self.group, digest(tensors)):
             raise ValueError(f"The ranks have different {what}.")
 
     def first(self, number: int) -> int:
@@ -342,22 +342,6 @@ def from_first(value: Tree, group: Group = None) -> Tree:
     box = [value]
     dist.broadcast_object_list(box, group_src=0, group=group)
     return box[0]
-
-
-def _digest(tensors: Iterable[Tensor]) -> int:
-    """A number that tells apart tensors of other shapes or other bits; the same in every process."""
-    found = 0
-    for tensor in tensors:
-        flat = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
-        flat = flat.to_dense().reshape(-1) + 0.0  # both zeros are one
-        bits = flat.contiguous().view(INTEGERS[flat.element_size()]).long()
-        places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
-        found = zlib.crc32(repr((found, tuple(tensor.shape), int((bits * places).sum()))).encode())
-    return found
-
-
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By the size of their elements."""
 
 
 def _replicate(leaf: object, group: Group) -> object:

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._torch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
 from .checks import check_hypergrad, refuse_mps
-from .closure import Closure, Tracer, VmappedClosure, in_transform
+from .closure import Closure, Tracer, VmappedClosure
 from .context import solves
 from .hypergrad.base import PathMethod
 from .hypergrad.differentiate import differentiable_solve
@@ -223,9 +224,18 @@ def _checked(
         t if not sizes or t.dim() > dims else t.expand(*sizes, *t.shape)
         for t, dims in zip(tensors, (2, 1, 2, 1, 2, 1), strict=True)
     ]
-    if not in_transform():
-        _check_values(full)
+    _check_values([_inside(tensor, dims) for tensor, dims in zip(full, (2, 1, 2, 1, 2, 1), strict=True)])
     return tuple(full)
+
+
+def _inside(tensor: Tensor, dims: int) -> Tensor:
+    """The numbers below all transforms of `torch.func`, those that are mapped over in front of ``dims`` others."""
+    tensor = tensor.detach()
+    while is_functorch_wrapped_tensor(tensor):
+        place = maybe_get_bdim(tensor)
+        tensor = get_unwrapped(tensor)
+        tensor = tensor if place < 0 else tensor.movedim(place, 0)
+    return tensor
 
 
 def _check_values(data: list[Tensor]) -> None:
@@ -237,7 +247,7 @@ def _check_values(data: list[Tensor]) -> None:
             )
     Q = data[0].detach().double()
     lowest = torch.linalg.eigvalsh((Q + Q.mT) / 2)[..., 0]
-    if bool((lowest < -1e-6 * (1 + Q.abs().amax((-2, -1)))).any()):
+    if bool((lowest < -1e-6 * Q.abs().amax((-2, -1))).any()):
         raise ValueError(
             f"Q is not positive semi-definite: its smallest eigenvalue is {float(lowest.min()):.3g}, and the program "
             "is not convex. Add a multiple of the identity, or take argmin or root for a stationary point."

@@ -71,7 +71,7 @@ def test_linear_solvers_for_symmetric_matrices_refuse_a_general_root():
 
 
 def test_aux_and_vmap():
-    @bl.custom_root(optimality, has_aux=True)
+    @compat.custom_root(optimality, has_aux=True)
     def solver(init_params, l2reg, data):
         return ridge_solver(init_params, l2reg, data), {"steps": 7}
 
@@ -96,7 +96,7 @@ def test_captured_hyperparameters_get_their_gradient():
 def test_second_derivative():
     """TorchOpt: 0.0227 for 0.1173."""
 
-    @bl.custom_root(lambda w, h: w**3 + h * w - 1)
+    @compat.custom_root(lambda w, h: w**3 + h * w - 1)
     def solver(init, h):
         w = init.clone()
         for _ in range(60):
@@ -270,3 +270,23 @@ def test_a_matvec_of_numpy_serves_where_nothing_is_differentiated():
     matrix = matrix_of("gmres").numpy()
     found = compat.solve_gmres(lambda v: torch.from_numpy(matrix @ v.numpy()), B[:5], tol=1e-12)
     assert relative_error(found, torch.linalg.solve(matrix_of("gmres"), B[:5])) <= 1e-9
+
+
+def test_a_custom_root_may_train_inside():
+    """A loop of `backward` and an optimizer of PyTorch, also where the caller wants no gradient."""
+
+    @compat.custom_root(torch.func.grad(lambda w, target: ((w - target) ** 2).sum()))
+    def solver(init, target):
+        w = init.clone().requires_grad_()
+        optimizer = torch.optim.SGD([w], lr=0.3)
+        for _ in range(100):
+            optimizer.zero_grad()
+            ((w - target) ** 2).sum().backward()
+            optimizer.step()
+        return w
+
+    target = torch.ones(2, requires_grad=True)
+    (grad,) = torch.autograd.grad(solver(torch.zeros(2), target).square().sum(), target)
+    torch.testing.assert_close(grad, torch.full((2,), 2.0))
+    with torch.no_grad():
+        assert not solver(torch.zeros(2), target).requires_grad

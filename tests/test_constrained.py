@@ -238,3 +238,35 @@ def test_inner_steps_that_are_too_long_or_few_do_no_harm(lr, steps):
 def test_solvers_of_other_problems_are_refused(settings, told):
     with pytest.raises(TypeError, match=told):
         bl.constrained(lambda y: y.square().sum(), lambda y: (y.sum() - 1)[None], tensor([0.0, 0.0]), **settings)
+
+
+@pytest.mark.parametrize("apart", [1e-2, 0.1, 1.0, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constraints_that_no_point_meets_are_not_met(apart, dtype):
+    """Large multipliers hid the gap, which Newton's step does not see."""
+
+    def fit(constraints, start, **settings):
+        return bl.constrained(lambda w: (w - 1).square().sum(-1), constraints, start, throw="ignore", **settings)
+
+    start = torch.zeros(3, dtype=dtype)
+    found = fit(lambda w: torch.stack([w[0] - 3, w[0] - 3 - apart]), start)
+    assert not found.result.ok
+    found = fit(lambda w: torch.cat([w - 3, w - 3 - apart]), start)
+    assert not found.result.ok
+    # Of two problems one.
+    ends = torch.tensor([[3.0, 3.0], [3.0, 3.0 + apart]], dtype=dtype)
+    found = fit(lambda w: w[..., :1] - ends, torch.zeros(2, 3, dtype=dtype), batched=True)
+    codes = found.stats["result"]
+    assert codes[1] > int(bl.Result.STEPS_DONE)
+    assert codes[0] <= int(bl.Result.STEPS_DONE)
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_constraints_that_are_met_at_once_are_met(start):
+    """At the start, at the minimum without them, and through zero."""
+    w = torch.full((3,), start, dtype=torch.float64)
+    for constraints in (lambda w: w.sum(-1, keepdim=True) - 3, lambda w: w[:1] - w[1:2], lambda w: w[:1] - 1):
+        found = bl.constrained(lambda w: (w - 1).square().sum(), constraints, w, throw="raise")
+        torch.testing.assert_close(found.value.params, torch.ones(3, dtype=torch.float64))
+    found = bl.constrained(lambda w: w.square().sum(), lambda w: w.sum(-1, keepdim=True), w, throw="raise")
+    assert found.value.params.abs().max() < 1e-8

@@ -299,3 +299,35 @@ def test_an_inverse_is_the_whole_answer():
     with pytest.warns(bl.SolveWarning, match="linear solve of the influences"):
         scores = influence(inverse=torch.eye(2).double()).of(x)
     assert scores.result is bl.Result.STAGNATED
+
+
+def test_a_file_is_of_one_question_alone(logistic, tmp_path):
+    """Examples in another order, a query in the middle, penalty, curvature and solver: each is another question."""
+
+    def of(train=TRAIN, queries=QUERIES, file=None, **settings):
+        return Influence(linear, each, logistic, train, **{"penalty": penalty, **settings}).of(queries, file=file)
+
+    file = tmp_path / "scores.pt"
+    scores = of(file=file)
+    torch.testing.assert_close(of(file=file).values, scores.values)
+    order = torch.randperm(len(TRAIN[1]), generator=torch.Generator().manual_seed(0))
+    middle = [1, 2, 0, *range(3, len(QUERIES[1]) - 1), len(QUERIES[1]) - 1]
+    middle = [0, 2, 1, *middle[3:]]
+    others = {
+        "examples": {"train": tuple(part[order] for part in TRAIN)},
+        "queries": {"queries": tuple(part[middle] for part in QUERIES)},
+        "penalty": {"penalty": lambda params: 10 * penalty(params)},
+        "damping": {"damping": 0.1},
+        "curvature": {"curvature": "full"},
+        "solver": {"linear_solver": bl.CG(max_steps=1)},
+    }
+    for changed in others.values():
+        with pytest.raises(ValueError, match="has the influences of other examples"):
+            of(file=file, **changed)
+    for content in (b"garbage", b""):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match="is no file of influences"):
+            of(file=file)
+    torch.save({"a": 1}, file)
+    with pytest.raises(ValueError, match="is no file of influences"):
+        of(file=file)

@@ -294,3 +294,12 @@ def test_parts_are_matched_by_their_keys():
 def test_a_strength_for_each_coordinate_is_none_for_each_group():
     with pytest.raises(ValueError, match="for 2 groups"):
         bl.prox.GroupLasso(torch.tensor([0, 0, 1, 1]), torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    "prox", [bl.prox.L1(0.1), bl.prox.ElasticNet(0.1, 0.2), bl.prox.NonNegative(), bl.prox.Simplex()]
+)
+def test_what_is_not_a_number_stays_so(prox):
+    found = prox.prox(torch.tensor([math.nan, 1.0, 2.0]), 1.0)
+    assert found[0].isnan()
+    assert not torch.isfinite(bl.prox.Simplex().prox(torch.tensor([math.inf, 0.2, 0.3]), 1.0)).all()

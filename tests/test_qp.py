@@ -390,3 +390,37 @@ def test_one_constraint_as_a_number_is_told(names, matrix):
     torch.testing.assert_close(
         bl.quadratic_program(torch.eye(2), -torch.ones(2), **constraint).value.primal, torch.full((2,), 0.5)
     )
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_concave_programs_are_refused_in_any_units(scale):
+    Q, c = -scale * torch.eye(2, dtype=torch.float64), scale * torch.tensor([0.1, 0.2], dtype=torch.float64)
+    with pytest.raises(ValueError, match="Q is not positive semi-definite"):
+        bl.quadratic_program(Q, c)
+    semidefinite = torch.diag(torch.tensor([scale, 0.0], dtype=torch.float64))
+    box = torch.cat([torch.eye(2), -torch.eye(2)]).double()
+    found = bl.quadratic_program(semidefinite, c, G=box, h=torch.ones(4, dtype=torch.float64), hypergrad=None)
+    torch.testing.assert_close(found.value.primal, torch.tensor([-0.1, -1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", ["concave", "nan", "inf"])
+def test_values_are_checked_below_transforms(bad):
+    """Of the data that are mapped over or differentiated, and of those that are not."""
+    eye, cs = torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
+    Qs = torch.stack([eye, -eye if bad == "concave" else eye], -1)  # the programs count last
+    if bad != "concave":
+        cs = cs.clone()
+        cs[1, 1] = float(bad)
+
+    def primal(Q, c):
+        return bl.quadratic_program(Q, c).value.primal
+
+    message = "Q is not positive" if bad == "concave" else "c contains NaN or infinite"
+    with pytest.raises(ValueError, match=message):
+        torch.vmap(primal, (2, 0))(Qs, cs)
+    with pytest.raises(ValueError, match=message):
+        torch.vmap(primal, (None, 0))(Qs[..., 1], cs)
+    with pytest.raises(ValueError, match=message):
+        torch.func.grad(lambda c: primal(Qs[..., 1], c).sum())(cs[1])
+    with pytest.raises(ValueError, match=message):
+        torch.vmap(torch.func.jacrev(primal, (0, 1)), (2, 0))(Qs, cs)

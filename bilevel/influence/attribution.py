@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from ..linalg.operator import Operator
 from ..linalg.preconditioners import InversePreconditioner, Multiplies
 from ..linalg.solve import LinearSolver
 from ..solution import Result, Solution, Throw, check_throw, marked, settle
-from ..tree import Raveler, Tree, leaves, norm, tree_map
+from ..tree import Raveler, Tree, digest, leaves, norm, tree_map
 from .curvature import Curvature, push
 from .data import Losses, Outputs, count_of, part
 from .scores import InfluenceScores, joined, keep, kept
@@ -100,7 +101,8 @@ class Influence:
             file: kept up to date after each chunk of queries; where it is there already, the queries go on from it.
 
         Raises:
-            SolveError: as ``throw`` says. ValueError: the file has queries that these are not.
+            SolveError: as ``throw`` says.
+            ValueError: the file has influences of other data, params or settings, or none.
         """
         count = count_of(queries)
         mark = [] if file is None else self._mark(queries, losses or self.losses)
@@ -207,16 +209,19 @@ class Influence:
         return push(pull, (count_of(batch),), along)
 
     def _mark(self, queries: Tree, losses: Losses) -> list[Tensor]:
-        """What a kept file has to be of: queries, examples, params and damping, by a few numbers of each."""
+        """What a kept file has to be of: the data to the last bit, and what is done with them by a few numbers."""
         count = count_of(queries)
-        ends = [self._gradients(part(queries, i, i + 1), losses)[0].double().sum() for i in (0, count - 1)]
-        each = torch.stack(
-            [
-                self._slopes(batch, self.y.unsqueeze(0)).double().abs().sum()
-                for batch in self._batches(self.train, self.chunk)
-            ]
-        )
-        return [*ends, each.sum(), torch.tensor([self.damping, count], dtype=torch.float64)]
+        ends = [self._gradients(part(queries, i, i + 1), losses)[0].double() for i in (0, count - 1)]
+        probe = signs((1, *self.y.shape), 0, self.y.device).to(self.y)
+        product = self.operator(1).matvec(probe)[0].double()  # of params, losses, penalty, curvature and damping
+        vectors = [*ends, product, self._objective_gradient().double()]
+        numbers = [v @ torch.arange(len(v), dtype=v.dtype, device=v.device).cos() for v in vectors]
+        solver = self.linear_solver if self.inverse is None else self.inverse
+        settings = [getattr(solver, name, None) for name in ("rtol", "max_steps")]
+        data = [leaf for leaf in (*leaves(self.train), *leaves(queries)) if isinstance(leaf, Tensor)]
+        named = zlib.crc32(repr((type(solver).__name__, settings, self.curvature, count)).encode())
+        exact = torch.tensor([digest(data), named], dtype=torch.float64)
+        return [exact, torch.stack([v.norm() for v in vectors]), torch.stack(numbers)]
 
 
 ERROR_STEPS = 10

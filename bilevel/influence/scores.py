@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +62,20 @@ def kept(file: Path, mark: list[Tensor]) -> list[InfluenceScores]:
     """The scores of a file, or none."""
     if not file.is_file():
         return []
-    kept = torch.load(file, weights_only=True)
-    if not all(torch.allclose(a.cpu(), b.cpu(), rtol=1e-4, atol=0) for a, b in zip(kept["mark"], mark, strict=True)):
-        raise ValueError(f"{file} has the influences of other examples, queries or params: take another file.")
-    return [InfluenceScores(*(kept[name] for name in ("values", "error", "stats")))]
+    try:
+        found = torch.load(file, weights_only=True)
+        before, scores = found["mark"], InfluenceScores(*(found[name] for name in ("values", "error", "stats")))
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{file} is no file of influences, or is damaged: take another one, or delete it.") from error
+    exact, sizes, numbers = (part.cpu() for part in mark)
+    same = len(before) == len(mark) and all(a.shape == b.shape for a, b in zip(before, mark, strict=True))
+    if not same or not (
+        torch.equal(before[0].cpu(), exact)
+        and torch.allclose(before[1].cpu(), sizes, rtol=1e-4, atol=0)
+        and bool(((before[2].cpu() - numbers).abs() <= 1e-4 * sizes).all())
+    ):
+        raise ValueError(
+            f"{file} has the influences of other examples, queries, params, losses, penalty or settings: take another "
+            "file."
+        )
+    return [scores]

@@ -174,7 +174,7 @@ class NonNegative(Prox):
     separable: ClassVar[bool] = True
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
-        return torch.where(y > 0, y, torch.zeros_like(y))
+        return torch.where(y <= 0, torch.zeros_like(y), y)  # of NaN it is NaN
 
     def value(self, y: Tensor) -> Tensor:
         return _indicator((y >= 0).all(-1), y)
@@ -194,7 +194,7 @@ class Simplex(Prox):
             ordered = y.sort(-1, descending=True).values
             count = torch.arange(1, y.shape[-1] + 1, device=y.device)
             kept = (ordered * count > ordered.cumsum(-1) - self.total).sum(-1, keepdim=True).clamp_min(1)
-            support = y >= ordered.gather(-1, kept - 1)
+            support = ~(y < ordered.gather(-1, kept - 1))  # of NaN it is NaN
         inside = torch.where(support, y, torch.zeros_like(y))
         shift = (inside.sum(-1, keepdim=True) - self.total) / support.sum(-1, keepdim=True)
         return torch.where(support, y - shift, torch.zeros_like(y))
@@ -242,7 +242,7 @@ def _bound(value: Setting, like: Tensor) -> Tensor:
 
 def soft_threshold(y: Tensor, threshold: Setting) -> Tensor:
     """``sign(y) max(|y| - threshold, 0)``"""
-    return torch.where(y > threshold, y - threshold, torch.where(y < -threshold, y + threshold, torch.zeros_like(y)))
+    return torch.where(y.abs() <= threshold, torch.zeros_like(y), y - y.sign() * threshold)  # of NaN it is NaN
 
 
 def per_problem(step: Setting, y: Tensor) -> Setting:

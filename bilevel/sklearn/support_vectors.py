@@ -64,7 +64,8 @@ class SVRTwin:
         b, intercept = torch.zeros_like(self.weights), torch.zeros_like(self.weights[:, :1])
         for k, weights in enumerate(self.weights.numpy()):
             inside = np.flatnonzero(weights)
-            model = SVR(kernel="precomputed", C=C, epsilon=epsilon, tol=1e-4, cache_size=500)
+            unit = float(targets[inside].std()) or 1.0  # libsvm's tolerance has the units of y
+            model = SVR(kernel="precomputed", C=C, epsilon=epsilon, tol=5e-5 * unit, cache_size=500)
             model.fit(kernels[k][np.ix_(inside, inside)], targets[inside], sample_weight=weights[inside])
             chosen = torch.from_numpy(inside[model.support_])
             b[k, chosen] = torch.from_numpy(model.dual_coef_[0])

@@ -478,3 +478,18 @@ def test_jobs_and_words(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "3 folds" in lines[0]
     assert sum(line.startswith("[CV]") for line in lines) == two.n_evaluations_
+
+
+def test_support_vectors_do_not_depend_on_the_units_of_y():
+    """Libsvm's tolerance has those units: in small ones folds were left far from their minimum."""
+    random = np.random.default_rng(0)
+    X = random.standard_normal((60, 5))
+    y = X @ random.standard_normal(5) + 0.5 * random.standard_normal(60)
+    found = {}
+    for unit in (1.0, 1e-4, 1e-6, 1e3):
+        svr = SVR(C=unit, epsilon=unit / 10)
+        search = BilevelSearchCV(svr, {"C": (unit / 100, unit * 1000)}, cv=3).fit(X, unit * y)
+        found[unit] = search.best_params_["C"] / unit, -search.best_score_ / unit**2
+    for c, loss in found.values():
+        assert c == pytest.approx(found[1.0][0], rel=1e-2)
+        assert loss == pytest.approx(found[1.0][1], rel=1e-3)
