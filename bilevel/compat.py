@@ -27,7 +27,7 @@ from .linalg.operator import Operator
 from .linalg.solve import LinearSolver, LinearState, normalise, report
 from .problem import RootProblem, check_residual
 from .solution import Result, Solution, Throw, make_codes, marked, settle
-from .tree import Raveler, Tree, leaves, norm, tree_map
+from .tree import Raveler, Tree, is_continuous, leaves, norm, tree_map
 
 Solve = Callable[..., Any]
 Matvec = Callable[[Tree], Tree]
@@ -147,6 +147,7 @@ def solve_normal_cg(
     Args:
         init: a tree like x; needed where A is not square.
     """
+    _check_right_side(b)
     like = tree_map(torch.zeros_like, b if init is None else init)
     try:
         right = _pulled(matvec, like)[1](b)
@@ -221,7 +222,11 @@ def _pulled(matvec: Matvec, x: Tree) -> tuple[Tree, Matvec]:
 
 def _solve(solver: LinearSolver, matvec: Matvec, b: Tree, init: Tree | None, symmetric: bool = False) -> Tree:
     """The solution, as a function of b and of what ``matvec`` captured."""
+    _check_right_side(b)
     start = _detached(tree_map(torch.zeros_like, b) if init is None else init)
+    if [leaf.shape for leaf in leaves(start)] != [leaf.shape for leaf in leaves(b)]:
+        shapes = [[list(leaf.shape) for leaf in leaves(tree)] for tree in (start, b)]
+        raise ValueError(f"init has leaves of shapes {shapes[0]}, and b {shapes[1]}: a tree like b is needed.")
     raveler = Raveler(start)
     product = matvec(start)
     check_residual(product, b, "matvec")
@@ -237,6 +242,13 @@ def _solve(solver: LinearSolver, matvec: Matvec, b: Tree, init: Tree | None, sym
 
     linear = _Linear(solver, symmetric)
     return root(residual, start, b, solver=linear, hypergrad=Implicit(solver), symmetric=symmetric).value
+
+
+def _check_right_side(b: Tree) -> None:
+    for leaf in leaves(b):
+        if not isinstance(leaf, Tensor) or not is_continuous(leaf):
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(f"b holds {kind}: tensors of floating point are needed, b.double() for example.")
 
 
 @dataclass(frozen=True)

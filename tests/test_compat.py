@@ -290,3 +290,12 @@ def test_a_custom_root_may_train_inside():
     torch.testing.assert_close(grad, torch.full((2,), 2.0))
     with torch.no_grad():
         assert not solver(torch.zeros(2), target).requires_grad
+
+
+@pytest.mark.parametrize("solve", [compat.solve_cg, compat.solve_normal_cg, compat.solve_gmres, compat.solve_lu])
+def test_right_sides_and_starts_of_a_wrong_kind_are_named(solve):
+    with pytest.raises(TypeError, match=r"b holds torch\.int64"):
+        solve(lambda v: v, torch.arange(3))
+    if solve in (compat.solve_cg, compat.solve_gmres):
+        with pytest.raises(ValueError, match=r"init has leaves of shapes \[\[2\]\], and b \[\[3\]\]"):
+            solve(lambda v: v, torch.ones(3), init=torch.ones(2))

@@ -331,3 +331,21 @@ def test_a_file_is_of_one_question_alone(logistic, tmp_path):
     torch.save({"a": 1}, file)
     with pytest.raises(ValueError, match="is no file of influences"):
         of(file=file)
+
+
+def test_arguments_of_a_wrong_kind_are_named(logistic):
+    x, labels = TRAIN
+    with pytest.raises(TypeError, match="the examples hold a ndarray"):
+        Influence(linear, each, logistic, (x.numpy(), labels))
+    with pytest.raises(TypeError, match=r"params holds torch\.int64"):
+        Influence(linear, each, {**logistic, "count": torch.ones(2, dtype=torch.int64)}, TRAIN)
+    with pytest.raises(TypeError, match="params holds list_iterator"):
+        Influence(linear, each, iter(["weight"]), TRAIN)
+    with pytest.raises(ValueError, match="penalty returned a tensor of shape"):
+        Influence(linear, each, logistic, TRAIN, penalty=lambda params: torch.ones(3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"chunk is 2\.5"):
+        Influence(linear, each, logistic, TRAIN, chunk=2.5)
+    made = Influence(linear, each, logistic, TRAIN, penalty=penalty)
+    for queries in ((QUERIES[0][:, :-1], QUERIES[1]), (QUERIES[0].float(), QUERIES[1])):
+        with pytest.raises(ValueError, match="outputs and losses take the examples"):
+            made.of(queries)

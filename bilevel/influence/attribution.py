@@ -81,9 +81,16 @@ class Influence:
             raise ValueError(f"curvature is {curvature!r}: it is 'gauss_newton' or 'full'.")
         if damping is not None and not damping >= 0:
             raise ValueError(f"damping is {damping}: it cannot be negative.")
-        if chunk < 1 or query_chunk < 1:
+        if not all(isinstance(size, int) and size >= 1 for size in (chunk, query_chunk)):
             raise ValueError(f"chunk is {chunk} and query_chunk {query_chunk}: one example at least goes at once.")
         self.outputs, self.losses, self.penalty, self.curvature = outputs, losses, penalty, curvature
+        for leaf in leaves(params):
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+                raise TypeError(
+                    f"params holds {kind}: a tree of tensors of floating point is needed, such as "
+                    "dict(module.named_parameters())."
+                )
         self.params = tree_map(torch.Tensor.detach, params)
         self.raveler = Raveler(self.params)
         self.y = self.raveler.ravel(leaves(self.params))
@@ -102,9 +109,11 @@ class Influence:
 
         Raises:
             SolveError: as ``throw`` says.
-            ValueError: the file has influences of other data, params or settings, or none.
+            ValueError: queries that outputs and losses do not take; the file has influences of other data, params or
+                settings, or none.
         """
         count = count_of(queries)
+        self._check_queries(queries, losses or self.losses)
         mark = [] if file is None else self._mark(queries, losses or self.losses)
         done = [] if file is None else kept(Path(file), mark)
         begin = done[0].values.shape[0] if done else 0
@@ -137,11 +146,29 @@ class Influence:
         one = part(self.train, 0, min(2, self.num_examples))
         with torch.no_grad():
             found = self.losses(self.outputs(self.params, one), one)
+            added = None if self.penalty is None else self.penalty(self.params)
+        if added is not None and added.shape != ():
+            raise ValueError(f"penalty returned a tensor of shape {tuple(added.shape)}: a scalar is needed, its sum.")
         if found.shape != (count_of(one),):
             raise ValueError(
                 f"losses returned {tuple(found.shape)} for {count_of(one)} examples: one loss for each is needed "
                 "(reduction='none')."
             )
+
+    def _check_queries(self, queries: Tree, losses: Losses) -> None:
+        one = part(queries, 0, 1)
+        try:
+            with torch.no_grad():
+                losses(self.outputs(self.params, one), one)
+        except (RuntimeError, IndexError, KeyError) as error:
+
+            def described(data: Tree) -> str:
+                return ", ".join(f"{list(leaf.shape[1:])} of {leaf.dtype}" for leaf in leaves(data))
+
+            raise ValueError(
+                f"outputs and losses take the examples ({described(self.train)}), but not the queries "
+                f"({described(queries)}): {error}"
+            ) from error
 
     def _default_damping(self) -> float:
         if self.penalty is not None:

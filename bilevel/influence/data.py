@@ -15,6 +15,9 @@ Losses = Callable[[Tensor, Tree], Tensor]
 
 
 def count_of(data: Tree) -> int:
+    for leaf in leaves(data):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(f"the examples hold a {type(leaf).__name__}: tensors are needed, torch.as_tensor(array).")
     sizes = {leaf.shape[0] if leaf.dim() else -1 for leaf in leaves(data)}
     if len(sizes) != 1 or min(sizes) < 1:
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class SABA(SOBA):
         count = len(self._weights[level])
         if index is None and count == 1:
             return 0
-        if index is None or not 0 <= index < count:
+        if not isinstance(index, Integral) or not 0 <= index < count:
             raise ValueError(
                 f"{level}_index is {index}: SABA needs to know which of its {count} batches {level}_batch is "
                 f"(0 ... {count - 1})."

@@ -96,6 +96,8 @@ def test_saba_wants_indices_in_range():
         method.step()
     with pytest.raises(ValueError, match="inner_index is 2"):
         method.step(inner_index=2)
+    with pytest.raises(ValueError, match=r"inner_index is 0\.9"):
+        method.step(inner_index=0.9)
     method.step(inner_index=1)
 
 
