@@ -81,8 +81,8 @@ def sharded(objective: Callable[..., Tensor], group: Group = None) -> Callable[.
 
     Not for the residuals of `least_squares`, whose squares are what is summed: give `argmin` the sharded cost.
 
-    Raises, at the call:
-        RankError: ``objective`` raised on another rank.
+    Raises:
+        RankError: (as the following, when the sum is called) ``objective`` raised on another rank.
         TypeError: it returns something other than a tensor.
         ValueError: a captured tensor requires grad, whose gradient would be that of this rank's data alone:
             hyperparameters must be among ``args``. The ranks begin with different params or hyperparameters, or (in

@@ -11,8 +11,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .linalg.operator import Operator
-
 
 class Ranks(Protocol):
     """The ranks over which a function is summed. Each method is a collective that all of them call."""
@@ -23,8 +21,8 @@ class Ranks(Protocol):
     def first(self, number: int) -> int:
         """The number that the first rank has."""
 
-    def operator(self, factory: Callable[..., Operator], *args: Any) -> Operator:
-        """``factory(*args)`` of all data; refused with a ValueError where it is that of a rank's own data."""
+    def operator(self, factory: Callable[..., Any], *args: Any) -> Any:
+        """``factory(*args)``, of all data; refused with a ValueError where it is that of a rank's own data."""
 
 
 class Watch:

@@ -19,6 +19,7 @@ LAYERS = [
         "tree",
         "recording",
         "reach",
+        "ranks",
         "solution",
         "checks",
         "context",
