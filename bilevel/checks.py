@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable, Iterable
 from numbers import Real
 
 import torch
@@ -49,6 +50,14 @@ def check_function(name: str, value: object, init: object, caller: str) -> None:
         return
     swapped = f" Are the two swapped? Write {caller}({name}, init, ...)." if callable(init) else ""
     raise TypeError(f"{name} is {_kind(value)}: a function of the params is needed, such as lambda y: ....{swapped}")
+
+
+def check_leaves(name: str, found: Iterable[object], fits: Callable[[Tensor], bool], advice: str) -> None:
+    """Refuse leaves of a tree that are no tensors, or tensors of a dtype that does not fit."""
+    for leaf in found:
+        if not isinstance(leaf, Tensor) or not fits(leaf):
+            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(f"{name} holds {kind}: tensors of floating point are needed, {advice}.")
 
 
 def check_start(init: object) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .argmin import root
+from .checks import check_leaves
 from .closure import in_transform
 from .hypergrad.implicit import Implicit
 from .linalg.adjoint import is_differentiated
@@ -147,7 +148,7 @@ def solve_normal_cg(
     Args:
         init: a tree like x; needed where A is not square.
     """
-    _check_right_side(b)
+    check_leaves("b", leaves(b), is_continuous, "b.double() for example")
     like = tree_map(torch.zeros_like, b if init is None else init)
     try:
         right = _pulled(matvec, like)[1](b)
@@ -222,7 +223,7 @@ def _pulled(matvec: Matvec, x: Tree) -> tuple[Tree, Matvec]:
 
 def _solve(solver: LinearSolver, matvec: Matvec, b: Tree, init: Tree | None, symmetric: bool = False) -> Tree:
     """The solution, as a function of b and of what ``matvec`` captured."""
-    _check_right_side(b)
+    check_leaves("b", leaves(b), is_continuous, "b.double() for example")
     start = _detached(tree_map(torch.zeros_like, b) if init is None else init)
     if [leaf.shape for leaf in leaves(start)] != [leaf.shape for leaf in leaves(b)]:
         shapes = [[list(leaf.shape) for leaf in leaves(tree)] for tree in (start, b)]
@@ -242,13 +243,6 @@ def _solve(solver: LinearSolver, matvec: Matvec, b: Tree, init: Tree | None, sym
 
     linear = _Linear(solver, symmetric)
     return root(residual, start, b, solver=linear, hypergrad=Implicit(solver), symmetric=symmetric).value
-
-
-def _check_right_side(b: Tree) -> None:
-    for leaf in leaves(b):
-        if not isinstance(leaf, Tensor) or not is_continuous(leaf):
-            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise TypeError(f"b holds {kind}: tensors of floating point are needed, b.double() for example.")
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def world_size(group: Group = None) -> int:
     """Ranks; 1 without a process group.
 
     Raises:
-        ValueError: this process is not of the group; as all functions here.
+        ValueError: this process is not of the group; as all functions here but `rank`.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return 1
@@ -89,12 +89,13 @@ def sharded(objective: Callable[..., Tensor], group: Group = None) -> Callable[.
             the backward pass) come with different gradients of the outer loss.
     """
 
+    ranks = _Group(group)
     known: list[Tensor] = []  # the shape and dtype of a loss
 
     def total(params: Tree, *args: Any) -> Tensor:
         if _alone.get() or world_size(group) == 1:
             return objective(params, *args)
-        tell_ranks(_Group(group))
+        tell_ranks(ranks)
         here = [tree_map(lambda leaf: _replicate(leaf, group), tree) for tree in (params, *args)]
         try:
             loss = objective(*here)
@@ -390,7 +391,7 @@ def _check_own(loss: object) -> None:
 
 
 class _Collective(torch.autograd.Function):
-    """What the two share: they work under `torch.func`, forward mode and vmap too."""
+    """What all share: they work under `torch.func`, forward mode and vmap too."""
 
     @staticmethod
     def setup_context(ctx: FunctionContext, inputs: tuple[Tensor, Group], output: Tensor) -> None:
@@ -403,32 +404,6 @@ class _Collective(torch.autograd.Function):
     @classmethod
     def jvp(cls, ctx: FunctionContext, tangent: Tensor, _: None) -> Tensor:
         moved: Tensor = cls.apply(tangent, ctx.group)
-        return moved
-
-
-class _Loss(_Collective):
-    """As `_Sum`, of losses: a rank whose objective raised is heard here, where the others would wait for it.
-
-    Where looks at values are not free, they get a NaN in place of an error.
-    """
-
-    @staticmethod
-    def forward(tensor: Tensor, group: Group) -> Tensor:
-        total = all_reduce(_with_word(tensor, failed=False), group)
-        if free_looks(total) and bool(total[-1] > 0):
-            raise RankError(
-                f"The objective raised an error on another rank, so rank {rank(group)} stops as well: that rank's own "
-                "message says why."
-            )
-        return total[:-1].view(tensor.shape)
-
-    @staticmethod
-    def backward(ctx: FunctionContext, grad: Tensor) -> tuple[Tensor, None]:
-        return _Replicate.apply(grad, ctx.group), None
-
-    @classmethod
-    def jvp(cls, ctx: FunctionContext, tangent: Tensor, _: None) -> Tensor:
-        moved: Tensor = _Sum.apply(tangent, ctx.group)
         return moved
 
 
@@ -457,3 +432,25 @@ class _Sum(_Collective):
     @staticmethod
     def backward(ctx: FunctionContext, grad: Tensor) -> tuple[Tensor, None]:
         return _Replicate.apply(grad, ctx.group), None
+
+
+class _Loss(_Sum):
+    """Of losses: a rank whose objective raised is heard here, where the others would wait for it.
+
+    Where looks at values are not free, they get a NaN in place of an error.
+    """
+
+    @staticmethod
+    def forward(tensor: Tensor, group: Group) -> Tensor:
+        total = all_reduce(_with_word(tensor, failed=False), group)
+        if free_looks(total) and bool(total[-1] > 0):
+            raise RankError(
+                f"The objective raised an error on another rank, so rank {rank(group)} stops as well: that rank's own "
+                "message says why."
+            )
+        return total[:-1].view(tensor.shape)
+
+    @classmethod
+    def jvp(cls, ctx: FunctionContext, tangent: Tensor, _: None) -> Tensor:
+        moved: Tensor = _Sum.apply(tangent, ctx.group)
+        return moved

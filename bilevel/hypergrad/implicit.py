@@ -97,9 +97,8 @@ class Implicit:
                 point.seen.check_loss(problem.start.f)
             if isinstance(problem.objective, Decayed):
                 problem.objective = problem.objective.objective  # its decay is added below
-            if problem.ranks is not None:
-                return _with_decay(point, problem.ranks.operator(self.operator, problem, at))
-            return _with_decay(point, self.operator(problem, at))
+            make = self.operator if problem.ranks is None else partial(problem.ranks.operator, self.operator)
+            return _with_decay(point, make(problem, at))
         if self.operator == "graph" or not point.statement.has_objective:
             return point.statement.operator(raveler, at)
         assert at.loss is not None

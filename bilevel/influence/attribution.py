@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_linear_solver
+from ..checks import check_leaves, check_linear_solver
 from ..linalg.cg import CG
 from ..linalg.noise import signs
 from ..linalg.operator import Operator
@@ -84,13 +84,7 @@ class Influence:
         if not all(isinstance(size, int) and size >= 1 for size in (chunk, query_chunk)):
             raise ValueError(f"chunk is {chunk} and query_chunk {query_chunk}: one example at least goes at once.")
         self.outputs, self.losses, self.penalty, self.curvature = outputs, losses, penalty, curvature
-        for leaf in leaves(params):
-            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-                kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-                raise TypeError(
-                    f"params holds {kind}: a tree of tensors of floating point is needed, such as "
-                    "dict(module.named_parameters())."
-                )
+        check_leaves("params", leaves(params), Tensor.is_floating_point, "such as dict(module.named_parameters())")
         self.params = tree_map(torch.Tensor.detach, params)
         self.raveler = Raveler(self.params)
         self.y = self.raveler.ravel(leaves(self.params))
@@ -245,9 +239,8 @@ class Influence:
         numbers = [v @ torch.arange(len(v), dtype=v.dtype, device=v.device).cos() for v in vectors]
         solver = self.linear_solver if self.inverse is None else self.inverse
         settings = [getattr(solver, name, None) for name in ("rtol", "max_steps")]
-        data = [leaf for leaf in (*leaves(self.train), *leaves(queries)) if isinstance(leaf, Tensor)]
         named = zlib.crc32(repr((type(solver).__name__, settings, self.curvature, count)).encode())
-        exact = torch.tensor([digest(data), named], dtype=torch.float64)
+        exact = torch.tensor([digest([*leaves(self.train), *leaves(queries)]), named], dtype=torch.float64)
         return [exact, torch.stack([v.norm() for v in vectors]), torch.stack(numbers)]
 
 
