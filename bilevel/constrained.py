@@ -22,22 +22,25 @@ from .hypergrad.search import Search
 from .hypergrad.statement import SymmetricResidualStatement
 from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
-from .inner.nearness import Goal
+from .inner.nearness import STILL, Goal
 from .inner.proximal import minimises_more
 from .inner.roots import Newton, RootSolver
 from .linalg.direct import LeastNorm
 from .linalg.jacobian import GraphJacobian
-from .linalg.noise import signs
+from .linalg.noise import normal, signs
 from .linalg.operator import widened
 from .linalg.scaled import SMALL
 from .notices import tell
 from .problem import Problem, RootProblem, check_batch, check_init
 from .recording import recording
 from .solution import Result, Solution, SolveWarning, Throw, check_throw, marked
-from .tree import Tree, norm, scale, tree_map
+from .tree import Raveler, Tree, axpy, leaves, norm, scale, tree_map
 
 MOVE = 1e-3
-"""Relative change of the params by which the sizes of constraints are found."""
+"""Relative change of the params by which the sizes of losses and constraints are found."""
+
+FLAT = 1e-2
+"""Part of a change at a distance that is none beside the start."""
 
 ADVICE = (
     "The hypergradient holds at a constrained minimum only: start closer to it, look whether any point meets all "
@@ -83,7 +86,8 @@ def constrained(
 
     It is the root of ``(grad f + J' nu, c)``, the gradient of the Lagrangian ``f + nu . c``, whose Jacobian is
     symmetric and indefinite: the adjoint is solved by `MINRES`. Both parts of the solution are differentiable; a
-    multiplier is the price of its constraint, minus the slope of the minimum by the value that c is held at.
+    multiplier is the price of its constraint, minus the slope of the minimum by the value that c is held at. Loss and
+    constraints are divided by their slopes around the start first, so that their units do not matter.
 
     Args:
         objective, constraints: a scalar, and a vector ``[m]`` of fewer constraints than params; both differentiable
@@ -95,10 +99,10 @@ def constrained(
         args, throw, warm_start: as in `argmin`.
 
     Returns:
-        A `Solution` whose value is a `ConstrainedSolution`. ``stats["residual_norm"]`` is that of the root. A
-        stationary point that is no minimum along the constraints has `Result.NEGATIVE_CURVATURE`, and
-        ``stats["degenerate"]`` says where neither the multipliers nor the derivative are unique, which warns; both are
-        looked at up to 512 unknowns.
+        A `Solution` whose value is a `ConstrainedSolution`. ``stats["residual_norm"]`` is that of the root, of
+        scaled functions. A stationary point that is no minimum along the constraints has `Result.NEGATIVE_CURVATURE`,
+        and ``stats["degenerate"]`` says where neither the multipliers nor the derivative are unique, which warns; both
+        are looked at up to 512 unknowns.
 
     Raises:
         TypeError, ValueError: bad input. SolveError: as ``throw`` says.
@@ -115,40 +119,63 @@ def constrained(
         raise TypeError(f"hypergrad is {hypergrad!r}: a constrained problem takes Implicit(linear_solver), or None.")
     dims = int(batched)
     batch = check_batch(init, dims)
-    with torch.no_grad():
-        found = constraints(tree_map(torch.Tensor.detach, init), *args)
+    detached = tree_map(torch.Tensor.detach, init)
+    aside = Tracer(differentiable=False)  # which gives evaluations copies of tensors of inference mode
+    with torch.no_grad(), aside:
+        loss, found = objective(detached, *args), constraints(detached, *args)
     if not isinstance(found, Tensor) or found.shape[:-1] != batch or found.dim() != dims + 1:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"constraints returned {shape}: a vector [m], or [T, m] with batched=True, is needed.")
+    if not isinstance(loss, Tensor) or loss.shape != batch or not loss.is_floating_point():
+        kind = f"{tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"objective returned {kind}: a scalar, or [T] with batched=True, is needed, of floating point."
+        )
     start = ConstrainedSolution(init, torch.zeros_like(found))
+    with torch.no_grad(), aside:
+        units = Units.at(
+            lambda params: objective(params, *args), lambda params: constraints(params, *args), detached, len(batch)
+        ).within(loss.dtype, found.dtype)
+
+    def scaled_objective(params: Tree, *args: Any) -> Tensor:
+        *own, units = args
+        loss = objective(params, *own)
+        scaled: Tensor = loss / units.loss.to(loss.dtype)
+        return scaled
+
+    def scaled_constraints(params: Tree, *args: Any) -> Tensor:
+        *own, units = args
+        gap = constraints(params, *own)
+        scaled: Tensor = gap / units.gap.to(gap.dtype)
+        return scaled
 
     def stationarity(point: ConstrainedSolution[Tree], *args: Any) -> ConstrainedSolution[Tree]:
         def lagrangian(params: Tree) -> tuple[Tensor, Tensor]:
-            gap = constraints(params, *args)
-            return objective(params, *args).sum() + (point.multipliers * gap).sum(), gap
+            gap = scaled_constraints(params, *args)
+            return scaled_objective(params, *args).sum() + (point.multipliers * gap).sum(), gap
 
         slope, gap = torch.func.grad(lagrangian, has_aux=True)(point.params)
         return ConstrainedSolution(slope, gap)
 
     def build(tracer: Tracer) -> RootProblem:
-        problem = RootProblem(stationarity, start, args, batch_dims=dims, tracer=tracer)
+        problem = RootProblem(stationarity, start, (*args, units), batch_dims=dims, tracer=tracer)
         problem.data = (
-            lambda point: problem.under_rules(objective, problem.raveler.unflatten(point).params),
-            lambda point: problem.under_rules(constraints, problem.raveler.unflatten(point).params),
+            lambda point: problem.under_rules(scaled_objective, problem.raveler.unflatten(point).params),
+            lambda point: problem.under_rules(scaled_constraints, problem.raveler.unflatten(point).params),
         )
         return problem
 
     method = solver or AugmentedLagrangian()
     tells = throw != "ignore" and hypergrad is not None
-    return differentiable_solve(
+    solution = differentiable_solve(
         lambda closure: LagrangianStatement(
             closure,
-            replace(closure, fn=lambda point, *args: objective(point.params, *args)),
-            replace(closure, fn=lambda point, *args: constraints(point.params, *args)),
+            replace(closure, fn=lambda point, *args: scaled_objective(point.params, *args)),
+            replace(closure, fn=lambda point, *args: scaled_constraints(point.params, *args)),
         ),
         stationarity,
         start,
-        args,
+        (*args, units),
         build=build,
         batch_dims_of=lambda _, __: dims,
         search=Search(
@@ -157,6 +184,82 @@ def constrained(
         hypergrad=hypergrad,
         warm_start=warm_start,
     )
+    price = units.loss.unsqueeze(-1) / units.gap
+    found = solution.value
+    return solution.with_value(ConstrainedSolution(found.params, found.multipliers * price.to(found.multipliers.dtype)))
+
+
+class Units(NamedTuple):
+    """What the loss and each constraint change by, about, over a unit of the params: ``[*batch]``, ``[*batch, m]``.
+
+    Divided by them, gradients of both have the size of one, multipliers that of the params. They are powers of two, by
+    which no digit changes.
+    """
+
+    loss: Tensor
+    gap: Tensor
+
+    @classmethod
+    def at(
+        cls, objective: Callable[[Tree], Tensor], constraints: Callable[[Tree], Tensor], init: Tree, batch_dims: int
+    ) -> Units:
+        """Found by differences beside the start, where gradients may vanish; none of it is differentiated.
+
+        The size of the params is that of the start, or the way from there to where the constraints hold, or to the
+        minimum of the loss without them.
+        """
+        raveler = Raveler(init, leaves(init)[0].shape[:batch_dims])
+        y = raveler.ravel(leaves(init))
+
+        def gap(y: Tensor) -> Tensor:
+            return widened(constraints(raveler.unflatten(raveler.unravel(y)))).double()
+
+        def slope(y: Tensor) -> Tensor:
+            grads = torch.func.grad(lambda params: objective(params).sum())(raveler.unflatten(raveler.unravel(y)))
+            return raveler.ravel(leaves(grads))
+
+        def steepness(reach: Tensor) -> Tensor:
+            changes = [(gap(axpy(reach, wave, y)) - here).abs().nan_to_num(0, 0, 0) for wave in waves]
+            steep: Tensor = torch.stack(changes).amax(0) / reach.unsqueeze(-1)
+            return steep
+
+        def curvature(reach: Tensor) -> Tensor:
+            curved: Tensor = norm(slope(axpy(reach, waves[0], y)) - ground) / (reach * root)
+            return curved
+
+        def first(*sizes: Tensor) -> Tensor:
+            """The first that is a size."""
+            found = torch.ones_like(sizes[0])
+            for size in reversed(sizes):
+                found = torch.where((size > 0) & torch.isfinite(size), size, found)
+            return found
+
+        def unless_flat(near: Tensor, far: Tensor) -> Tensor:
+            return torch.where((near > FLAT * far) | ~torch.isfinite(far), near, far)
+
+        root = raveler.size**0.5
+        waves = [normal(y.shape, seed, y.device).to(y.dtype) for seed in range(3)]
+        here, ground = gap(y), slope(y)
+        size = norm(y) / root
+        length = first(size)
+        for last in (False, True):
+            steep = unless_flat(steepness(MOVE * length), steepness(length))
+            steep = first(steep, steep.amax(-1, keepdim=True).expand_as(steep))
+            away = here.abs() / steep
+            nearest = torch.where(away > 0, away, away.amax(-1, keepdim=True)).amin(-1)
+            # What is flat seems far away, until it is seen from a distance: half of the way by orders of magnitude.
+            away = away.amax(-1) / root if last else (length * nearest / root).sqrt()
+            curved = curvature(MOVE * length)
+            length = first(torch.maximum(size, away), size, norm(ground) / root / curved)
+        near = torch.maximum(curved.nan_to_num(0, 0, 0), norm(ground) / root / length)
+        loss = first(unless_flat(near, curvature(length)))
+        return cls(*(unit.log2().round().exp2().detach() for unit in (loss, steep)))
+
+    def within(self, loss: torch.dtype, gap: torch.dtype) -> Units:
+        """The same in these dtypes, as near as they go."""
+        limits = (torch.finfo(dtype) for dtype in (loss, gap))
+        found = [unit.clamp(info.smallest_normal, info.max / 2) for unit, info in zip(self, limits, strict=True)]
+        return Units(found[0].to(loss), found[1].to(gap))
 
 
 @dataclass(frozen=True)
@@ -183,8 +286,8 @@ class AugmentedLagrangian:
     Minimised is ``f + <nu, c> + mu ||c||^2 / 2``, and ``nu <- nu + mu c`` follows.
 
     Args:
-        inner: what minimises. rounds: turns at most. strength: mu of the first one; tenfold where a turn does not take
-            three quarters off ``||c||``.
+        inner: what minimises. rounds: turns at most. strength: mu of the first one, for functions of slopes of one;
+            tenfold where a turn does not take three quarters off ``||c||``.
         newton: makes the end accurate.
     """
 
@@ -251,7 +354,8 @@ class AugmentedLagrangian:
             )
         mu = torch.full(problem.y.shape[:-1], self.strength, dtype=torch.float64, device=problem.y.device)
         fell = torch.zeros_like(mu, dtype=torch.bool)
-        enough = max(1e-4, torch.finfo(problem.raveler.coarsest).eps)
+        rounding = torch.finfo(problem.raveler.coarsest).eps
+        enough = max(1e-4, rounding)
         gap = first = None
         for _ in range(self.rounds):
 
@@ -267,8 +371,7 @@ class AugmentedLagrangian:
                 reached = inner.raveler.unravel(found.value.detach())
                 ahead = augmented(reached, mu=100 * mu)
                 # Too long steps, which a larger mu makes longer yet.
-                rounding = torch.finfo(problem.raveler.coarsest).eps ** 0.75 * inner.start.f.abs()
-                rose = augmented(reached) > inner.start.f + rounding
+                rose = augmented(reached) > inner.start.f + rounding**0.75 * inner.start.f.abs()
                 fallen = (found.stats["result"] >= int(Result.UNBOUNDED)) | ~torch.isfinite(ahead)
                 lost = rose | fallen
                 params = inner.raveler.unravel(torch.where(lost.unsqueeze(-1), inner.start.y, found.value.detach()))
@@ -281,9 +384,11 @@ class AugmentedLagrangian:
             multipliers = multipliers + scale(torch.where(lost, 0.0, mu), c)
             size = norm(c)
             first = size if first is None else torch.maximum(first, size)
-            if bool((~lost & (size <= enough * first)).all()):
+            # Params that stay where they are: a larger mu would multiply what rounding leaves of the constraints.
+            still = (norm(found.value - inner.start.y) <= rounding * norm(found.value)) & (size <= STILL * first)
+            if bool((~lost & (still | (size <= enough * first))).all()):
                 break
-            slow = lost if gap is None else lost | (size > 0.25 * gap)
+            slow = lost if gap is None else lost | (~still & (size > 0.25 * gap))
             mu, gap = torch.where(slow & ~rose, 10 * mu, mu), size
         return problem.raveler.ravel([*params, multipliers]), fell
 

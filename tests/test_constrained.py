@@ -133,7 +133,7 @@ def test_an_objective_without_a_minimum_along_the_constraints_is_told(objective,
     fit = bl.constrained(lambda y: signs * y.square().sum(-1), line, start, batched=True, throw="ignore")
     assert fit.stats["result"][0] == int(Result.CONVERGED)
     assert fit.stats["result"][1] >= int(Result.NEGATIVE_CURVATURE)
-    torch.testing.assert_close(fit.value.params[0], torch.full((2,), 0.5, dtype=dtype))
+    torch.testing.assert_close(fit.value.params[0], torch.full((2,), 0.5, dtype=dtype), rtol=3e-5, atol=3e-5)
     many = torch.linspace(-1, 1, SMALL, dtype=dtype)
     with pytest.raises(bl.SolveError, match="seems to fall without end where the constraints hold"):
         bl.constrained(lambda y: -y.square().sum(), line, many, throw="raise")
@@ -270,3 +270,76 @@ def test_constraints_that_are_met_at_once_are_met(start):
         torch.testing.assert_close(found.value.params, torch.ones(3, dtype=torch.float64))
     found = bl.constrained(lambda w: w.square().sum(), lambda w: w.sum(-1, keepdim=True), w, throw="raise")
     assert found.value.params.abs().max() < 1e-8
+
+
+UNITS = [(1e5, 1, 1), (1e8, 1, 1), (1e-6, 1, 1), (1, 1e5, 1), (1, 1e-5, 1), (1, 1, 1e4), (1, 1, 1e-4), (1e6, 1e-4, 1e3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("start", [[0.9, 0.4], [0.1, -2.0], [0.0, 0.0]])
+def test_units_of_loss_constraints_and_params_do_not_matter(start, dtype):
+    """The ellipse again, each problem of a batch in units of its own; and one problem alone."""
+    loss, gap, unit = (torch.tensor(column, dtype=dtype).unsqueeze(-1) for column in zip(*UNITS, strict=True))
+    axes, direction = torch.tensor([2.0, 0.5], dtype=dtype).requires_grad_(), torch.tensor([1.0, 3.0], dtype=dtype)
+
+    def posed(loss, gap, unit):
+        return (
+            lambda y: (loss * direction * (y / unit)).sum(-1),
+            lambda y: gap * ((y / unit / axes).square().sum(-1, keepdim=True) - 1),
+            unit * torch.tensor(start, dtype=dtype),
+        )
+
+    size = (axes * direction).square().sum().sqrt()
+    truth = -(axes**2) * direction / size
+    near = {"rtol": 1e-7, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+    many = bl.constrained(*posed(loss, gap, unit), batched=True, throw="raise")
+    alone = [
+        bl.constrained(*posed(*row), throw="raise")
+        for row in zip(loss.unbind(), gap.unbind(), unit.unbind(), strict=True)
+    ]
+    params = torch.stack([fit.value.params for fit in alone])
+    multipliers = torch.stack([fit.value.multipliers for fit in alone])
+    want = torch.autograd.grad(truth @ truth.new_tensor([1.0, -2.0]), axes, retain_graph=True)[0]
+    for found, prices in ((many.value.params, many.value.multipliers), (params, multipliers)):
+        torch.testing.assert_close(found / unit, truth.expand_as(found), **near)
+        torch.testing.assert_close(prices * gap / loss, (size / 2).expand_as(prices), **near)
+        for row in found / unit:
+            slope = torch.autograd.grad(row @ row.new_tensor([1.0, -2.0]), axes, retain_graph=True)[0]
+            torch.testing.assert_close(slope, want, rtol=near["rtol"], atol=10 * near["atol"])
+
+
+def test_units_that_the_start_does_not_show():
+    """At zero, a constraint and a loss without a slope there."""
+    targets = tensor([1.0, 2.0, 0.5])
+
+    def solved(loss, gap):
+        return bl.constrained(
+            lambda y: loss * (y.pow(4).sum() + (y - targets).pow(2).sum()),
+            lambda y: gap * torch.stack([y.sum() - 1, y[0] * y[1] - 0.1]),
+            torch.zeros(3, dtype=torch.float64),
+            throw="raise",
+        ).value
+
+    plain = solved(1.0, 1.0)
+    for loss, gap in ((1e6, 1.0), (1.0, 1e6), (1e-6, 1e3)):
+        found = solved(loss, gap)
+        torch.testing.assert_close(found.params, plain.params, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(found.multipliers * gap / loss, plain.multipliers, rtol=1e-6, atol=1e-9)
+
+
+def test_an_objective_that_is_no_scalar_is_refused():
+    point = torch.zeros(3, 2, dtype=torch.float64)
+    line = lambda y: y.sum(-1, keepdim=True) - 1  # noqa: E731
+    with pytest.raises(ValueError, match="objective returned"):
+        bl.constrained(lambda y: y.square(), line, point[0])
+    with pytest.raises(ValueError, match="objective returned"):
+        bl.constrained(lambda y: y.square().sum(), line, point, batched=True)
+    with pytest.raises(ValueError, match="objective returned"):
+        bl.constrained(lambda y: y.square().sum(-1, keepdim=True), line, point, batched=True)
+
+
+def test_tensors_of_inference_mode():
+    with torch.inference_mode():
+        weights = randn(3).abs() + 1
+    fit = bl.constrained(lambda y: weights @ y.square(), lambda y: (weights @ y - 1).unsqueeze(0), 0 * randn(3))
+    torch.testing.assert_close(fit.value.params, (torch.ones(3, dtype=torch.float64) / weights.sum()))
