@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..argmin import argmin
+from ..argmin import argmin, root
 from ..hypergrad.base import Hypergrad, PathMethod
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import InnerSolver
 from ..inner.newton_cg import NewtonCG
 from ..problems import BilevelTestProblem, Quadratics, Ridge, WeightedRidge
-from .data import relative_error
+from ..solution import SolveError
+from .data import nonsymmetric, randn, relative_error
 from .suite import Suite
 
 
 class HypergradTests(Suite[Hypergrad | PathMethod]):
-    """Tests of a method on `argmin`, against closed forms.
+    """Tests of a method on `argmin`, against closed forms; and on `root`, unless it refuses that.
 
     ``tolerance``: the relative error that it states, bias included.
     ``solver``: the inner solver; one that goes to the minimum, as fits the method, by default.
@@ -38,6 +39,20 @@ class HypergradTests(Suite[Hypergrad | PathMethod]):
         grad = self.gradient(problem)
         assert grad.dtype is torch.float32
         assert relative_error(grad, problem.hypergradient(problem.hparams)) <= max(self.tolerance, 1e-2)
+
+    def test_equations_whose_jacobian_is_not_symmetric(self) -> None:
+        """The adjoint is that of the transpose; a method that says it is not for these passes as well."""
+        matrix, b = nonsymmetric(6), randn(6).requires_grad_()
+        method, weights = self.make(), randn(6, seed=3)
+        if isinstance(method, PathMethod):
+            return
+        try:
+            fit = root(lambda y: matrix @ y + 0.1 * y**3 - b, torch.zeros_like(b), hypergrad=method, throw="raise")
+            (grad,) = torch.autograd.grad(fit.value @ weights, b)
+        except (TypeError, ValueError, SolveError):
+            return
+        jacobian = matrix + torch.diag(0.3 * fit.value.detach() ** 2)
+        assert relative_error(grad, torch.linalg.solve(jacobian.mT, weights)) <= self.tolerance
 
     def gradient(self, problem: BilevelTestProblem) -> Tensor:
         """The hypergradient by this method."""

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..inner.steps import Rule
 from ..prox import Prox
 from .data import randn
 from .suite import Suite
+
+
+def right_derivative(function: Callable[..., Tensor], *inputs: Tensor) -> bool:
+    """Whether differences agree."""
+    free = [part.detach().clone().requires_grad_() for part in inputs]
+    return torch.autograd.gradcheck(function, free, raise_exception=False)
+
+
+def check_settings(part: Any, apply: Callable[[Any], Tensor]) -> None:
+    """Hold ``apply(part)`` to its derivative towards each setting of ``part`` that may be a tensor.
+
+    Those are the fields of a dataclass whose annotation names `Tensor`, where they are a positive number, and not one
+    that only rounding needs (an epsilon).
+    """
+    hints = typing.get_type_hints(type(part))
+    for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
+        name, value = field.name, getattr(part, field.name)
+        if Tensor not in typing.get_args(hints[name]) or not float(torch.as_tensor(value).min()) > 1e-6:
+            continue
+
+        def formula(setting: Tensor, name: str = name) -> Tensor:
+            found: Tensor = apply(dataclasses.replace(part, **{name: setting}))
+            return found + 0 * setting.sum()
+
+        setting = torch.as_tensor(value).detach().double()
+        assert right_derivative(formula, setting), f"the derivative towards {name} is not that of the formula"
 
 
 class RuleTests(Suite[Rule]):
@@ -36,6 +68,23 @@ class RuleTests(Suite[Rule]):
         _, state = rule.step(y, g, rule.init(y), 0)
         free = [part.clone().requires_grad_() for part in (y, g)]
         assert torch.autograd.gradcheck(lambda y, g: rule.step(y, g, state, 1)[0], free)
+
+    def test_the_derivative_goes_through_the_state(self) -> None:
+        """The point after three steps, by the gradients of each."""
+        gradients = [randn(1, 3, seed=seed) for seed in (2, 3, 4)]
+        assert right_derivative(lambda *g: self._steps(self.make(), g), *gradients), "is the state detached?"
+
+    def test_the_derivative_reaches_the_settings(self) -> None:
+        gradients = [randn(1, 3, seed=seed) for seed in (2, 3, 4)]
+        check_settings(self.make(), lambda rule: self._steps(rule, gradients))
+
+    @staticmethod
+    def _steps(rule: Rule, gradients: Sequence[Tensor]) -> Tensor:
+        y = randn(1, 3)
+        state = rule.init(y)
+        for index, g in enumerate(gradients):
+            y, state = rule.step(y, g, state, index)
+        return y
 
     def test_it_descends(self) -> None:
         rule, y = self.make(), randn(3, 4)
@@ -77,6 +126,22 @@ class ProxTests(Suite[Prox]):
     def test_it_is_differentiable(self) -> None:
         prox, y = self.make(), (2 * randn(1, self.size)).requires_grad_()
         assert torch.autograd.gradcheck(lambda y: prox.prox(y, 0.3), (y,))
+
+    def test_the_derivative_reaches_the_settings_and_the_step(self) -> None:
+        y, step = 2 * randn(1, self.size), torch.tensor(0.3, dtype=torch.float64)
+        check_settings(self.make(), lambda prox: prox.prox(y, 0.3))
+        assert right_derivative(lambda step: self.make().prox(y, step) + 0 * step, step)
+
+    def test_its_jacobian_is_that_of_a_convex_function(self) -> None:
+        """Symmetric with eigenvalues in [0, 1], and diagonal where the prox says that it is separable."""
+        prox, point = self.make(), 2 * randn(self.size)
+        jacobian = torch.autograd.functional.jacobian(lambda y: prox.prox(y.unsqueeze(0), 0.3)[0], point)
+        torch.testing.assert_close(jacobian, jacobian.mT)
+        values = torch.linalg.eigvalsh(jacobian)
+        assert float(values.min()) >= -1e-8
+        assert float(values.max()) <= 1 + 1e-8
+        if prox.separable:
+            torch.testing.assert_close(jacobian, torch.diag(jacobian.diagonal()), msg="it is not separable")
 
     def test_equality_is_by_settings(self) -> None:
         assert self.make() == self.make() or self.make().tensors

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 
 import bilevel as bl
 from bilevel import testing
+from bilevel.extending import Pulled
 from bilevel.linalg.operator import Dense
 from tests.test_docs import blocks
 
@@ -27,6 +30,11 @@ class TestAdam(testing.RuleTests):
         return bl.Adam(lr=0.01)
 
 
+class TestRMSprop(testing.RuleTests):
+    def make(self):
+        return bl.RMSprop(lr=0.01, momentum=0.5, centered=True)
+
+
 class TestMomentum(testing.RuleTests):
     def make(self):
         return bl.SGD(lr=torch.tensor(0.01, dtype=torch.float64), momentum=0.9, nesterov=True)
@@ -34,7 +42,16 @@ class TestMomentum(testing.RuleTests):
 
 @pytest.mark.parametrize(
     "prox",
-    [bl.prox.L1(0.5), bl.prox.ElasticNet(0.5, 0.2), bl.prox.GroupLasso(torch.tensor([0, 0, 1, 1, 2, 2]), 0.5)],
+    [
+        bl.prox.L1(0.5),
+        bl.prox.ElasticNet(0.5, 0.2),
+        bl.prox.GroupLasso(torch.tensor([0, 0, 1, 1, 2, 2]), 0.5),
+        bl.prox.Box(-0.5, 1.5),
+        bl.prox.NonNegative(),
+        bl.prox.Simplex(2.0),
+        bl.prox.L2Ball(1.5),
+        bl.prox.L1Ball(1.5),
+    ],
     ids=lambda prox: type(prox).__name__,
 )
 def test_the_penalties_conform(prox):
@@ -57,6 +74,48 @@ class Half(Dense):
         return super().rmatvec(v) / 2
 
 
+@dataclass(frozen=True)
+class Forgetful(bl.SGD):
+    """Wrong: the state of the step before is a constant."""
+
+    def step(self, y, g, state, index):
+        return super().step(y, g, {name: value.detach() for name, value in state.items()}, index)
+
+
+@dataclass(frozen=True)
+class Deaf(bl.SGD):
+    """Wrong: the step size is taken as a number."""
+
+    def step(self, y, g, state, index):
+        return y - float(self.lr) * g, state
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed(bl.prox.GroupLasso):
+    """Wrong: groups act on several coordinates."""
+
+    separable: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, eq=False)
+class Numb(bl.prox.L1):
+    """Wrong: the strength is taken as a number."""
+
+    def prox(self, y, step):
+        return bl.prox.L1(float(self.strength)).prox(y, step)
+
+
+@dataclass(frozen=True)
+class Untransposed:
+    """Wrong: the adjoint is that of J, not of its transpose."""
+
+    reaches_init: ClassVar[bool] = False
+
+    def pull(self, point, cotangent):
+        u = bl.LU().solve(bl.Implicit().operator_at(point), cotangent).value
+        return Pulled(point.linearization().pull(point.raveler.unravel(u)))
+
+
 def wrong(suite, made):
     return type("Suite", (suite,), {"make": lambda self: made})
 
@@ -70,9 +129,14 @@ def wrong(suite, made):
         wrong(testing.InnerSolverTests, bl.LBFGS(max_steps=2)),
         wrong(testing.RootSolverTests, bl.Picard(max_steps=2)),
         wrong(testing.HypergradTests, bl.Implicit(bl.Identity())),
+        wrong(testing.HypergradTests, Untransposed()),
         wrong(testing.RuleTests, bl.SGD(lr=3.0)),
+        wrong(testing.RuleTests, Forgetful(lr=0.01, momentum=0.5)),
+        wrong(testing.RuleTests, Deaf(lr=0.01)),
+        wrong(testing.ProxTests, Mixed(torch.tensor([0, 0, 1, 1, 2, 2]), 0.5)),
+        wrong(testing.ProxTests, Numb(0.5)),
     ],
-    ids=lambda suite: suite.__base__.__name__,
+    ids=lambda suite: f"{suite.__base__.__name__} {type(suite.make(None)).__name__}",
 )
 @pytest.mark.filterwarnings("ignore::bilevel.SolveWarning")
 def test_what_is_wrong_does_not_pass(suite):
