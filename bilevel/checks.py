@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from numbers import Real
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,6 +176,21 @@ def check_warm_start(value: object) -> None:
 
 
 SCHEDULES = "For one step size a step, or learned ones, take Steps(SGD(lr=...), max_steps=...), lr a tensor [max_steps]"
+
+
+def check_numbers(settings: Any) -> None:
+    """Refuse a setting of a dataclass that is no number where its annotation says ``int`` or ``float``, naming it.
+
+    Tensors are let through: whether they may stand for a number, the settings say themselves.
+    """
+    for field in fields(settings):
+        kinds, value = set(str(field.type).split(" | ")), getattr(settings, field.name)
+        if not kinds <= {"int", "float", "None"} or isinstance(value, Tensor) or (value is None and "None" in kinds):
+            continue
+        whole = "float" not in kinds
+        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+            needed = "a whole number" if whole else "a number"
+            raise TypeError(f"{field.name} is {_kind(value)}: {needed} is needed{', or None' * ('None' in kinds)}.")
 
 
 def check_step_size(value: object, name: str = "lr", advice: str = SCHEDULES) -> None:

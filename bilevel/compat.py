@@ -70,6 +70,8 @@ def custom_root(
         def solved(init_params: Tree, *args: Any, **kwargs: Any) -> Any:
             with torch.enable_grad():  # for a training loop inside; of detached arguments it leaves no graph
                 found = _detached(solver(init_params, *_detached(args), **_detached(kwargs)))
+            if has_aux and not (isinstance(found, tuple | list) and len(found) == 2):
+                raise TypeError(f"has_aux=True: the solver returns a pair (params, aux), not a {type(found).__name__}.")
             params, aux = found if has_aux else (found, None)
             bound = signature.bind(params, *args, **kwargs)
             bound.apply_defaults()

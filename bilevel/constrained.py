@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .argmin import Params
-from .checks import check_function, check_hypergrad, check_solver, check_start, check_warm_start
+from .checks import check_function, check_hypergrad, check_numbers, check_solver, check_start, check_warm_start
 from .closure import Closure, Tracer, VmappedClosure
 from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod
@@ -297,6 +297,7 @@ class AugmentedLagrangian:
     newton: Newton = Newton(LeastNorm())  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.rounds < 1 or not self.strength > 0:
             raise ValueError(f"rounds is {self.rounds} and strength {self.strength}: both are positive.")
 

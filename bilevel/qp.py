@@ -220,6 +220,8 @@ def _checked(
     sizes = {t.shape[0] for t, dims in zip(tensors, (2, 1, 2, 1, 2, 1), strict=True) if t.dim() > dims}
     if len(sizes) > 1:
         raise ValueError(f"the data are for {sorted(sizes)} programs: give T of each, or one.")
+    if 0 in sizes:
+        raise ValueError("the data are for 0 programs (T = 0): there is nothing to solve, and no solution to return.")
     full = [
         t if not sizes or t.dim() > dims else t.expand(*sizes, *t.shape)
         for t, dims in zip(tensors, (2, 1, 2, 1, 2, 1), strict=True)

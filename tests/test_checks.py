@@ -119,6 +119,37 @@ def test_settings_cannot_be_changed(settings):
         object.__new__(settings).rtol = 0.5
 
 
+REQUIRED = {
+    bl.ProximalGradient: {"prox": bl.prox.L1(0.1)},
+    bl.Steps: {"rule": bl.SGD()},
+    bl.External: {"solve": lambda loss, start: start},
+    bl.Bisection: {"lower": 0.0, "upper": 1.0},
+    bl.TorchOptim: {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)},
+}
+
+
+def numbers(kind):
+    """The names of settings that are numbers, and whether whole ones."""
+    named = {f.name: set(str(f.type).split(" | ")) for f in dataclasses.fields(kind) if f.init}
+    return {name: "float" not in words for name, words in named.items() if words <= {"int", "float", "None"}}
+
+
+SOLVERS = [
+    one
+    for one in CLASSES
+    if any(hasattr(one, name) for name in ("minimize", "find", "pull", "run", "iterate")) and numbers(one)
+]
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_numbers_of_a_wrong_kind_are_named(kind):
+    """When the settings are made, not in the middle of a solve; a step count of 1.5 was a TypeError of range."""
+    for name, whole in numbers(kind).items():
+        for wrong in ("a", True, *([1.5] if whole else [])):
+            with pytest.raises((TypeError, ValueError), match=rf"^{name} is "):
+                kind(**{**REQUIRED.get(kind, {}), name: wrong})
+
+
 def classes(*packages):
     """All classes that the modules of these packages define, and those beside them."""
     names = [module.name for module in pkgutil.walk_packages(bl.__path__, "bilevel.")]

@@ -83,6 +83,13 @@ def test_aux_and_vmap():
     assert relative_error(value, ridge_solver(None, 0.3, (A, B))) <= 1e-12
 
 
+def test_a_solver_without_aux_that_was_promised_is_told():
+    """A vector of two numbers was taken apart."""
+    solver = compat.custom_root(optimality, has_aux=True)(ridge_solver)
+    with pytest.raises(TypeError, match="returns a pair"):
+        solver(INIT, torch.tensor(0.3, dtype=torch.float64), (A, B))
+
+
 def test_captured_hyperparameters_get_their_gradient():
     """TorchOpt: None."""
     l2reg = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

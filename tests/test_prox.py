@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import hypothesis.strategies as st
 import numpy as np
@@ -170,6 +171,37 @@ def test_values():
 def test_bad_settings_name_the_argument(make, name):
     with pytest.raises(ValueError, match=name):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: L1("a"), "strength is 'a'"),
+        (lambda: L1([0.1, 0.2]), "strength is "),
+        (lambda: ElasticNet(True, 1.0), "l1 is True"),
+        (lambda: Simplex(None), "total is None"),
+        (lambda: GroupLasso([0, 1]), "groups is "),
+    ],
+)
+def test_settings_that_are_no_numbers_are_named(make, name):
+    with pytest.raises(TypeError, match=re.escape(name)):
+        make()
+
+
+@pytest.mark.parametrize("penalty", [L1, lambda strength: ElasticNet(strength, 0.1)])
+@pytest.mark.parametrize(
+    ("start", "shape"),
+    [(torch.zeros(2, 2), (2, 2)), (torch.zeros(3, 2), (3,)), ([torch.zeros(3), torch.zeros(4)], (3,))],
+)
+def test_strengths_that_do_not_fit_the_flat_params_are_told(penalty, start, shape):
+    """The shape of a leaf, one for each problem without its dimension, and one leaf of several."""
+
+    def objective(y):
+        losses = [(leaf - 3).square() for leaf in (y if isinstance(y, list) else [y])]
+        return losses[0].sum(-1) if shape == (3,) and len(losses) == 1 else sum(loss.sum() for loss in losses)
+
+    with pytest.raises(ValueError, match=rf"has shape {re.escape(str(shape))}"):
+        bl.argmin(objective, start, solver=bl.ProximalGradient(penalty(torch.ones(shape))))
 
 
 @pytest.mark.parametrize(

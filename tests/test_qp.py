@@ -314,6 +314,7 @@ def test_a_linear_program():
         ({"b": torch.full((2,), torch.inf)}, "b contains NaN or infinite"),
         ({"Q": -torch.eye(6)}, r"smallest eigenvalue is -1"),
         ({"c": torch.ones(2, 6), "b": torch.ones(3, 2)}, "the data are for"),
+        ({"c": torch.ones(0, 6)}, "for 0 programs"),
         ({"tol": 0.0}, "tol is 0"),
         ({"max_steps": 0}, "max_steps is 0"),
     ],
@@ -330,6 +331,8 @@ def test_bad_input_names_the_argument(change, message):
         ({"Q": torch.eye(6, dtype=torch.int64)}, "Q is torch.int64"),
         ({"A": [[1.0] * 6] * 2}, "A is list"),
         ({"hypergrad": bl.Unroll()}, "hypergrad is Unroll"),
+        ({"max_steps": 1.5}, "max_steps is 1.5"),
+        ({"tol": "small"}, "tol is 'small'"),
     ],
 )
 def test_bad_types_name_the_argument(change, message):

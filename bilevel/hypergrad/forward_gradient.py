@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..inner.minimize import InnerSolver
 from ..linalg.noise import normal, signs
 from ..problem import Objective, Problem
@@ -52,6 +53,7 @@ class ForwardGradient:
     to_init: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.num_directions < 1:
             raise ValueError(f"num_directions is {self.num_directions}: at least one is needed.")
         if self.distribution not in get_args(Distribution):

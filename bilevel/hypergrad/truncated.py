@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checks import check_numbers
 from ..closure import Tracer
 from ..inner.minimize import InnerSolver
 from ..inner.steps import LastStep
@@ -30,6 +31,7 @@ class Truncated:
     last: int
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.last < 1:
             raise ValueError(f"last is {self.last}: at least one step must be differentiated.")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..problem import RootProblem
 from ..solution import Result, Solution
 from ..tree import norm
@@ -38,6 +39,7 @@ class Picard:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
         check_damping(self.damping)
 
@@ -72,6 +74,7 @@ class Anderson:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
         check_damping(self.damping)
         if self.history < 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..checks import check_momentum, check_step_size
+from ..checks import check_momentum, check_numbers, check_step_size
 from ..linalg.solve import chosen
 from ..problem import Evaluation, Problem
 from ..solution import Solution
@@ -44,10 +44,11 @@ class GradientDescent:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_momentum(self.momentum)
+        check_numbers(self)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         for lr in self.lr if isinstance(self.lr, tuple) else (self.lr,):
             check_step_size(lr)
-        check_momentum(self.momentum)
         if self.line_search and (self.momentum or self.safeguard):
             raise ValueError("line_search excludes momentum and safeguard: it finds its own steps.")
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..linalg.solve import stop_now
 from ..problem import Evaluation, Objective, Problem, Shrink
 from ..prox import Prox
@@ -53,6 +54,7 @@ class ProximalGradient:
     """At the solver's own step, as it was judged."""
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
         if not isinstance(self.prox, Prox | dict | list | tuple):
             raise TypeError(

@@ -10,7 +10,7 @@ import scipy
 import torch
 from torch import Tensor
 
-from ..checks import check_linear_solver
+from ..checks import check_linear_solver, check_numbers
 from ..linalg.direct import LU
 from ..linalg.gmres import GMRES
 from ..linalg.jacobian import GraphJacobian
@@ -75,6 +75,7 @@ class Newton:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_linear_solver(self.linear_solver)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
 
@@ -189,6 +190,7 @@ class ScipyRoot:
     tol: float | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
 
     def find(self, problem: RootProblem) -> Solution[Tensor]:
@@ -271,6 +273,7 @@ class Bisection:
     max_steps: int = 200
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_tolerance(max_steps=self.max_steps, tol=None)
         if not bool((torch.as_tensor(self.lower) < torch.as_tensor(self.upper)).all()):
             raise ValueError(f"lower is {self.lower} and upper {self.upper}: the bracket is empty.")

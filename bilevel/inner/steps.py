@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_rule
+from ..checks import check_numbers, check_rule
 from ..problem import Evaluation, Problem
 from ..recording import free_looks
 from ..solution import Solution
@@ -192,6 +192,7 @@ class Steps:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_rule(self.rule, Rule)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         lr = getattr(self.rule, "lr", 0.0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_optimizer, check_step_size
+from ..checks import check_numbers, check_optimizer, check_step_size
 from ..problem import Evaluation, Problem
 from ..solution import Solution
 from ..tree import Tree, leaves
@@ -56,7 +56,6 @@ class TorchOptim:
         **settings: Any,
     ):
         check_optimizer(optimizer)
-        check_settings(max_steps=max_steps, gtol=gtol)
         if "lr" in settings:
             check_step_size(settings["lr"])
         object.__setattr__(self, "optimizer", optimizer)
@@ -64,6 +63,8 @@ class TorchOptim:
         object.__setattr__(self, "gtol", gtol)
         object.__setattr__(self, "callback", callback)
         object.__setattr__(self, "settings", tuple(settings.items()))
+        check_numbers(self)
+        check_settings(max_steps=max_steps, gtol=gtol)
 
     def __repr__(self) -> str:
         settings = "".join(f", {name}={value!r}" for name, value in self.settings)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..linalg.jacobian import pull_back, transposed
 from ..linalg.operator import widened
 from ..problem import Evaluation, Problem
@@ -201,6 +202,7 @@ class TrustRegion(ABC):
     radius: float = 1.0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         if not self.radius > 0:
             raise ValueError(f"radius is {self.radius}: it must be positive.")

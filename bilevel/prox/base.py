@@ -69,10 +69,10 @@ class L1(Prox):
     not_negative: ClassVar[tuple[str, ...]] = ("strength",)
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
-        return soft_threshold(y, per_problem(step, y) * self.strength)
+        return soft_threshold(y, per_problem(step, y) * fitting("strength", self.strength, y))
 
     def value(self, y: Tensor) -> Tensor:
-        return (self.strength * y.abs()).sum(-1)
+        return (fitting("strength", self.strength, y) * y.abs()).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,11 +85,11 @@ class ElasticNet(Prox):
     not_negative: ClassVar[tuple[str, ...]] = ("l1", "l2")
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
-        step = per_problem(step, y)
-        return soft_threshold(y, step * self.l1) / (1 + step * self.l2)
+        step, l1, l2 = per_problem(step, y), fitting("l1", self.l1, y), fitting("l2", self.l2, y)
+        return soft_threshold(y, step * l1) / (1 + step * l2)
 
     def value(self, y: Tensor) -> Tensor:
-        return (self.l1 * y.abs() + self.l2 * y.square() / 2).sum(-1)
+        return (fitting("l1", self.l1, y) * y.abs() + fitting("l2", self.l2, y) * y.square() / 2).sum(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +107,10 @@ class GroupLasso(Prox):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.groups, Tensor):
+            raise TypeError(f"groups is {self.groups!r}: a tensor is needed, such as torch.tensor([0, 0, 1]).")
         if self.groups.dtype != torch.int64 or self.groups.dim() != 1 or bool((self.groups < 0).any()):
             raise ValueError("groups is a vector of int64 that names the group of each coordinate, counted from 0.")
-
         count = int(self.groups.max()) + 1 if len(self.groups) else 0
         if isinstance(self.strength, Tensor) and self.strength.dim() and self.strength.shape[-1] not in (1, count):
             raise ValueError(
@@ -254,9 +255,28 @@ def per_problem(step: Setting, y: Tensor) -> Setting:
     )
 
 
+def fitting(name: str, setting: Setting, y: Tensor) -> Setting:
+    """The setting, which broadcasts to vectors ``y [*batch, n]``.
+
+    Raises:
+        ValueError: it does not.
+    """
+    shape = setting.shape if isinstance(setting, Tensor) else ()
+    pairs = zip(reversed(shape), reversed(y.shape), strict=False)
+    if len(shape) > y.dim() or any(one not in (1, other) for one, other in pairs):
+        raise ValueError(
+            f"{name} has shape {tuple(shape)}, and the params are vectors of shape {tuple(y.shape)}, flattened and one "
+            "for each problem: a number is needed, one for each coordinate [n], or one for each problem [T, 1]. For a "
+            f"leaf that is a matrix write {name}.flatten(); for several leaves give a tree of prox, one for each."
+        )
+    return setting
+
+
 def check_not_negative(**settings: Setting) -> None:
-    """Refuse negative settings, naming them."""
+    """Refuse settings that are no numbers, or negative, naming them."""
     for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, Tensor | Real):
+            raise TypeError(f"{name} is {value!r}: a number or a tensor is needed, such as torch.as_tensor(value).")
         # Under torch.func a value cannot be looked at.
         if not is_functorch_wrapped_tensor(torch.as_tensor(value)) and not bool(
             (torch.as_tensor(value).detach() >= 0).all()

@@ -179,7 +179,10 @@ def for_each_feature(name: str, value: ArrayLike, num_features: int) -> np.ndarr
     Raises:
         ValueError: of another length, not positive, or not finite.
     """
-    values = np.full(num_features, value, float) if np.ndim(value) == 0 else np.asarray(value, float)
+    try:
+        values = np.full(num_features, value, float) if np.ndim(value) == 0 else np.asarray(value, float)
+    except (TypeError, ValueError):
+        values = np.full(num_features, np.nan)
     if values.shape != (num_features,) or not (np.isfinite(values) & (values > 0)).all():
         raise ValueError(
             f"{name} must be a positive number, or one for each of the {num_features} features; it is {value!r}."

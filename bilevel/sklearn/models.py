@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.base import BaseEstimator
 from sklearn.kernel_ridge import KernelRidge
@@ -161,6 +162,11 @@ def hyperparameters(model: BaseEstimator, kinds: Mapping[str, str], folds: Folds
             values[name] = 1 / folds.num_features
         elif kinds[name] == VECTOR:
             values[name] = for_each_feature(name, value, folds.num_features)
+        elif np.size(value) != 1:
+            raise ValueError(
+                f"{type(model).__name__}({name}=...) has {np.size(value)} numbers, one for each of several targets: y "
+                f"is one target here, and {name} one number."
+            )
         elif isinstance(value, str):  # "scale"
             share = (folds.drawn / folds.drawn.sum(-1, keepdim=True)).unsqueeze(-1) / folds.num_features
             mean = (share * folds.features).sum((-2, -1), keepdim=True)

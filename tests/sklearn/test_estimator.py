@@ -165,6 +165,9 @@ BAD = [
     (FeatureKernelRidge(alpha=-1), {"gammas": (1, 2)}, ValueError, "'alpha' parameter of FeatureKernelRidge"),
     (FeatureKernelRidge(gammas=[1, 2]), {"alpha": (1, 2)}, ValueError, "gammas must be .* 10 features"),
     (FeatureRidge(np.ones(3)), {"alphas": (1, 2)}, ValueError, "alphas must be .* 10 features"),
+    (FeatureRidge("a"), {"alphas": (1, 2)}, ValueError, "alphas must be .* 10 features"),
+    (KernelRidge(kernel="rbf", alpha=np.ones(10)), {"gamma": (1, 2)}, ValueError, "alpha one number"),
+    (Ridge(alpha=[1.0, 2.0]), {"alpha": (1, 2)}, ValueError, "alpha one number"),
 ]
 
 
