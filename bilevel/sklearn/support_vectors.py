@@ -27,7 +27,7 @@ class SVRTwin:
     def predictions(self, C: Tensor, epsilon: Tensor, gammas: Tensor) -> Tensor:
         """Predictions of each fold's model for all examples, ``[K, n]``; all 0-d."""
         kernel = gaussian_kernel(self.x, gammas)
-        b, intercept = self._solve(kernel.detach(), C.item(), epsilon.item())
+        b = self._solve(kernel.detach(), C.item(), epsilon.item())
         sign, bounded = b.sign(), ((b != 0) & (b.abs() >= C.item() * (1 - 1e-9) * self.weights)).double()
         free = (b != 0) * (1 - bounded)
         count = free.sum(-1, keepdim=True).clamp_min(1)
@@ -55,13 +55,25 @@ class SVRTwin:
             right = inside(wanted - times(kernel, feasible))
         b = feasible + inside(minimize_quadratic(objective, matrix, right))
         scores = times(kernel, b)
-        fixed = free.sum(-1, keepdim=True) == 0  # no free vector: the intercept is libsvm's, a midpoint
-        return scores + torch.where(fixed, intercept, mean(wanted - scores))
+        fixed = free.sum(-1, keepdim=True) == 0
+        return scores + torch.where(fixed, self._middle(scores, bounded * sign, epsilon), mean(wanted - scores))
 
-    def _solve(self, kernel: Tensor, C: float, epsilon: float) -> tuple[Tensor, Tensor]:
-        """b ``[K, n]`` and the intercept ``[K, 1]`` by libsvm, fold by fold."""
+    def _middle(self, scores: Tensor, bounded: Tensor, epsilon: Tensor) -> Tensor:
+        """Without a free vector, the middle of the intercepts that the conditions of optimality allow, ``[K, 1]``.
+
+        ``bounded`` is the sign of examples beyond the tube, and 0 inside, where the error is at most epsilon both ways.
+        """
+        error, there = self.y - scores, self.weights > 0
+        above = torch.where(there & (bounded >= 0), error + epsilon * (1 - 2 * bounded), torch.inf)
+        below = torch.where(there & (bounded <= 0), error - epsilon * (1 + 2 * bounded), -torch.inf)
+        upper, lower = above.amin(-1, keepdim=True), below.amax(-1, keepdim=True)
+        ends = torch.where(torch.isfinite(lower), lower, upper), torch.where(torch.isfinite(upper), upper, lower)
+        return (ends[0] + ends[1]) / 2
+
+    def _solve(self, kernel: Tensor, C: float, epsilon: float) -> Tensor:
+        """b ``[K, n]`` by libsvm, fold by fold."""
         kernels, targets = kernel.expand(len(self.weights), -1, -1).numpy(), self.folds.targets.numpy()
-        b, intercept = torch.zeros_like(self.weights), torch.zeros_like(self.weights[:, :1])
+        b = torch.zeros_like(self.weights)
         for k, weights in enumerate(self.weights.numpy()):
             inside = np.flatnonzero(weights)
             unit = float(targets[inside].std()) or 1.0  # libsvm's tolerance has the units of y
@@ -69,5 +81,4 @@ class SVRTwin:
             model.fit(kernels[k][np.ix_(inside, inside)], targets[inside], sample_weight=weights[inside])
             chosen = torch.from_numpy(inside[model.support_])
             b[k, chosen] = torch.from_numpy(model.dual_coef_[0])
-            intercept[k] = float(model.intercept_[0])
-        return b, intercept
+        return b

@@ -43,6 +43,7 @@ CASES = {
     "lasso": (Lasso(alpha=0.05, tol=1e-12, max_iter=100_000), "regression"),
     "support vectors": (SVR(C=2.0, epsilon=0.2, gamma=0.05, tol=1e-9), "regression"),
     "support vectors, gamma of the data": (SVR(C=2.0, epsilon=0.2, tol=1e-9), "regression"),
+    "support vectors, none free": (SVR(C=0.02, epsilon=0.2, gamma=0.05, tol=1e-9), "regression"),
 }
 
 
