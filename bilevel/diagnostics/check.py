@@ -21,6 +21,9 @@ from .problem import AnyHypergrad, Bilevel, Solver, as_solved, leaf_copies, solv
 
 Verdict = Literal["right", "wrong", "inconclusive"]
 
+LEAF_ERROR, SMALL_LEAF = 1e-2, 0.1
+"""The error along leaves with small gradients that is wrong; and the part of the whole gradient that is small."""
+
 NOISES, MOST_NOISE = 3.0, 0.1
 """How many times its uncertainty a value may be off, and the noise beside which nothing is called right."""
 
@@ -50,6 +53,8 @@ class HypergradientCheck:
         uncertainty: of the finite differences themselves, relative: the largest of what another step size, errors of
             the inner solutions that Newton steps leave, a second solve, and rounding change about them.
         inner: what the errors of the inner solutions, before those Newton steps, change about them, relative.
+        leaf_error: where some leaves of hparams have gradients that are small beside the others', the error along them
+            alone that is not that of the linear solver, relative to their own slopes; 0 where that is not certain.
         noise: what the precision of the problem, below float64, changes about the hypergradient, relative: rounding,
             and the looser tolerances of solvers there. Measured where the error is above the tolerance.
         exact_error: relative error against the problem's own closed form; None where it has none.
@@ -72,6 +77,7 @@ class HypergradientCheck:
     optimum: bool = False
     inner: float = 0.0
     noise: float = 0.0
+    leaf_error: float = 0.0
 
     @property
     def allowed(self) -> float:
@@ -94,7 +100,9 @@ class HypergradientCheck:
         if self.exact_error is not None and not self.exact_error <= self.tolerance + NOISES * self.noise:
             return "wrong"
         uncertain = max(self.uncertainty, self.inner, self.noise)
-        if self.missing or self.relative_error > self.tolerance + NOISES * uncertain:
+        if self.missing or self.leaf_error > max(LEAF_ERROR, self.tolerance):
+            return "wrong"
+        if self.relative_error > self.tolerance + NOISES * uncertain:
             return "wrong"
         agrees = self.relative_error <= self.allowed and self.uncertainty <= self.allowed
         return "right" if agrees else "inconclusive"
@@ -107,7 +115,8 @@ class HypergradientCheck:
     def __str__(self) -> str:
         verdict = "WRONG" if self.verdict == "wrong" else self.verdict
         exact = "" if self.exact_error is None else f"; from the exact one {self.exact_error:.2e}"
-        lost = "".join(f"; the gradient of leaf {index} of hparams is missing" for index in self.missing)
+        small = f"; along leaves with small gradients {self.leaf_error:.2e}" if self.leaf_error > LEAF_ERROR else ""
+        lost = small + "".join(f"; the gradient of leaf {index} of hparams is missing" for index in self.missing)
         why = (self.random,) if self.random else self.doubts
         doubts = f". Not certain: {'; '.join(why)}" if self.verdict == "inconclusive" and why else ""
         optimum = " (near an optimum, so relative to slopes around it)" if self.optimum else ""
@@ -155,7 +164,8 @@ def check_hypergradient(
         reference_solver: solves the inner problem for the differences; ``solver`` by default. It has to solve much
             better than ``step``.
         num_directions: two inner solves each, and two more for the uncertainty.
-        step: of the differences, relative to ``1 + ||hparams||``; None: 1e-4 (1e-2 where the differences are made in
+        step: of the differences, relative to ``1 + ||hparams||``, for hyperparameters of one size; each moves by a part
+            of its own size, or of one. None: 1e-4 (1e-2 where the differences are made in
             float32), and where they are not certain a smaller and a larger one as well.
         tolerance: relative error that passes.
         raise_exception: raise where the hypergradient is wrong, as `torch.autograd.gradcheck` does; else return the
@@ -164,8 +174,11 @@ def check_hypergradient(
 
     Raises:
         HypergradientError: the hypergradient is wrong, with both slopes in the message.
+        TypeError, ValueError: an outer function that returns no scalar, or settings that mean nothing.
     """
+    _check_arguments(num_directions, step, tolerance)
     x = leaf_copies(problem.hparams if hparams is None else hparams)
+    _check_outer(problem, x)
     path = isinstance(hypergrad, PathMethod)
     reference = reference_solver if reference_solver is not None else solver
     if not path:
@@ -179,13 +192,14 @@ def check_hypergradient(
     fit, found = _found(problem, x, solver, hypergrad, throw)
     if outer.lifted and fit.result.ok and not outer.solvable:
         outer = OuterLoss(problem, x, reference, throw, path=path, double=False)
-    directions = _directions(outer.x, num_directions, seed)
+    directions = _directions(leaves(outer.x), num_directions, seed)
     slope = _along(found, directions)
     seen = _differences(outer, directions, step, tolerance)
     error, noise = _relative(float((slope - seen.near).norm()), seen), 0.0
     if outer.lifted and not seen.rootless and not error <= tolerance:
         exact = _slope_in_double(outer, directions, solver, hypergrad)
         noise = 0.0 if exact is None else _relative(float((slope - exact).norm()), seen)
+    missing = _missing(outer, found, seen.step)
     report = HypergradientCheck(
         seen.near,
         slope,
@@ -194,11 +208,12 @@ def check_hypergradient(
         _exact_error(problem, x, found, seen.scale if seen.vanishing else 0.0),
         tolerance,
         _doubts(seen, error, noise, tolerance),
-        _missing(outer, found, seen.step),
+        missing,
         outer.randomness(fit.value),
         seen.vanishing,
         _relative(seen.inner, seen),
         noise,
+        0.0 if missing else _leaf_error(outer, solver, hypergrad, found, seen, seed, tolerance),
     )
     if raise_exception and report.verdict == "wrong":
         raise HypergradientError(
@@ -249,15 +264,71 @@ def _gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
     return filled(grads, wanted)
 
 
-def _directions(x: Tree, count: int, seed: int) -> list[list[Tensor]]:
-    """Random directions of length one."""
+def _directions(x: list[Tensor], count: int, seed: int) -> list[list[Tensor]]:
+    """Random directions; of length one where all numbers have one size, else each number moves in its own."""
     generator = torch.Generator().manual_seed(seed)
+    size, root = 1 + _length(x), sum(leaf.numel() for leaf in x) ** 0.5
     found = []
     for _ in range(count):
-        parts = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in leaves(x)]
-        length = _length(parts)
-        found.append([part / length for part in parts])
+        parts = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in x]
+        length = _length(parts) * size
+        found.append([part * (1 + root * leaf.abs()) / length for part, leaf in zip(parts, x, strict=True)])
     return found
+
+
+def _leaf_error(
+    outer: OuterLoss,
+    solver: Solver | None,
+    hypergrad: AnyHypergrad | None,
+    found: list[Tensor],
+    seen: Differences,
+    seed: int,
+    tolerance: float,
+) -> float:
+    """The error along the leaves whose gradients are small beside the others, which hide it.
+
+    A linear solve that is exact enough for the whole gradient need not be for a small part of it, so that it is the
+    default one, whatever the method is; a path has no linear solve. Zero where the differences are not certain, too.
+    """
+    x = leaves(outer.x)
+    shares = torch.stack([torch.as_tensor(_length([grad])) for grad in found])
+    few = [index for index, share in enumerate(shares) if 0 < share < SMALL_LEAF * shares.max() and x[index].numel()]
+    if not few or seen.rootless or not math.isfinite(seen.uncertainty):
+        return 0.0
+    directions = []
+    for parts in _directions([x[index] for index in few], 2, seed):
+        direction = [torch.zeros_like(leaf) for leaf in x]
+        for index, part in zip(few, parts, strict=True):
+            direction[index] = part * (shares[few].min() / shares[index])
+        length = _length(direction)
+        directions.append([part / length for part in direction])
+    method = hypergrad if outer.path else None
+    try:
+        exact = _along(_found(outer.problem, leaf_copies(outer.x), solver, method, "ignore")[1], directions)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return 0.0
+    alone = outer.along(directions, seen.step)
+    uncertain = NOISES * max(alone.uncertainty, alone.inner)
+    error = float((exact - alone.near).norm())
+    certain = math.isfinite(uncertain) and uncertain <= LEAF_ERROR * alone.scale
+    return _relative(error, alone) if certain and error > uncertain + tolerance * alone.scale else 0.0
+
+
+def _check_arguments(num_directions: int, step: float | None, tolerance: float) -> None:
+    if not isinstance(num_directions, int) or num_directions < 1:
+        raise ValueError(f"num_directions is {num_directions!r}: a whole number, at least 1, is needed.")
+    if step is not None and not 0 < step < math.inf:
+        raise ValueError(f"step is {step!r}: a positive number is needed, or None.")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance is {tolerance!r}: a positive number is needed.")
+
+
+def _check_outer(problem: Bilevel, x: Tree) -> None:
+    with torch.no_grad():
+        loss = problem.outer(problem.init, x)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        kind = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"outer returned {kind}: a real scalar is needed, such as the mean of the losses.")
 
 
 def _differences(outer: OuterLoss, directions: list[list[Tensor]], step: float | None, tolerance: float) -> Differences:

@@ -39,6 +39,7 @@ class Differences:
             inner solutions that those Newton steps may leave.
         change: by how much the slopes change over a distance of ``1 + ||hparams||``, as their curvature says; 0 where
             noise hides it.
+        kink: half of what the slopes to both sides differ by, however short the step is.
     """
 
     near: Tensor
@@ -51,6 +52,7 @@ class Differences:
     rootless: bool
     left: float
     change: float = 0.0
+    kink: float = 0.0
 
     @property
     def scale(self) -> float:
@@ -80,6 +82,7 @@ class Differences:
             "differences by two step sizes disagree": float((self.near - self.far).norm()),
             "the outer loss hardly changes by more than rounding": self.rounding * len(self.near) ** 0.5,
             "a second inner solve at one point gives another answer": self.noise * len(self.near) ** 0.5,
+            "the outer loss has a kink there (relu, max, abs), where it has no derivative": self.kink,
         }
 
     @property
@@ -136,17 +139,20 @@ class OuterLoss:
         found = torch.tensor([[point.found for point in row] for row in rows], dtype=torch.float64)
         better = torch.tensor([[point.better for point in row] for row in rows], dtype=torch.float64)
         table, centre = (found, first.found) if rootless else (better, first.better)
+        rounding = self.eps * max(abs(point.found) for point in points) / step
+        noise = abs(first.found - second.found) / step
         return Differences(
             (table[:, 0] - table[:, 1]) / (2 * step),
             (table[:, 2] - table[:, 3]) / (4 * step),
             (found[:, 0] - found[:, 1]) / (2 * step),
             step,
-            self.eps * max(abs(point.found) for point in points) / step,
-            abs(first.found - second.found) / step,
+            rounding,
+            noise,
             max(point.result for point in points),
             rootless,
             self.left,
             (1 + self.size) * _curvature(table - centre, step),
+            max(0.0, _kink(table - centre, step) - 10 * (rounding + noise) * len(directions) ** 0.5),
         )
 
     def randomness(self, params: Tree) -> str | None:
@@ -184,6 +190,15 @@ class OuterLoss:
         with torch.no_grad():
             params = pytree.tree_unflatten(point.params, pytree.tree_structure(fit.value))
             return _Loss(loss, float(self.problem.outer(params, moved)), fit.result, solved)
+
+
+def _kink(rises: Tensor, step: float) -> float:
+    """Half of the jump of the slopes at the centre, over all directions; as `_curvature`.
+
+    The slopes to both sides differ by the step times the curvature; what does not shrink with the step is the jump.
+    """
+    near, far = rises[:, :2].sum(1) / step, rises[:, 2:].sum(1) / (2 * step)
+    return float((2 * near - far).norm()) / 2
 
 
 def _curvature(rises: Tensor, step: float) -> float:

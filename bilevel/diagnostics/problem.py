@@ -20,7 +20,7 @@ from ..inner.proximal import prox_of
 from ..inner.roots import RootSolver
 from ..prox.base import Prox
 from ..solution import Solution, Throw
-from ..tree import Raveler, Tree, leaves, tree_map
+from ..tree import Raveler, Tree, is_continuous, leaves, tree_map
 from .captures import Opened, captured_hparams, takes_params_only
 
 Kind = Literal["argmin", "root", "fixed_point"]
@@ -91,6 +91,9 @@ class BilevelProblem:
         object.__setattr__(self, "hparams", hparams)
         for name, fn in captures.items():
             object.__setattr__(self, name, Opened(fn, leaves(hparams)))
+        whole = [leaf.dtype for leaf in leaves(self.hparams) if isinstance(leaf, Tensor) and not is_continuous(leaf)]
+        if whole:
+            raise TypeError(f"hparams contains a tensor of {whole[0]}, which has no derivative: pass it as floats.")
         if any(isinstance(leaf, Tensor) and leaf.is_complex() for leaf in leaves(self.hparams)):
             raise TypeError(
                 "hparams contains a complex tensor: differences and norms are taken of real numbers. Pass "

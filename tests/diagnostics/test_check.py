@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import bilevel as bl
 from bilevel.diagnostics import BilevelProblem, HypergradientError, check_hypergradient
 from bilevel.problems import Quadratics, Ridge
+from tests.conformance import randn
 
 EXACT = bl.NewtonCG(gtol=1e-13)
 
@@ -285,3 +288,82 @@ def test_where_no_solution_is_near_it_cannot_tell_and_says_what_to_check():
         report = check_hypergradient(problem, solver=steps, num_directions=1)
     assert report.verdict == "inconclusive"
     assert check_hypergradient(problem, solver=steps, hypergrad=bl.Unroll(), num_directions=1).verdict == "right"
+
+
+def ridges(share=1.0, unit=1.0):
+    """Log penalties whose gradient is a share of the right one, and an offset of the targets in other units."""
+    data, targets, held_out, held_targets = randn(20, 6), randn(20, seed=2), randn(15, 6, seed=3), randn(15, seed=4)
+
+    def inner(w, h):
+        penalty = share * h["log_penalty"] + (1 - share) * h["log_penalty"].detach()
+        return ((data @ w - targets) ** 2).sum() / 2 + (penalty.exp() * w**2).sum() / 2
+
+    def outer(w, h):
+        return ((held_out @ w - held_targets - unit * h["offset"]) ** 2).mean()
+
+    zeros = torch.zeros(6, dtype=torch.float64)
+    return BilevelProblem(inner, outer, zeros, {"log_penalty": zeros, "offset": zeros.new_ones(())})
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e2, 1e3])
+def test_a_leaf_that_is_half_detached_beside_a_large_gradient_is_found(unit):
+    with pytest.raises(HypergradientError, match="WRONG"):
+        check_hypergradient(ridges(0.5, unit))
+    assert check_hypergradient(ridges(1.0, unit)).verdict == "right"
+
+
+def test_a_linear_solve_that_is_exact_enough_for_the_whole_is_no_wrong_leaf():
+    report = check_hypergradient(ridges(1.0, 1e3), hypergrad=bl.Implicit(bl.CG(rtol=1e-2)), raise_exception=False)
+    assert report.verdict == "right"
+
+
+def test_hyperparameters_move_in_their_own_sizes():
+    """A step for the largest made penalties of one negative."""
+    data, targets = randn(20, 6), randn(20, seed=2)
+    x = torch.tensor([1e6, 1e-3, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    problem = BilevelProblem(
+        lambda w, x: ((data @ w - targets) ** 2).sum() / 2 + (x * w**2).sum() / 2,
+        lambda w, x: ((data @ w) ** 2).mean() + w.sum(),
+        torch.zeros(6, dtype=torch.float64),
+        x,
+    )
+    assert check_hypergradient(problem).verdict == "right"
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [
+        lambda w: w.relu().sum() + w.sum(),
+        lambda w: w.abs().sum() + w.sum(),
+        lambda w: torch.where(w > 0, 3 * w, w).sum(),
+        lambda w: w.max(),
+    ],
+    ids=["relu", "abs", "where", "max"],
+)
+def test_at_a_kink_it_cannot_tell(outer):
+    """Central differences are certain there, and are none of the slopes."""
+    zeros = torch.zeros(6, dtype=torch.float64)
+    problem = BilevelProblem(lambda w, x: ((w - x) ** 2).sum() / 2, lambda w, x: outer(w), zeros, zeros)
+    with pytest.warns(bl.SolveWarning, match="kink"):
+        assert check_hypergradient(problem).verdict == "inconclusive"
+    smooth = BilevelProblem(problem.inner, problem.outer, zeros, randn(6))
+    assert check_hypergradient(smooth).verdict == "right"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("num_directions", (0, 1.5)), ("step", (0.0, math.inf)), ("tolerance", (-1.0, math.inf, math.nan))],
+)
+def test_settings_that_mean_nothing_are_named(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} is "):
+            check_hypergradient(ridges(), **{name: value})
+
+
+@pytest.mark.parametrize("outer", [lambda w, x: (w.sum(),), lambda w, x: w, lambda w, x: w.sum().long()])
+def test_an_outer_function_that_is_no_scalar_is_told(outer):
+    zeros = torch.zeros(6, dtype=torch.float64)
+    with pytest.raises(TypeError, match="outer returned"):
+        check_hypergradient(BilevelProblem(lambda w, x: ((w - x) ** 2).sum(), outer, zeros, zeros))
+    with pytest.raises(TypeError, match=r"hparams contains a tensor of torch\.int64"):
+        BilevelProblem(lambda w, x: ((w - x) ** 2).sum(), outer, zeros, zeros.long())
