@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,14 @@ class FewShot:
         Raises:
             UserError: there is no such network, the file is damaged, or there is no GPU.
         """
+        if not isinstance(source, str | Path):
+            raise UserError(f"source is {source!r}: the name of a network or the path of a file or folder is needed.")
         trained = replace(Trained.load(source), trusted=(model, backbone))
         trained.refuse_code()
+        for name, value in (("model", model), ("backbone", backbone)):
+            own = getattr(trained.config, name)
+            if value not in (None, own):
+                raise UserError(f"{name} is {value!r}, and the network was trained with {own!r}: leave {name} out.")
         return cls(trained, select_device(device))
 
     def adapt(self, images: Images, labels: Sequence[Hashable] | np.ndarray | Tensor) -> Classifier:
@@ -117,16 +124,20 @@ class FewShot:
 
 def _listed(labels: Any) -> list[Hashable]:
     if isinstance(labels, Tensor | np.ndarray):
+        if np.ma.is_masked(labels):
+            raise UserError("The labels are a masked array, and some of them are masked: each image needs its label.")
         if labels.ndim != 1:
             raise UserError(
                 f"The labels are an array of shape {tuple(labels.shape)}: one label for each image is needed, of shape "
                 "[n]."
             )
         labels = labels.tolist()
-    if isinstance(labels, str) or not isinstance(labels, Iterable):
-        raise UserError(f"The labels are {labels!r}: a sequence is needed, with one label for each image.")
-    given = list(labels)
+    if isinstance(labels, str | AbstractSet) or not isinstance(labels, Iterable):
+        raise UserError(f"The labels are {labels!r}: a sequence is needed, with one label for each image, in order.")
+    given = [label.item() if isinstance(label, Tensor) and label.dim() == 0 else label for label in labels]
     for label in given:
+        if label != label:
+            raise UserError("A label is NaN, which equals nothing, not itself: leave out the images without a label.")
         if not isinstance(label, Hashable):
             raise UserError(f"A label is {label!r}: give strings, numbers or other values that can be keys of a dict.")
     return given

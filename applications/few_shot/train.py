@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +106,14 @@ class Session:
         """See `meta_train`."""
         return meta_train(self)
 
+    @cached_property
+    def digest(self) -> str:
+        """Of the images for training."""
+        return hashlib.sha256(self.splits.train.images.numpy()).hexdigest()
+
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs; the episodes follow from the seed and the step."""
+        own = {"classes": list(self.splits.train.names), "images": self.digest}
         return {
             "meta": {name: param.detach() for name, param in self.learner.meta.items()},
             "log_strength": {name: value.detach() for name, value in self.learner.log_strength.items()},
@@ -114,7 +122,7 @@ class Session:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
-            **({} if self.config.data in data.NAMES else {"classes": list(self.splits.train.names)}),
+            **({} if self.config.data in data.NAMES else own),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -130,6 +138,11 @@ class Session:
                 "go, its classes are shared out anew, and some of the training are in the test. Restore the folder "
                 "(results.json lists the classes of each part); or give it folders train, validation and test, which "
                 "stay as they are, and begin a new run."
+            )
+        if self.config.data not in data.NAMES and state.get("images", self.digest) != self.digest:
+            raise UserError(
+                f"{self.config.data} has other images for training than when this run began: half of it would be of "
+                "other data. Restore the folder, or begin a new run (--start takes its network)."
             )
         with torch.no_grad():
             for name, param in self.learner.meta.items():

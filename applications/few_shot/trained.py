@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pickle
 import shlex
 import tempfile
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from applications.few_shot.methods import Learner, fixed_at_zero
 from applications.few_shot.train import checkpoint_file, untrained_network
 from applications.frame import schema
 from applications.frame.checkpoint import not_finite
-from applications.frame.command import names_code, refuse_code, require
+from applications.frame.command import lengths_of, names_code, refuse_code, require
 from applications.frame.errors import UserError
 from applications.frame.options import check_values, is_file, option
 from applications.frame.run_folder import RunFolder, understood
@@ -46,6 +47,7 @@ class State(TypedDict):
     step: int
     seconds: float
     classes: NotRequired[list[str]]
+    images: NotRequired[str]
 
 
 class Origin(TypedDict):
@@ -127,7 +129,7 @@ class Trained:
         schema.check(state, State, path / file, "checkpoint of a few-shot training")
         meta, log_strength = (_part(state["average"], part) for part in ("meta", "log_strength"))
         origin = {
-            "command": command(config if config.schedule == "cosine" else replace(config, steps=state["step"])),
+            "command": _commands(config, state["step"], lengths_of(folder)),
             "hours": round(state["seconds"] / 3600, 3),
             "steps": state["step"],
             "seed": config.seed,
@@ -246,6 +248,10 @@ class Trained:
             return cls(config, content["meta"], content["log_strength"], content["origin"], chosen)
         except UserError:
             raise
+        except pickle.UnpicklingError as error:  # whose message says how to run code from it
+            raise UserError(
+                f"{path} is no trained network of this version, or damaged: it is no file of tensors."
+            ) from error
         except Exception as error:  # torch.load and a file of another make raise a dozen types
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise UserError(f"{path} is no trained network of this version, or damaged: {reason}.") from error
@@ -293,6 +299,15 @@ def digest(content: dict[str, Any]) -> str:
 def command(config: Config) -> str:
     """The command that trains with this configuration, with the options that are not at their defaults."""
     return f"python -m applications.few_shot train {shlex.join(options(config))}".strip()
+
+
+def _commands(config: Config, steps: int, lengths: list[int]) -> str:
+    """How a run was made: where it became longer, by one command after another, since schedules follow the length."""
+    if config.schedule != "cosine" or not lengths:
+        return command(config if config.schedule == "cosine" else replace(config, steps=steps))
+    first, *later = lengths
+    again = [f"python -m applications.few_shot train --resume RUN --steps {length}" for length in later]
+    return "; then ".join([command(replace(config, steps=first)), *again])
 
 
 def options(config: Config) -> list[str]:

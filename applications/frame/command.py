@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import math
@@ -23,11 +24,13 @@ from typing_extensions import Self
 import bilevel as bl
 from applications.frame import ranks, schema, tune
 from applications.frame.errors import UserError, exit_code
-from applications.frame.options import check_folder, check_values, option, settings_told
+from applications.frame.options import check_folder, check_values, is_file, option, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import SOLVER, Interrupted, Run
 from applications.frame.run_folder import RunFolder, understood
 
+LENGTHS = "lengths.json"
+"""The lengths that a run was planned for, one after another, where it was made longer."""
 PLACE = ("out", "resume", "solver")
 """What config.json does not hold; the settings of the solver's file are kept beside it."""
 
@@ -249,7 +252,9 @@ def _told(
 ) -> int:
     _prepare(knobs)
     with ranks.process_group(), forgiving(), settings_told(knobs):
-        run = Run(folder, knobs.to_json(), call)
+        run = Run(folder, knobs.to_json(), call, data=_digest(knobs))
+        if told := _lengthened(folder):
+            run.say(told)
         if solver is not None and isinstance(knobs, SolverKnobs):
             run.settings = tune.read_settings(solver, knobs.solver_settings, name)
         try:
@@ -263,6 +268,33 @@ def _told(
             return interruption.exit_code if isinstance(interruption, Interrupted) else 130
         run.say(f"\nFigures and pictures are in {folder.path}")
     return 0
+
+
+def _digest(knobs: Knobs) -> str | None:
+    """Of the files that ``--data`` names; None: it names none."""
+    named = getattr(knobs, "data", None) or ()
+    paths = [Path(str(name)) for name in ((named,) if isinstance(named, str | Path) else named)]
+    found = [path for path in paths if is_file(path)]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest() if found else None
+
+
+def lengths_of(folder: RunFolder) -> list[int]:
+    """The lengths that a run was planned for, one after another; empty where it was never made longer."""
+    found = folder.read_json(LENGTHS) if (folder.path / LENGTHS).is_file() else []
+    schema.check(found, list[int], folder.path / LENGTHS, "list of lengths")
+    return list(found)
+
+
+def _lengthened(folder: RunFolder) -> str:
+    """What a run that was made longer is told."""
+    lengths = lengths_of(folder)
+    if not lengths:
+        return ""
+    first, *later = map(str, lengths)
+    return (
+        f"This run was planned for {first} and made longer ({', then '.join(later)}): where a schedule follows its "
+        "length, its first steps are not those of a run that was planned so long from the start."
+    )
 
 
 def _new_folder(knobs: Knobs, name: str) -> RunFolder:
@@ -292,6 +324,9 @@ def _resumed(given: Callable[[K | None], K], folder: RunFolder, name: str) -> tu
     refuse_changes(asked, saved)
     if longer(asked, saved):
         _prepare(asked)
+        if ranks.leads():
+            lengths = lengths_of(folder) or [getattr(saved, kind.length)]
+            folder.write_json(LENGTHS, [*lengths, getattr(asked, kind.length)])
         saved = dataclasses.replace(saved, **{kind.length: getattr(asked, kind.length)})
         if ranks.leads():
             folder.forget_results()

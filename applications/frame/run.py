@@ -24,6 +24,8 @@ Row = dict[str, Any]
 
 SOLVER = "solver.json"
 """The settings of solvers that a run was given."""
+DATA = "data.json"
+"""Which files of data a run began with."""
 CHECKPOINT_SECONDS = 5.0
 """Between checkpoints of a training; there is one at its end and at an interruption too."""
 
@@ -71,15 +73,18 @@ class Run:
     Attributes:
         leads: whether this is the first rank.
         settings: of solvers, in place of the application's own, by name; kept in `SOLVER`.
+
+    Args:
+        data: a digest of the files that it reads, if there are any; a run goes on with the same ones only.
     """
 
-    def __init__(self, folder: RunFolder, config: Row, command: str, quiet: bool = False):
+    def __init__(self, folder: RunFolder, config: Row, command: str, quiet: bool = False, data: str | None = None):
         self.leads = bl.distributed.rank() == 0
         self.folder, self.command, self.quiet = folder, command, quiet
         if not self.leads:
             self.folder, self.quiet = ReadOnly(folder.path), True
         self.settings: dict[str, Any] = {}
-        self._config = config
+        self._config, self._data = config, data
         self._results = folder.results()
         self._begun = False
 
@@ -209,10 +214,25 @@ class Run:
     def _begin(self) -> None:
         """The folder is made at the first thing to write: bad input leaves none."""
         if not self._begun:
+            self._refuse_other_data()
             self.folder.begin(self._config)
+            if self._data is not None and self.leads:
+                self.folder.write_json(DATA, {"sha256": self._data})
             if self.settings and self.leads:  # the run is whole without the file that they came from
                 self.folder.write_settings(SOLVER, self.settings)
             self._begun = True
+
+    def _refuse_other_data(self) -> None:
+        """
+        Raises:
+            UserError: a file of data has changed since the run began.
+        """
+        known = self.folder.read_json(DATA).get("sha256") if (self.folder.path / DATA).is_file() else None
+        if known is not None and known != self._data:
+            raise UserError(
+                f"The data file ({self._config.get('data')}) is not the one that the run {self.folder.path} began "
+                "with: one half of it would be of other data. Restore the file, or begin a new run."
+            )
 
     def _save(self) -> None:
         self.folder.write_json("results.json", self._results)

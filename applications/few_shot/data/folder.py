@@ -73,18 +73,23 @@ def as_shown(image: Image.Image) -> Image.Image:
     Raises:
         UserError: its pixels have no largest value that everybody means: they are 32 bits long.
     """
-    upright = _in_eight_bits(ImageOps.exif_transpose(image))
+    wide = image.mode == "I" and image.format == "PPM"  # 16 bits of a PGM file, which Pillow brings to [0, 65535]
+    upright = _in_eight_bits(ImageOps.exif_transpose(image), wide)
     if not upright.has_transparency_data:
         return upright
     layer = upright.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
-def _in_eight_bits(image: Image.Image) -> Image.Image:
+def _in_eight_bits(image: Image.Image, wide: bool) -> Image.Image:
     """An image whose pixels Pillow would cut off at 255, brought to 8 bits; others as they are."""
-    if image.mode.startswith("I;16"):
-        pixels = np.asarray(image).astype(np.float64) / 257
-        return Image.fromarray(np.round(pixels).astype(np.uint8))
+    if image.mode.startswith("I;16") or wide:
+        pixels = np.asarray(image)
+        grey = Image.fromarray(np.round(pixels.astype(np.float64) / 257).astype(np.uint8))
+        clear = image.info.get("transparency")
+        if clear is None:
+            return grey
+        return Image.merge("LA", (grey, Image.fromarray(np.where(pixels == clear, 0, 255).astype(np.uint8))))
     if image.mode in ("I", "F"):
         raise UserError(
             f"An image has pixels of 32 bits (Pillow's mode {image.mode}), which have no white that everybody means. "
@@ -93,7 +98,7 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
-WAY = 2
+WAY = 3
 """Goes up where images are prepared in another way, so that what was cached before is made again."""
 
 Classes = dict[str, list[Path]]

@@ -67,7 +67,7 @@ def as_bytes(images: Any, data: str, channels: int, size: int) -> Tensor:
 
 def _may_be_one(shape: tuple[int, ...], channels: int) -> bool:
     """Whether three dimensions may be those of one image in colour, and not of many grey ones."""
-    return shape[-1] in (1, 3) or (channels == 3 and shape[0] == 3)
+    return shape[-1] in (1, 3, 4) or (channels == 3 and shape[0] in (3, 4))
 
 
 def _one(image: Any, data: str, channels: int, size: int) -> np.ndarray:
@@ -79,8 +79,7 @@ def _one(image: Any, data: str, channels: int, size: int) -> np.ndarray:
             return folder.prepare(image, size, grey=channels == 1)
         return _drawn(read(folder.as_shown(image)), data, "an image or a file is dark ink on light paper")
     if isinstance(image, np.ndarray | Tensor):
-        array = np.asarray(image.detach().cpu() if isinstance(image, Tensor) else image)
-        return _drawn(_array(array, channels, size), data, "in an array ink is 255, or 1, and paper 0")
+        return _drawn(_array(_numbers(image), channels, size), data, "in an array ink is 255, or 1, and paper 0")
     raise UserError(f"An image is a {type(image).__name__}: give PIL images, paths, NumPy arrays or tensors.")
 
 
@@ -107,6 +106,23 @@ def _opened(path: Path) -> Image.Image:
         raise UserError(f"{path} cannot be read as an image: {error}.") from error
 
 
+def _numbers(image: np.ndarray | Tensor) -> np.ndarray:
+    """
+    Raises:
+        UserError: it holds none, or some of them are masked.
+    """
+    if isinstance(image, Tensor):
+        if image.is_meta:
+            raise UserError("An image is a tensor on the meta device, which holds no numbers.")
+        image = image.detach().to_dense().cpu()
+        image = image.float().numpy() if image.is_floating_point() else image.numpy()
+    if np.ma.is_masked(image):
+        raise UserError("An image is a masked array, and some pixels are masked: say what they are, by .filled().")
+    if not image.size:
+        raise UserError(f"An image is an array of shape {image.shape}: it has no pixels.")
+    return np.asarray(image)
+
+
 def _array(array: np.ndarray, channels: int, size: int) -> np.ndarray:
     if array.ndim == 3 and array.shape[0] not in (1, 3) and array.shape[-1] in (1, 3):
         array = array.transpose(2, 0, 1)
@@ -125,6 +141,11 @@ def _array(array: np.ndarray, channels: int, size: int) -> np.ndarray:
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind in "iu" and array.max() == 1:
+        raise UserError(
+            f"An image is an array of {array.dtype} with no number above 1: integers go to 255, so that it would be "
+            "black. Of zeros and ones make a bool array (array.astype(bool)), or 255 * array."
+        )
     if array.dtype == np.uint8:
         return array
     largest = 1 if array.dtype.kind in "fb" else 255

@@ -168,6 +168,12 @@ class TestErrors:
             (None, "The images are NoneType"),
             ([Image.new("F", (8, 8))], "pixels of 32 bits"),
             (np.zeros((8, 8, 3)), "which may be one image or several grey ones"),
+            (np.zeros((8, 8, 4), np.uint8), "which may be one image or several grey ones"),
+            (np.eye(8, dtype=np.uint8)[None], "no number above 1.*255 \\* array"),
+            (torch.eye(8, dtype=torch.int64)[None], "no number above 1"),
+            (np.ma.masked_array(np.zeros((2, 8, 8)), np.ones((2, 8, 8))), "masked array"),
+            (np.zeros((2, 0, 0)), "has no pixels"),
+            (torch.zeros(2, 8, 8, device="meta"), "meta device"),
         ],
     )
     def test_images(self, images, message):
@@ -208,6 +214,30 @@ class TestErrors:
             assert main(["evaluate", *network, *place, "--eval-tasks", "2"]) == 0
             assert "were training classes of this network" in capsys.readouterr().out
 
+    def test_images_that_changed_since_the_run_began(self, tmp_path, capsys):
+        """Names of classes alone say nothing of what is in them."""
+        root, run = tmp_path / "photos", tmp_path / "run"
+        classes(root, 20, images=5)
+        sizes = "--ways 2 --queries 2 --eval-queries 2 --image-size 16 --width 8 --tasks 2 --inner-steps 2"
+        place = ["--data", str(root), "--data-root", str(tmp_path)]
+        assert main([*place, *sizes.split(), "--steps", "2", "--eval-tasks", "2", "--out", str(run)]) == 0
+        for path in root.glob("*/0.png"):
+            Image.new("RGB", (20, 20), (0, 200, 0)).save(path)
+        capsys.readouterr()
+        assert main(["--resume", str(run), "--steps", "3"]) == 2
+        assert "has other images for training than when this run began" in capsys.readouterr().err
+
+    def test_a_network_of_a_longer_run_says_how_it_was_made(self, tmp_path):
+        root, run = tmp_path / "photos", tmp_path / "run"
+        classes(root, 20, images=5)
+        sizes = "--ways 2 --queries 2 --eval-queries 2 --image-size 16 --width 8 --tasks 2 --inner-steps 2"
+        place = ["--data", str(root), "--data-root", str(tmp_path)]
+        assert main([*place, *sizes.split(), "--steps", "2", "--eval-tasks", "2", "--out", str(run)]) == 0
+        assert main(["--resume", str(run), "--steps", "3"]) == 0
+        told = Trained.load(run).origin["command"]
+        assert "--steps 2" in told
+        assert told.endswith("; then python -m applications.few_shot train --resume RUN --steps 3")
+
 
 def classes(root, count, images=2):
     for index in range(count):
@@ -227,12 +257,23 @@ class TestFormats:
         ]
         for form in forms:
             assert torch.equal(as_bytes(form, "some", 3, 16), image[None])
+        coarse = torch.tensor([0.0, 0.25, 0.5, 1.0]).repeat(1, 1, 16, 4)
+        for form in (coarse.bfloat16(), coarse.to_sparse(), np.ma.masked_array(coarse.numpy())):
+            assert torch.equal(as_bytes(form, "some", 1, 16), as_bytes(coarse, "some", 1, 16))
+        ones = np.eye(16, dtype=bool)[None]
+        assert torch.equal(as_bytes(ones, "some", 1, 16), as_bytes(255 * ones.astype(np.uint8), "some", 1, 16))
 
     def test_more_than_eight_bits(self, tmp_path):
         levels = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
         Image.fromarray(levels).save(tmp_path / "deep.png")
         found = as_bytes(tmp_path / "deep.png", "some", 1, 16)
         assert (found[0, 0].flatten().numpy() == np.arange(256)).all()
+        (tmp_path / "deep.pgm").write_bytes(b"P5\n16 16\n65535\n" + levels.astype(">u2").tobytes())
+        assert torch.equal(as_bytes(tmp_path / "deep.pgm", "some", 1, 16), found)
+        Image.fromarray(levels).save(tmp_path / "clear.png", transparency=0)
+        clear = as_bytes(tmp_path / "clear.png", "some", 1, 16)
+        assert clear[0, 0, 0, 0] == 255
+        assert torch.equal(clear.flatten()[1:], found.flatten()[1:])
 
     def test_clear_parts_are_paper(self, tmp_path):
         page = Image.new("LA", (32, 32), (0, 0))
@@ -369,6 +410,12 @@ class TestFromPhotographsToPredictions:
         )
         assert "images [1, 28, 28] (of a folder: --grey, --image-size)" in capsys.readouterr().err
 
+    def test_code_that_the_network_does_not_use_is_refused(self, run):
+        with pytest.raises(UserError, match=r"model is 'no\.such:thing', and the network was trained with 'conv4'"):
+            FewShot.load(run, model="no.such:thing")
+        with pytest.raises(UserError, match="source is 5"):
+            FewShot.load(5)
+
     def test_labels_that_do_not_fit(self, run):
         model, images = FewShot.load(run), np.zeros((4, 16, 16, 3), np.uint8)
         with pytest.raises(UserError, match="4 images and 3 labels"):
@@ -380,6 +427,13 @@ class TestFromPhotographsToPredictions:
         for labels in (None, 3, "abcd"):
             with pytest.raises(UserError, match="a sequence is needed"):
                 model.adapt(images, labels)
+        with pytest.raises(UserError, match=r"a sequence is needed.*in order"):
+            model.adapt(images, {0, 1, 2, 3})
+        with pytest.raises(UserError, match="A label is NaN"):
+            model.adapt(images, np.array([0, 1, 2, np.nan]))
+        with pytest.raises(UserError, match="masked array"):
+            model.adapt(images, np.ma.masked_array([0, 1, 2, 0], [0, 0, 0, 1]))
+        assert model.adapt(images, list(torch.tensor([0, 1, 2, 0]))).classes == [0, 1, 2]
         with pytest.raises(UserError, match="A label is \\[1\\]"):
             model.adapt(images, [[0], [1], [0], [1]][::-1])
         with pytest.raises(UserError, match="There is no device 'gpu'"):

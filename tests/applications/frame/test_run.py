@@ -157,6 +157,34 @@ def test_a_run_may_become_longer_and_is_then_the_long_one(tmp_path):
     assert len(comparable(tmp_path / "run")) == 9
 
 
+def test_a_run_that_became_longer_says_so(tmp_path, capsys):
+    """A schedule that follows the length makes it another run than one that was planned so long."""
+    assert walk("--out", str(tmp_path / "run")) == 0
+    assert walk("--resume", str(tmp_path / "run")) == 0
+    assert "made longer" not in capsys.readouterr().out
+    assert walk("--resume", str(tmp_path / "run"), "--steps", "9") == 0
+    assert "This run was planned for 6 and made longer (9)" in capsys.readouterr().out
+    assert walk("--resume", str(tmp_path / "run"), "--steps", "10") == 0
+    assert "planned for 6 and made longer (9, then 10)" in capsys.readouterr().out
+    (tmp_path / "run" / "lengths.json").write_text('["many"]')
+    assert walk("--resume", str(tmp_path / "run")) == 2
+    assert "lengths.json" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, capsys):
+    """Half of it would be of other data, without a word."""
+    data, run = tmp_path / "data.npz", tmp_path / "run"
+    data.write_bytes(b"first")
+    assert walk("--out", str(run), "--data", str(data)) == 0
+    data.write_bytes(b"second")
+    for longer in ([], ["--steps", "9"]):
+        assert walk("--resume", str(run), *longer) == 2
+        assert "is not the one that the run" in capsys.readouterr().err
+    data.write_bytes(b"first")
+    assert walk("--resume", str(run)) == 0
+    assert len(comparable(run)) == 6
+
+
 def test_a_checkpoint_of_other_settings_is_told(tmp_path, capsys):
     assert walk("--out", str(tmp_path / "run")) == 0
     RunFolder(tmp_path / "run").save_checkpoint({"training": {}, "step": 1, "seconds": 0.0}, "checkpoint-the-walk.pt")
