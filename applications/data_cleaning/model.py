@@ -55,8 +55,11 @@ class Model:
         return mean_loss(self.logits(params, data.features), data.labels, weights) + self.penalty(params)
 
     def fit(self, data: Labelled, weights: Tensor | None = None) -> Params:
-        """The minimum by L-BFGS from the start, for fixed weights: every model whose accuracy is told is this."""
-        fit = bl.argmin(self.loss, self.start(), data, weights, solver=SOLVER, hypergrad=None, throw="ignore")
+        """The minimum by L-BFGS from the start, for fixed weights: every model whose accuracy is told is this.
+
+        A fit that does not get there is a `bilevel.SolveWarning`.
+        """
+        fit = bl.argmin(self.loss, self.start(), data, weights, solver=SOLVER, hypergrad=None)
         found: Params = fit.value
         return found
 
@@ -68,7 +71,7 @@ class Model:
 
 
 SOLVER = bl.LBFGS(gtol=1e-3, max_steps=500)
-"""Gradients are of order one at the start; a tighter tolerance changes no figure of the tables."""
+"""Gradients are of order one at the start; a tighter tolerance changes the class of a test example here and there."""
 
 
 def mean_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:

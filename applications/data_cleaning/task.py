@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from applications.frame.data import Examples, mislabel, split
+from applications.frame.data import Examples, mislabel, split, standardised
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Task:
 
 
 def make_task(examples: Examples, num_train: int | None, num_val: int | None, noise: float, seed: int) -> Task:
-    """Split and spoil.
+    """Split, standardise by the training part what is no image, and spoil.
 
     MNIST keeps its official test set, whatever the seed. Of other data, the test set is what training and validation
     leave over; by default each of the three is a third.
@@ -66,6 +66,6 @@ def make_task(examples: Examples, num_train: int | None, num_val: int | None, no
         third = len(examples) // 3
         sizes = (num_train or third, num_val or third)
         parts = split(examples, (*sizes, len(examples) - sum(sizes)), seed)
-    clean, val, test = (Labelled(*part.tensors(torch.float32)) for part in parts)
+    clean, val, test = (Labelled(*part.tensors(torch.float32)) for part in standardised(*parts))
     noisy = mislabel(clean.labels, examples.num_classes, noise, torch.Generator().manual_seed(seed))
     return Task(Labelled(clean.features, noisy), val, test, clean, examples.num_classes, examples.image)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from applications.equilibrium.network import Convolutional, Dense, Network
 from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one, require_positive
-from applications.frame.data import Examples, load, split
+from applications.frame.data import Examples, load, split, standardised
 from applications.frame.device import select_device
 from applications.frame.errors import UserError
 
@@ -110,12 +110,9 @@ def parts_of(config: Config, examples: Examples, seed: int) -> Parts:
         x, y = part.tensors(device=device)
         if config.net == "convolutional" and part.image is not None:
             return x.unflatten(1, part.image), y
-        if part.image is None:  # columns of any scale, brought to that of the training examples
-            mean, deviation = train.features.mean(0), train.features.std(0)
-            x = (x - torch.as_tensor(mean).to(x)) / torch.as_tensor(deviation).to(x).clamp_min(1e-6)
         return x, y
 
-    return Parts(tensors(train), tensors(validation), tensors(test))
+    return Parts(*(tensors(part) for part in standardised(train, validation, test)))
 
 
 def create_network(config: Config, examples: Examples, seed: int) -> Network:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from applications.frame.data import Examples, load, split
+from applications.frame.data import load, split, standardised
 
 Params = dict[str, Tensor]
 
@@ -43,18 +43,8 @@ class Data:
         else:
             train, validation = size // 2, size // 4
             parts = split(examples, (train, validation, size - train - validation), seed)
-        first, second, third = (part.tensors(dtype) for part in standardised(parts))
+        first, second, third = (part.tensors(dtype) for part in standardised(*parts))
         return cls(first, second, third, examples.num_classes)
-
-
-def standardised(parts: list[Examples]) -> list[Examples]:
-    """Images are of one scale already."""
-    from sklearn.preprocessing import StandardScaler
-
-    if parts[0].image is not None:
-        return parts
-    scaler = StandardScaler().fit(parts[0].features)
-    return [replace(part, features=scaler.transform(part.features)) for part in parts]
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,16 @@ class Examples:
         return features, targets.to(device, dtype if targets.is_floating_point() else None)
 
 
+def standardised(*parts: Examples) -> list[Examples]:
+    """Features of mean zero and deviation one in the first part; images are of one scale already, and stay."""
+    from sklearn.preprocessing import StandardScaler
+
+    if parts[0].image is not None or parts[0].sparse:
+        return list(parts)
+    scaler = StandardScaler().fit(parts[0].features)
+    return [replace(part, features=scaler.transform(part.features)) for part in parts]
+
+
 def load(name: str, root: str | Path | None = None, *, task: Task = "classification", sparse: bool = False) -> Examples:
     """A data set by name, or the file at a path.
 
