@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,6 +76,12 @@ class Config(SolverKnobs):
         require(self.width % self.heads == 0, f"--width is {self.width}: a multiple of --heads {self.heads} is needed.")
         require(0 < self.validation < 1, f"--validation is {self.validation}: a part of the target, in (0, 1).")
         require(self.warm_up < self.learn_steps, f"--warm-up is {self.warm_up}: fewer than --learn-steps are needed.")
+        first = math.ceil(self.warm_up / self.every) * self.every
+        require(
+            first < self.learn_steps,
+            f"--every is {self.every}: after {self.warm_up} steps of --warm-up the weights would learn at step {first} "
+            f"first, and --learn-steps is {self.learn_steps}.",
+        )
         chosen = " ".join(self.methods)
         require(
             0 < len(set(self.methods)) == len(self.methods), f"--methods {chosen}: one at least, each once, is needed."

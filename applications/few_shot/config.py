@@ -188,6 +188,7 @@ class Config(SolverKnobs):
         """See `Knobs`."""
         adapts, newton = self.method != "prototypical", self.method == "imaml-hf"
         late = self.late_inner_steps is not None or self.late_cg_steps is not None
+        gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
         return {
             "folders of images": (self.data not in SHAPES, ("image_size", "grey", "held_out")),
             "--data omniglot": (self.data == "omniglot", ("split",)),
@@ -201,6 +202,7 @@ class Config(SolverKnobs):
             "methods that adapt a network": (adapts, ("inner_steps", "late_inner_steps", "eval_steps", "head")),
             "--late-inner-steps and --late-cg-steps": (late, ("late_from",)),
             "--minutes": (self.minutes is not None, ("clock",)),
+            "a GPU": (gpu, ("capture", *(("precision",) if self.precision == "tf32" else ()))),
         }
 
     @property

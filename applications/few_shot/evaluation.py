@@ -107,6 +107,12 @@ def command(arguments: list[str]) -> int:
     require(same, why)
     other = [name for name in NETWORK if getattr(config, name) != getattr(start, name)]
     require(not other, f"--{' and --'.join(other)}: evaluate takes the network as it was trained. Leave it out.")
+    shapes = [f"[{channels}, {size}, {size}]" for channels, size in (config.image_shape, start.image_shape)]
+    require(
+        config.image_shape == start.image_shape,
+        f"The images of {config.data} are {shapes[0]}, and the network was trained on {shapes[1]}: give it images of "
+        "that shape (of a folder: --grey, --image-size), or train one on these.",
+    )
     check_values(config)
     config.check()
     check_folder(config.out, "out")

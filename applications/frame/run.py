@@ -200,6 +200,9 @@ class Run:
         texts = [f"## {name}\n\n{markdown(table)}" for name, table in self._results["tables"].items()]
         self.folder.write_bytes("report.md", "\n".join([f"    {self.command}\n", *texts]).encode())
         self.say(f"\n{title}\n{aligned(rows)}")
+        lost = {name for row in rows for name, value in row.items() if isinstance(value, float) and math.isnan(value)}
+        if lost:
+            self.say(f"No number came out for {', '.join(sorted(lost))}: it had diverged, or there was nothing to see.")
 
     def picture(self, name: str, content: bytes) -> None:
         """Write a PNG."""

@@ -28,8 +28,11 @@ class Config(DataKnobs, Knobs):
     """That part."""
 
     def check(self) -> None:
-        require_at_least_one(self, "num_train", "num_queries", "subsets")
+        require_at_least_one(self, "num_train", "num_queries")
+        require(self.subsets >= 2, f"--subsets is {self.subsets}: a rank correlation needs two at least.")
         require(self.hidden >= 0, f"--hidden is {self.hidden}: 0 units or more.")
         require(0 <= self.noise < 1, f"--noise is {self.noise}: a part of the labels, from 0 to below 1.")
         require(0 < self.left_out < 1, f"--left-out is {self.left_out}: a part of the examples, above 0 and below 1.")
+        left = self.num_train - max(1, round(self.left_out * self.num_train))
+        require(left >= 1, f"--left-out {self.left_out} leaves none of {self.num_train} examples to train on.")
         require(0 < self.decay < math.inf, f"--decay is {self.decay}: a positive penalty is needed.")

@@ -87,6 +87,8 @@ class Config(DataKnobs, SolverKnobs):
         require(self.imbalance >= 1, f"--imbalance is {self.imbalance}: largest over smallest class, at least 1.")
         require(0 <= self.noise < 1, f"--noise is {self.noise}: the part of the labels drawn anew, in [0, 1).")
         require(self.warm_up >= 0, f"--warm-up is {self.warm_up}: not negative.")
+        learns = self.warm_up < self.steps
+        require(learns, f"--warm-up is {self.warm_up}: fewer than --steps {self.steps}, or no weight is ever learned.")
         require(0 <= self.momentum < 1, f"--momentum is {self.momentum}: in [0, 1).")
         require(self.weight_decay >= 0, f"--weight-decay is {self.weight_decay}: not negative.")
         require(self.focal_gamma >= 0, f"--focal-gamma is {self.focal_gamma}: not negative.")

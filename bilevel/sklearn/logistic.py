@@ -61,7 +61,7 @@ class LogisticTwin:
                 CG(rtol=1e-9, preconditioner=Factored(factor)),
             )
         else:
-            minimum, solver, linear = self.start, LBFGS(gtol=1e-3), CG(rtol=1e-5)
+            minimum, solver, linear = self.start, LBFGS(max_steps=2000), CG(rtol=1e-9)
         fit = argmin(objective, minimum, solver=solver, hypergrad=Implicit(linear))
         self.start = fit.value.detach()
         return self._logits(fit.value)

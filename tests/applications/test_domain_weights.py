@@ -268,6 +268,7 @@ def test_two_ranks_are_one(tmp_path):
 
 @refusals(
     *("--steps 0", "--validation 1", "--warm-up 6"),
+    (["--every", "50"], "the weights would learn at step 50 first"),
     (["--heads", "3"], "a multiple of --heads 3"),
     (["--methods", "sama", "sama"], "each once"),
     (["--target", "odes"], "odes.txt is needed"),

@@ -261,6 +261,7 @@ def test_bad_files(bad_file, refused):
 
 @refusals(
     *("--steps 0", "--lr 0", "--noise 1", "--imbalance 0.5"),
+    (["--steps", "20", "--warm-up", "20"], "or no weight is ever learned"),
     (["--meta-per-class", "200"], "The smallest class of digits has 174 examples"),
     (["--methods", "cg", "cg"], "--methods cg cg: one at least, each once"),
     (["--model", "resnet32"], "--model resnet32 takes"),

@@ -138,8 +138,8 @@ def test_large_softmax_regressions_go_to_lbfgs(monkeypatch):
     monkeypatch.setattr(logistic, "MOST_UNKNOWNS", 0)
     large = cross_validation(LogisticRegression(C=0.7), "three classes")
     (loss, gradient), (other, others) = (search(start) for search, start in (exact, large))
-    assert other == pytest.approx(loss, rel=1e-5)
-    assert others == pytest.approx(gradient, rel=1e-3)
+    assert other == pytest.approx(loss, rel=1e-8)
+    assert others == pytest.approx(gradient, rel=1e-6)
 
 
 def test_support_vectors_that_are_all_at_their_bounds():

@@ -410,6 +410,11 @@ class TestFromPhotographsToPredictions:
         )
         assert "images [1, 28, 28] (of a folder: --grey, --image-size)" in capsys.readouterr().err
 
+    def test_an_evaluation_on_images_of_another_shape(self, run, capsys):
+        for words in (["--grey"], ["--image-size", "20"], ["--data", "glyphs"]):
+            assert main(["evaluate", str(run), *words]) == 2
+            assert "and the network was trained on [3, 16, 16]: give it images of that shape" in capsys.readouterr().err
+
     def test_code_that_the_network_does_not_use_is_refused(self, run):
         with pytest.raises(UserError, match=r"model is 'no\.such:thing', and the network was trained with 'conv4'"):
             FewShot.load(run, model="no.such:thing")
