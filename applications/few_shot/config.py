@@ -15,7 +15,7 @@ from applications.frame.command import Purposes, SolverKnobs, require, require_a
 Method = Literal["imaml", "imaml-hf", "maml", "fomaml", "reptile", "prototypical"]
 
 
-NEWER = ("backbone", "start", "late_from", "late_inner_steps", "late_cg_steps", "clock")
+NEWER = ("backbone", "start", "distort", "late_from", "late_inner_steps", "late_cg_steps", "clock")
 """Knobs that runs of earlier versions don't have; their defaults change nothing."""
 
 
@@ -92,6 +92,10 @@ class Config(SolverKnobs):
     hessian: Literal["graph", "func"] = "graph"
     """Hessian products over the retained graph (faster) or recomputed by torch.func."""
 
+    distort: float = 0.0
+    """Shear, stretch, turn and move each training image at random, by affine maps of this standard deviation (0.06 is
+    what helps on Omniglot); drawings of ink and paper stay that."""
+
     steps: int = 500
     """Meta-steps."""
     late_from: float = 0.7
@@ -149,6 +153,9 @@ class Config(SolverKnobs):
     def check(self) -> None:
         counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "width", "eval_steps")
         require_at_least_one(self, "late_inner_steps", "late_cg_steps")
+        require(0 <= self.distort < 1, f"--distort is {self.distort}: from 0 to below 1, where nothing is left.")
+        frozen = self.distort > 0 and self.backbone is not None
+        require(not frozen, "--distort: a frozen --backbone has seen each image once, as it is. Leave it out.")
         require(0 <= self.late_from <= 1, f"--late-from is {self.late_from}: it lies in [0, 1].")
         late = self.late_inner_steps is not None or self.late_cg_steps is not None
         require(not (late and self.solver), "--solver has steps of its own: leave --late-... away.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
 
 from applications.few_shot.data import ImageClasses
 from applications.frame.errors import UserError
@@ -26,11 +27,31 @@ class Episodes:
         return self.support_x, self.support_y, self.query_x, self.query_y
 
 
+def distorted(images: Tensor, amount: float, two_valued: bool, generator: torch.Generator) -> Tensor:
+    """Each image sheared, stretched, turned and moved by random amounts, as other hands and cameras do.
+
+    Args:
+        images: ``[..., channels, size, size]``.
+        amount: standard deviation of the six numbers of the affine map, in halves of the image's side.
+        two_valued: drawings of ink and paper, which stay that: what lies between is new to a network of them.
+    """
+    flat = images.flatten(0, -4)
+    maps = amount * torch.randn(len(flat), 2, 3, generator=generator, device=images.device)
+    maps[:, :, :2] += torch.eye(2, device=images.device)
+    grid = affine_grid(maps.to(images.dtype), list(flat.shape), align_corners=False)
+    moved = grid_sample(flat, grid, padding_mode="border", align_corners=False)
+    moved = (moved > 0.5).to(images.dtype) if two_valued else moved
+    return moved.view_as(images)
+
+
 class Sampler:
     """Draws episodes from classes whose images stay on the device as bytes.
 
     The episodes of a step depend on the seed, the stream's name and the step alone, so a resumed run sees the
     episodes of an uninterrupted one.
+
+    Args:
+        distort: standard deviation of the random linear maps and shifts of each image, see `distorted`; 0: none.
 
     Raises:
         UserError: fewer classes than ways, fewer images than shots + queries, or nothing asked for.
@@ -46,6 +67,7 @@ class Sampler:
         seed: int,
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        distort: float = 0.0,
     ):
         for name, value in (("ways", ways), ("shots", shots), ("queries", queries)):
             if value < 1:
@@ -68,7 +90,8 @@ class Sampler:
             last = torch.tensor(classes.counts, device=device).unsqueeze(-1)
             self.blank = torch.arange(self.images.shape[1], device=device) >= last
         self.stream, self.seed, self.device, self.dtype = stream, seed, device, dtype
-        self.ways, self.shots, self.queries = ways, shots, queries
+        self.ways, self.shots, self.queries, self.distort = ways, shots, queries, distort
+        self.two_valued = distort > 0 and bool(((self.images == 0) | (self.images == 255)).all())
 
     def episodes(self, num_tasks: int, step: int, part: slice = slice(None)) -> Episodes:
         """The ``num_tasks`` tasks of a step, or a part of them: that of one rank among many."""
@@ -84,6 +107,8 @@ class Sampler:
         instances = draw.topk(self.shots + self.queries, -1).indices
         images = self.images[classes.unsqueeze(-1), instances]
         images = images.to(self.dtype) / (255 if images.dtype == torch.uint8 else 1)
+        if self.distort:
+            images = distorted(images, self.distort, self.two_valued, generator)
         labels = torch.arange(self.ways, device=self.device).view(1, -1, 1).expand(instances.shape)
         return Episodes(
             images[:, :, : self.shots].flatten(1, 2),

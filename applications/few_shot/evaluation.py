@@ -39,7 +39,7 @@ Accuracy on held-out tasks, transductive and not. Options are those of train, su
 
 TRAINING_ONLY = (
     *("head", "learn_strength", "cg_steps", "steps", "late_from", "late_inner_steps", "late_cg_steps"),
-    *("tasks", "lr", "schedule", "clip", "average", "minutes", "clock", "capture", "validate_every"),
+    *("distort", "tasks", "lr", "schedule", "clip", "average", "minutes", "clock", "capture", "validate_every"),
 )
 """Knobs that change nothing of an evaluation, beside the queries."""
 

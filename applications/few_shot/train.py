@@ -157,8 +157,9 @@ class Session:
     def sampler(self, stream: str) -> Sampler:
         """Episodes of the ``"train"``, ``"validation"`` or ``"test"`` classes."""
         config = self.config
-        queries = config.queries if stream == "train" else config.eval_queries
-        return create_sampler(config, getattr(self.splits, stream), stream, queries, self.device)
+        if stream != "train":
+            return create_sampler(config, getattr(self.splits, stream), stream, config.eval_queries, self.device)
+        return create_sampler(config, self.splits.train, stream, config.queries, self.device, config.distort)
 
 
 def checkpoint_file(folder: RunFolder) -> str:
@@ -202,10 +203,16 @@ def create_learner(
 
 
 def create_sampler(
-    config: Config, classes: data.ImageClasses, stream: str, queries: int, device: torch.device
+    config: Config,
+    classes: data.ImageClasses,
+    stream: str,
+    queries: int,
+    device: torch.device,
+    distort: float = 0.0,
 ) -> Sampler:
     """Episodes of the configuration's ways, shots and precision."""
-    return Sampler(classes, stream, config.ways, config.shots, queries, config.seed, device, config.dtype)
+    sizes = config.ways, config.shots, queries
+    return Sampler(classes, stream, *sizes, config.seed, device, config.dtype, distort)
 
 
 def meta_train(session: Session) -> Iterator[dict[str, Any]]:

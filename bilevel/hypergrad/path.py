@@ -14,15 +14,17 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .._torch import FunctionContext, TorchDispatchMode, after_backward, is_functorch_wrapped_tensor, pytree
 from ..closure import Autocast, Closure, Tracer, in_transform, substituting
+from ..inner.first_look import LOOKED, raised
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import InnerSolver, Progress
 from ..inner.steps import SGD, LastStep, State, Steps
 from ..linalg.curvature import fused_norm, has_layer_norm
+from ..notices import tell
 from ..problem import Objective, Problem, gradient, graph_nodes, refuse_hidden
 from ..ranks import SAME_GRADIENT, Ranks
 from ..reach import Reach
-from ..recording import recording
-from ..solution import Result, Solution, SolveError, Throw, settle
+from ..recording import free_looks, recording
+from ..solution import Result, Solution, SolveError, SolveWarning, Throw, settle
 from ..tree import Raveler, Tree
 from .advice import NONFINITE_ADVICE
 from .call import measured_at_solution
@@ -190,6 +192,9 @@ def finish(problem: Problem, found: Solution, throw: Throw, layer_norm: bool = F
     """
     found = measured_at_solution(problem, found)
     settle(found, throw, "The inner solve", PATH_ADVICE, start=problem.first_residual)
+    looks = throw != "ignore" and free_looks(found.value) and not is_functorch_wrapped_tensor(found.value)
+    if looks and LOOKED.is_new(problem.objective, "path") and (rise := raised(problem, found)):
+        tell(f"The inner solve: {rise}", SolveWarning)
     value = _FirstOrderOnly.apply(found.value) if layer_norm and found.value.requires_grad else found.value
     if problem.ranks is not None and value.requires_grad:
         value.register_hook(partial(_check_same_gradient, problem.ranks))

@@ -93,12 +93,8 @@ def hidden_minimum(solver: InnerSolver, problem: Problem, found: Solution) -> st
     part = float((left / begun).nan_to_num(0.0).max())
     if bool(ordered.any()) and isinstance(getattr(solver, "max_steps", None), Unasked) and part > PROGRESS:
         return UNASKED_ADVICE.format(steps=DEFAULT_STEPS, part=part)
-    if bool(ordered.any()):
-        begin, end = problem.start.f, problem.losses(y)
-        raised = ordered & (end > begin + torch.finfo(y.dtype).eps ** 0.75 * begin.abs())
-        if bool(raised.any()) and not is_random(problem, found):
-            worst = (end - begin).where(raised, torch.zeros_like(end)).argmax()
-            return RAISED_ADVICE.format(begin=float(begin.flatten()[worst]), end=float(end.flatten()[worst]))
+    if rise := raised(problem, found):
+        return rise
     if y.numel() > LARGEST:
         return ""
     if mixes_problems(problem, y):
@@ -117,6 +113,20 @@ def hidden_minimum(solver: InnerSolver, problem: Problem, found: Solution) -> st
     products = min(MOST, max(FEWEST, int(found.stats["num_steps"].max())))
     down = bends_down(problem, y, products, torch.finfo(y.dtype).eps ** 0.5)
     return SADDLE_ADVICE if bool((down & claimed).any()) else ""
+
+
+def raised(problem: Problem, found: Solution) -> str:
+    """Where steps that were ordered raised the loss, in words; empty where they did not, or the objective is random."""
+    ordered = found.stats["result"] == int(Result.STEPS_DONE)
+    if not bool(ordered.any()):
+        return ""
+    y, begin = found.value.detach(), problem.start.f
+    end = problem.losses(y)
+    rose = ordered & (end > begin + torch.finfo(y.dtype).eps ** 0.75 * begin.abs())
+    if not bool(rose.any()) or is_random(problem, found):
+        return ""
+    worst = (end - begin).where(rose, torch.zeros_like(end)).argmax()
+    return RAISED_ADVICE.format(begin=float(begin.flatten()[worst]), end=float(end.flatten()[worst]))
 
 
 def hidden_root(symmetric: bool, _: RootSolver, problem: RootProblem, found: Solution) -> str:

@@ -13,6 +13,7 @@ from torch.nn.functional import mse_loss
 
 import bilevel as bl
 from bilevel.inner import first_look
+from bilevel.inner.first_look import Known
 
 F64 = torch.float64
 SADDLE, KINK, COUPLED = "bends down from there", "it has a kink", "The problems of the batch depend on each other"
@@ -241,6 +242,36 @@ class TestSteps:
         start = torch.zeros(2, dtype=F64)
         (message,) = told(lambda: bl.argmin(lambda y: 10 * (y - 1).square().sum(), start, solver=solver))
         assert "raised the loss, from 20 to" in message
+
+    @pytest.mark.parametrize(
+        "method",
+        [bl.Unroll(), bl.Unroll(checkpoint=True), bl.Truncated(3), bl.ForwardMode(), bl.ForwardGradient()],
+        ids=str,
+    )
+    def test_of_a_path_that_raised_it(self, method, monkeypatch):
+        """Its derivative is right, and is that of a solver that runs away; told once."""
+        monkeypatch.setattr("bilevel.hypergrad.path.LOOKED", Known())  # all methods have one objective here
+        x, start = torch.ones((), dtype=F64, requires_grad=True), torch.zeros(2, dtype=F64)
+
+        def objective(y, x):
+            return 10 * (y - x).square().sum()
+
+        def solved(lr, throw="warn"):
+            solver = bl.Steps(bl.SGD(lr), max_steps=8)
+            return lambda: bl.argmin(objective, start, x, solver=solver, hypergrad=method, throw=throw)
+
+        assert not told(solved(0.3, "ignore"))
+        (message,) = told(solved(0.3))
+        assert "raised the loss, from 20 to" in message
+        assert not told(solved(0.3))
+
+    def test_of_a_path_that_lowered_it(self):
+        x, solver = torch.ones((), dtype=F64, requires_grad=True), bl.Steps(bl.SGD(0.03), max_steps=8)
+        start = torch.zeros(2, dtype=F64)
+        fit = lambda: bl.argmin(  # noqa: E731
+            lambda y, x: 10 * (y - x).square().sum(), start, x, solver=solver, hypergrad=bl.Unroll()
+        )
+        assert not told(fit)
 
     def test_one_problem_of_a_batch(self):
         scale, start = torch.tensor([0.1, 10.0], dtype=F64), torch.zeros(2, dtype=F64)

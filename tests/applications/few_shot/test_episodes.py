@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from applications.few_shot.config import Config
 from applications.few_shot.data import ImageClasses
 from applications.few_shot.episodes import Sampler
+from applications.few_shot.train import Session
 from applications.frame.errors import UserError
 
 CPU = torch.device("cpu")
@@ -67,3 +69,35 @@ def test_bad_requests(ways, shots, queries, message):
 def test_no_tasks():
     with pytest.raises(UserError, match="0 tasks"):
         Sampler(numbered(), "train", 5, 1, 1, 0, CPU).episodes(0, 0)
+
+
+@pytest.mark.parametrize("two_valued", [True, False])
+def test_distorted_images_are_others_of_their_kind(two_valued):
+    """Each by itself, of the same classes, from the seed and the step; drawings stay ink and paper."""
+    images = torch.zeros(12, 9, 1, 28, 28, dtype=torch.uint8)
+    images[..., 8:20, 10:14] = 255 if two_valued else torch.arange(12).view(12, 1, 1, 1, 1).to(torch.uint8) * 20
+    classes = ImageClasses(images, tuple(map(str, range(12))))
+
+    def draw(distort, step=3):
+        return Sampler(classes, "train", 5, 2, 4, 0, CPU, distort=distort).episodes(8, step)
+
+    plain, moved = draw(0.0), draw(0.1)
+    assert torch.equal(plain.query_y, moved.query_y)
+    assert torch.equal(moved.query_x, draw(0.1).query_x)
+    assert moved.query_x.shape == plain.query_x.shape
+    assert torch.equal(draw(0.0).support_x, Sampler(classes, "train", 5, 2, 4, 0, CPU).episodes(8, 3).support_x)
+    ink = moved.query_x[plain.query_x.amax((-3, -2, -1)) > 0].flatten(1)
+    assert len({tuple(row.tolist()) for row in ink}) > 0.9 * len(ink)
+    assert ink.mean() == pytest.approx(plain.query_x[plain.query_x.amax((-3, -2, -1)) > 0].mean().item(), rel=0.1)
+    assert (set(moved.query_x.unique().tolist()) <= {0.0, 1.0}) == two_valued
+
+
+def test_distortion_is_for_training_alone(glyph_root):
+    config = Config(ways=3, queries=2, eval_queries=2, width=8, distort=0.1, data_root=glyph_root)
+    session = Session.create(config)
+    assert session.sampler("train").distort == 0.1
+    assert session.sampler("validation").distort == session.sampler("test").distort == 0
+    with pytest.raises(UserError, match="a frozen --backbone has seen each image once"):
+        Config(distort=0.1, backbone="applications.few_shot.backbone:resnet18").check()
+    with pytest.raises(UserError, match="--distort is -1"):
+        Config(distort=-1).check()
