@@ -218,13 +218,23 @@ class Units(NamedTuple):
             grads = torch.func.grad(lambda params: objective(params).sum())(raveler.unflatten(raveler.unravel(y)))
             return raveler.ravel(leaves(grads))
 
+        def beside(fn: Callable[[Tensor], Tensor], like: Tensor, reach: Tensor, wave: Tensor) -> Tensor:
+            try:
+                return fn(axpy(reach, wave, y))
+            except (
+                ArithmeticError,
+                ValueError,
+                RuntimeError,
+            ):  # outside of the domain (of a solve inside, too)
+                return torch.full_like(like, torch.nan)
+
         def steepness(reach: Tensor) -> Tensor:
-            changes = [(gap(axpy(reach, wave, y)) - here).abs().nan_to_num(0, 0, 0) for wave in waves]
+            changes = [(beside(gap, here, reach, wave) - here).abs().nan_to_num(0, 0, 0) for wave in waves]
             steep: Tensor = torch.stack(changes).amax(0) / reach.unsqueeze(-1)
             return steep
 
         def curvature(reach: Tensor) -> Tensor:
-            curved: Tensor = norm(slope(axpy(reach, waves[0], y)) - ground) / (reach * root)
+            curved: Tensor = norm(beside(slope, ground, reach, waves[0]) - ground) / (reach * root)
             return curved
 
         def first(*sizes: Tensor) -> Tensor:

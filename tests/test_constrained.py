@@ -343,3 +343,19 @@ def test_tensors_of_inference_mode():
         weights = randn(3).abs() + 1
     fit = bl.constrained(lambda y: weights @ y.square(), lambda y: (weights @ y - 1).unsqueeze(0), 0 * randn(3))
     torch.testing.assert_close(fit.value.params, (torch.ones(3, dtype=torch.float64) / weights.sum()))
+
+
+def test_functions_that_are_not_defined_far_from_the_start():
+    """Where they raise, or are NaN: the sizes are found nearer."""
+
+    def objective(y):
+        if bool((y.detach() < 0).any()):
+            raise RuntimeError("outside")
+        return (y * y.log()).sum()
+
+    start = tensor([0.6, 0.01, 0.5])
+    fit = bl.constrained(objective, lambda y: (y.sum() - 1).unsqueeze(0), start, solver=bl.Newton(LeastNorm()))
+    torch.testing.assert_close(fit.value.params, torch.full((3,), 1 / 3, dtype=torch.float64))
+    inner = lambda y: (y * y.log()).sum()  # noqa: E731
+    fit = bl.constrained(inner, lambda y: (y.sum() - 1).unsqueeze(0), start, throw="raise")
+    torch.testing.assert_close(fit.value.params, torch.full((3,), 1 / 3, dtype=torch.float64))
