@@ -15,11 +15,11 @@ from .argmin import Params
 from .checks import check_function, check_hypergrad, check_numbers, check_solver, check_start, check_warm_start
 from .closure import Closure, Tracer, VmappedClosure
 from .context import solves
-from .hypergrad.base import Hypergrad, PathMethod
+from .hypergrad.base import Hypergrad, PathMethod, Point
 from .hypergrad.differentiate import differentiable_solve
 from .hypergrad.implicit import Implicit
 from .hypergrad.search import Search
-from .hypergrad.statement import SymmetricResidualStatement
+from .hypergrad.statement import Solve, SymmetricResidualStatement
 from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
 from .inner.nearness import STILL, Goal
@@ -28,13 +28,13 @@ from .inner.roots import Newton, RootSolver
 from .linalg.direct import LeastNorm
 from .linalg.jacobian import GraphJacobian
 from .linalg.noise import normal, signs
-from .linalg.operator import widened
+from .linalg.operator import Operator, widened
 from .linalg.scaled import SMALL
 from .notices import tell
 from .problem import Problem, RootProblem, check_batch, check_init
 from .recording import recording
 from .solution import Result, Solution, SolveWarning, Throw, check_throw, marked
-from .tree import Raveler, Tree, axpy, leaves, norm, scale, tree_map
+from .tree import Raveler, Tree, axpy, filled, norm, tree_map
 
 MOVE = 1e-3
 """Relative change of the params by which the sizes of losses and constraints are found."""
@@ -86,8 +86,8 @@ def constrained(
 
     It is the root of ``(grad f + J' nu, c)``, the gradient of the Lagrangian ``f + nu . c``, whose Jacobian is
     symmetric and indefinite: the adjoint is solved by `MINRES`. Both parts of the solution are differentiable; a
-    multiplier is the price of its constraint, minus the slope of the minimum by the value that c is held at. Loss and
-    constraints are divided by their slopes around the start first, so that their units do not matter.
+    multiplier is the price of its constraint, minus the slope of the minimum by the value that c is held at. All is
+    scaled within, so that the units of the loss, of each constraint and of each leaf of the params do not matter.
 
     Args:
         objective, constraints: a scalar, and a vector ``[m]`` of fewer constraints than params; both differentiable
@@ -99,8 +99,8 @@ def constrained(
         args, throw, warm_start: as in `argmin`.
 
     Returns:
-        A `Solution` whose value is a `ConstrainedSolution`. ``stats["residual_norm"]`` is that of the root, of
-        scaled functions. A stationary point that is no minimum along the constraints has `Result.NEGATIVE_CURVATURE`,
+        A `Solution` whose value is a `ConstrainedSolution`. ``stats["residual_norm"]`` is that of the root. A
+        stationary point that is no minimum along the constraints has `Result.NEGATIVE_CURVATURE`,
         and ``stats["degenerate"]`` says where neither the multipliers nor the derivative are unique, which warns; both
         are looked at up to 512 unknowns.
 
@@ -120,62 +120,51 @@ def constrained(
     dims = int(batched)
     batch = check_batch(init, dims)
     detached = tree_map(torch.Tensor.detach, init)
-    aside = Tracer(differentiable=False)  # which gives evaluations copies of tensors of inference mode
-    with torch.no_grad(), aside:
+    with torch.no_grad():
         loss, found = objective(detached, *args), constraints(detached, *args)
     if not isinstance(found, Tensor) or found.shape[:-1] != batch or found.dim() != dims + 1:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"constraints returned {shape}: a vector [m], or [T, m] with batched=True, is needed.")
+    if found.shape[-1] == 0:
+        raise ValueError("constraints returned no numbers, [0]: without constraints take argmin.")
+    if not found.is_floating_point():
+        raise ValueError(f"constraints returned a vector of {found.dtype}: floating point is needed.")
     if not isinstance(loss, Tensor) or loss.shape != batch or not loss.is_floating_point():
         kind = f"{tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(
             f"objective returned {kind}: a scalar, or [T] with batched=True, is needed, of floating point."
         )
     start = ConstrainedSolution(init, torch.zeros_like(found))
-    with torch.no_grad(), aside:
-        units = Units.at(
-            lambda params: objective(params, *args), lambda params: constraints(params, *args), detached, len(batch)
-        ).within(loss.dtype, found.dtype)
-
-    def scaled_objective(params: Tree, *args: Any) -> Tensor:
-        *own, units = args
-        loss = objective(params, *own)
-        scaled: Tensor = loss / units.loss.to(loss.dtype)
-        return scaled
-
-    def scaled_constraints(params: Tree, *args: Any) -> Tensor:
-        *own, units = args
-        gap = constraints(params, *own)
-        scaled: Tensor = gap / units.gap.to(gap.dtype)
-        return scaled
 
     def stationarity(point: ConstrainedSolution[Tree], *args: Any) -> ConstrainedSolution[Tree]:
         def lagrangian(params: Tree) -> tuple[Tensor, Tensor]:
-            gap = scaled_constraints(params, *args)
-            return scaled_objective(params, *args).sum() + (point.multipliers * gap).sum(), gap
+            gap = constraints(params, *args)
+            return objective(params, *args).sum() + (point.multipliers * gap).sum(), gap
 
         slope, gap = torch.func.grad(lagrangian, has_aux=True)(point.params)
         return ConstrainedSolution(slope, gap)
 
     def build(tracer: Tracer) -> RootProblem:
-        problem = RootProblem(stationarity, start, (*args, units), batch_dims=dims, tracer=tracer)
+        problem = RootProblem(stationarity, start, args, batch_dims=dims, tracer=tracer)
         problem.data = (
-            lambda point: problem.under_rules(scaled_objective, problem.raveler.unflatten(point).params),
-            lambda point: problem.under_rules(scaled_constraints, problem.raveler.unflatten(point).params),
+            lambda point: problem.under_rules(objective, problem.raveler.unflatten(point).params),
+            lambda point: problem.under_rules(constraints, problem.raveler.unflatten(point).params),
         )
         return problem
 
     method = solver or AugmentedLagrangian()
+    if not isinstance(method, AugmentedLagrangian):
+        method = Balanced(method)
     tells = throw != "ignore" and hypergrad is not None
-    solution = differentiable_solve(
+    return differentiable_solve(
         lambda closure: LagrangianStatement(
             closure,
-            replace(closure, fn=lambda point, *args: scaled_objective(point.params, *args)),
-            replace(closure, fn=lambda point, *args: scaled_constraints(point.params, *args)),
+            replace(closure, fn=lambda point, *args: objective(point.params, *args)),
+            replace(closure, fn=lambda point, *args: constraints(point.params, *args)),
         ),
         stationarity,
         start,
-        (*args, units),
+        args,
         build=build,
         batch_dims_of=lambda _, __: dims,
         search=Search(
@@ -184,9 +173,6 @@ def constrained(
         hypergrad=hypergrad,
         warm_start=warm_start,
     )
-    price = units.loss.unsqueeze(-1) / units.gap
-    found = solution.value
-    return solution.with_value(ConstrainedSolution(found.params, found.multipliers * price.to(found.multipliers.dtype)))
 
 
 class Units(NamedTuple):
@@ -201,31 +187,35 @@ class Units(NamedTuple):
 
     @classmethod
     def at(
-        cls, objective: Callable[[Tree], Tensor], constraints: Callable[[Tree], Tensor], init: Tree, batch_dims: int
+        cls,
+        objective: Callable[[list[Tensor]], Tensor],
+        constraints: Callable[[list[Tensor]], Tensor],
+        params: list[Tensor],
+        batch_dims: int,
     ) -> Units:
-        """Found by differences beside the start, where gradients may vanish; none of it is differentiated.
+        """Found by differences beside these params, where gradients may vanish.
 
-        The size of the params is that of the start, or the way from there to where the constraints hold, or to the
-        minimum of the loss without them.
+        The size of the params is their own, or the way from there to where the constraints hold, or to the minimum of
+        the loss without them.
         """
-        raveler = Raveler(init, leaves(init)[0].shape[:batch_dims])
-        y = raveler.ravel(leaves(init))
+        raveler = Raveler(params, params[0].shape[:batch_dims])
+        y = raveler.ravel(params)
 
         def gap(y: Tensor) -> Tensor:
-            return widened(constraints(raveler.unflatten(raveler.unravel(y)))).double()
+            with torch.no_grad():
+                return widened(constraints(raveler.unravel(y))).double()
 
         def slope(y: Tensor) -> Tensor:
-            grads = torch.func.grad(lambda params: objective(params).sum())(raveler.unflatten(raveler.unravel(y)))
-            return raveler.ravel(leaves(grads))
+            with torch.enable_grad():
+                free = [leaf.detach().requires_grad_() for leaf in raveler.unravel(y)]
+                loss = objective(free).sum()
+                grads = torch.autograd.grad(loss, free, allow_unused=True) if loss.requires_grad else [None] * len(free)
+            return raveler.ravel(filled(grads, free))
 
         def beside(fn: Callable[[Tensor], Tensor], like: Tensor, reach: Tensor, wave: Tensor) -> Tensor:
             try:
                 return fn(axpy(reach, wave, y))
-            except (
-                ArithmeticError,
-                ValueError,
-                RuntimeError,
-            ):  # outside of the domain (of a solve inside, too)
+            except (ArithmeticError, ValueError, RuntimeError):  # outside of the domain (of a solve inside, too)
                 return torch.full_like(like, torch.nan)
 
         def steepness(reach: Tensor) -> Tensor:
@@ -263,13 +253,111 @@ class Units(NamedTuple):
             length = first(torch.maximum(size, away), size, norm(ground) / root / curved)
         near = torch.maximum(curved.nan_to_num(0, 0, 0), norm(ground) / root / length)
         loss = first(unless_flat(near, curvature(length)))
-        return cls(*(unit.log2().round().exp2().detach() for unit in (loss, steep)))
+        return cls(*map(power_of_two, (loss, steep)))
 
-    def within(self, loss: torch.dtype, gap: torch.dtype) -> Units:
-        """The same in these dtypes, as near as they go."""
-        limits = (torch.finfo(dtype) for dtype in (loss, gap))
-        found = [unit.clamp(info.smallest_normal, info.max / 2) for unit, info in zip(self, limits, strict=True)]
-        return Units(found[0].to(loss), found[1].to(gap))
+
+def power_of_two(size: Tensor) -> Tensor:
+    """The nearest one, by which no digit changes."""
+    return size.log2().round().exp2()
+
+
+def balance(operator: Operator, y: Tensor, sizes: Sequence[int]) -> Tensor:
+    """``d [*batch, n + m]``, such that ``d K d`` has blocks of one size: the Hessian by leaves, and each constraint.
+
+    K alone does not say how large the Hessian is beside the constraints: multipliers have units of their own. It is
+    seen by products with random vectors. Where a loss is as good as linear, its gradient over the params stands for the
+    Hessian, so that multipliers are not larger than the params, and both count in the length of a step.
+
+    Args:
+        operator: the Jacobian K of the conditions of Lagrange. y: params and multipliers. sizes: of the leaves of both.
+
+    Returns:
+        Powers of two, by which no digit changes.
+    """
+    parts = list(sizes[:-1])
+    dual = torch.arange(y.shape[-1], device=y.device) >= sum(parts)
+    blocks = torch.repeat_interleave(torch.arange(len(parts), device=y.device), torch.tensor(parts, device=y.device))
+
+    def by_leaf(vector: Tensor) -> Tensor:
+        """The root mean squares of the leaves of params, at each of their numbers, and one at multipliers."""
+        means = [part.square().mean(-1, keepdim=True).sqrt() for part in vector[..., : len(blocks)].split(parts, -1)]
+        rest = torch.ones_like(vector[..., len(blocks) :])
+        return torch.cat([torch.cat(means, -1).index_select(-1, blocks), rest], -1)
+
+    def product(vector: Tensor) -> Tensor:
+        return operator.matvec(vector.to(y.dtype)).double()
+
+    waves = [normal(y.shape, seed, y.device).masked_fill(dual, 0.0) for seed in range(3)]
+    pull = product(y.masked_fill(~dual, 0.0))
+    d = torch.ones_like(y, dtype=torch.float64)
+    for _ in range(TURNS):
+        rows = torch.stack([(d * product(d * wave)).square() for wave in waves]).mean(0).sqrt()
+        bends, slope = by_leaf(rows), (by_leaf(d * pull) / by_leaf(y.double() / d)).nan_to_num(0.0, 0.0)
+        most = torch.where(bends > 0, bends / torch.finfo(y.dtype).eps ** 0.5, torch.inf)  # the params may be zero
+        size = torch.maximum(bends, torch.minimum(slope, most)).masked_fill(dual, 1.0)
+        d = d * torch.where((size > 0) & torch.isfinite(size), size, torch.ones_like(size)).rsqrt()
+    rows = torch.stack([product(d * wave).square() for wave in waves]).mean(0).sqrt()
+    return power_of_two(torch.where(dual & (rows > 0) & torch.isfinite(rows), 1 / rows, d)).to(y.dtype)
+
+
+TURNS = 6
+"""Of balancing; and of solves, each in the units of where the last one ended."""
+
+STALE = 1e3
+"""Times the params, in their units: longer multipliers are of where the params have been."""
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """A solver of the conditions of Lagrange in units of their own, measured again until they are those of its end."""
+
+    solver: RootSolver
+
+    def find(self, problem: RootProblem) -> Solution[Tensor]:
+        """See `RootSolver`."""
+        raveler, y = problem.raveler, problem.y
+        steps = torch.zeros(raveler.batch_shape, dtype=torch.int64, device=y.device)
+        d = self.units(problem, y)
+        for _ in range(TURNS):
+
+            def residual(leaves: list[Tensor], d: Tensor = d) -> list[Tensor]:
+                return raveler.unravel(d * problem.flat_residual(d * raveler.ravel(leaves)))
+
+            found = self.solver.find(RootProblem(residual, raveler.unravel(y / d), batch_dims=len(raveler.batch_shape)))
+            y, steps, before = d * found.value, steps + found.stats["num_steps"], d
+            moved = torch.ones_like(steps, dtype=torch.bool)
+            if not bool(torch.isfinite(y).all()):
+                break
+            d = self.units(problem, y)
+            moved = ((d / before).log2().abs() > 2).any(-1)
+            if not bool(moved.any()):
+                break
+        codes = found.stats["result"]
+        codes = marked(codes, moved & (codes <= int(Result.STEPS_DONE)), Result.STAGNATED)
+        with torch.no_grad():  # where a loss is not defined its slopes may be
+            lost = ~torch.isfinite(problem.data[0](raveler.unravel(y)))
+        codes = marked(codes, lost, Result.NONFINITE)
+        return found.with_value(y).with_stats(num_steps=steps, result=codes)
+
+    @staticmethod
+    def units(problem: RootProblem, y: Tensor) -> Tensor:
+        """`balance` there."""
+        operator = GraphJacobian(problem.raveler, problem.linearize(y), symmetric=True)
+        return balance(operator, y, problem.raveler.sizes)
+
+
+class Rescaled(Operator):
+    """``d A d``."""
+
+    def __init__(self, operator: Operator, d: Tensor):
+        super().__init__(operator.batch_shape, operator.size, operator.dtype, operator.device, operator.symmetric)
+        self.operator, self.d = operator, d
+
+    def matvec(self, v: Tensor) -> Tensor:
+        return self.d * self.operator.matvec(self.d * v)
+
+    def rmatvec(self, v: Tensor) -> Tensor:
+        return self.d * self.operator.rmatvec(self.d * v)
 
 
 @dataclass(frozen=True)
@@ -283,6 +371,18 @@ class LagrangianStatement(SymmetricResidualStatement):
         problem = super().problem(start, hparams, batch_dims)
         problem.data = (lambda point: self.objective(point, hparams), lambda point: self.constraints(point, hparams))
         return problem
+
+    def solve(self, point: Point, operator: Operator, b: Tensor, transpose: bool, solve: Solve) -> Solution[Tensor]:
+        """In balanced units."""
+
+        def balanced(operator: Operator, b: Tensor) -> Solution[Tensor]:
+            y = point.raveler.ravel(point.params)
+            with torch.no_grad():
+                d = balance(operator, y, point.raveler.sizes)
+            found = solve(Rescaled(operator, d), d * b)
+            return found.with_value(d * found.value)
+
+        return super().solve(point, operator, b, transpose, balanced)
 
     def vmapped(self, in_dims: tuple[int | None, ...]) -> LagrangianStatement:
         parts = (self.closure, self.objective, self.constraints)
@@ -323,13 +423,31 @@ class AugmentedLagrangian:
             )
         near = copy.copy(problem)
         near.y, fell = self._near(problem)
+        near.y = self._priced(problem, near.y)
         near.r = problem.evaluate(near.y)
-        found = self.newton.find(near)
-        codes = found.stats["result"]
-        worse = (codes <= int(Result.STEPS_DONE)) & (norm(problem.evaluate(found.value)) > norm(problem.r))
+        found = Balanced(self.newton).find(near)
+        codes, d = found.stats["result"], Balanced.units(problem, found.value)
+        worse = (codes <= int(Result.STEPS_DONE)) & (norm(d * problem.evaluate(found.value)) > norm(d * problem.r))
         codes = marked(codes, worse | self._apart(problem, found.value), Result.STAGNATED)
         doubtful = (codes > int(Result.STEPS_DONE)) | (problem.raveler.size > SMALL)  # a small root is looked at
         return found.with_stats(result=marked(codes, fell & doubtful, Result.UNBOUNDED))
+
+    def _priced(self, problem: RootProblem, y: Tensor) -> Tensor:
+        """The same params with the multipliers of least ``||grad f + J' nu||``, in balanced units."""
+        count = problem.raveler.sizes[-1]
+        if y.shape[-1] > SMALL or not bool(torch.isfinite(y).all()):
+            return y
+        operator = GraphJacobian(problem.raveler, problem.linearize(y), symmetric=True)
+        d = balance(operator, y, problem.raveler.sizes).double()
+        basis = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)[-count:]
+        columns = [operator.matvec(e.expand_as(y)).double()[..., :-count] for e in basis]
+        pulled = d[..., :-count, None] * torch.stack(columns, -1) * d[..., None, -count:]
+        alone = torch.cat([y[..., :-count], torch.zeros_like(y[..., -count:])], -1)
+        slope = d[..., :-count] * problem.evaluate(alone).double()[..., :-count]
+        if not bool(torch.isfinite(pulled).all() and torch.isfinite(slope).all()):
+            return y
+        prices = -(torch.linalg.pinv(pulled, rtol=1e-10) @ slope.unsqueeze(-1)).squeeze(-1)
+        return torch.cat([y[..., :-count], (d[..., -count:] * prices).to(y.dtype)], -1)
 
     def _apart(self, problem: RootProblem, y: Tensor) -> Tensor:
         """Whether constraints are left that no point meets: by what they are beside their changes with the params.
@@ -338,6 +456,7 @@ class AugmentedLagrangian:
         """
         constraints = problem.data[1]
         *params, multipliers = problem.raveler.unravel(y.detach())
+        move = max(MOVE, 8 * torch.finfo(problem.raveler.coarsest).eps)
         with torch.no_grad():
 
             def gap(leaves: list[Tensor]) -> Tensor:
@@ -347,10 +466,10 @@ class AugmentedLagrangian:
             largest = norm(gap(problem.raveler.unravel(problem.y)[:-1]))
             for seed in (None, 0, 1):
                 moved = [
-                    leaf * (1 + MOVE * (1 if seed is None else signs(leaf.shape, seed, leaf.device).to(leaf.dtype)))
+                    leaf * (1 + move * (1 if seed is None else signs(leaf.shape, seed, leaf.device).to(leaf.dtype)))
                     for leaf in params
                 ]
-                largest = torch.maximum(largest, norm(gap(moved) - left) / MOVE)
+                largest = torch.maximum(largest, norm(gap(moved) - left) / move)
         return norm(left) > Goal.of(y.dtype, problem.raveler.coarsest).promised * largest
 
     def _near(self, problem: RootProblem) -> tuple[Tensor, Tensor]:
@@ -367,13 +486,27 @@ class AugmentedLagrangian:
         fell = torch.zeros_like(mu, dtype=torch.bool)
         rounding = torch.finfo(problem.raveler.coarsest).eps
         enough = max(1e-4, rounding)
-        gap = first = None
+        gap = largest = None
         for _ in range(self.rounds):
+            units = Units.at(
+                lambda params: objective([*params, multipliers]),  # noqa: B023 (called at once)
+                lambda params: constraints([*params, multipliers]),  # noqa: B023
+                params,
+                mu.dim(),
+            )
+            price = units.loss.unsqueeze(-1) / units.gap
+            stale = norm(multipliers.double() / price) > STALE * norm(problem.raveler.ravel([*params, 0 * multipliers]))
+            multipliers = multipliers.masked_fill(stale.unsqueeze(-1), 0.0)
 
-            def augmented(params: list[Tensor], nu: Tensor = multipliers, mu: Tensor = mu) -> Tensor:
+            def augmented(
+                params: list[Tensor], nu: Tensor = multipliers, mu: Tensor = mu, units: Units = units
+            ) -> Tensor:
+                loss = objective([*params, nu])
                 c = widened(constraints([*params, nu]))
-                found: Tensor = objective([*params, nu]) + (nu * c).sum(-1) + mu.to(c.dtype) / 2 * c.square().sum(-1)
-                return found
+                c, nu = c / units.gap.to(c.dtype), (nu.double() / price).to(c.dtype)  # noqa: B023
+                penalty: Tensor = (nu * c).sum(-1) + mu.to(c.dtype) / 2 * c.square().sum(-1)
+                whole: Tensor = loss / units.loss.to(loss.dtype) + penalty
+                return whole
 
             inner = Problem(augmented, params, max_batch_dims=mu.dim())
             found = self.inner.minimize(inner)
@@ -386,21 +519,23 @@ class AugmentedLagrangian:
                 fallen = (found.stats["result"] >= int(Result.UNBOUNDED)) | ~torch.isfinite(ahead)
                 lost = rose | fallen
                 params = inner.raveler.unravel(torch.where(lost.unsqueeze(-1), inner.start.y, found.value.detach()))
-                c = widened(constraints([*params, multipliers]))
+                c = widened(constraints([*params, multipliers])).double()
             fell = fell | (fallen & ~rose)
             if bool(rose.all()):
                 break
             if not bool(torch.isfinite(c).all()):
                 return problem.y, fell
-            multipliers = multipliers + scale(torch.where(lost, 0.0, mu), c)
-            size = norm(c)
-            first = size if first is None else torch.maximum(first, size)
+            c = c / units.gap
+            multipliers = multipliers + (torch.where(lost, 0.0, mu).unsqueeze(-1) * c * price).to(multipliers.dtype)
+            left = (c * units.gap).abs()
+            largest = left if largest is None else torch.maximum(largest, left)
+            size, first = norm(c), norm(largest / units.gap)
             # Params that stay where they are: a larger mu would multiply what rounding leaves of the constraints.
             still = (norm(found.value - inner.start.y) <= rounding * norm(found.value)) & (size <= STILL * first)
             if bool((~lost & (still | (size <= enough * first))).all()):
                 break
-            slow = lost if gap is None else lost | (~still & (size > 0.25 * gap))
-            mu, gap = torch.where(slow & ~rose, 10 * mu, mu), size
+            slow = lost if gap is None else lost | (~still & (size > 0.25 * norm(gap / units.gap)))
+            mu, gap = torch.where(slow & ~rose, 10 * mu, mu), left
         return problem.raveler.ravel([*params, multipliers]), fell
 
 
@@ -416,7 +551,10 @@ def _look_at_curvature(problem: RootProblem, found: Solution[Tensor], *, warn: b
         return flagged
     jacobian = GraphJacobian(problem.raveler, problem.linearize(found.value.detach()), symmetric=True)
     matrix = jacobian.to_dense().double().nan_to_num(0, 0, 0)
-    values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
+    matrix = (matrix + matrix.mT) / 2
+    d = balance(jacobian, found.value.detach(), problem.raveler.sizes).double()  # the signs stay (Sylvester)
+    matrix = d.unsqueeze(-1) * matrix * d.unsqueeze(-2)
+    values = torch.linalg.eigvalsh(matrix)
     rounding = torch.finfo(jacobian.dtype).eps ** 0.75 * values.abs().amax(-1, keepdim=True)
     saddle = (values < -rounding).sum(-1) > problem.raveler.sizes[-1]
     degenerate = good & (values.abs() <= rounding).any(-1)

@@ -295,7 +295,11 @@ class RootProblem:
     def evaluate(self, y: Tensor) -> Tensor:
         """The residual at ``y``, both ``[*batch, n]``."""
         with torch.no_grad():
-            return self.raveler.ravel(self._residual(self.raveler.unravel(y)))
+            return self.flat_residual(y)
+
+    def flat_residual(self, y: Tensor) -> Tensor:
+        """The residual at ``y`` with whatever graph ``y`` asks for, both ``[*batch, n]``."""
+        return self.raveler.ravel(self._residual(self.raveler.unravel(y)))
 
     def residual_at(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """The residual at ``y``, and no losses; as `Problem.residual_at`."""
