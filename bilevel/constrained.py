@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -408,8 +409,12 @@ class AugmentedLagrangian:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.rounds < 1 or not self.strength > 0:
+        if self.rounds < 1 or not 0 < self.strength < math.inf:
             raise ValueError(f"rounds is {self.rounds} and strength {self.strength}: both are positive.")
+        for name, value, method in (("inner", self.inner, "minimize"), ("newton", self.newton, "find")):
+            if isinstance(value, type) or not callable(getattr(value, method, None)):
+                such = "LBFGS()" if method == "minimize" else "Newton(LeastNorm())"
+                raise TypeError(f"{name} is {value!r}: a solver is needed, such as {such}.")
 
     def find(self, problem: RootProblem) -> Solution[Tensor]:
         """Find a root that is a minimum; see `RootSolver`.

@@ -359,3 +359,77 @@ def test_functions_that_are_not_defined_far_from_the_start():
     inner = lambda y: (y * y.log()).sum()  # noqa: E731
     fit = bl.constrained(inner, lambda y: (y.sum() - 1).unsqueeze(0), start, throw="raise")
     torch.testing.assert_close(fit.value.params, torch.full((3,), 1 / 3, dtype=torch.float64))
+
+
+W = tensor([1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("solver", [None, bl.Newton(LeastNorm())], ids=["augmented", "newton"])
+@pytest.mark.parametrize("size", [1e-6, 1e-4, 1.0, 1e3])
+def test_starts_where_slopes_are_of_another_size(size, solver):
+    """A barrier from near its boundary: units of the start alone made any feasible point a root, silently."""
+    start = size * tensor([0.9, 0.5, 0.7])
+    fit = bl.constrained(
+        lambda y: -(W * y.log()).sum(), lambda y: (y.sum() - 1).unsqueeze(0), start, solver=solver, throw="ignore"
+    )
+    right = torch.allclose(fit.value.params, W / 6, rtol=1e-6) and torch.allclose(fit.value.multipliers, 0 * W[:1] + 6)
+    assert right or not fit.result.ok
+    assert right or size == 1e3 or solver is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [20.0, 300.0, 1e4])
+def test_far_starts_have_the_multiplier(size, dtype):
+    target = torch.tensor([1.0, 2.0, -1.0], dtype=dtype)
+    fit = bl.constrained(
+        lambda y: (y - target).square().sum() + 0.1 * (y - target).pow(4).sum(),
+        lambda y: (y.sum() - 1).unsqueeze(0),
+        size * torch.tensor([1.0, 0.7, 0.4], dtype=dtype),
+        throw="raise",
+    )
+    torch.testing.assert_close(fit.value.multipliers, torch.full_like(target[:1], 0.68148148), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e4), (torch.float64, 1e8)])
+def test_leaves_of_units_of_their_own(dtype, size):
+    start = {"a": torch.tensor([0.5], dtype=dtype), "b": torch.tensor([0.1 * size], dtype=dtype)}
+    fit = bl.constrained(
+        lambda q: (q["a"] - 1.5).square().sum() + (q["b"] / size - 2).square().sum(),
+        lambda q: q["a"] + q["b"] / size - 1,
+        start,
+        throw="raise",
+    )
+    assert not fit.stats["degenerate"]
+    for name, want in (("a", 0.25), ("b", 0.75 * size)):
+        torch.testing.assert_close(fit.value.params[name], torch.full_like(start[name], want), rtol=1e-5, atol=0)
+    torch.testing.assert_close(fit.value.multipliers, torch.full_like(start["a"], 2.5), rtol=1e-5, atol=0)
+
+
+def test_a_root_where_the_loss_is_not_defined_is_none():
+    """The slopes of a logarithm are defined for negative numbers as well."""
+    with pytest.raises(bl.SolveError, match="NaN"):
+        bl.constrained(
+            lambda y: -(W * y.log()).sum(),
+            lambda y: (y.sum() + 1).unsqueeze(0),
+            tensor([0.3, 0.3, 0.3]),
+            solver=bl.Newton(LeastNorm()),
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"inner": "LBFGS"}, "inner is 'LBFGS'"),
+        ({"inner": bl.LBFGS}, "inner is "),
+        ({"newton": None}, "newton is None"),
+    ],
+)
+def test_parts_that_are_no_solvers_are_named(settings, told):
+    with pytest.raises(TypeError, match=told):
+        bl.AugmentedLagrangian(**settings)
+
+
+@pytest.mark.parametrize("returned", [lambda y: y[:0], lambda y: y > 0, lambda y: y.long()])
+def test_constraints_that_are_no_numbers_are_told(returned):
+    with pytest.raises(ValueError, match="constraints returned"):
+        bl.constrained(lambda y: y.square().sum(), returned, tensor([0.3, 0.3]))

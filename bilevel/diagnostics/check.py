@@ -337,7 +337,12 @@ def _differences(outer: OuterLoss, directions: list[list[Tensor]], step: float |
     relative = usual if step is None else (step,)
     best: Differences | None = None
     for size in relative:
-        tried = outer.along(directions, size * (1 + _length(leaves(outer.x))))
+        try:
+            tried = outer.along(directions, size * (1 + _length(leaves(outer.x))))
+        except (ArithmeticError, ValueError, RuntimeError):  # a step that leaves the domain: a smaller one may not
+            if size == relative[-1] and best is None:
+                raise
+            continue
         if best is None or _relative(tried.uncertainty, tried) < _relative(best.uncertainty, best):
             best = tried
         if tried.rootless or _relative(best.uncertainty, best) <= tolerance:

@@ -62,6 +62,11 @@ class Implicit:
             raise TypeError(f"operator is the class {self.operator.__name__}: write {self.operator.__name__}(...).")
         if not callable(self.operator) and self.operator not in ("graph", "func"):
             raise ValueError(f"operator is {self.operator!r}: it is 'graph', 'func', or a factory such as GaussNewton.")
+        if isinstance(self.damping, Tensor) and self.damping.requires_grad:
+            raise TypeError(
+                "damping is a tensor that requires grad, and no gradient flows to it: pass damping.item(). What is "
+                "learned belongs into the objective."
+            )
         if not self.damping >= 0:
             raise ValueError(f"damping is {self.damping}: it cannot be negative.")
 

@@ -367,3 +367,12 @@ def test_an_outer_function_that_is_no_scalar_is_told(outer):
         check_hypergradient(BilevelProblem(lambda w, x: ((w - x) ** 2).sum(), outer, zeros, zeros))
     with pytest.raises(TypeError, match=r"hparams contains a tensor of torch\.int64"):
         BilevelProblem(lambda w, x: ((w - x) ** 2).sum(), outer, zeros, zeros.long())
+
+
+def test_a_step_out_of_the_domain_is_followed_by_a_smaller_one():
+    """A scale of 1e-4 under a square root."""
+    x = torch.full((3,), 5e-5, dtype=torch.float64)
+    problem = BilevelProblem(
+        lambda w, x: ((w - x.sqrt()) ** 2).sum(), lambda w, x: (w**2).sum() + w.sum(), torch.zeros_like(x), x
+    )
+    assert check_hypergradient(problem, solver=EXACT, tolerance=1e-3).verdict == "right"
