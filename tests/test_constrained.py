@@ -387,7 +387,7 @@ def test_far_starts_have_the_multiplier(size, dtype):
         size * torch.tensor([1.0, 0.7, 0.4], dtype=dtype),
         throw="raise",
     )
-    torch.testing.assert_close(fit.value.multipliers, torch.full_like(target[:1], 0.68148148), rtol=1e-4, atol=0)
+    torch.testing.assert_close(fit.value.multipliers, torch.full_like(target[:1], 0.68148148), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e4), (torch.float64, 1e8)])

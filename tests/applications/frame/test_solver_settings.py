@@ -37,7 +37,9 @@ TUNED = {
 QUICK = {
     "data_cleaning": "--num-train 60 --num-val 60 --repeats 1 --steps 2",
     "distillation": "--network convnet --convnet-steps 2 --width 4 --batch 32 --repeats 2 --full-steps 3",
-    "domain_weights": "--steps 2 --learn-steps 3 --warm-up 1 --every 1 --mixtures 1 --short-steps 1 --context 8 --width 8",
+    "domain_weights": (
+        "--steps 2 --learn-steps 3 --warm-up 1 --every 1 --mixtures 1 --short-steps 1 --context 8 --width 8"
+    ),
     "equilibrium": "--runs 1 --epochs 1 --batch-size 600 --width 8 --depths 2 3",
     "learned_optimizer_settings": "--data iris --steps 6 --outer-steps 2 --networks 2 --points 3 --windows 2 --fresh 3",
     "regularization": "--problem features --data iris --train 40 --validation 40 --steps 2",
