@@ -277,7 +277,7 @@ def balance(operator: Operator, y: Tensor, sizes: Sequence[int]) -> Tensor:
     """
     parts = list(sizes[:-1])
     dual = torch.arange(y.shape[-1], device=y.device) >= sum(parts)
-    blocks = torch.repeat_interleave(torch.arange(len(parts), device=y.device), torch.tensor(parts, device=y.device))
+    blocks = torch.cat([torch.full((part,), index, device=y.device) for index, part in enumerate(parts)])
 
     def by_leaf(vector: Tensor) -> Tensor:
         """The root mean squares of the leaves of params, at each of their numbers, and one at multipliers."""

@@ -34,6 +34,28 @@ class HypergradTests(Suite[Hypergrad | PathMethod]):
         problem = Quadratics(conditions=(2.0, 5.0), size=6)
         assert relative_error(self.gradient(problem), problem.hypergradient(problem.hparams)) <= self.tolerance
 
+    def test_several_hyperparameters(self) -> None:
+        """Each its own gradient: the closed form of one ridge regression by penalty and targets."""
+        x, b, weights = randn(8, 3), randn(8, seed=2), randn(3, seed=3)
+        penalty, method = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), self.make()
+        targets = b.clone().requires_grad_()
+        descent = isinstance(method, PathMethod)
+        solver = self.solver or (GradientDescent(lr=0.03, max_steps=400) if descent else NewtonCG())
+
+        def objective(w: Tensor, penalty: Tensor, targets: Tensor) -> Tensor:
+            return (x @ w - targets).square().sum() / 2 + penalty * w.square().sum() / 2
+
+        fit = argmin(objective, 0 * weights, penalty, targets, solver=solver, hypergrad=method, throw="ignore")
+        grads = torch.autograd.grad(fit.value @ weights, (penalty, targets))
+        exact = torch.linalg.solve(x.mT @ x + penalty.detach() * torch.eye(3, dtype=torch.float64), x.mT @ targets)
+        truth = torch.autograd.grad(
+            torch.linalg.solve(x.mT @ x + penalty * torch.eye(3, dtype=torch.float64), x.mT @ targets) @ weights,
+            (penalty, targets),
+        )
+        assert relative_error(fit.value, exact) <= max(self.tolerance, 1e-5)
+        for grad, want in zip(grads, truth, strict=True):
+            assert relative_error(grad, want) <= self.tolerance
+
     def test_float32_stays_float32(self) -> None:
         problem = Ridge(per_feature=True, dtype=torch.float32)
         grad = self.gradient(problem)

@@ -31,15 +31,21 @@ def check_settings(part: Any, apply: Callable[[Any], Tensor]) -> None:
     hints = typing.get_type_hints(type(part))
     for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
         name, value = field.name, getattr(part, field.name)
-        if Tensor not in typing.get_args(hints[name]) or not float(torch.as_tensor(value).min()) > 1e-6:
-            continue
+        places = range(len(value)) if isinstance(value, tuple) else [None]  # of a pair, such as betas
+        hint = typing.get_args(hints[name])
+        hint = typing.get_args(hint[0]) if isinstance(value, tuple) and hint else hint
+        for place in places:
+            one = value if place is None else value[place]
+            if Tensor not in hint or not float(torch.as_tensor(one).min()) > 1e-6:
+                continue
 
-        def formula(setting: Tensor, name: str = name) -> Tensor:
-            found: Tensor = apply(dataclasses.replace(part, **{name: setting}))
-            return found + 0 * setting.sum()
+            def formula(setting: Tensor, name: str = name, value: Any = value, place: int | None = place) -> Tensor:
+                new = setting if place is None else (*value[:place], setting, *value[place + 1 :])
+                found: Tensor = apply(dataclasses.replace(part, **{name: new}))
+                return found + 0 * setting.sum()
 
-        setting = torch.as_tensor(value).detach().double()
-        assert right_derivative(formula, setting), f"the derivative towards {name} is not that of the formula"
+            setting = torch.as_tensor(one).detach().double()
+            assert right_derivative(formula, setting), f"the derivative towards {name} is not that of the formula"
 
 
 class RuleTests(Suite[Rule]):
@@ -54,6 +60,17 @@ class RuleTests(Suite[Rule]):
         assert moved.shape == y.shape
         assert set(state) == set(rule.init(y))
         assert all(value.shape == y.shape for value in state.values())
+
+    def test_each_problem_is_stepped_by_itself(self) -> None:
+        rule, y = self.make(), randn(3, 4)
+        together, _ = rule.step(y, y, rule.init(y), 0)
+        alone = torch.cat([rule.step(row, row, rule.init(row), 0)[0] for row in y.split(1)])
+        torch.testing.assert_close(together, alone)
+
+    def test_float32_stays_float32(self) -> None:
+        rule, y = self.make(), randn(3, 4).float()
+        moved, state = rule.step(y, y, rule.init(y), 0)
+        assert {moved.dtype, *(value.dtype for value in state.values())} == {torch.float32}
 
     def test_a_step_changes_nothing_in_place(self) -> None:
         rule, y, g = self.make(), randn(3, 4), randn(3, 4, seed=2)
@@ -108,9 +125,12 @@ class ProxTests(Suite[Prox]):
         assert torch.isfinite(least).all()
         for seed in range(20):
             for length in (1e-1, 1e-3):
-                other = prox.prox(found + length * randn(3, self.size, seed=seed), 1e-9)
-                loss = (other - y).square().sum(-1) / 2 + step * prox.value(other)
-                assert (loss >= least - self.tolerance * (1 + least.abs())).all()
+                move = length * randn(3, self.size, seed=seed)
+                # Where the prox itself brings them, and where it does not: it may be the prox of another set.
+                others = prox.prox(found + move, 1e-9), found + move, found + move - move.mean(-1, keepdim=True)
+                for other in others:
+                    loss = (other - y).square().sum(-1) / 2 + step * prox.value(other)
+                    assert (loss >= least - self.tolerance * (1 + least.abs())).all()
 
     def test_it_does_not_expand(self) -> None:
         prox, a, b = self.make(), 2 * randn(3, self.size), 2 * randn(3, self.size, seed=2)

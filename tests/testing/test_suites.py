@@ -105,6 +105,49 @@ class Numb(bl.prox.L1):
         return bl.prox.L1(float(self.strength)).prox(y, step)
 
 
+@dataclass(frozen=True, eq=False)
+class HalfBall(bl.prox.L2Ball):
+    """Wrong: it projects on a smaller ball."""
+
+    def prox(self, y, step):
+        return bl.prox.L2Ball(self.radius / 2).prox(y, step)
+
+
+@dataclass(frozen=True, eq=False)
+class Softmax(bl.prox.Simplex):
+    """Wrong: on the simplex, and not the nearest point."""
+
+    def prox(self, y, step):
+        return self.total * y.softmax(-1)
+
+
+@dataclass(frozen=True)
+class Joint(bl.SGD):
+    """Wrong: one norm for all problems of a batch."""
+
+    def step(self, y, g, state, index):
+        return y - self.lr * g / g.norm(), state
+
+
+@dataclass(frozen=True)
+class FixedBetas(bl.Adam):
+    """Wrong: the betas are taken as numbers."""
+
+    def step(self, y, g, state, index):
+        return bl.Adam(self.lr, tuple(float(beta) for beta in self.betas)).step(y, g, state, index)
+
+
+@dataclass(frozen=True)
+class FirstOnly:
+    """Wrong: the gradient of the first tensor alone."""
+
+    reaches_init: ClassVar[bool] = False
+
+    def pull(self, point, cotangent):
+        first, *others = bl.Implicit(bl.LU()).pull(point, cotangent).hparams
+        return Pulled([first, *(None if grad is None else 0 * grad for grad in others)])
+
+
 @dataclass(frozen=True)
 class Untransposed:
     """Wrong: the adjoint is that of J, not of its transpose."""
@@ -135,6 +178,11 @@ def wrong(suite, made):
         wrong(testing.RuleTests, Deaf(lr=0.01)),
         wrong(testing.ProxTests, Mixed(torch.tensor([0, 0, 1, 1, 2, 2]), 0.5)),
         wrong(testing.ProxTests, Numb(0.5)),
+        wrong(testing.ProxTests, HalfBall(1.0)),
+        wrong(testing.ProxTests, Softmax(1.0)),
+        wrong(testing.RuleTests, Joint(lr=0.01)),
+        wrong(testing.RuleTests, FixedBetas(lr=0.01)),
+        wrong(testing.HypergradTests, FirstOnly()),
     ],
     ids=lambda suite: f"{suite.__base__.__name__} {type(suite.make(None)).__name__}",
 )
