@@ -136,10 +136,10 @@ def _listed(labels: Any) -> list[Hashable]:
         raise UserError(f"The labels are {labels!r}: a sequence is needed, with one label for each image, in order.")
     given = [label.item() if isinstance(label, Tensor) and label.dim() == 0 else label for label in labels]
     for label in given:
+        if isinstance(label, Tensor) or not isinstance(label, Hashable):
+            raise UserError(f"A label is {label!r}: give strings, numbers or other values that can be keys of a dict.")
         if label != label:
             raise UserError("A label is NaN, which equals nothing, not itself: leave out the images without a label.")
-        if not isinstance(label, Hashable):
-            raise UserError(f"A label is {label!r}: give strings, numbers or other values that can be keys of a dict.")
     return given
 
 

@@ -434,6 +434,9 @@ class TestFromPhotographsToPredictions:
                 model.adapt(images, labels)
         with pytest.raises(UserError, match=r"a sequence is needed.*in order"):
             model.adapt(images, {0, 1, 2, 3})
+        for vector in (np.ones(2), torch.ones(2)):  # an array has no one answer to whether it equals itself
+            with pytest.raises(UserError, match="give strings, numbers"):
+                model.adapt(images, [0, 1, 2, vector])
         with pytest.raises(UserError, match="A label is NaN"):
             model.adapt(images, np.array([0, 1, 2, np.nan]))
         with pytest.raises(UserError, match="masked array"):
