@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -183,14 +184,20 @@ def check_numbers(settings: Any) -> None:
 
     Tensors are let through: whether they may stand for a number, the settings say themselves.
     """
-    for field in fields(settings):
-        kinds, value = set(str(field.type).split(" | ")), getattr(settings, field.name)
-        if not kinds <= {"int", "float", "None"} or isinstance(value, Tensor) or (value is None and "None" in kinds):
+    for name, whole, optional in _numbers_of(settings.__class__):
+        value = getattr(settings, name)
+        if isinstance(value, Tensor) or (value is None and optional):
             continue
-        whole = "float" not in kinds
         if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
             needed = "a whole number" if whole else "a number"
-            raise TypeError(f"{field.name} is {_kind(value)}: {needed} is needed{', or None' * ('None' in kinds)}.")
+            raise TypeError(f"{name} is {_kind(value)}: {needed} is needed{', or None' * optional}.")
+
+
+@functools.cache
+def _numbers_of(kind: type) -> list[tuple[str, bool, bool]]:
+    """The fields that are numbers: their names, whether they are whole ones, and whether None will do."""
+    named = [(field.name, set(str(field.type).split(" | "))) for field in fields(kind)]
+    return [(name, "float" not in kinds, "None" in kinds) for name, kinds in named if kinds <= {"int", "float", "None"}]
 
 
 def check_step_size(value: object, name: str = "lr", advice: str = SCHEDULES) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from .hypergrad.search import Search
 from .hypergrad.statement import Solve, SymmetricResidualStatement
 from .inner.lbfgs import LBFGS
 from .inner.minimize import InnerSolver
-from .inner.nearness import STILL, Goal
+from .inner.nearness import Goal
 from .inner.proximal import minimises_more
 from .inner.roots import Newton, RootSolver
 from .linalg.direct import LeastNorm
@@ -32,10 +31,10 @@ from .linalg.noise import normal, signs
 from .linalg.operator import Operator, widened
 from .linalg.scaled import SMALL
 from .notices import tell
-from .problem import Problem, RootProblem, check_batch, check_init
+from .problem import Problem, RootProblem, check_batch, check_init, gradient_or_zero
 from .recording import recording
 from .solution import Result, Solution, SolveWarning, Throw, check_throw, marked
-from .tree import Raveler, Tree, axpy, filled, norm, tree_map
+from .tree import Raveler, Tree, axpy, norm, tree_map
 
 MOVE = 1e-3
 """Relative change of the params by which the sizes of losses and constraints are found."""
@@ -101,9 +100,9 @@ def constrained(
 
     Returns:
         A `Solution` whose value is a `ConstrainedSolution`. ``stats["residual_norm"]`` is that of the root. A
-        stationary point that is no minimum along the constraints has `Result.NEGATIVE_CURVATURE`,
-        and ``stats["degenerate"]`` says where neither the multipliers nor the derivative are unique, which warns; both
-        are looked at up to 512 unknowns.
+        stationary point that is no minimum along the constraints has `Result.NEGATIVE_CURVATURE`, and
+        ``stats["degenerate"]`` says where neither the multipliers nor the derivative are unique, which warns; both are
+        looked at up to 512 unknowns.
 
     Raises:
         TypeError, ValueError: bad input. SolveError: as ``throw`` says.
@@ -209,9 +208,7 @@ class Units(NamedTuple):
         def slope(y: Tensor) -> Tensor:
             with torch.enable_grad():
                 free = [leaf.detach().requires_grad_() for leaf in raveler.unravel(y)]
-                loss = objective(free).sum()
-                grads = torch.autograd.grad(loss, free, allow_unused=True) if loss.requires_grad else [None] * len(free)
-            return raveler.ravel(filled(grads, free))
+                return raveler.ravel(gradient_or_zero(objective(free).sum(), free))
 
         def beside(fn: Callable[[Tensor], Tensor], like: Tensor, reach: Tensor, wave: Tensor) -> Tensor:
             try:
@@ -291,7 +288,7 @@ def balance(operator: Operator, y: Tensor, sizes: Sequence[int]) -> Tensor:
     waves = [normal(y.shape, seed, y.device).masked_fill(dual, 0.0) for seed in range(3)]
     pull = product(y.masked_fill(~dual, 0.0))
     d = torch.ones_like(y, dtype=torch.float64)
-    for _ in range(TURNS):
+    for _ in range(SWEEPS):
         rows = torch.stack([(d * product(d * wave)).square() for wave in waves]).mean(0).sqrt()
         bends, slope = by_leaf(rows), (by_leaf(d * pull) / by_leaf(y.double() / d)).nan_to_num(0.0, 0.0)
         most = torch.where(bends > 0, bends / torch.finfo(y.dtype).eps ** 0.5, torch.inf)  # the params may be zero
@@ -301,8 +298,14 @@ def balance(operator: Operator, y: Tensor, sizes: Sequence[int]) -> Tensor:
     return power_of_two(torch.where(dual & (rows > 0) & torch.isfinite(rows), 1 / rows, d)).to(y.dtype)
 
 
+SWEEPS = 6
+"""In which the sizes of leaves are balanced beside each other."""
+
 TURNS = 6
-"""Of balancing; and of solves, each in the units of where the last one ended."""
+"""Solves at most, each in the units of where the last one ended."""
+
+RESTING = 1e-2
+"""Part of the constraints that rounding may leave, at most, where the params do not move."""
 
 STALE = 1e3
 """Times the params, in their units: longer multipliers are of where the params have been."""
@@ -316,7 +319,11 @@ class Balanced:
 
     def find(self, problem: RootProblem) -> Solution[Tensor]:
         """See `RootSolver`."""
-        raveler, y = problem.raveler, problem.y
+        return self.find_from(problem, problem.y)[0]
+
+    def find_from(self, problem: RootProblem, y: Tensor) -> tuple[Solution[Tensor], Tensor]:
+        """What is found from ``y``, and the units of its end."""
+        raveler = problem.raveler
         steps = torch.zeros(raveler.batch_shape, dtype=torch.int64, device=y.device)
         d = self.units(problem, y)
         for _ in range(TURNS):
@@ -338,7 +345,7 @@ class Balanced:
         with torch.no_grad():  # where a loss is not defined its slopes may be
             lost = ~torch.isfinite(problem.data[0](raveler.unravel(y)))
         codes = marked(codes, lost, Result.NONFINITE)
-        return found.with_value(y).with_stats(num_steps=steps, result=codes)
+        return found.with_value(y).with_stats(num_steps=steps, result=codes), d
 
     @staticmethod
     def units(problem: RootProblem, y: Tensor) -> Tensor:
@@ -426,12 +433,9 @@ class AugmentedLagrangian:
             raise TypeError(
                 "AugmentedLagrangian serves bl.constrained, whose objective it needs; take Newton() for root."
             )
-        near = copy.copy(problem)
-        near.y, fell = self._near(problem)
-        near.y = self._priced(problem, near.y)
-        near.r = problem.evaluate(near.y)
-        found = Balanced(self.newton).find(near)
-        codes, d = found.stats["result"], Balanced.units(problem, found.value)
+        y, fell = self._near(problem)
+        found, d = Balanced(self.newton).find_from(problem, self._priced(problem, y))
+        codes = found.stats["result"]
         worse = (codes <= int(Result.STEPS_DONE)) & (norm(d * problem.evaluate(found.value)) > norm(d * problem.r))
         codes = marked(codes, worse | self._apart(problem, found.value), Result.STAGNATED)
         doubtful = (codes > int(Result.STEPS_DONE)) | (problem.raveler.size > SMALL)  # a small root is looked at
@@ -530,13 +534,12 @@ class AugmentedLagrangian:
                 break
             if not bool(torch.isfinite(c).all()):
                 return problem.y, fell
-            c = c / units.gap
+            left, c = c.abs(), c / units.gap
             multipliers = multipliers + (torch.where(lost, 0.0, mu).unsqueeze(-1) * c * price).to(multipliers.dtype)
-            left = (c * units.gap).abs()
             largest = left if largest is None else torch.maximum(largest, left)
             size, first = norm(c), norm(largest / units.gap)
             # Params that stay where they are: a larger mu would multiply what rounding leaves of the constraints.
-            still = (norm(found.value - inner.start.y) <= rounding * norm(found.value)) & (size <= STILL * first)
+            still = (norm(found.value - inner.start.y) <= rounding * norm(found.value)) & (size <= RESTING * first)
             if bool((~lost & (still | (size <= enough * first))).all()):
                 break
             slow = lost if gap is None else lost | (~still & (size > 0.25 * norm(gap / units.gap)))

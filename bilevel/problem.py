@@ -401,6 +401,14 @@ def gradient(loss: Tensor, point: list[Tensor], create_graph: bool) -> list[Tens
     return filled(grads, point)
 
 
+def gradient_or_zero(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+    """The gradients of a scalar, zero where they do not reach: it may depend on none of them."""
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if loss.requires_grad:
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return filled(grads, wanted)
+
+
 def check_init(init: Tree) -> None:
     flat = leaves(init)
     if not flat:

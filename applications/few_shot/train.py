@@ -107,13 +107,15 @@ class Session:
         return meta_train(self)
 
     @cached_property
-    def digest(self) -> str:
-        """Of the images for training."""
-        return hashlib.sha256(self.splits.train.images.numpy()).hexdigest()
+    def own_data(self) -> dict[str, Any]:
+        """What the training data of a folder is known by, the names of its classes and a digest of their images."""
+        if self.config.data in data.NAMES:
+            return {}
+        train = self.splits.train
+        return {"classes": list(train.names), "images": hashlib.sha256(train.images.numpy()).hexdigest()}
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs; the episodes follow from the seed and the step."""
-        own = {"classes": list(self.splits.train.names), "images": self.digest}
         return {
             "meta": {name: param.detach() for name, param in self.learner.meta.items()},
             "log_strength": {name: value.detach() for name, value in self.learner.log_strength.items()},
@@ -122,7 +124,7 @@ class Session:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "seconds": self.seconds,
-            **({} if self.config.data in data.NAMES else own),
+            **self.own_data,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -131,15 +133,15 @@ class Session:
         Raises:
             UserError: a folder has other classes to train on than it had, so that some of them would be in the test.
         """
-        classes = list(self.splits.train.names)
-        if state.get("classes", classes) != classes:
+        other = {name for name, value in self.own_data.items() if state.get(name, value) != value}
+        if "classes" in other:
             raise UserError(
                 f"{self.config.data} has other classes for training than when this run began: where folders come or "
                 "go, its classes are shared out anew, and some of the training are in the test. Restore the folder "
                 "(results.json lists the classes of each part); or give it folders train, validation and test, which "
                 "stay as they are, and begin a new run."
             )
-        if self.config.data not in data.NAMES and state.get("images", self.digest) != self.digest:
+        if other:
             raise UserError(
                 f"{self.config.data} has other images for training than when this run began: half of it would be of "
                 "other data. Restore the folder, or begin a new run (--start takes its network)."
@@ -157,9 +159,8 @@ class Session:
     def sampler(self, stream: str) -> Sampler:
         """Episodes of the ``"train"``, ``"validation"`` or ``"test"`` classes."""
         config = self.config
-        if stream != "train":
-            return create_sampler(config, getattr(self.splits, stream), stream, config.eval_queries, self.device)
-        return create_sampler(config, self.splits.train, stream, config.queries, self.device, config.distort)
+        queries, distort = (config.queries, config.distort) if stream == "train" else (config.eval_queries, 0.0)
+        return create_sampler(config, getattr(self.splits, stream), stream, queries, self.device, distort)
 
 
 def checkpoint_file(folder: RunFolder) -> str:

@@ -248,12 +248,10 @@ class Trained:
             return cls(config, content["meta"], content["log_strength"], content["origin"], chosen)
         except UserError:
             raise
-        except pickle.UnpicklingError as error:  # whose message says how to run code from it
-            raise UserError(
-                f"{path} is no trained network of this version, or damaged: it is no file of tensors."
-            ) from error
         except Exception as error:  # torch.load and a file of another make raise a dozen types
             reason = str(error).partition("\n")[0] or type(error).__name__
+            if isinstance(error, pickle.UnpicklingError):  # its message says how to run code from the file
+                reason = "it is no file of tensors"
             raise UserError(f"{path} is no trained network of this version, or damaged: {reason}.") from error
 
 
@@ -303,9 +301,7 @@ def command(config: Config) -> str:
 
 def _commands(config: Config, steps: int, lengths: list[int]) -> str:
     """How a run was made: where it became longer, by one command after another, since schedules follow the length."""
-    if config.schedule != "cosine" or not lengths:
-        return command(config if config.schedule == "cosine" else replace(config, steps=steps))
-    first, *later = lengths
+    first, *later = (lengths or [config.steps]) if config.schedule == "cosine" else [steps]
     again = [f"python -m applications.few_shot train --resume RUN --steps {length}" for length in later]
     return "; then ".join([command(replace(config, steps=first)), *again])
 

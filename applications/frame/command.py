@@ -327,9 +327,8 @@ def _resumed(given: Callable[[K | None], K], folder: RunFolder, name: str) -> tu
         if ranks.leads():
             lengths = lengths_of(folder) or [getattr(saved, kind.length)]
             folder.write_json(LENGTHS, [*lengths, getattr(asked, kind.length)])
-        saved = dataclasses.replace(saved, **{kind.length: getattr(asked, kind.length)})
-        if ranks.leads():
             folder.forget_results()
+        saved = dataclasses.replace(saved, **{kind.length: getattr(asked, kind.length)})
     kept = folder.path / SOLVER if (folder.path / SOLVER).is_file() else None
     if isinstance(asked, SolverKnobs) and asked.solver is not None:
         settings = tune.read_settings(asked.solver, asked.solver_settings, name)

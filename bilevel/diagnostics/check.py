@@ -13,8 +13,9 @@ from torch import Tensor
 from ..context import differentiates
 from ..hypergrad.base import PathMethod
 from ..notices import tell
+from ..problem import gradient_or_zero
 from ..solution import Solution, SolveWarning, Throw
-from ..tree import Tree, filled, leaves, tree_map
+from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .differences import Differences, OuterLoss
 from .problem import AnyHypergrad, Bilevel, Solver, as_solved, leaf_copies, solve
@@ -238,7 +239,7 @@ def _found(
 ) -> tuple[Solution, list[Tensor]]:
     """The inner solve, and the hypergradient."""
     fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw=throw)
-    return fit, _gradients(problem.outer(fit.value, x), leaves(x))
+    return fit, gradient_or_zero(problem.outer(fit.value, x), leaves(x))
 
 
 def _slope_in_double(
@@ -254,14 +255,6 @@ def _slope_in_double(
 def _along(found: list[Tensor], directions: list[list[Tensor]]) -> Tensor:
     """The slopes of a hypergradient along some directions, float64 ``[D]``."""
     return torch.tensor([_inner(found, direction) for direction in directions], dtype=torch.float64)
-
-
-def _gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-    """The gradients, zero where there is none."""
-    grads: Sequence[Tensor | None] = [None] * len(wanted)
-    if loss.requires_grad:
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True)
-    return filled(grads, wanted)
 
 
 def _directions(x: list[Tensor], count: int, seed: int) -> list[list[Tensor]]:
@@ -291,21 +284,19 @@ def _leaf_error(
     default one, whatever the method is; a path has no linear solve. Zero where the differences are not certain, too.
     """
     x = leaves(outer.x)
-    shares = torch.stack([torch.as_tensor(_length([grad])) for grad in found])
-    few = [index for index, share in enumerate(shares) if 0 < share < SMALL_LEAF * shares.max() and x[index].numel()]
+    shares = [_length([grad]) for grad in found]
+    few = [index for index, share in enumerate(shares) if 0 < share < SMALL_LEAF * max(shares)]
     if not few or seen.rootless or not math.isfinite(seen.uncertainty):
         return 0.0
-    directions = []
+    least, directions = min(shares[index] for index in few), []
     for parts in _directions([x[index] for index in few], 2, seed):
         direction = [torch.zeros_like(leaf) for leaf in x]
         for index, part in zip(few, parts, strict=True):
-            direction[index] = part * (shares[few].min() / shares[index])
+            direction[index] = part * (least / shares[index])
         length = _length(direction)
         directions.append([part / length for part in direction])
-    method = hypergrad if outer.path else None
-    try:
-        exact = _along(_found(outer.problem, leaf_copies(outer.x), solver, method, "ignore")[1], directions)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+    exact = _slope_in_double(outer, directions, solver, hypergrad if outer.path else None)
+    if exact is None:
         return 0.0
     alone = outer.along(directions, seen.step)
     uncertain = NOISES * max(alone.uncertainty, alone.inner)

@@ -62,13 +62,12 @@ class SVRTwin:
         """Without a free vector, the middle of the intercepts that the conditions of optimality allow, ``[K, 1]``.
 
         ``bounded`` is the sign of examples beyond the tube, and 0 inside, where the error is at most epsilon both ways.
+        Both ends are there: as b sums to zero, there are examples beyond the tube on both sides, or all are inside.
         """
         error, there = self.y - scores, self.weights > 0
         above = torch.where(there & (bounded >= 0), error + epsilon * (1 - 2 * bounded), torch.inf)
         below = torch.where(there & (bounded <= 0), error - epsilon * (1 + 2 * bounded), -torch.inf)
-        upper, lower = above.amin(-1, keepdim=True), below.amax(-1, keepdim=True)
-        ends = torch.where(torch.isfinite(lower), lower, upper), torch.where(torch.isfinite(upper), upper, lower)
-        return (ends[0] + ends[1]) / 2
+        return (above.amin(-1, keepdim=True) + below.amax(-1, keepdim=True)) / 2
 
     def _solve(self, kernel: Tensor, C: float, epsilon: float) -> Tensor:
         """b ``[K, n]`` by libsvm, fold by fold."""

@@ -39,19 +39,14 @@ class HypergradTests(Suite[Hypergrad | PathMethod]):
         x, b, weights = randn(8, 3), randn(8, seed=2), randn(3, seed=3)
         penalty, method = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), self.make()
         targets = b.clone().requires_grad_()
-        descent = isinstance(method, PathMethod)
-        solver = self.solver or (GradientDescent(lr=0.03, max_steps=400) if descent else NewtonCG())
 
         def objective(w: Tensor, penalty: Tensor, targets: Tensor) -> Tensor:
             return (x @ w - targets).square().sum() / 2 + penalty * w.square().sum() / 2
 
+        solver = self._solver(method, lr=0.03)
         fit = argmin(objective, 0 * weights, penalty, targets, solver=solver, hypergrad=method, throw="ignore")
-        grads = torch.autograd.grad(fit.value @ weights, (penalty, targets))
-        exact = torch.linalg.solve(x.mT @ x + penalty.detach() * torch.eye(3, dtype=torch.float64), x.mT @ targets)
-        truth = torch.autograd.grad(
-            torch.linalg.solve(x.mT @ x + penalty * torch.eye(3, dtype=torch.float64), x.mT @ targets) @ weights,
-            (penalty, targets),
-        )
+        exact = torch.linalg.solve(x.mT @ x + penalty * torch.eye(3, dtype=torch.float64), x.mT @ targets)
+        grads, truth = (torch.autograd.grad(w @ weights, (penalty, targets)) for w in (fit.value, exact))
         assert relative_error(fit.value, exact) <= max(self.tolerance, 1e-5)
         for grad, want in zip(grads, truth, strict=True):
             assert relative_error(grad, want) <= self.tolerance
@@ -79,8 +74,11 @@ class HypergradTests(Suite[Hypergrad | PathMethod]):
     def gradient(self, problem: BilevelTestProblem) -> Tensor:
         """The hypergradient by this method."""
         method, x = self.make(), problem.hparams.clone().requires_grad_()
-        descent = isinstance(method, PathMethod)
-        solver = self.solver or (GradientDescent(lr=0.15, max_steps=400) if descent else NewtonCG())
+        solver = self._solver(method, lr=0.15)
         fit = argmin(problem.inner, problem.init, x, solver=solver, hypergrad=method, throw="ignore")
         (grad,) = torch.autograd.grad(problem.outer(fit.value, x), x)
         return grad
+
+    def _solver(self, method: Hypergrad | PathMethod, lr: float) -> InnerSolver:
+        """Steps for a path, and what goes to the minimum for others."""
+        return self.solver or (GradientDescent(lr, max_steps=400) if isinstance(method, PathMethod) else NewtonCG())
