@@ -1,12 +1,16 @@
 """``compare``: the methods side by side at one equal budget, several seeds each, as a table and a picture.
 
+A budget of minutes is turned into meta-steps first: a step of each method is timed, the methods in turn, so that what
+else the machine does meets all of them alike. The trainings go by steps, which other programs do not make fewer.
+
 Every training is a run folder of its own below ``--out``. The same command goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from matplotlib import pyplot as plt
 
 from applications.few_shot.config import Config, Method
 from applications.few_shot.hours import validations
-from applications.few_shot.train import METHOD_NAMES
+from applications.few_shot.train import METHOD_NAMES, Session, one_step
 from applications.few_shot.trained import options
 from applications.frame.command import PLACE, parse, require, require_at_least_one
 from applications.frame.errors import UserError
@@ -23,11 +27,17 @@ from applications.frame.figures import png
 from applications.frame.measurement import one_writer
 from applications.frame.options import check_folder, check_values, settings_told
 from applications.frame.output import forgiving
-from applications.frame.run import markdown
+from applications.frame.run import CLOCKS, markdown
 from applications.frame.run_folder import RunFolder, understood
 
-START = Config(data="omniglot", width=64, minutes=60.0, clock="cpu", steps=1_000_000, threads=1, eval_tasks=1000)
+START = Config(data="omniglot", width=64, minutes=60.0, clock="cpu", threads=1, eval_tasks=1000)
 """Settings of all methods where nothing is said: an hour of one core, 5-way 1-shot."""
+
+BUDGET = "budget.json"
+"""The meta-steps that the minutes were turned into."""
+
+ROUNDS, TIMED = 10, 0.01
+"""A step is timed at so many points of the schedule, for this part of the budget in all."""
 
 Row = dict[str, Any]
 
@@ -40,19 +50,24 @@ class What:
     """Methods to compare."""
     seeds: int = 3
     """Trainings of each method, with the seeds from --seed on."""
+    validations: int = 6
+    """Validations of each training, at equal parts of it; 0: none."""
 
 
 @dataclass(frozen=True)
 class ComparisonConfig(Config, What):
     """Train the methods at one equal budget and evaluate them on the same held-out tasks.
 
-    The budget is --minutes of training each, or --steps with --minutes None. The other options are those of train.
+    The budget is --minutes of training each, turned into meta-steps by timing those of each method first, in turn; or
+    --steps of each, with --minutes None. The other options are those of train.
     """
 
     def without_effect(self) -> dict[str, str]:
         """What changes nothing for any of the methods."""
         each = [Config.without_effect(replace(self, method=method)) for method in self.methods]
-        return {name: what for name, what in (each or [{}])[0].items() if all(name in one for one in each)}
+        found = {name: what for name, what in (each or [{}])[0].items() if all(name in one for one in each)}
+        found["validate_every"] = "train, and compare has --validations"
+        return found if self.minutes is None else {**found, "steps": "--minutes None"}
 
 
 def command(arguments: list[str], train: Callable[[list[str]], int]) -> int:
@@ -65,20 +80,74 @@ def command(arguments: list[str], train: Callable[[list[str]], int]) -> int:
     check_values(parsed)
     require_at_least_one(parsed, "seeds")
     require(len(set(parsed.methods)) == len(parsed.methods) > 0, "--methods names each method once.")
+    require(parsed.validations >= 0, f"--validations is {parsed.validations}: it cannot be negative.")
     config = Config(**{field.name: getattr(parsed, field.name) for field in fields(Config)})
     for method in parsed.methods:
         replace(config, method=method).check()
     check_folder(parsed.out, "out")
     place = parsed.out or Path("runs/few_shot-compare")
     with settings_told(parsed), forgiving(), one_writer(place):
+        each = _by_steps(replace(config, out=None), parsed.methods, RunFolder(place))
         for seed in range(config.seed, config.seed + parsed.seeds):
-            for method in parsed.methods:
-                folder = place / f"{method}-{seed}"
-                if (code := _train(replace(config, method=method, seed=seed, out=None), folder, train)) != 0:
+            for one in each:
+                every = math.ceil(one.steps / parsed.validations) if parsed.validations else 0
+                one = replace(one, seed=seed, validate_every=every)
+                if (code := _train(one, place / f"{one.method}-{seed}", train)) != 0:
                     return code
                 write(place, arguments)
         print((place / "comparison.md").read_text())
     return 0
+
+
+def _by_steps(config: Config, methods: Sequence[Method], folder: RunFolder) -> list[Config]:
+    """The configuration of each method, its budget in meta-steps; they are timed once and kept in the folder.
+
+    Raises:
+        UserError: the folder has those of other settings.
+    """
+    each = [replace(config, method=method) for method in methods]
+    if config.minutes is None:
+        return each
+    asked = replace(config, method=START.method, seed=START.seed)
+    known = {"settings": asked.to_json(), "methods": {}}
+    if (folder.path / BUDGET).is_file():
+        known = folder.read_json(BUDGET)
+    with understood(folder.path / BUDGET):
+        timed = {name: int(row["steps"]) for name, row in known["methods"].items()}
+        settings = Config.from_json(known["settings"])
+    if settings.to_json() != asked.to_json():
+        raise UserError(f"{folder.path} has trainings with other settings. Take another --out.")
+    missing = [one for one in each if one.method not in timed]
+    for one, seconds in zip(missing, time_steps(missing, 60 * config.minutes), strict=True):
+        timed[one.method] = max(1, round(60 * config.minutes / seconds))
+        known["methods"][one.method] = {"seconds": seconds, "steps": timed[one.method]}
+        print(f"{METHOD_NAMES[one.method]}: {seconds:.3g} s a meta-step, {timed[one.method]} in the budget", flush=True)
+    if missing:
+        folder.write_json(BUDGET, known)
+    return [replace(one, steps=timed[one.method], minutes=None) for one in each]
+
+
+def time_steps(configs: Sequence[Config], budget: float) -> list[float]:
+    """Seconds of a meta-step of each configuration, by its clock.
+
+    They are timed in turn, at points spread over the schedule, since steps may grow late in it.
+
+    Args:
+        budget: seconds of a training, of which timing takes `TIMED` for each.
+    """
+    sessions = [Session.create(replace(config, minutes=None)) for config in configs]
+    means: list[list[float]] = [[] for _ in sessions]
+    for session in sessions:
+        one_step(session, session.sampler("train"), 0.0)  # the first allocates
+    for part in range(ROUNDS):
+        for session, found in zip(sessions, means, strict=True):
+            now, sampler, steps = CLOCKS[session.config.clock], session.sampler("train"), 0
+            session.step, begin = round(part / ROUNDS * session.config.steps), now()
+            while steps == 0 or now() - begin < TIMED * budget / ROUNDS:
+                one_step(session, sampler, session.config.lr)
+                steps += 1
+            found.append((now() - begin) / steps)
+    return [statistics.mean(found) for found in means]
 
 
 def _train(config: Config, folder: Path, train: Callable[[list[str]], int]) -> int:

@@ -117,8 +117,8 @@ class Config(SolverKnobs):
     minutes: float | None = None
     """Stop training after so many minutes; the schedule then follows the clock instead of the steps."""
     clock: Literal["wall", "cpu"] = "wall"
-    """What --minutes counts: the clock on the wall, or the CPU time of all threads, which other programs on the machine
-    do not shorten."""
+    """What --minutes and the seconds of the metrics count: the clock on the wall, or the CPU time of all threads, which
+    other programs on the machine do not shorten."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device; auto takes the GPU where there is one."""
@@ -208,7 +208,6 @@ class Config(SolverKnobs):
             "adaptation by gradient descent": (adapts and not newton, ("inner_lr", "inner_momentum", "safeguard")),
             "methods that adapt a network": (adapts, ("inner_steps", "late_inner_steps", "eval_steps", "head")),
             "--late-inner-steps and --late-cg-steps": (late, ("late_from",)),
-            "--minutes": (self.minutes is not None, ("clock",)),
             "a GPU": (gpu, ("capture", *(("precision",) if self.precision == "tf32" else ()))),
         }
 

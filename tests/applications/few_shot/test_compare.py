@@ -13,7 +13,7 @@ from applications.few_shot.config import NEWER, Config
 from applications.frame.errors import UserError
 
 SMALL = ["--methods", "imaml", "prototypical", "--seeds", "2", "--minutes", "None", "--steps", "4", "--data", "glyphs"]
-SMALL += ["--tasks", "2", "--width", "8", "--inner-steps", "2", "--eval-tasks", "4", "--validate-every", "2"]
+SMALL += ["--tasks", "2", "--width", "8", "--inner-steps", "2", "--eval-tasks", "4", "--validations", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +63,52 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(compared, glyph_r
     assert "is a run with other settings" in capsys.readouterr().err
 
 
+def test_minutes_become_as_many_meta_steps_as_are_timed(glyph_root, tmp_path, capsys):
+    """The slower method has fewer; a second call takes the numbers of the first, and other settings are refused."""
+    asked = [*SMALL, "--minutes", "0.02", "--data-root", str(glyph_root), "--out", str(tmp_path)]
+    cut = asked.index("--steps")
+    del asked[cut : cut + 2]
+    trained = []
+
+    def train(words):
+        trained.append(words)
+        return 143
+
+    assert compare.command(asked, train) == 143
+    known = json.loads((tmp_path / "budget.json").read_text())["methods"]
+    assert set(known) == {"imaml", "prototypical"}
+    assert all(row["steps"] == max(1, round(1.2 / row["seconds"])) for row in known.values())
+    assert known["imaml"]["seconds"] > known["prototypical"]["seconds"]
+    (words,) = trained
+    assert words[words.index("--steps") + 1] == str(known["imaml"]["steps"])
+    assert "--minutes" not in words
+    assert main(["compare", *asked]) == 0
+    assert json.loads((tmp_path / "budget.json").read_text())["methods"] == known
+    runs = json.loads((tmp_path / "comparison.json").read_text())["runs"]
+    assert {(run["method"], run["steps"]) for run in runs} == {(name, row["steps"]) for name, row in known.items()}
+    assert main(["compare", *asked, "--tasks", "3"]) == 2
+    assert "has trainings with other settings" in capsys.readouterr().err
+
+
+def test_steps_that_grow_late_are_timed_where_they_do(glyph_root, monkeypatch):
+    """At ten points of the schedule, so that three tenths of the steps of --late-from 0.7 count as late ones."""
+    seen = []
+
+    def step(session, sampler, lr):
+        seen.append(session.step / session.config.steps)
+        return {}
+
+    monkeypatch.setattr(compare, "one_step", step)
+    config = Config(data="glyphs", data_root=glyph_root, width=8, minutes=1.0, tasks=2)
+    assert compare.time_steps([config], 0.0) > [0.0]
+    assert seen[1:] == [part / 10 for part in range(10)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--seeds", "0"], "--seeds is 0"),
+        (["--validations", "-1"], "--validations is -1"),
         (["--methods", "maml", "maml"], "names each method once"),
         (["--resume", "x"], "no --resume"),
         (["--learn-strength", "layer"], "--learn-strength needs an imaml method: maml"),
