@@ -25,7 +25,8 @@ from ..linalg.gmres import GMRES
 from ..linalg.minres import MINRES
 from ..linalg.operator import Operator
 from ..linalg.solve import LinearSolver, LinearState
-from ..solution import Solution
+from ..notices import tell
+from ..solution import Result, Solution, SolveWarning
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .cost import median_seconds, peak_mib
@@ -136,7 +137,8 @@ def compare_methods(
         repeats: runs for the median time; memory is measured in one more.
 
     A weight decay, bounds or a prox of a solver are a part of the inner problem, so that methods with such a solver are
-    compared with the solution of that problem.
+    compared with the solution of that problem. Where the accurate solve fails, a `SolveWarning` and the name of the
+    reference say so.
     """
     solver = accurate_solver(problem) if solver is None else solver
     if methods is None:
@@ -168,8 +170,16 @@ def _reference(problem: Bilevel) -> tuple[list[Tensor], str]:
     small = sum(leaf.numel() for leaf in leaves(problem.init)) <= LARGEST_DENSE
     symmetric = problem.kind == "argmin"
     linear: LinearSolver = LU() if small else MINRES(rtol=1e-12) if symmetric else GMRES(rtol=1e-12)
-    grads, _ = _gradient(problem, accurate_solver(problem), Implicit(linear))
-    return grads, "an accurate solve of both systems"
+    grads, fit = _gradient(problem, accurate_solver(problem), Implicit(linear))
+    name, worst = "an accurate solve of both systems", _worst(fit)
+    if not worst.ok:
+        name += f", which ended {worst} ({worst.help}): the errors may be its own"
+        tell(f"The methods are compared with {name}.", SolveWarning, kind=("reference", worst))
+    return grads, name
+
+
+def _worst(fit: Solution) -> Result:
+    return fit.result if fit.adjoint is None else max(fit.result, fit.adjoint.result)
 
 
 def _gradient(problem: Bilevel, solver: Solver | None, hypergrad: AnyHypergrad | None) -> tuple[list[Tensor], Solution]:
@@ -203,9 +213,8 @@ def _measure(
     evaluations, products = counted.calls, counter.products if counter else None
     size = float(torch.cat([t.reshape(-1) for t in truth]).double().norm())
     error = float(distance(grads, truth)) / size if size else float(distance(grads, truth))
-    worst = fit.result if fit.adjoint is None else max(fit.result, fit.adjoint.result)
     run = partial(_gradient, problem, solver, hypergrad)
-    return Row(name, error, products, evaluations, median_seconds(run, repeats), peak_mib(run), worst.name)
+    return Row(name, error, products, evaluations, median_seconds(run, repeats), peak_mib(run), _worst(fit).name)
 
 
 class _Counted:

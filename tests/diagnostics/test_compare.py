@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 import bilevel as bl
@@ -60,6 +61,19 @@ def test_without_a_closed_form():
     comparison = compare_methods(problem, {"implicit, CG": bl.Implicit(bl.CG(rtol=1e-8))}, repeats=1)
     assert comparison.reference == "an accurate solve of both systems"
     assert {row.method: row for row in comparison.rows}["implicit, CG"].error < 1e-7
+
+
+def test_a_reference_that_was_not_solved_is_told():
+    """Of a loss without a minimum every method agrees with the accurate solve, and all of them are wrong."""
+    problem = BilevelProblem(
+        inner=lambda y, x: -(x * y).sum(),
+        outer=lambda y, x: (y - 1).square().sum(),
+        init=torch.zeros(3, dtype=torch.float64),
+        hparams=torch.full((3,), 0.3, dtype=torch.float64),
+    )
+    with pytest.warns(bl.SolveWarning, match="compared with an accurate solve of both systems, which ended"):
+        comparison = compare_methods(problem, {"implicit, CG": bl.Implicit(bl.CG())}, repeats=1)
+    assert "the errors may be its own" in str(comparison)
 
 
 def test_a_decay_inside_of_the_solver_is_a_part_of_what_is_compared():
