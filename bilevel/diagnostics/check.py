@@ -50,7 +50,7 @@ class HypergradientCheck:
         slope: for each direction, that of the hypergradient.
         relative_error: ``||slope - finite_difference|| / ||finite_difference||`` over the directions. Near an optimum,
             where slopes vanish, all errors are relative to a hundredth of what the slopes become at a distance of
-            ``1 + ||hparams||``.
+            ``1 + ||hparams||``, or where the loss has changed by its own size, if that is nearer.
         uncertainty: of the finite differences themselves, relative: the largest of what another step size, errors of
             the inner solutions that Newton steps leave, a second solve, and rounding change about them.
         inner: what the errors of the inner solutions, before those Newton steps, change about them, relative.
@@ -167,7 +167,7 @@ def check_hypergradient(
         num_directions: two inner solves each, and two more for the uncertainty.
         step: of the differences, relative to ``1 + ||hparams||``, for hyperparameters of one size; each moves by a part
             of its own size, or of one. None: 1e-4 (1e-2 where the differences are made in
-            float32), and where they are not certain a smaller and a larger one as well.
+            float32), and where they are not certain smaller ones and a larger one as well.
         tolerance: relative error that passes.
         raise_exception: raise where the hypergradient is wrong, as `torch.autograd.gradcheck` does; else return the
             report. An inconclusive check is a `SolveWarning` (but for ``throw="ignore"``), and its report is not
@@ -324,7 +324,7 @@ def _check_outer(problem: Bilevel, x: Tree) -> None:
 
 def _differences(outer: OuterLoss, directions: list[list[Tensor]], step: float | None, tolerance: float) -> Differences:
     """Differences that are certain to the tolerance, else the most certain ones of those that were tried."""
-    usual = (1e-4, 1e-6, 1e-2) if outer.dtype is torch.float64 else (1e-2, 1e-3, 1e-1)
+    usual = (1e-4, 1e-6, 1e-2, 1e-8) if outer.dtype is torch.float64 else (1e-2, 1e-3, 1e-1)
     relative = usual if step is None else (step,)
     best: Differences | None = None
     for size in relative:

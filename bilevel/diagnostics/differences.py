@@ -37,8 +37,8 @@ class Differences:
         rounding: what rounding alone may do to a slope. noise: what a second solve at one point does to one.
         result: the worst of the inner solves. rootless: some had no solution near. left: the part of the errors of the
             inner solutions that those Newton steps may leave.
-        change: by how much the slopes change over a distance of ``1 + ||hparams||``, as their curvature says; 0 where
-            noise hides it.
+        change: by how much the slopes change, as their curvature says, over a distance of ``1 + ||hparams||``, or over
+            the one at which they would change the loss by all that it is, where that is shorter; 0 where noise hides it.
         kink: half of what the slopes to both sides differ by, however short the step is.
     """
 
@@ -110,6 +110,8 @@ class OuterLoss:
 
     Attributes:
         rootless: no solution was near one of the inner solutions, so that no Newton step is tried again.
+        untrained: the size of the outer loss at the start of the inner problem, where it need not be as small as at a
+            solution that fits the data.
     """
 
     def __init__(
@@ -124,6 +126,9 @@ class OuterLoss:
         few = sum(leaf.numel() for leaf in leaves(problem.init)) <= LARGEST_FACTORISED
         self.left = LEFT_BY_FACTORS if few else LEFT_BY_PRODUCTS
         self.size = float(torch.cat([leaf.reshape(-1).double() for leaf in leaves(self.x)]).norm())
+        with torch.no_grad():
+            untrained = float(self.problem.outer(self.problem.init, self.x))
+        self.untrained = abs(untrained) if math.isfinite(untrained) else 0.0
 
     @property
     def solvable(self) -> bool:
@@ -141,6 +146,8 @@ class OuterLoss:
         table, centre = (found, first.found) if rootless else (better, first.better)
         rounding = self.eps * max(abs(point.found) for point in points) / step
         noise = abs(first.found - second.found) / step
+        curvature = _curvature(table - centre, step)
+        change = min((1 + self.size) * curvature, math.sqrt(max(abs(centre), self.untrained) * curvature))
         return Differences(
             (table[:, 0] - table[:, 1]) / (2 * step),
             (table[:, 2] - table[:, 3]) / (4 * step),
@@ -151,7 +158,7 @@ class OuterLoss:
             max(point.result for point in points),
             rootless,
             self.left,
-            (1 + self.size) * _curvature(table - centre, step),
+            change,
             max(0.0, _kink(table - centre, step) - 10 * (rounding + noise) * len(directions) ** 0.5),
         )
 

@@ -360,6 +360,25 @@ def test_settings_that_mean_nothing_are_named(name, values):
             check_hypergradient(ridges(), **{name: value})
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e-3, 1e-5, 1e-6])
+def test_hyperparameters_of_a_small_unit_at_zero(unit):
+    """What is small beside their curvature times one is not small, where they themselves never come to one."""
+    data, target = randn(20, 6, seed=1), randn(20, seed=2)
+    other, wanted = randn(20, 6, seed=3), randn(20, seed=4)
+    problem = BilevelProblem(
+        inner=lambda y, x: (data @ y - target).square().mean() + ((x / unit).exp() * y.square()).sum(),
+        outer=lambda y, x: (other @ y - wanted).square().mean(),
+        init=torch.zeros(6, dtype=torch.float64),
+        hparams=torch.zeros(6, dtype=torch.float64),
+    )
+    exact, damped = (  # damped: 8 % off
+        check_hypergradient(problem, solver=EXACT, hypergrad=hypergrad, throw="ignore", raise_exception=False)
+        for hypergrad in (bl.Implicit(bl.Cholesky()), bl.Implicit(damping=0.3))
+    )
+    assert exact.ok or (unit == 1e-6 and exact.verdict == "inconclusive"), str(exact)
+    assert damped.verdict == "wrong" or (unit == 1e-6 and damped.verdict == "inconclusive"), str(damped)
+
+
 @pytest.mark.parametrize("outer", [lambda w, x: (w.sum(),), lambda w, x: w, lambda w, x: w.sum().long()])
 def test_an_outer_function_that_is_no_scalar_is_told(outer):
     zeros = torch.zeros(6, dtype=torch.float64)
