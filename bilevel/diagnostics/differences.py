@@ -38,7 +38,8 @@ class Differences:
         result: the worst of the inner solves. rootless: some had no solution near. left: the part of the errors of the
             inner solutions that those Newton steps may leave.
         change: by how much the slopes change, as their curvature says, over a distance of ``1 + ||hparams||``, or over
-            the one at which they would change the loss by all that it is, where that is shorter; 0 where noise hides it.
+            the one at which they would change the loss by all that it is, where that is shorter; 0 where noise hides
+            it.
         kink: half of what the slopes to both sides differ by, however short the step is.
     """
 

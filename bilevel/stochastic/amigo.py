@@ -39,8 +39,8 @@ class AmIGO(TwoLoops):
 
     _kept = ("adjoint",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         check_count("num_linear_steps", self.num_linear_steps)
 
     def _draws(self) -> tuple[int, int]:

@@ -60,6 +60,8 @@ class Advance:
 FIXED = ("inner_params", "outer_params", "inner_loss", "outer_loss")
 """What a method is made of; the rest are settings, which may change."""
 
+STEP_SIZES = ("inner_lr", "linear_lr", "outer_lr")
+
 
 @dataclass(eq=False, repr=False)
 class Stochastic(ABC):
@@ -111,6 +113,8 @@ class Stochastic(ABC):
 
     _kept: ClassVar[tuple[str, ...]] = ()
     """The vectors of `State` that stay from one step to the next; of those of the outer variables the name says so."""
+    _fixed_settings: ClassVar[tuple[str, ...]] = ()
+    """Settings that are taken when the method is made."""
 
     def __post_init__(self) -> None:
         self._inner = check_params("inner_params", self.inner_params)
@@ -128,22 +132,38 @@ class Stochastic(ABC):
                 raise TypeError(
                     f"{name} is a {type(loss).__name__}: a function loss(params, hparams, batch) is needed."
                 )
-        ravelers = Raveler(self.inner_params), Raveler(self.outer_params)
-        self._oracles = Oracles(*ravelers, self.inner_loss, self.outer_loss, own)
-        if self.longest_move is not None:
-            check_positive("longest_move", self.longest_move)
         self._state: State = {}
         self._memory: State = {}
         self._growth = Growth({})
+        self._check()
         self._step_sizes()
+        ravelers = Raveler(self.inner_params), Raveler(self.outer_params)
+        self._oracles = Oracles(*ravelers, self.inner_loss, self.outer_loss, own)
+
+    def _check(self) -> None:
+        """Refuse settings that mean nothing; the step sizes are looked at where they are used."""
+        if self.longest_move is not None:
+            check_positive("longest_move", self.longest_move)
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name in FIXED and "_oracles" in self.__dict__:
+        made = "_oracles" in self.__dict__
+        if made and name in (*FIXED, *self._fixed_settings):
             raise AttributeError(
                 f"{name} is taken when the method is made, and another one would not be used: make a new "
                 f"{type(self).__name__}, which can go on with load_state_dict(method.state_dict())."
             )
+        if not made or name not in self.__dataclass_fields__ or not self.__dataclass_fields__[name].init:
+            super().__setattr__(name, value)
+            return
+        before = getattr(self, name)
         super().__setattr__(name, value)
+        try:
+            self._check()
+            if name in STEP_SIZES:
+                self._lr(name)
+        except BaseException:
+            super().__setattr__(name, before)
+            raise
 
     @property
     def inner_draws(self) -> int:
@@ -225,7 +245,7 @@ class Stochastic(ABC):
 
     def _step_sizes(self) -> dict[str, float]:
         """All of this method, checked."""
-        return {name: self._lr(name) for name in ("inner_lr", "linear_lr", "outer_lr") if hasattr(self, name)}
+        return {name: self._lr(name) for name in STEP_SIZES if hasattr(self, name)}
 
     def _judge(self, now: State, found: Advance, record: Step, inner: list[Batch], outer: list[Batch]) -> Growth:
         """The growth with this step; one device-to-host copy, which the last finite iterate is worth."""
@@ -238,7 +258,8 @@ class Stochastic(ABC):
             for direction, name in directions.values()
             for size in (direction, length(found.state[name] - now.get(name, 0.0)), length(found.state[name]))
         ]
-        finite = torch.stack([torch.isfinite(vector).all() for vector in found.state.values()]).all()
+        vectors = (found.inner_loss, found.outer_loss, *found.state.values())
+        finite = torch.stack([torch.isfinite(vector).all() for vector in vectors]).all()
         numbers = torch.stack([n.double() for n in (finite, found.inner_loss, found.outer_loss, *sizes)]).tolist()
         if not numbers[0]:
             second = record.products > 0

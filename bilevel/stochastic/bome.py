@@ -43,8 +43,8 @@ class BOME(Stochastic):
     control: float = 0.5
     num_inner_steps: int = 10
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         check_positive("control", self.control)
         check_count("num_inner_steps", self.num_inner_steps)
 

@@ -40,8 +40,8 @@ class F2SA(Stochastic):
 
     _kept = ("penalised",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         check_positive("penalty", self.penalty)
         check_not_negative("penalty_growth", self.penalty_growth)
         check_count("num_inner_steps", self.num_inner_steps)

@@ -38,8 +38,8 @@ class FSLA(Stochastic):
 
     _kept = ("adjoint", "outer_old", "outer_direction")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         mixing_at(self.mixing, 0)
 
     def _draws(self) -> tuple[int, int]:

@@ -37,8 +37,8 @@ class MASOBA(SOBA):
 
     _kept = ("adjoint", "outer_average")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         mixing_at(self.mixing, 0)
 
     def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:

@@ -38,8 +38,8 @@ class MRBO(NeumannMethod):
 
     _kept = ("inner_old", "outer_old", "inner_direction", "outer_direction")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         mixing_at(self.mixing, 0)
 
     def _draws(self) -> tuple[int, int]:

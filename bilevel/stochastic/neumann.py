@@ -111,8 +111,12 @@ class NeumannMethod(Stochastic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("num_terms", self.num_terms)
         self.neumann_lr = neumann_step(self.inner_lr, self.neumann_lr)
+
+    def _check(self) -> None:
+        super()._check()
+        check_count("num_terms", self.num_terms)
+        neumann_step(self.inner_lr, self.neumann_lr)
         self._series()
 
     def _series(self) -> Series:

@@ -42,6 +42,8 @@ class SABA(SOBA):
     inner_batches: int | Sequence[int]
     outer_batches: int | Sequence[int]
 
+    _fixed_settings = ("inner_batches", "outer_batches")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._weights = {
@@ -142,7 +144,7 @@ class SABA(SOBA):
 
 def _weights(name: str, batches: int | Sequence[int]) -> Tensor:
     """The part of the data in each batch."""
-    sizes = [1] * check_count(name, batches) if isinstance(batches, int) else list(batches)
+    sizes = [1] * check_count(name, batches) if isinstance(batches, (int, Integral)) else list(batches)
     if not sizes:
         raise ValueError(f"{name} is empty: give the number of batches, or the size of each.")
     counts = torch.tensor([check_positive(name, size) for size in sizes], dtype=torch.float64)

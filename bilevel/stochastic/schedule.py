@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -134,9 +134,9 @@ def check_not_negative(name: str, value: float) -> float:
 
 def check_count(name: str, value: int, least: int = 1) -> int:
     """A whole number of at least ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name} is {value!r}: a whole number of at least {least} is needed.")
-    return value
+    return int(value)
 
 
 def _is_number(value: object) -> bool:

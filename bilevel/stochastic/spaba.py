@@ -41,8 +41,8 @@ class SPABA(RecursiveMethod):
     seed: int = 0
     clip: float | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         check_positive("probability", self.probability)
         if self.probability > 1:
             raise ValueError(f"probability is {self.probability}: that of a full batch lies in (0, 1].")
@@ -56,7 +56,7 @@ class SPABA(RecursiveMethod):
         if self.num_steps == 0:
             return True
         host = torch.device("cpu")
-        return bool(uniform((), self.seed * 2**32 + self.num_steps, host) < self.probability)
+        return bool(uniform((), int(self.seed) * 2**32 + self.num_steps, host) < self.probability)
 
     def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:
         found = super()._advance(now, inner, outer)

@@ -57,8 +57,8 @@ class SRBA(RecursiveMethod):
 
     period: int
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         check_count("period", self.period)
 
     @property

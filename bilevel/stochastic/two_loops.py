@@ -30,8 +30,8 @@ class TwoLoops(Stochastic):
 
     num_inner_steps: int = 10
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         check_count("num_inner_steps", self.num_inner_steps)
 
     def _advance(self, now: State, inner: Iterator[Batch], outer: Iterator[Batch]) -> Advance:

@@ -41,8 +41,8 @@ class VRBO(NeumannMethod):
 
     _kept = ("inner_direction", "outer_direction")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def _check(self) -> None:
+        super()._check()
         check_count("period", self.period)
         check_count("num_inner_steps", self.num_inner_steps)
 

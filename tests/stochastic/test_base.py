@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch.func import functional_call
 
+from bilevel import SolveError
 from bilevel.stochastic import F2SA, FSLA, MASOBA, SABA, SOBA, SPABA, SRBA, TTSA, Draws
 from tests.stochastic.cases import CASES
 from tests.stochastic.test_conformance import small_settings
@@ -254,3 +258,53 @@ def test_what_a_method_is_made_of_cannot_be_replaced(name):
         setattr(method, name, getattr(method, name))
     method.inner_lr = 0.01
     assert method.inner_lr == 0.01
+
+
+def made(name):
+    case = CASES[name]
+    return case.method(vector(0.0, 0.0), vector(1.0, 2.0), inner_loss, outer_loss, **case.settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("SOBA", "longest_move", -1.0),
+        ("SOBA", "outer_lr", "0.1"),
+        ("F2SA", "num_inner_steps", 1.5),
+        ("F2SA", "penalty", math.inf),
+        ("MA-SOBA", "mixing", 2.0),
+        ("stocBiO", "num_terms", 0),
+        ("VRBO", "period", 0),
+        ("SPABA", "probability", 1.5),
+    ],
+)
+def test_a_setting_that_means_nothing_is_refused_when_it_is_set(name, setting, value):
+    method = made(name)
+    before = getattr(method, setting)
+    with pytest.raises(ValueError, match=re.escape(f"{setting} is {value}" if setting != "outer_lr" else "is '0.1'")):
+        setattr(method, setting, value)
+    assert getattr(method, setting) == before
+
+
+def test_the_batches_of_saba_cannot_be_set():
+    with pytest.raises(AttributeError, match="inner_batches is taken when the method is made"):
+        made("SABA").inner_batches = 7
+
+
+def test_numbers_of_numpy_are_numbers():
+    numbers = {"inner_lr": np.float64(0.1), "outer_lr": 0.1, "num_inner_steps": np.int64(2), "penalty": np.float32(2)}
+    method = F2SA(vector(0.0), vector(1.0), inner_loss, outer_loss, **numbers)
+    method.step()
+    assert method.inner_draws == 3
+    method = SABA(
+        vector(0.0), vector(1.0), inner_loss, outer_loss, **CASES["SABA"].settings | {"inner_batches": np.int64(1)}
+    )
+    method.step(inner_index=np.int64(0), outer_index=0)
+
+
+def test_a_loss_that_overflows_is_told():
+    """Its gradient may be finite all the same."""
+    method = soba(f=lambda y, x, batch: outer_loss(y, x, batch) + math.inf)
+    with pytest.raises(SolveError, match="outer_loss is NaN or infinite on this batch"):
+        method.step()
+    assert method.num_steps == 0

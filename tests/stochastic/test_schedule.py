@@ -85,9 +85,9 @@ def test_step_sizes_may_be_set_between_steps_and_are_checked_again():
     method.inner_lr = 0.25
     method.step()
     assert y.item() == 0.0
-    method.inner_lr = -1.0
     with pytest.raises(ValueError, match=r"inner_lr is -1.0"):
-        method.step()
+        method.inner_lr = -1.0
+    assert method.inner_lr == 0.25
 
 
 @pytest.mark.parametrize(
