@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -258,13 +259,11 @@ class Stochastic(ABC):
             for direction, name in directions.values()
             for size in (direction, length(found.state[name] - now.get(name, 0.0)), length(found.state[name]))
         ]
-        vectors = (found.inner_loss, found.outer_loss, *found.state.values())
-        finite = torch.stack([torch.isfinite(vector).all() for vector in vectors]).all()
+        finite = torch.stack([torch.isfinite(vector).all() for vector in found.state.values()]).all()
         numbers = torch.stack([n.double() for n in (finite, found.inner_loss, found.outer_loss, *sizes)]).tolist()
+        bad = partial(complaints, self._oracles, now["inner"], now["outer"], inner, outer, record.products > 0)
         if not numbers[0]:
-            second = record.products > 0
-            bad = complaints(self._oracles, now["inner"], now["outer"], inner, outer, second)
-            raise self._failure(found, bad)
+            raise self._failure(found, bad())
         seen, losses = {}, {"inner": numbers[1], "outer": numbers[2]}
         for place, name in enumerate(directions, start=1):
             steepness, move, size = numbers[3 * place : 3 * place + 3]
@@ -273,6 +272,8 @@ class Stochastic(ABC):
         if growth.diverges:
             self._growth = Growth({})  # what is tried next, such as smaller steps, is judged by itself
             raise self._failure(found, [], growth)
+        if not (math.isfinite(losses["inner"]) and math.isfinite(losses["outer"])):
+            raise self._failure(found, bad())
         return growth
 
     def _commit(self, now: State, found: Advance) -> None:

@@ -219,13 +219,24 @@ def limit(trial: optuna.Trial, name: str, value: float, at_most: float) -> None:
         at_most: the limit, positive.
 
     Raises:
-        ValueError: a limit that is not positive.
+        ValueError: a limit that is not positive, or a second one of this name in a trial.
     """
     value, at_most = float(value), float(at_most)
     if not at_most > 0:
         raise ValueError(f"at_most is {at_most}: a positive limit is needed.")
+    if name in trial.constraints and not _retried(trial):
+        raise ValueError(
+            f"The limit {name!r} is set already in this trial, and Optuna keeps the first value: call limit once, with "
+            "the largest, or give each its own name."
+        )
     trial.set_user_attr(name, value)
     trial.set_constraint(name, value / at_most - 1 if math.isfinite(value) else math.inf)
+
+
+def _retried(trial: optuna.Trial) -> bool:
+    """Whether Optuna tries it again, with what the process that died had kept."""
+    study = getattr(trial, "study", None)
+    return study is not None and "retry_history" in study.get_trials(deepcopy=False)[trial.number].system_attrs
 
 
 def within_limits(trial: optuna.trial.FrozenTrial) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,12 +69,18 @@ OPERATORS = ("graph", "func")
 KEY = "type"
 
 
+def plain(value: Any) -> Any:
+    """The same, or Python's own number in place of one of NumPy."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def to_json(setting: Any) -> Any:
     """A solver, hypergradient method or step rule as plain dicts, lists and numbers: ``{"type": "CG", ...}``.
 
     Raises:
         TypeError: it holds a function, or a tensor that is learned: a file cannot hold those.
     """
+    setting = plain(setting)
     if setting is None or isinstance(setting, bool | int | float | str):
         return {KEY: "float", "value": repr(setting)} if isinstance(setting, float) and _odd(setting) else setting
     if isinstance(setting, Tensor):
@@ -89,7 +96,7 @@ def to_json(setting: Any) -> Any:
         optimizer = getattr(setting.optimizer, "__name__", "")
         if getattr(torch.optim, optimizer, None) is not setting.optimizer:
             raise TypeError(f"{setting!r} has an optimizer that is not of torch.optim: a file can name only those.")
-        known = {"optimizer": optimizer, "max_steps": setting.max_steps, "gtol": setting.gtol}
+        known = {"optimizer": optimizer, "max_steps": plain(setting.max_steps), "gtol": plain(setting.gtol)}
         return {KEY: "TorchOptim", **known, "settings": {name: to_json(value) for name, value in setting.settings}}
     kind = type(setting)
     if kind is not TYPES.get(kind.__name__):
@@ -188,6 +195,7 @@ def expression(setting: Any) -> str:
         TypeError: as `to_json`.
     """
     to_json(setting)
+    setting = plain(setting)
     if isinstance(setting, Tensor):
         return repr(setting.item())
     if isinstance(setting, float):
@@ -198,7 +206,8 @@ def expression(setting: Any) -> str:
         return f"({', '.join(map(expression, setting))}{',' if len(setting) == 1 else ''})"
     if isinstance(setting, TorchOptim):
         settings = [f"{name}={expression(value)}" for name, value in setting.settings]
-        steps = [f"max_steps={setting.max_steps}", *([] if setting.gtol is None else [f"gtol={setting.gtol!r}"])]
+        steps = [f"max_steps={setting.max_steps}"]
+        steps += [] if setting.gtol is None else [f"gtol={expression(setting.gtol)}"]
         return f"bl.TorchOptim(torch.optim.{setting.optimizer.__name__}, {', '.join([*steps, *settings])})"
     if type(setting).__name__ not in TYPES:
         return repr(setting)

@@ -14,12 +14,14 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..extras import require
 from .failures import of_a_trial
 from .resumed import FIXED, refuse_unused, tell_other_ranges
+from .settings import plain
 
 if TYPE_CHECKING:
     import optuna
@@ -32,6 +34,8 @@ PROCESS = "process"
 RETRIED = "retry of"
 """User attribute: the number of the trial that is tried again, since its process died."""
 JOURNAL_SUFFIXES = (".log", ".journal")
+SEEDS = 2**32
+"""How many seeds a sampler knows."""
 GRACE_SECONDS = 60
 """After which a trial that nobody vouches for has been left behind."""
 
@@ -66,19 +70,21 @@ def create_study(
             refused by `guard`, and by the ``suggest`` functions where they are nearly a setting of theirs.
 
     Raises:
-        ValueError: an unknown sampler; a study of this name with other directions; a storage that is damaged or cannot
-            be reached.
+        ValueError: an unknown sampler, or a seed that is none; a study of this name with other directions; a storage
+            that is damaged or cannot be reached.
     """
     require("optuna", "tuning")
     import optuna
 
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
+        raise ValueError(f"seed is {seed!r}: a whole number from 0 to 2**32 - 1 is needed.")
     directions = [direction] if isinstance(direction, str) else list(direction)
     opened = open_storage(storage, grace_seconds)
     with _reading(storage):
         study = optuna.create_study(
             study_name=name,
             storage=opened,
-            directions=directions,  # type: ignore[arg-type]
+            directions=directions,
             pruner=pruner,
             load_if_exists=True,
         )
@@ -88,9 +94,9 @@ def create_study(
             f"The study {name!r} exists with the directions {found}, and {directions} are asked for: take another name."
         )
     sweep(study, grace_seconds)
-    study.sampler = _sampler(sampler, seed + 7919 * worker + len(study.trials))
+    study.sampler = _sampler(sampler, (int(seed) + 7919 * worker + len(study.trials)) % SEEDS)
     if defaults is not None and worker == 0:
-        _put_in_front(study, dict(defaults))
+        _put_in_front(study, {parameter: plain(value) for parameter, value in defaults.items()})
     return study
 
 
@@ -264,7 +270,7 @@ def guard(objective: Objective) -> Objective:
     complete). Other errors pass, a division by zero too: they are mistakes in the program.
 
     Raises:
-        TypeError: the objective returns what is no number.
+        TypeError: the objective returns what is no number, or not one for each direction of the study.
         ValueError: the trial was put in front with parameters (``defaults`` of `create_study`) that nothing asks for:
             they are misspelt, or belong to another choice.
     """
@@ -285,7 +291,15 @@ def guard(objective: Objective) -> Objective:
             raise optuna.TrialPruned(str(error)) from error
         refuse_unused(trial)
         tell_other_ranges(trial, compared)
-        for value in map(_number, values if isinstance(values, Sequence) else [values]):
+        several = values if isinstance(values, Sequence) and not isinstance(values, str) else [values]
+        found = [_number(value) for value in several]
+        study = getattr(trial, "study", None)  # a FixedTrial has none
+        if study is not None and len(found) != len(study.directions):
+            expected = ", ".join(direction.name.lower() for direction in study.directions)
+            raise TypeError(
+                f"The objective returned {len(found)} numbers, and the directions of the study are {expected}."
+            )
+        for value in found:
             if not math.isfinite(value):
                 trial.set_user_attr("failure", f"the value is {value}")
                 raise optuna.TrialPruned(f"The value is {value}.")
@@ -296,6 +310,8 @@ def guard(objective: Objective) -> Objective:
 
 def _number(value: object) -> float:
     try:
+        if isinstance(value, str):
+            raise TypeError("a string")
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError) as error:
         missing = " Is its return missing?" if value is None else ""

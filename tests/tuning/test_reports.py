@@ -239,3 +239,15 @@ def test_several_objectives_have_no_best_trial():
     study.optimize(lambda trial: (1.0, 2.0), n_trials=1)
     with pytest.raises(ValueError, match="has 2 objectives, and no best trial"):
         bl.tuning.best_trial(study)
+
+
+def test_a_second_limit_of_one_name_is_refused():
+    """Optuna would keep the first."""
+    study = bl.tuning.create_study("s")
+    trial = study.ask()
+    bl.tuning.limit(trial, "seconds", 2.0, 4.0)
+    bl.tuning.limit(trial, "peak_mib", 2.0, 4.0)
+    with pytest.raises(ValueError, match="The limit 'seconds' is set already"):
+        bl.tuning.limit(trial, "seconds", 8.0, 4.0)
+    assert trial.user_attrs["seconds"] == 2.0
+    study.tell(trial, 1.0)

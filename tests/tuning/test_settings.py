@@ -163,3 +163,15 @@ def test_bounds_survive_a_file(bounds, tmp_path):
 def test_expressions_of_numpy_numbers_and_lists_can_be_run():
     assert expression(bl.CG(rtol=np.float64(1e-3))) == "bl.CG(rtol=0.001)"
     assert eval(expression([bl.CG(), 1.5]), {"bl": bl}) == [bl.CG(), 1.5]
+
+
+def test_whole_numbers_of_numpy_survive_a_file(tmp_path):
+    settings = [
+        bl.Implicit(bl.CG(max_steps=np.int64(3), rtol=np.float32(0.5))),
+        bl.TorchOptim(torch.optim.SGD, max_steps=np.int64(3), gtol=np.float64(0.5), lr=np.float32(0.5)),
+    ]
+    for setting in settings:
+        save(tmp_path / "best.json", {"setting": setting})
+        assert load(tmp_path / "best.json") == {"setting": setting}
+        assert "np." not in expression(setting)
+        assert eval(expression(setting), {"bl": bl, "torch": torch}) == setting

@@ -362,3 +362,39 @@ def test_other_ranges_are_told_whenever_they_come(tmp_path):
     assert len(told) == 2
     assert "'a'" in told[0]
     assert "'b'" in told[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("3", "The objective returned str: a number is needed"),
+        (None, "Is its return missing"),
+        ((1.0, 2.0), "returned 2 numbers, and the directions of the study are minimize"),
+        ([], "returned 0 numbers"),
+    ],
+)
+def test_an_objective_that_returns_something_else_ends_the_study(value, message):
+    study = create_study("study")
+    with pytest.raises(TypeError, match=message):
+        study.optimize(guard(lambda trial: value), n_trials=3)
+    assert len(study.trials) == 1
+
+
+@pytest.mark.parametrize("seed", [None, -1, 2**32, 1.5, True])
+def test_seeds_that_are_none(seed):
+    with pytest.raises(ValueError, match="a whole number from 0 to 2"):
+        create_study("study", seed=seed)
+
+
+def test_the_last_seeds_can_be_resumed(tmp_path):
+    for _ in range(3):
+        study = create_study("study", f"sqlite:///{tmp_path / 'study.db'}", seed=2**32 - 2, worker=1)
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    assert len({trial.value for trial in study.trials}) == 3
+
+
+def test_defaults_are_numbers_of_numpy_too(tmp_path):
+    for storage in (f"sqlite:///{tmp_path / 'study.db'}", tmp_path / "study.log"):
+        study = create_study("study", storage, defaults={"n": np.int64(3), "x": np.float32(0.5)})
+        study.optimize(guard(lambda trial: trial.suggest_int("n", 1, 9) * trial.suggest_float("x", 0, 1)), n_trials=1)
+        assert study.trials[0].params == {"n": 3, "x": 0.5}
