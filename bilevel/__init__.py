@@ -42,7 +42,6 @@ from .hypergrad.implicit import Implicit
 from .hypergrad.one_step import OneStep
 from .hypergrad.penalty import Penalty
 from .hypergrad.sama import SAMA
-from .hypergrad.seen import ObjectiveChangedError
 from .hypergrad.truncated import Truncated
 from .hypergrad.unroll import Unroll
 from .influence import Influence, InfluenceScores, ProjectedInfluence, influence
@@ -80,7 +79,7 @@ from .linalg.solve import LinearSolver
 from .prox import Prox
 from .qp import QPSolution, quadratic_program
 from .recording import Recorded, capture
-from .solution import NonFiniteError, Result, Solution, SolveError, SolveWarning
+from .solution import NonFiniteError, ObjectiveChangedError, Result, Solution, SolveError, SolveWarning
 from .tasks import losses_of_tasks, map_tasks, mean_over_tasks
 from .tree import stack
 

@@ -37,6 +37,7 @@ FunctionContext = Any
 """The ``ctx`` of a `torch.autograd.Function`: it takes any attribute, which PyTorch's own class for it does not say."""
 
 __all__ = [
+    "FUNCTIONAL_CALL",
     "FunctionContext",
     "TorchDispatchMode",
     "TransformType",
@@ -62,6 +63,7 @@ __all__ = [
     "profiled_events",
     "pull",
     "pytree",
+    "reparametrized",
     "saved_tensors_hooks",
     "sequence_number",
     "swapped_last_in_first_out",
@@ -147,6 +149,17 @@ def swapped_last_in_first_out() -> Iterator[None]:
         yield
     finally:
         stateless._reparametrize_module = swapped
+
+
+FUNCTIONAL_CALL = stateless._functional_call.__code__
+"""What every functional call runs: its frame has ``module``, ``parameters_and_buffers`` and ``tie_weights``."""
+
+
+def reparametrized(
+    module: torch.nn.Module, given: dict[str, Tensor], tie_weights: bool
+) -> AbstractContextManager[None]:
+    """Within, the module has these parameters and buffers, as it has within a functional call."""
+    return stateless._reparametrize_module(module, dict(given), tie_weights=tie_weights, stack_weights=True)
 
 
 def compiler_is_loaded() -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
@@ -32,7 +32,8 @@ from ._torch import (
     sequence_number,
 )
 from .context import EVALUATING, UNCOMPILED
-from .modules import ModuleReads
+from .modules import Given, ModuleReads
+from .solution import ObjectiveChangedError
 from .spared import Copies, Spared, refuse_view, targets
 from .tree import Tree, map_tensors, tensors
 
@@ -130,6 +131,11 @@ class Tracer(_UncompiledMode):
     def captured(self) -> list[Tensor]:
         return list(self.found.values())
 
+    @property
+    def read(self) -> frozenset[int]:
+        """The ids of all tensors that operations read and none of them made."""
+        return frozenset(self._outside)
+
     def has_read(self, tensor: Tensor) -> bool:
         """Whether an operation read this very tensor, which none of them made."""
         return id(tensor) in self._outside
@@ -171,6 +177,9 @@ class Substitute(_UncompiledMode):
 
     Args:
         spared: what else operations get copies of.
+
+    Attributes:
+        met: the ids of those among ``old`` that operations were given. parameters: others that they were given.
     """
 
     def __init__(self, old: Sequence[Tensor] = (), new: Sequence[Tensor] = (), spared: Spared | None = None):
@@ -179,6 +188,8 @@ class Substitute(_UncompiledMode):
         # A new one may wrap the old one: it stays as it is.
         self.new = {id(tensor): tensor for tensor in new} | self.copies.new
         self.new |= {id(before): after for before, after in zip(old, new, strict=True)}
+        self.met: set[int] = set()
+        self.parameters: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = self.swap((args, kwargs or {}))
@@ -191,7 +202,11 @@ class Substitute(_UncompiledMode):
 
     def _swapped(self, tensor: Tensor) -> Tensor:
         if id(tensor) in self.new:
+            self.met.add(id(tensor))
             return self.new[id(tensor)]
+        if type(tensor) is nn.Parameter:
+            self.parameters.append(tensor)
+            return tensor
         if not is_functorch_wrapped_tensor(tensor) or is_dead_tensor_wrapper(tensor):
             return tensor
         inside = get_unwrapped(tensor)
@@ -264,6 +279,15 @@ class Autocast:
         return self.enabled or (torch.amp.is_autocast_available(self.device) and torch.is_autocast_enabled(self.device))
 
 
+OTHER_PARAMETERS = (
+    "The problem has changed since it was solved: evaluated again, it reads a parameter of a module in the place of a "
+    "tensor of shape {shape} that it read first, so that the derivative towards that one would be missing. Something "
+    "had put tensors into the module for the time of the solve, such as torch.nn.utils.parametrize.cached() or a "
+    "context manager of your own: keep it open until the derivatives are taken, or pass the tensors to the solve as "
+    "args."
+)
+
+
 @dataclass(frozen=True)
 class Closure:
     """``fn(params, *args)`` as a pure function of the leaves of ``params`` and of the tensors that it reaches.
@@ -272,6 +296,8 @@ class Closure:
         spec: the tree of ``params``.
         captured: the tensors that are swapped, those in ``args`` among them.
         spared: what evaluations are kept from.
+        read: the ids of all tensors that the first evaluation read and did not make.
+        given: what functional calls around the solve have given to modules.
     """
 
     fn: Callable[..., Any]
@@ -280,16 +306,49 @@ class Closure:
     captured: list[Tensor]
     autocast: Autocast = field(repr=False)
     spared: Spared = field(default_factory=Spared, repr=False)
+    read: frozenset[int] = field(default=frozenset(), repr=False)
+    given: tuple[Given, ...] = field(default_factory=Given.around, repr=False)
+
+    @classmethod
+    def traced(
+        cls, fn: Callable[..., Any], spec: pytree.TreeSpec, args: tuple[Tree, ...], tracer: Tracer, device: torch.device
+    ) -> Closure:
+        """What a `Tracer` saw the first evaluation of."""
+        return cls(fn, spec, args, tracer.captured, Autocast.current(device), tracer.spared, tracer.read)
 
     def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tree:
+        substitute = None
         if _unchanged(self.captured, tensors):
             mode, args = sparing(self.spared), self.args
         else:
             mode = substitute = Substitute(self.captured, tensors, self.spared)
             # Swapped by hand as well: a custom autograd Function is not seen by the mode.
             args = substitute.swap(self.args)
-        with UNCOMPILED, mode, self.autocast.evaluating():
-            return self.fn(pytree.tree_unflatten(list(params), self.spec), *args)
+        with UNCOMPILED, self.as_given(), mode, self.autocast.evaluating():
+            found = self.fn(pytree.tree_unflatten(list(params), self.spec), *args)
+        if substitute is not None:
+            self._refuse_strangers(substitute)
+        return found
+
+    def as_given(self) -> contextlib.AbstractContextManager[object]:
+        """Within, modules have what the functional calls around the solve have given them."""
+        return self._as_given() if self.given else _NOTHING
+
+    @contextlib.contextmanager
+    def _as_given(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for given in self.given:
+                stack.enter_context(given.again())
+            yield
+
+    def _refuse_strangers(self, substitute: Substitute) -> None:
+        """Raise where a parameter was read in the place of a tensor that the first evaluation read."""
+        strangers = {parameter.shape for parameter in substitute.parameters if id(parameter) not in self.read}
+        if not strangers:
+            return
+        lost = [tensor for tensor in self.captured if id(tensor) not in substitute.met and tensor.shape in strangers]
+        if lost:
+            raise ObjectiveChangedError(OTHER_PARAMETERS.format(shape=tuple(lost[0].shape)))
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointFunction
 
-from ._torch import get_unwrapped, is_functorch_wrapped_tensor, pytree, saved_tensors_hooks
+from ._torch import (
+    FUNCTIONAL_CALL,
+    get_unwrapped,
+    is_functorch_wrapped_tensor,
+    pytree,
+    reparametrized,
+    saved_tensors_hooks,
+)
 from .notices import tell
 from .tree import Tree
 
@@ -29,6 +38,51 @@ MODEL_OPERATIONS = frozenset(
     for name in names
 )
 """Where params meet data: an objective that does these with its params has not forgotten them."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a functional call has given a module for its time: a solve inside of it is differentiated after it."""
+
+    module: nn.Module
+    tensors: dict[str, Tensor]
+    tie_weights: bool
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the module has them now."""
+        return all(_at(self.module, name) is tensor for name, tensor in self.tensors.items())
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Within, the module has them."""
+        if self.in_place:
+            yield
+            return
+        with reparametrized(self.module, self.tensors, self.tie_weights):
+            yield
+
+    @staticmethod
+    def around() -> tuple[Given, ...]:
+        """Of the functional calls that this thread is in, from outside in."""
+        found, frame = [], cast("FrameType | None", sys._getframe(1))
+        while frame is not None:
+            if frame.f_code is FUNCTIONAL_CALL:
+                own = frame.f_locals
+                found.append(Given(own["module"], dict(own["parameters_and_buffers"]), own["tie_weights"]))
+            frame = frame.f_back
+        return tuple(reversed(found))
+
+
+def _at(module: nn.Module, name: str) -> Tensor | None:
+    """What stands in a slot; None where there is none of this name."""
+    *path, last = name.split(".")
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = child
+    return module._parameters.get(last, module._buffers.get(last))
 
 
 class ModuleReads:

@@ -90,6 +90,10 @@ class SolveError(RuntimeError):
         self.solution = solution
 
 
+class ObjectiveChangedError(RuntimeError):
+    """An objective is another function than the one that was solved."""
+
+
 @dataclass
 class AdjointCell:
     """Where a backward pass leaves its `Solution`; apart, so that no reference cycle keeps graphs alive."""

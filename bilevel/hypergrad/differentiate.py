@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
-from ..closure import Autocast, Closure, Tracer, in_transform
+from ..closure import Closure, Tracer, in_transform
 from ..linalg.adjoint import is_differentiated
 from ..notices import place_of_user, tell
 from ..problem import Posed, Problem
@@ -61,7 +61,7 @@ def differentiable_solve(
         tracer.note(args)
         with tracer:
             batch_dims = batch_dims_of(fn(pytree.tree_unflatten(start, spec), *args), init)
-    closure = Closure(fn, spec, args, tracer.captured, Autocast.current(flat[0].device), tracer.spared)
+    closure = Closure.traced(fn, spec, args, tracer, flat[0].device)
     method = hypergrad or Implicit()
     state = None if warm_start is None or warm_start.adjoint is None else warm_start.adjoint.state
     place = place_of_user()

@@ -98,18 +98,24 @@ class Implicit:
         """``J`` at the solution."""
         at, raveler = point.linearization(), point.raveler
         if callable(self.operator):
-            problem = _problem(point)
-            if point.seen is not None:
-                point.seen.check_loss(problem.start.f)
-            if isinstance(problem.objective, Decayed):
-                problem.objective = problem.objective.objective  # its decay is added below
-            make = self.operator if problem.ranks is None else partial(problem.ranks.operator, self.operator)
-            return _with_decay(point, make(problem, at))
+            closure = _closure(point)
+            with closure.as_given():
+                return self._made_by_factory(point, at, closure)
         if self.operator == "graph" or not point.statement.has_objective:
             return point.statement.operator(raveler, at)
         assert at.loss is not None
         hparams = [tensor.detach() for tensor in at.hparams]
         return FuncHessian(raveler, at, lambda params: point.statement.closure(params, hparams).sum())
+
+    def _made_by_factory(self, point: Point, at: Linearization, closure: Closure) -> Operator:
+        assert callable(self.operator)
+        problem = _problem(point, closure)
+        if point.seen is not None:
+            point.seen.check_loss(problem.start.f)
+        if isinstance(problem.objective, Decayed):
+            problem.objective = problem.objective.objective  # its decay is added below
+        make = self.operator if problem.ranks is None else partial(problem.ranks.operator, self.operator)
+        return _with_decay(point, make(problem, at))
 
     def _damped(self, operator: Operator, more: float) -> Operator:
         damping = self.damping + more
@@ -181,13 +187,18 @@ def _judged(asked: Operator, b: Tensor, tried: Solution[Tensor]) -> Solution[Ten
     return report(tried.value, codes, tried.stats["num_steps"], norm(b - asked.matvec(tried.value)), norm(b))
 
 
-def _problem(point: Point) -> Problem:
-    """The problem as operator factories see it: the user's own objective and args."""
+def _closure(point: Point) -> Closure:
+    """That of one problem, for operator factories."""
     closure = point.statement.closure
     if not isinstance(closure, Closure) or not point.statement.has_objective:
         raise NotImplementedError(
             "A Gauss-Newton or Fisher operator serves argmin, outside of torch.func.vmap: give it a vector objective."
         )
+    return closure
+
+
+def _problem(point: Point, closure: Closure) -> Problem:
+    """The problem as operator factories see it: the user's own objective and args."""
     params = pytree.tree_unflatten(point.params, closure.spec)
     tracer = Tracer(differentiable=False)
     return Problem(closure.fn, params, closure.args, max_batch_dims=point.batch_dims, tracer=tracer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .._torch import FunctionContext, TorchDispatchMode, after_backward, is_functorch_wrapped_tensor, pytree
-from ..closure import Autocast, Closure, Tracer, in_transform, substituting
+from ..closure import Closure, Tracer, in_transform, substituting
 from ..inner.first_look import LOOKED, raised
 from ..inner.gradient_descent import GradientDescent
 from ..inner.minimize import InnerSolver, Progress
@@ -95,9 +95,8 @@ class Path:
         tracer.note(steps.rule.tensors)
         self.problem = Problem(objective, init, args, tracer=tracer)
         hparams = self.problem.hparams = tracer.resolved
-        autocast = Autocast.current(self.problem.start.y.device)
         self.problem.reach = Reach.of(objective, init, args, tracer.captured, to_init=to_init)
-        closure = Closure(objective, pytree.tree_structure(init), args, tracer.captured, autocast, tracer.spared)
+        closure = Closure.traced(objective, pytree.tree_structure(init), args, tracer, self.problem.start.y.device)
         point, free = free_leaves(self.problem.raveler.unravel(self.problem.start.y)), free_leaves(hparams)
         with torch.enable_grad(), _Draws() as draws:
             nodes = list(graph_nodes([closure(point, free)]))

@@ -13,14 +13,11 @@ from torch import Tensor
 
 from ..problem import Problem, RootProblem
 from ..recording import recording
+from ..solution import ObjectiveChangedError
 from ..tree import norm
 
 ROUNDING = 200.0
 """Rounding errors by which two evaluations of one function may differ, in other kernels or with other threads."""
-
-
-class ObjectiveChangedError(RuntimeError):
-    """An objective is another function than the one that was solved."""
 
 
 def changed(what: str) -> ObjectiveChangedError:

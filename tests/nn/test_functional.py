@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -116,3 +117,52 @@ def test_shared_parts_are_left_as_they_were(call, threaded):
         assert parameter is before[name], name
     for name, value in values.items():
         assert torch.equal(after[name], value), name
+
+
+class Parts(nn.Module):
+    """Two layers, which it also has by another way than as attributes."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 1)
+        self.run = self._run
+        if way == "list":
+            self.run = nn.Identity()
+            self.layers = [self.a, nn.Tanh(), (self.b,)]
+        if way == "dict":
+            self.layers = {"a": self.a, "b": self.b}
+        if way == "hook":
+            self.a.register_forward_hook(lambda module, args, out: out * self.b.bias)
+        self.way = way
+
+    def _run(self, x):
+        return self.b(torch.tanh(self.a(x)))
+
+    def forward(self, x):
+        if self.way == "list":
+            return self.layers[2][0](self.layers[1](self.layers[0](x)))
+        if self.way == "dict":
+            return self.layers["b"](torch.tanh(self.layers["a"](x)))
+        return self.run(x)
+
+
+def in_a_thread(work):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+@pytest.mark.parametrize("way", ["bound method", "list", "dict"])
+def test_a_replica_has_all_of_its_parts(way):
+    """Those in lists and dicts too, and methods that were stored: they would have the parameters of the module."""
+    net, x = Parts(way), torch.ones(2, 3)
+    given = {name: torch.randn_like(parameter) for name, parameter in net.named_parameters()}
+    wanted = torch.func.functional_call(net, given, (x,))
+    for _ in range(2):
+        assert torch.equal(in_a_thread(lambda: functional_call(net, given, (x,))), wanted)
+
+
+def test_a_module_that_is_reached_past_its_replica_is_told():
+    net = Parts("hook")
+    given = {name: torch.randn_like(parameter) for name, parameter in net.named_parameters()}
+    with pytest.raises(NotImplementedError, match=r"Parts uses its own 'b\.bias' in place of the given one"):
+        in_a_thread(lambda: functional_call(net, given, (torch.ones(2, 3),)))
