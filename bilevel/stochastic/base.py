@@ -267,7 +267,7 @@ class Stochastic(ABC):
         seen, losses = {}, {"inner": numbers[1], "outer": numbers[2]}
         for place, name in enumerate(directions, start=1):
             steepness, move, size = numbers[3 * place : 3 * place + 3]
-            seen[name] = Seen(steepness, move, size, losses.get(name))
+            seen[name] = Seen(steepness, move, size, losses.get(name), 0.0 if name == "linear" else 1 + size)
         growth = self._growth.after(seen)
         if growth.diverges:
             self._growth = Growth({})  # what is tried next, such as smaller steps, is judged by itself

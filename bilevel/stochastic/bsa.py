@@ -23,7 +23,7 @@ class BSA(NeumannLoops):
     ``num_inner_steps + num_terms + 1`` at most.
 
     Args:
-        neumann_lr: at most 1/L, constant; by default ``inner_lr``, or its first peak where it is a schedule.
+        neumann_lr: at most 1/L, constant; by default the largest ``inner_lr`` so far, a schedule's first peak.
         seed: of the random truncation.
 
     Other arguments and errors: `Stochastic`. Source: Ghadimi and Wang 2018, algorithms 2 and 3.

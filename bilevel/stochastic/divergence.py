@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ GROWTH = 1e6
 """How much the norm of a direction grows over them."""
 STRIDE = 0.5
 """The least length of such a step, as a part of the iterate that it leads to."""
+FARTHER = 1e3
+"""How much the iterate grows meanwhile, where its steps are shorter."""
 
 NOISE = 0.1
 """How far the norm may fall back on one batch."""
@@ -24,27 +26,38 @@ NOISE = 0.1
 
 @dataclass(frozen=True)
 class Seen:
-    """One variable at one step: the norms of its direction, of its move and of where it led, and its loss."""
+    """One variable at one step.
+
+    Attributes:
+        norm, move, size: the norms of its direction, of its move and of where it led. loss: its loss.
+        farness: one plus the size; 0 of a linear system, which may grow for a while, near a saddle of the inner loss.
+    """
 
     norm: float
     move: float
     size: float
     loss: float | None = None
+    farness: float = 1.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """Steps that grow: the first and the last of them, and their number; a batch that is kinder does not end it."""
+    """Steps that grow: the first and the last of them, and their number; a batch that is kinder does not end it.
+
+    Attributes:
+        stride: the least length of a step that counts.
+    """
 
     first: Seen
     last: Seen
     length: int = 0
+    stride: float = STRIDE
 
     def after(self, seen: Seen) -> Run:
         """The run with one step more, as it was, or, far below its highest norm, a new one that begins there."""
-        if seen.norm > self.last.norm and seen.move >= STRIDE * seen.size:
-            return Run(self.first, seen, self.length + 1)
-        return self if seen.norm >= NOISE * self.last.norm else Run(seen, seen)
+        if seen.norm > self.last.norm and seen.move >= self.stride * seen.size:
+            return replace(self, last=seen, length=self.length + 1)
+        return self if seen.norm >= NOISE * self.last.norm else Run(seen, seen, stride=self.stride)
 
     @property
     def growth(self) -> float:
@@ -55,33 +68,41 @@ class Run:
         """Whether the loss rose: an escape from a saddle grows as well, but downwards. A linear system has none."""
         return self.first.loss is None or self.last.loss is None or self.last.loss > self.first.loss
 
+    @property
+    def diverges(self) -> bool:
+        far = self.stride > 0 or self.last.farness > FARTHER * self.first.farness
+        return self.length >= LENGTH and self.growth >= GROWTH and self.worse and far
+
 
 @dataclass(frozen=True)
 class Growth:
-    """The runs of the variables of a method, by name.
+    """The runs of the variables of a method, by name: of long steps, and of all.
 
     Where steps are too long, an iterate is thrown across the minimum to a point farther away, again and again: each
     move is as long as the iterate itself, and the direction grows from step to step. Neither holds of a start at zero,
-    of a solution that moves, or of one outlying batch, for `LENGTH` steps.
+    of a solution that moves, or of one outlying batch, for `LENGTH` steps. Where moves are limited
+    (``longest_move``), or are those of a whole inner loop, they are shorter; then the iterate itself has to have grown.
     """
 
-    runs: Mapping[str, Run]
+    runs: Mapping[str, tuple[Run, Run]]
 
     def after(self, seen: Mapping[str, Seen]) -> Growth:
         """What is known after one step more."""
-        runs = self.runs
-        return Growth({name: runs[name].after(one) if name in runs else Run(one, one) for name, one in seen.items()})
+        first = {name: (Run(one, one), Run(one, one, stride=0.0)) for name, one in seen.items()}
+        runs = {name: (long.after(seen[name]), all_.after(seen[name])) for name, (long, all_) in self.runs.items()}
+        return Growth({**first, **runs})
 
     @property
     def diverges(self) -> bool:
-        return any(run.length >= LENGTH and run.growth >= GROWTH and run.worse for run in self.runs.values())
+        return any(run.diverges for both in self.runs.values() for run in both)
 
     def __str__(self) -> str:
         """The norm that grew most."""
-        name, run = max(self.runs.items(), key=lambda item: item[1].growth)
+        every = [(name, run) for name, both in self.runs.items() for run in both]
+        name, run = max(every, key=lambda item: (item[1].diverges, item[1].stride > 0, item[1].growth))
         return (
             f"the norm of the {name} direction grew from {run.first.norm:.2g} to {run.last.norm:.2g} in {run.length} "
-            "long steps"
+            f"{'long ' if run.stride > 0 else ''}steps"
         )
 
 

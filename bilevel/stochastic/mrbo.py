@@ -29,7 +29,7 @@ class MRBO(NeumannMethod):
 
     Args:
         mixing: weight of the fresh gradients in (0, 1], a number or a function of the step number; 1: no momentum.
-        neumann_lr: at most 1/L, constant; by default ``inner_lr``, or its first peak where it is a schedule.
+        neumann_lr: at most 1/L, constant; by default the largest ``inner_lr`` so far, a schedule's first peak.
 
     Other arguments and errors: `Stochastic`. Source: Yang, Ji, Liang 2021, algorithm 1.
     """

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from .base import Stochastic
+from ..notices import tell
+from ..solution import SolveWarning
+from ..tree import norm
+from .base import Advance, State, Step, Stochastic
+from .divergence import Growth
 from .oracles import Batch, Linearized, Oracles
 from .schedule import StepSize, check_count, check_positive, peak
 
@@ -51,6 +55,7 @@ class NeumannSum:
         for batch in sample.hessian:
             term = term - lr * at.linearize(batch).product(term)
             total = total + term
+        at.growth = norm(term) / norm(b)
         return lr * total
 
 
@@ -74,17 +79,23 @@ class NeumannTerm:
         term = b
         for batch in sample.hessian:
             term = term - lr * at.linearize(batch).product(term)
+        at.growth = norm(term) / norm(b)
         return lr * self.num_terms * term
 
 
 @dataclass
 class Point:
-    """(y, x), with the graph of the batch that was asked for last: equal batches in a row are linearized once."""
+    """(y, x), with the graph of the batch that was asked for last: equal batches in a row are linearized once.
+
+    Attributes:
+        growth: the last term of a Neumann series here over the first.
+    """
 
     oracles: Oracles
     y: Tensor
     x: Tensor
     last: tuple[Batch, Linearized] | None = None
+    growth: Tensor | None = None
 
     def linearize(self, batch: Batch) -> Linearized:
         if self.last is None or self.last[0] is not batch:
@@ -111,7 +122,17 @@ class NeumannMethod(Stochastic):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.neumann_lr = neumann_step(self.inner_lr, self.neumann_lr)
+        follows, self.neumann_lr = self.neumann_lr is None, neumann_step(self.inner_lr, self.neumann_lr)
+        self._follows, self._grown = follows, cast("Tensor | None", None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if "_follows" not in self.__dict__:
+            return
+        if name == "neumann_lr":
+            self.__dict__.update(_follows=value is None, neumann_lr=neumann_step(self.inner_lr, value))
+        if name == "inner_lr" and self._follows:  # not where it is lowered: that may be a decay
+            self.__dict__["neumann_lr"] = max(self.neumann_lr or 0.0, float(peak(value)))
 
     def _check(self) -> None:
         super()._check()
@@ -126,7 +147,28 @@ class NeumannMethod(Stochastic):
         return self._series().draw(inner, outer, self.num_steps)
 
     def _hypergradient(self, at: Point, sample: Sample) -> tuple[Tensor, Tensor]:
-        return at.hypergradient(self._series(), sample, neumann_step(self.inner_lr, self.neumann_lr))
+        assert self.neumann_lr is not None
+        found = at.hypergradient(self._series(), sample, self.neumann_lr)
+        self._grown = at.growth
+        return found
+
+    def _judge(self, now: State, found: Advance, record: Step, inner: list[Batch], outer: list[Batch]) -> Growth:
+        growth = super()._judge(now, found, record, inner, outer)
+        if self._grown is not None and float(self._grown) > GROWN:
+            name = type(self).__name__
+            text = GROWS.format(name=name, step=self.num_steps, growth=float(self._grown), lr=self.neumann_lr)
+            tell(text, SolveWarning, kind=(name, "neumann"))
+        return growth
+
+
+GROWN = 2.0
+"""A last term so many times as long as the first is of a series that does not converge."""
+GROWS = (
+    "{name}, step {step}: the terms of the Neumann series grow, the last one to {growth:.2g} times the first, so that "
+    "their sum is not the adjoint and the hypergradient is wrong: neumann_lr = {lr:.4g} is above 2/L, with L the "
+    "largest curvature of inner_loss, or inner_loss has negative curvature here. Lower neumann_lr (step_sizes(...) "
+    "measures L), or take a method that keeps an adjoint, such as SOBA or AmIGO, with longest_move."
+)
 
 
 def neumann_step(inner_lr: StepSize, neumann_lr: float | None) -> float:

@@ -21,7 +21,7 @@ class StocBiO(NeumannLoops):
     product, and a gradient for each change of batch. Independent inner batches: ``num_inner_steps + num_terms + 1``.
 
     Args:
-        neumann_lr: at most 1/L, constant; by default ``inner_lr``, or its first peak where it is a schedule.
+        neumann_lr: at most 1/L, constant; by default the largest ``inner_lr`` so far, a schedule's first peak.
 
     Other arguments and errors: `Stochastic`. Source: Ji, Yang, Liang 2021, algorithm 2.
     """

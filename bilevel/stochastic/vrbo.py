@@ -31,7 +31,7 @@ class VRBO(NeumannMethod):
 
     Args:
         period: steps from one full batch to the next.
-        neumann_lr: at most 1/L, constant; by default ``inner_lr``, or its first peak where it is a schedule.
+        neumann_lr: at most 1/L, constant; by default the largest ``inner_lr`` so far, a schedule's first peak.
 
     Other arguments and errors: `Stochastic`. Source: Yang, Ji, Liang 2021, algorithm 2.
     """

@@ -12,6 +12,8 @@ from tests.stochastic.cases import CASES
 from tests.stochastic.test_base import inner_loss, soba, vector
 from tests.stochastic.test_conformance import small_settings
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*the terms of the Neumann series grow")
+
 PROBLEM = Quadratics(size=8, outer_size=6, num_samples=32, condition=10.0)  # L = 1: steps above 2 diverge
 
 
@@ -35,6 +37,29 @@ def test_a_divergence_is_told_early(name, lr, steps):
     assert torch.isfinite(x).all()
     if lr < 10:
         assert "direction grew from" in str(caught.value)
+
+
+CURVATURES = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)  # steps above 0.5 diverge
+
+
+@pytest.mark.parametrize("longest_move", [None, 0.1])
+@pytest.mark.parametrize(
+    ("name", "size"), [("F2SA", "inner_lr"), ("AmIGO", "inner_lr"), ("AmIGO", "linear_lr"), ("stocBiO", "inner_lr")]
+)
+def test_a_divergence_in_short_moves_is_told(name, size, longest_move):
+    """Of limited moves, or of inner loops whose steps nearly cancel, none is as long as half of the iterate."""
+    settings = {"inner_lr": 0.2, "outer_lr": 0.2, size: 0.51, "longest_move": longest_move}
+    if name == "stocBiO":
+        settings["neumann_lr"] = 0.2
+    method = CASES[name].method(
+        torch.zeros(3, dtype=torch.float64, requires_grad=True),
+        torch.zeros(3, dtype=torch.float64, requires_grad=True),
+        lambda y, x, b: (CURVATURES * y.square()).sum() / 2 - (x * y).sum(),
+        lambda y, x, b: ((y - 1).square() + x.square()).sum() / 2,
+        **settings,
+    )
+    with pytest.raises(SolveError, match=f"{name} diverges at step|StocBiO diverges at step"):
+        run_until_it_raises(method, 400)
 
 
 def test_the_norm_that_grew_is_named():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -170,6 +172,39 @@ def test_the_adjoint_is_right_from_the_first_step_of_a_warm_up():
     method.step()
     # u = 2 (y - 1) / 4, and the cross derivative is -2: x - (-(-2) u)
     assert x.item() == pytest.approx(1.0 - 2 * 2 * (0.5 - 1) / 4, rel=1e-12)
+
+
+def test_the_neumann_step_follows_an_inner_step_that_is_raised_later():
+    """Not one that is lowered: a decay would shrink the adjoint."""
+    method = StocBiO(vector(0.0), vector(0.0), inner_loss, outer_loss, inner_lr=1e-3, outer_lr=0.1)
+    method.inner_lr = 0.2
+    assert method.neumann_lr == 0.2
+    method.inner_lr = 0.01
+    assert method.neumann_lr == 0.2
+    method.neumann_lr = 0.1
+    method.inner_lr = 0.3
+    assert method.neumann_lr == 0.1
+    method.neumann_lr = None
+    assert method.neumann_lr == 0.3
+    with pytest.raises(ValueError, match="neumann_lr is -1"):
+        method.neumann_lr = -1.0
+    assert method.neumann_lr == 0.3
+
+
+@pytest.mark.parametrize("kind", [StocBiO, MRBO, SUSTAIN, VRBO])
+def test_a_series_that_does_not_converge_is_told(kind):
+    """H = 4: above 0.5 the terms grow."""
+    more = {"period": 3} if kind is VRBO else {}
+    for size in (0.45, 0.6):
+        method = kind(
+            vector(0.3), vector(1.0), inner_loss, outer_loss, inner_lr=0.1, neumann_lr=size, outer_lr=0.01, **more
+        )
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(10):
+                method.step()
+        found = [str(one.message) for one in told]
+        assert any("the terms of the Neumann series grow" in one for one in found) == (size > 0.5), found
 
 
 def test_a_neumann_step_of_zero_is_refused():
