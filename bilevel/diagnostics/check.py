@@ -14,7 +14,7 @@ from ..context import differentiates
 from ..hypergrad.base import PathMethod
 from ..notices import tell
 from ..problem import gradient_or_zero
-from ..solution import Solution, SolveWarning, Throw
+from ..solution import Result, Solution, SolveWarning, Throw
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
 from .differences import Differences, OuterLoss
@@ -34,6 +34,15 @@ PATH_ADVICE = (
     "An implicit hypergradient is that of a solution, and the inner solver ended near none, so that nothing can tell. "
     "Let it solve further; or, to check the problem itself (nothing detached, no hyperparameter missing), check a "
     "short path: solver=Steps(SGD(lr=0.1), max_steps=3), hypergrad=Unroll()."
+)
+
+
+SADDLE = 1e-6
+"""The curvature below zero that is no rounding, as a part of the largest."""
+
+NO_MINIMUM = (
+    "the inner solve ended where the Hessian is not positive definite, at a saddle or a maximum: what agrees is the "
+    "derivative of that point, not of a minimum; start the inner problem elsewhere"
 )
 
 
@@ -64,6 +73,7 @@ class HypergradientCheck:
         missing: the leaves of hparams, by number, whose gradient is zero or None while the outer loss depends on them.
         random: in words, which function is; None: none is.
         optimum: the slopes nearly vanish.
+        unsure: in words, why a hypergradient that agrees with the differences is not called right; None: it is.
     """
 
     finite_difference: Tensor
@@ -79,6 +89,7 @@ class HypergradientCheck:
     inner: float = 0.0
     noise: float = 0.0
     leaf_error: float = 0.0
+    unsure: str | None = None
 
     @property
     def allowed(self) -> float:
@@ -92,7 +103,8 @@ class HypergradientCheck:
         ``"right"``: differences that are certain to the tolerance agree to it, or to the noise of the precision.
         ``"wrong"``: they differ by more than the tolerance and three times what is uncertain (the differences, the
         inner solutions, the precision), or the exact answer does, or a gradient is missing. ``"inconclusive"``: they
-        are not certain enough to tell, or the problem is random.
+        are not certain enough to tell, or the problem is random, or its solution is no minimum, or the gradient of the
+        inner function is not that of its values.
         """
         if self.random is not None:
             return "inconclusive"
@@ -106,7 +118,7 @@ class HypergradientCheck:
         if self.relative_error > self.tolerance + NOISES * uncertain:
             return "wrong"
         agrees = self.relative_error <= self.allowed and self.uncertainty <= self.allowed
-        return "right" if agrees else "inconclusive"
+        return "right" if agrees and self.unsure is None else "inconclusive"
 
     @property
     def ok(self) -> bool:
@@ -118,7 +130,7 @@ class HypergradientCheck:
         exact = "" if self.exact_error is None else f"; from the exact one {self.exact_error:.2e}"
         small = f"; along leaves with small gradients {self.leaf_error:.2e}" if self.leaf_error > LEAF_ERROR else ""
         lost = small + "".join(f"; the gradient of leaf {index} of hparams is missing" for index in self.missing)
-        why = (self.random,) if self.random else self.doubts
+        why = (self.random,) if self.random else (*self.doubts, *([] if self.unsure is None else [self.unsure]))
         doubts = f". Not certain: {'; '.join(why)}" if self.verdict == "inconclusive" and why else ""
         optimum = " (near an optimum, so relative to slopes around it)" if self.optimum else ""
         noise = f", raised to {self.allowed:.0e} by the noise of the precision" if self.allowed > self.tolerance else ""
@@ -132,7 +144,7 @@ class HypergradientCheck:
     @property
     def advice(self) -> str:
         """What makes an inconclusive check conclusive; empty where there is nothing to be done."""
-        if self.verdict != "inconclusive" or self.random is not None:
+        if self.verdict != "inconclusive" or self.random is not None or self.unsure is not None:
             return ""
         return PATH_ADVICE if math.isinf(self.inner) else DIFFERENCES_ADVICE
 
@@ -215,6 +227,7 @@ def check_hypergradient(
         _relative(seen.inner, seen),
         noise,
         0.0 if missing else _leaf_error(outer, solver, hypergrad, found, seen, seed, tolerance),
+        None if seen.rootless or path else _unsure(outer, problem, fit, seed),
     )
     if raise_exception and report.verdict == "wrong":
         raise HypergradientError(
@@ -240,6 +253,20 @@ def _found(
     """The inner solve, and the hypergradient."""
     fit = solve(problem, x, solver=solver, hypergrad=hypergrad, throw=throw)
     return fit, gradient_or_zero(problem.outer(fit.value, x), leaves(x))
+
+
+def _unsure(outer: OuterLoss, problem: Bilevel, fit: Solution, seed: int) -> str | None:
+    return NO_MINIMUM if _bends_down(problem, fit) else outer.false_gradient(fit.value, seed)
+
+
+def _bends_down(problem: Bilevel, fit: Solution) -> bool:
+    """Whether the Hessian at the solution was seen to have a negative eigenvalue, by either solve."""
+    if fit.result is Result.NEGATIVE_CURVATURE:
+        return True
+    if problem.kind != "argmin" or fit.adjoint is None or fit.adjoint.curvature is None:
+        return False
+    low, high = fit.adjoint.curvature
+    return bool((low < -SADDLE * high.abs()).any())
 
 
 def _slope_in_double(
@@ -328,9 +355,11 @@ def _differences(outer: OuterLoss, directions: list[list[Tensor]], step: float |
     relative = usual if step is None else (step,)
     best: Differences | None = None
     for size in relative:
+        rootless = outer.rootless
         try:
             tried = outer.along(directions, size * (1 + _length(leaves(outer.x))))
         except (ArithmeticError, ValueError, RuntimeError):  # a step that leaves the domain: a smaller one may not
+            outer.rootless = rootless
             if size == relative[-1] and best is None:
                 raise
             continue

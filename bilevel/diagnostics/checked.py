@@ -93,7 +93,8 @@ def hypergradient(
         A `Solution` whose value is the hypergradient, a tree like hparams. Its stats: ``loss``, ``residual_norm`` and
         ``num_steps`` of the inner solve, ``linear_residual`` and ``linear_steps`` of the adjoint one,
         ``smallest_curvature`` and ``largest_curvature`` seen (NaN without a Lanczos process), ``error``, the estimated
-        norm of the error (inf where Newton steps find no solution near the one at hand, or cannot be computed),
+        norm of the error (inf where Newton steps find no solution near the one at hand, or cannot be computed, and
+        where the adjoint system has no solution),
         ``bound`` (inf without constants), and ``result``, the worse of the two solves. Its state is a tree like its
         value: the corrected hypergradient, whose error is smaller by orders where the problem is smooth.
     """
@@ -232,7 +233,8 @@ def _solve(operator: Operator, b: Tensor, accuracy: float, most: int | None = No
     if operator.size <= LARGEST_FACTORISED:
         matrix = operator.to_dense()
         cutoff = operator.size * torch.finfo(matrix.dtype).eps
-        return (torch.linalg.pinv(matrix, rtol=cutoff) @ b.unsqueeze(-1)).squeeze(-1), True
+        x = (torch.linalg.pinv(matrix, rtol=cutoff) @ b.unsqueeze(-1)).squeeze(-1)
+        return x, bool((norm(b - operator.matvec(x)) <= accuracy * norm(b)).all())
     if not operator.symmetric:
         found = GMRES(rtol=accuracy, max_steps=most).solve(operator, b)
         return found.value, found.result.ok

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
+from ..problem import gradient_or_zero
 from ..solution import Result, Throw
 from ..tree import Tree, leaves, tree_map
 from .checked import LARGEST_FACTORISED, refined
@@ -179,6 +180,50 @@ class OuterLoss:
                     f"it differs by {apart:.1e}; draw the random numbers once, outside of it, or call module.eval()"
                 )
         return None
+
+    def false_gradient(self, params: Tree, seed: int) -> str | None:
+        """In words, that the gradient of the inner function is not the slope of its values; None: it is, or has none.
+
+        Both follow from the root of the gradient, differences of the outer loss too, and so agree whatever it is.
+        """
+        if self.problem.kind != "argmin":
+            return None
+        generator = torch.Generator().manual_seed(seed)
+        start = [as_double(leaf.detach()) if self.lifted else leaf.detach() for leaf in leaves(params)]
+        size = 1 + math.sqrt(sum(float(leaf.double().square().sum()) for leaf in start))
+        parts = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in start]
+        # Away from the solution, where the gradient vanishes.
+        start = [leaf + 0.1 * part for leaf, part in zip(start, parts, strict=True)]
+        spec = pytree.tree_structure(params)
+
+        def losses(free: list[Tensor]) -> Tensor:
+            found: Tensor = self.problem.inner(pytree.tree_unflatten(free, spec), self.x).sum()
+            return found
+
+        try:
+            free = [leaf.requires_grad_() for leaf in start]
+            with torch.enable_grad():
+                grads = gradient_or_zero(losses(free), free)
+            slope = sum(float((g.double() * part.double()).sum()) for g, part in zip(grads, parts, strict=True))
+            with torch.no_grad():
+                value, found = abs(float(losses(start))), []
+                for step in (self.eps ** (1 / 3) * size, 2 * self.eps ** (1 / 3) * size):
+                    ahead, behind = (
+                        float(losses([leaf + sign * step * part for leaf, part in zip(start, parts, strict=True)]))
+                        for sign in (1, -1)
+                    )
+                    found.append((ahead - behind) / (2 * step))
+        except (ArithmeticError, ValueError, RuntimeError):  # out of the domain
+            return None
+        error, scale = abs(slope - found[0]), max(abs(slope), abs(found[0]))
+        certain = abs(found[0] - found[1]) + self.eps ** (2 / 3) * value
+        if not error > 1e4 * self.eps ** (2 / 3) * scale + 10 * certain:
+            return None
+        return (
+            f"the gradient of the inner function is not that of its values, by {error / scale:.1e} along a direction "
+            "(a backward pass of your own, a straight-through estimator, a part that is detached): what agrees is the "
+            "derivative of where that gradient vanishes"
+        )
 
     def _at(self, direction: list[Tensor], size: float) -> _Loss:
         with torch.no_grad():

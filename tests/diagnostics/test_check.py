@@ -360,6 +360,50 @@ def test_settings_that_mean_nothing_are_named(name, values):
             check_hypergradient(ridges(), **{name: value})
 
 
+def test_what_agrees_at_a_maximum_is_not_right():
+    problem = BilevelProblem(
+        inner=lambda y, x: (y.square() - x).square().sum(),  # zero is a maximum between two minima
+        outer=lambda y, x: (y.sum() - 2).square() * x,
+        init=torch.zeros(2, dtype=torch.float64),
+        hparams=torch.tensor(1.5, dtype=torch.float64),
+    )
+    report = check_hypergradient(problem, throw="ignore", raise_exception=False)
+    assert report.verdict == "inconclusive"
+    assert "a saddle or a maximum" in str(report)
+
+
+class _Scaled(torch.autograd.Function):
+    """``|y|^2`` with a backward pass that is off by a factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y, factor):
+        return y.square().sum()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.y, ctx.factor = inputs
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.factor * ctx.y * grad, None
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.001, 1.5])
+def test_a_gradient_that_is_not_that_of_the_inner_function_is_told(factor):
+    """Differences follow the root of the wrong gradient, as the hypergradient does."""
+    problem = BilevelProblem(
+        inner=lambda y, x: (y - 1).square().sum() + x.exp() * _Scaled.apply(y, factor),
+        outer=lambda y, x: (y - 0.3).square().sum(),
+        init=torch.zeros(3, dtype=torch.float64),
+        hparams=torch.tensor(0.2, dtype=torch.float64),
+    )
+    report = check_hypergradient(problem, solver=bl.NewtonCG(gtol=1e-8), throw="ignore", raise_exception=False)
+    assert report.verdict == ("right" if factor == 1 else "inconclusive"), str(report)
+    assert ("is not that of its values" in str(report)) == (factor != 1)
+
+
 @pytest.mark.parametrize("unit", [1.0, 1e-3, 1e-5, 1e-6])
 def test_hyperparameters_of_a_small_unit_at_zero(unit):
     """What is small beside their curvature times one is not small, where they themselves never come to one."""

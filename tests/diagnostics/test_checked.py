@@ -10,6 +10,7 @@ import torch
 import bilevel as bl
 from bilevel.diagnostics import BilevelProblem, Constants, hypergradient
 from bilevel.problems import LassoPath, Portfolio, Quadratics, Ridge, WeightedRidge
+from tests.conformance import randn
 from tests.diagnostics.error_estimate import measure, share
 
 
@@ -269,3 +270,17 @@ class TestBoundsAndProxes:
         found = hypergradient(problem, solver=bl.LBFGS(bounds=(0.0, 1.0)))
         torch.testing.assert_close(found.value, torch.tensor([0.0, 1.2], dtype=dtype))
         assert float(found.stats["error"]) < 1e-6
+
+
+def test_an_adjoint_system_without_a_solution_has_no_estimate():
+    """An outer loss that the null space of an overparameterised problem changes: every answer leaves something."""
+    data, target = randn(3, 5, seed=0), randn(3, seed=1)
+    problem = BilevelProblem(
+        inner=lambda y, x: ((data * x) @ y - target).square().sum() / 2,
+        outer=lambda y, x: (y - 1).square().sum(),
+        init=torch.zeros(5, dtype=torch.float64),
+        hparams=torch.full((5,), 1.2, dtype=torch.float64),
+    )
+    for solver in (bl.MINRES(), bl.LeastNorm()):
+        checked = hypergradient(problem, hypergrad=bl.Implicit(solver), throw="ignore")
+        assert checked.stats["error"].item() == torch.inf
