@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -333,7 +334,7 @@ def _leaf_error(
 
 
 def _check_arguments(num_directions: int, step: float | None, tolerance: float) -> None:
-    if not isinstance(num_directions, int) or num_directions < 1:
+    if not isinstance(num_directions, Integral) or num_directions < 1:
         raise ValueError(f"num_directions is {num_directions!r}: a whole number, at least 1, is needed.")
     if step is not None and not 0 < step < math.inf:
         raise ValueError(f"step is {step!r}: a positive number is needed, or None.")

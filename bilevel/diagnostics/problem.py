@@ -129,7 +129,17 @@ def solve(
 
 
 def leaf_copies(tree: Tree) -> Tree:
-    """Fresh leaves that require grad."""
+    """Fresh leaves that require grad.
+
+    Raises:
+        TypeError: a leaf is no tensor.
+    """
+    for leaf in leaves(tree):
+        if not isinstance(leaf, Tensor):
+            raise TypeError(
+                f"hparams (or params) holds {type(leaf).__name__}: a tensor, or a tree of tensors, is needed, such as "
+                "torch.tensor(3.0)."
+            )
     return tree_map(lambda tensor: tensor.detach().clone().requires_grad_(), tree)
 
 

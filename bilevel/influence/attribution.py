@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +82,7 @@ class Influence:
             raise ValueError(f"curvature is {curvature!r}: it is 'gauss_newton' or 'full'.")
         if damping is not None and not damping >= 0:
             raise ValueError(f"damping is {damping}: it cannot be negative.")
-        if not all(isinstance(size, int) and size >= 1 for size in (chunk, query_chunk)):
+        if not all(isinstance(size, Integral) and size >= 1 for size in (chunk, query_chunk)):
             raise ValueError(f"chunk is {chunk} and query_chunk {query_chunk}: one example at least goes at once.")
         self.outputs, self.losses, self.penalty, self.curvature = outputs, losses, penalty, curvature
         check_leaves("params", leaves(params), Tensor.is_floating_point, "such as dict(module.named_parameters())")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Hashable, Sequence
+from numbers import Integral
 from typing import Any, Literal, Protocol
 
 import torch
@@ -137,14 +138,14 @@ def checked_geometry(stride: int | Pair, padding: int | Pair) -> Geometry:
     """Stride and padding as pairs."""
     pairs = []
     for name, value, least in (("stride", stride, 1), ("padding", padding, 0)):
-        pair = (value, value) if isinstance(value, int) else value
+        pair = (value, value) if isinstance(value, Integral) else value
         if (
             not isinstance(pair, tuple | list)
             or len(pair) != 2
-            or not all(isinstance(v, int) and v >= least for v in pair)
+            or not all(isinstance(v, Integral) and v >= least for v in pair)
         ):
             raise ValueError(f"{name} is {value!r}: a whole number of at least {least} is needed, or a pair of them.")
-        pairs.append((pair[0], pair[1]))
+        pairs.append((int(pair[0]), int(pair[1])))
     return pairs[0], pairs[1]
 
 

@@ -6,6 +6,7 @@ PyTorch's fused batch norm gives silently wrong Hessian products under `torch.fu
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, pool: int | None, statistics
     if statistics is not None:
         shapes |= {"mean": (statistics[0], channels), "variance": (statistics[1], channels)}
     check_operands("batch_norm", shapes)
-    if pool is not None and not (isinstance(pool, int) and 1 <= pool <= min(x.shape[-2:])):
+    if pool is not None and not (isinstance(pool, Integral) and 1 <= pool <= min(x.shape[-2:])):
         raise ValueError(f"pool is {pool}: windows of 1 to {min(x.shape[-2:])} pixels fit into x {tuple(x.shape)}.")
 
 

@@ -439,3 +439,10 @@ def test_a_step_out_of_the_domain_is_followed_by_a_smaller_one():
         lambda w, x: ((w - x.sqrt()) ** 2).sum(), lambda w, x: (w**2).sum() + w.sum(), torch.zeros_like(x), x
     )
     assert check_hypergradient(problem, solver=EXACT, tolerance=1e-3).verdict == "right"
+
+
+@pytest.mark.parametrize("hparams", [3.0, {"a": torch.ones(()), "b": None}])
+def test_hyperparameters_that_are_no_tensors_are_named(hparams):
+    problem = BilevelProblem(lambda y, x: y.square().sum(), lambda y, x: y.sum(), torch.zeros(2), hparams)
+    with pytest.raises(TypeError, match="a tensor, or a tree of tensors, is needed"):
+        check_hypergradient(problem)

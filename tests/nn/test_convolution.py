@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
@@ -182,3 +183,9 @@ def test_arguments_of_the_choice_of_kernels(nothing_measured):
         choose_kernels(x, w, (1, 0), repeats=0)
     with pytest.raises(ValueError, match="padding is 'same'"):
         Conv2d(1, 1, 3, padding="same")
+
+
+def test_whole_numbers_of_numpy_are_strides():
+    x, weight = torch.randn(3, 2, 6, 6), torch.randn(4, 2, 3, 3)
+    found = conv2d(x, weight, stride=np.int64(2), padding=(np.int32(1), 1))
+    torch.testing.assert_close(found, torch.nn.functional.conv2d(x, weight, stride=2, padding=1))
