@@ -18,6 +18,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ._torch import break_graph, compiler_is_loaded, swapped_last_in_first_out
+from .ranks import asked
 from .tree import Tree, map_tensors, tensors
 
 P = ParamSpec("P")
@@ -86,11 +87,15 @@ def solves(fn: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(fn)
     def solve(*args: P.args, **kwargs: P.kwargs) -> R:
-        with EVALUATING:
-            if not torch.is_inference_mode_enabled():
-                return fn(*usable(args), **usable(kwargs))
-            with torch.inference_mode(False), torch.no_grad():
-                return fn(*usable(args), **usable(kwargs))
+        token = asked.set(kwargs)
+        try:
+            with EVALUATING:
+                if not torch.is_inference_mode_enabled():
+                    return fn(*usable(args), **usable(kwargs))
+                with torch.inference_mode(False), torch.no_grad():
+                    return fn(*usable(args), **usable(kwargs))
+        finally:
+            asked.reset(token)
 
     return uncompiled(solve)
 

@@ -19,7 +19,7 @@ from ._torch import pull, pytree, sequence_number
 from .checks import refuse_mps
 from .closure import Autocast, Tracer, sparing
 from .context import UNCOMPILED
-from .ranks import SAME_START, Ranks, Watch
+from .ranks import SAME_START, Ranks, Watch, check_settings
 from .reach import Reach
 from .recording import free_looks, recording
 from .solution import NonFiniteError
@@ -211,6 +211,7 @@ class Problem:
 def _check_ranks(ranks: Ranks | None, point: Sequence[Tensor], args: tuple[Tree, ...]) -> None:
     """Where a problem is summed over ranks, all have to begin with the same params and hyperparameters."""
     if ranks is not None and not recording():
+        check_settings(ranks)
         tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, Tensor) and leaf.requires_grad]
         ranks.check_same([*point, *tensors], SAME_START)
 

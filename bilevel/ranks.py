@@ -5,10 +5,12 @@ Nothing here imports `torch.distributed`: the functions of `bilevel.distributed`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar, Token
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -52,6 +54,26 @@ def tell_ranks(ranks: Ranks) -> None:
 
 _watching: ContextVar[Watch | None] = ContextVar("watching", default=None)
 
+asked: ContextVar[Mapping[str, Any] | None] = ContextVar("asked", default=None)
+"""The keywords of the solve that is being made."""
+
+
+def check_settings(ranks: Ranks) -> None:
+    """Raise a ValueError on every rank where they ask for different solves."""
+    given = asked.get()
+    if given is None:
+        return
+    settings = [(name, given.get(name)) for name in ("solver", "hypergrad", "throw")]
+    texts = [f"{name}={value!r} {getattr(value, 'callback', None) is None}" for name, value in settings]
+    own = re.sub(r" at 0x[0-9a-f]+", "", f"{texts} {given.get('warm_start') is None}")  # an object is elsewhere
+    ranks.check_same([torch.frombuffer(bytearray(own.encode()), dtype=torch.uint8)], SAME_SETTINGS)
+
+
+SAME_SETTINGS = (
+    "settings of the solve (solver, callback, hypergrad, throw, warm_start), on which depends what is evaluated. Ranks "
+    "evaluate together, so that one would wait for the others: give all of them the same settings; what one rank alone "
+    "shall print, let its callback decide by bl.distributed.rank()"
+)
 SAME_START = (
     "params, or hyperparameters that require grad. All ranks take the steps of one solve, which have to be the same to "
     "the last digit: make them under the same seed, or send those of the first rank with bl.distributed.from_first"

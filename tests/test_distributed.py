@@ -316,6 +316,18 @@ def test_ranks_that_differ_are_told(tmp_path):
             {"solver": bl.Steps(bl.Adam(0.1), max_steps=4), "hypergrad": bl.Unroll(checkpoint="tree")},
         ):
             expect("different gradients of the outer loss", lambda: own_outer(**settings))
+        # What only one rank evaluates, the others would not answer.
+        quick = {"max_steps": 4}
+        for settings in (
+            {"solver": bl.GradientDescent(0.1, callback=bl.History() if own == 0 else None, **quick)},
+            {"solver": bl.Steps(bl.Adam(0.1), callback=bl.ProgressBar() if own == 0 else None, **quick)},
+            {"throw": "warn" if own == 0 else "ignore"},
+            {"solver": bl.GradientDescent(0.1 + 0.1 * own, **quick)},
+            {"solver": bl.Steps(bl.SGD(0.1 + 0.1 * own), **quick), "hypergrad": bl.Unroll()},
+        ):
+            expect("different settings of the solve", lambda: bl.argmin(sharded(inner), zero, zero, **settings))
+        every = bl.Steps(bl.Adam(0.1), callback=lambda step: None, **quick)
+        bl.argmin(sharded(inner), zero, zero, solver=every, throw="ignore")
         expect("returned a tuple", lambda: bl.argmin(sharded(lambda w: (w.sum(), 1)), zero))
         expect("returned a float", lambda: bl.argmin(sharded(lambda w: 1.0), zero))
         expect("different params", lambda: bl.argmin(sharded(inner), zero + 1 + own * 1e-15, zero))
