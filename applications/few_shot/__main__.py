@@ -75,7 +75,9 @@ def compare(words: list[str]) -> int:
 
 SUBCOMMANDS = {
     "evaluate": Subcommand("RUN | --trained NAME [options]", "accuracy on held-out tasks", part("evaluation")),
-    "export": Subcommand("RUN NAME", "the network of a run as one small file", part("evaluation", "export")),
+    "export": Subcommand(
+        "RUN [RUN ...] NAME", "the network of a run, or the mean of several, as one file", part("evaluation", "export")
+    ),
     "hours": Subcommand("RUN [RUN ...] PICTURE.png", "validation accuracy against hours of training", part("hours")),
     "compare": Subcommand("[options]", "the methods at one equal budget", compare),
     "papers": Subcommand("", "the commands of the papers' settings, and what they need", part("papers")),

@@ -194,13 +194,21 @@ def write(folder: RunFolder, found: dict[str, Any], stem: str | None = None) -> 
 
 
 def export(arguments: list[str]) -> int:
-    """``export RUN FILE.pt``: the network that a run evaluates, as a file that can be shipped."""
-    if len(arguments) != 2 or arguments[0].startswith("-"):
-        print("usage: python -m applications.few_shot export RUN FILE.pt   (or a NAME, to ship it with this checkout)")
+    """``export RUN [RUN ...] FILE.pt``: the network that a run evaluates, or the mean of several, as one file."""
+    if len(arguments) < 2 or arguments[0].startswith("-"):
+        print(
+            "usage: python -m applications.few_shot export RUN [RUN ...] FILE.pt   (or a NAME, to ship it with this "
+            "checkout). Of several runs, or files of networks, the mean."
+        )
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
-    trained, path = Trained.from_run(Path(arguments[0])), Path(arguments[1])
+    *sources, name = arguments
+    path = Path(name)
+    if len(sources) == 1:
+        trained = Trained.from_run(Path(sources[0]))
+    else:
+        trained = Trained.mean([Trained.load(source) for source in sources])
     if path.suffix != ".pt":
-        path = SHIPPED / f"{arguments[1]}.pt"
+        path = SHIPPED / f"{name}.pt"
     trained.save(path)
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {trained.origin['steps']} meta-steps")
     return 0

@@ -8,7 +8,7 @@ import json
 import pickle
 import shlex
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -147,6 +147,35 @@ class Trained:
         solver = path / "solver.json"
         chosen = read_settings(solver, SETTINGS, "few_shot") if solver.is_file() else {}
         return cls(config, kept, dict(log_strength), origin, chosen)
+
+    @staticmethod
+    def mean(networks: Sequence[Trained]) -> Trained:
+        """The network whose parameters are the means of those of several: one and what it started from, say.
+
+        Source: Wortsman et al. 2022, arXiv 2109.01903. The configuration and the solver settings are the first one's.
+
+        Raises:
+            UserError: they are not of one make, or not of one data set.
+        """
+        first, *others = networks
+        for other in others:
+            shapes = [{name: value.shape for name, value in one.meta.items()} for one in (first, other)]
+            if first.config.data != other.config.data or first.log_strength.keys() != other.log_strength.keys():
+                raise UserError("The networks cannot be averaged: they are of other data, or have a lambda for others.")
+            if shapes[0] != shapes[1] or any(getattr(first.config, n) != getattr(other.config, n) for n in NETWORK):
+                raise UserError(f"The networks cannot be averaged: {_as_trained(other.config, first.config)}.")
+        meta, log_strength = (
+            {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
+            for parts in ([one.meta for one in networks], [one.log_strength for one in networks])
+        )
+        origins = [one.origin for one in networks]
+        commands = list(dict.fromkeys(origin["command"] for origin in origins))
+        origin = {key: value for key, value in origins[0].items() if key != "validation"}
+        origin |= {name: sum(one[name] for one in origins) for name in ("hours", "steps")}
+        origin["command"] = "; and ".join(commands) + ("; then the mean of these networks" if others else "")
+        if any("classes" in one for one in origins):
+            origin["classes"] = sorted({name for one in origins for name in one.get("classes", [])})
+        return replace(first, meta=meta, log_strength=log_strength, origin=origin)
 
     def save(self, path: Path) -> None:
         """Write it as a new file of tensors, numbers and strings, which loads without executing anything.

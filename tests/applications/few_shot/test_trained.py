@@ -77,6 +77,26 @@ class TestFile:
         with pytest.raises(UserError, match="neither the folder of a run, nor a file"):
             Trained.load("no-such-network")
 
+    def test_the_mean_of_several_networks(self, run, file, short_run, tmp_path):
+        longer, path = short_run(22), tmp_path / "mean.pt"
+        assert main(["export", str(longer), str(file), str(path)]) == 0
+        one, other, mean = (Trained.load(source) for source in (longer, file, path))
+        for name, value in mean.meta.items():
+            torch.testing.assert_close(value, (one.meta[name] + other.meta[name]) / 2)
+        assert mean.origin["steps"] == 42
+        assert mean.origin["hours"] == pytest.approx(one.origin["hours"] + other.origin["hours"])
+        assert mean.origin["command"].endswith("; then the mean of these networks")
+        assert "validation" not in mean.origin
+
+    def test_networks_of_two_makes_have_no_mean(self, file, short_run, tmp_path, capsys):
+        other = Trained.load(file)
+        replace(other, config=replace(other.config, halve="pool")).save(tmp_path / "pool.pt")
+        assert main(["export", str(file), str(tmp_path / "pool.pt"), str(tmp_path / "mean.pt")]) == 2
+        assert "cannot be averaged: it was trained with --halve pool" in capsys.readouterr().err
+        replace(other, config=replace(other.config, data="omniglot")).save(tmp_path / "data.pt")
+        assert main(["export", str(file), str(tmp_path / "data.pt"), str(tmp_path / "mean.pt")]) == 2
+        assert "of other data" in capsys.readouterr().err
+
     def test_export_does_not_overwrite(self, run, file, capsys):
         before = file.read_bytes()
         assert main(["export", str(run), str(file)]) == 2
