@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Literal
@@ -18,7 +17,7 @@ from ..problem import gradient_or_zero
 from ..solution import Result, Solution, SolveWarning, Throw
 from ..tree import Tree, leaves, tree_map
 from .checked import distance
-from .differences import Differences, OuterLoss
+from .differences import Differences, OuterLoss, inner_product, length_of
 from .problem import AnyHypergrad, Bilevel, Solver, as_solved, leaf_copies, solve
 
 Verdict = Literal["right", "wrong", "inconclusive"]
@@ -282,17 +281,17 @@ def _slope_in_double(
 
 def _along(found: list[Tensor], directions: list[list[Tensor]]) -> Tensor:
     """The slopes of a hypergradient along some directions, float64 ``[D]``."""
-    return torch.tensor([_inner(found, direction) for direction in directions], dtype=torch.float64)
+    return torch.tensor([inner_product(found, direction) for direction in directions], dtype=torch.float64)
 
 
 def _directions(x: list[Tensor], count: int, seed: int) -> list[list[Tensor]]:
     """Random directions; of length one where all numbers have one size, else each number moves in its own."""
     generator = torch.Generator().manual_seed(seed)
-    size, root = 1 + _length(x), sum(leaf.numel() for leaf in x) ** 0.5
+    size, root = 1 + length_of(x), sum(leaf.numel() for leaf in x) ** 0.5
     found = []
     for _ in range(count):
         parts = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in x]
-        length = _length(parts) * size
+        length = length_of(parts) * size
         found.append([part * (1 + root * leaf.abs()) / length for part, leaf in zip(parts, x, strict=True)])
     return found
 
@@ -312,7 +311,7 @@ def _leaf_error(
     default one, whatever the method is; a path has no linear solve. Zero where the differences are not certain, too.
     """
     x = leaves(outer.x)
-    shares = [_length([grad]) for grad in found]
+    shares = [length_of([grad]) for grad in found]
     few = [index for index, share in enumerate(shares) if 0 < share < SMALL_LEAF * max(shares)]
     if not few or seen.rootless or not math.isfinite(seen.uncertainty):
         return 0.0
@@ -321,7 +320,7 @@ def _leaf_error(
         direction = [torch.zeros_like(leaf) for leaf in x]
         for index, part in zip(few, parts, strict=True):
             direction[index] = part * (least / shares[index])
-        length = _length(direction)
+        length = length_of(direction)
         directions.append([part / length for part in direction])
     exact = _slope_in_double(outer, directions, solver, hypergrad if outer.path else None)
     if exact is None:
@@ -358,7 +357,7 @@ def _differences(outer: OuterLoss, directions: list[list[Tensor]], step: float |
     for size in relative:
         rootless = outer.rootless
         try:
-            tried = outer.along(directions, size * (1 + _length(leaves(outer.x))))
+            tried = outer.along(directions, size * (1 + length_of(leaves(outer.x))))
         except (ArithmeticError, ValueError, RuntimeError):  # a step that leaves the domain: a smaller one may not
             outer.rootless = rootless
             if size == relative[-1] and best is None:
@@ -407,13 +406,5 @@ def _exact_error(problem: Bilevel, x: Tree, found: list[Tensor], least: float) -
     if not hasattr(problem, "hypergradient"):
         return None
     exact = leaves(problem.hypergradient(tree_map(torch.detach, x)))
-    size, error = max(_length(exact), least), float(distance(found, exact))
+    size, error = max(length_of(exact), least), float(distance(found, exact))
     return error / size if size else error
-
-
-def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    return sum(float((one.double() * other.double()).sum()) for one, other in zip(a, b, strict=True))
-
-
-def _length(parts: Sequence[Tensor]) -> float:
-    return float(torch.cat([part.detach().reshape(-1).double() for part in parts]).norm())

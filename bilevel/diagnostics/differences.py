@@ -127,7 +127,7 @@ class OuterLoss:
         self.eps = torch.finfo(self.dtype).eps
         few = sum(leaf.numel() for leaf in leaves(problem.init)) <= LARGEST_FACTORISED
         self.left = LEFT_BY_FACTORS if few else LEFT_BY_PRODUCTS
-        self.size = float(torch.cat([leaf.reshape(-1).double() for leaf in leaves(self.x)]).norm())
+        self.size = length_of(leaves(self.x))
         with torch.no_grad():
             untrained = float(self.problem.outer(self.problem.init, self.x))
         self.untrained = abs(untrained) if math.isfinite(untrained) else 0.0
@@ -190,7 +190,7 @@ class OuterLoss:
             return None
         generator = torch.Generator().manual_seed(seed)
         start = [as_double(leaf.detach()) if self.lifted else leaf.detach() for leaf in leaves(params)]
-        size = 1 + math.sqrt(sum(float(leaf.double().square().sum()) for leaf in start))
+        size = 1 + length_of(start)
         parts = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in start]
         # Away from the solution, where the gradient vanishes.
         start = [leaf + 0.1 * part for leaf, part in zip(start, parts, strict=True)]
@@ -204,7 +204,7 @@ class OuterLoss:
             free = [leaf.requires_grad_() for leaf in start]
             with torch.enable_grad():
                 grads = gradient_or_zero(losses(free), free)
-            slope = sum(float((g.double() * part.double()).sum()) for g, part in zip(grads, parts, strict=True))
+            slope = inner_product(grads, parts)
             with torch.no_grad():
                 value, found = abs(float(losses(start))), []
                 for step in (self.eps ** (1 / 3) * size, 2 * self.eps ** (1 / 3) * size):
@@ -263,3 +263,13 @@ def _curvature(rises: Tensor, step: float) -> float:
     near, far = rises[:, :2].sum(1) / step**2, rises[:, 2:].sum(1) / (2 * step) ** 2
     agree = float((near - far).norm()) <= 0.5 * float(far.norm())
     return float(far.norm()) if agree else 0.0
+
+
+def inner_product(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The inner product of two lists of tensors, in float64."""
+    return sum(float((one.double() * other.double()).sum()) for one, other in zip(a, b, strict=True))
+
+
+def length_of(parts: Sequence[Tensor]) -> float:
+    """The 2-norm of a list of tensors, in float64."""
+    return float(torch.cat([part.detach().reshape(-1).double() for part in parts]).norm())
