@@ -33,8 +33,9 @@ UNBOUNDED = (
     "multiple of the identity to Q"
 )
 INACCURATE = (
-    "Its KKT residual is small and its solution is not: some params are in much larger units than others, or nearly "
-    "free. Scale them, take float64 data, add a multiple of the identity to Q, or give a tol if this accuracy is enough"
+    "Its solution is less accurate than its data: some params are in much larger units than others, or nearly free, so "
+    "that the objective hardly bounds them. Scale them, take float64 data, add a multiple of the identity to Q, or "
+    "give a tol if this accuracy is enough"
 )
 ADVICE = "Raise max_steps, loosen tol, or look for constraints that can hardly be met"
 DEGENERATE = (

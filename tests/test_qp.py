@@ -357,10 +357,20 @@ def test_a_small_residual_far_from_the_solution_is_told(monkeypatch):
     Q = turn @ torch.diag(torch.tensor([1.0, 1e-10], dtype=torch.float64)) @ turn.mT
     box = torch.cat([torch.eye(2), -torch.eye(2)]).double()
     data = Q, -Q @ torch.tensor([1.0, 2.0], dtype=torch.float64), None, None, box, torch.full((4,), 5.0).double()
-    with pytest.warns(bl.SolveWarning, match="Its KKT residual is small and its solution is not"):
+    with pytest.warns(bl.SolveWarning, match="less accurate than its data"):
         fit = quadratic_program(*data)
     assert fit.result is bl.Result.INACCURATE
     assert quadratic_program(*data, tol=1e-6).result is bl.Result.CONVERGED
+
+
+def test_what_rounding_the_solution_loses_is_told():
+    """Q is singular but for the rounding of its data, and nothing bounds z: 3.7e7 in float32, its residual 2.7."""
+    root = torch.tensor([[1.0, 2.0, 0.5], [0.3, -1.0, 2.0]], dtype=torch.float64)
+    Q, c = (root.mT @ root).float(), torch.tensor([1.0, 0.7, -0.4])
+    with pytest.warns(bl.SolveWarning, match="less accurate than its data"):
+        fit = quadratic_program(Q, c)
+    assert fit.result is bl.Result.INACCURATE
+    assert quadratic_program(Q + 0.01 * torch.eye(3), c, throw="raise").result is bl.Result.CONVERGED
 
 
 def test_a_second_cause_at_the_same_line_is_told_too():

@@ -89,6 +89,8 @@ class InteriorPoint:
         codes = marked(codes, ~solved & (infeasible | unbounded), Result.DIVERGED)
         degenerate = solved & program.degenerate(best)
         flat = torch.cat([best.z, best.nu, best.lam], -1).to(problem.y.dtype)
+        lost = program.violation(flat.double()) > max(self.tol, 100 * torch.finfo(flat.dtype).eps)
+        codes = marked(codes, solved & lost, Result.INACCURATE)
         codes = marked(codes, ~torch.isfinite(flat).all(-1), Result.NONFINITE)
         flags = {"degenerate": degenerate, "infeasible": infeasible & ~solved, "unbounded": unbounded & ~solved}
         return Solution(flat, {"num_steps": steps, "result": codes, **flags})
@@ -128,6 +130,11 @@ class Program:
     def error(self, at: Iterate) -> Tensor:
         """The largest violation of the KKT conditions, ``[*batch]``."""
         return torch.cat([*self._residuals(at), at.s * at.lam], -1).abs().amax(-1)
+
+    def violation(self, flat: Tensor) -> Tensor:
+        """The `error` of a point ``[z, nu, lam]`` whose slack is that of the constraints: what rounding it has lost."""
+        z, nu, lam = flat.split([self.c.shape[-1], self.b.shape[-1], self.h.shape[-1]], -1)
+        return self.error(Iterate(z, nu, (self.h - mul(self.G, z)).clamp_min(0), lam))
 
     def step(self, at: Iterate) -> Iterate:
         """Towards the solution as if it were near, then corrected towards the central path."""
