@@ -182,15 +182,21 @@ SCHEDULES = "For one step size a step, or learned ones, take Steps(SGD(lr=...), 
 def check_numbers(settings: Any) -> None:
     """Refuse a setting of a dataclass that is no number where its annotation says ``int`` or ``float``, naming it.
 
-    Tensors are let through: whether they may stand for a number, the settings say themselves.
+    A tensor of one element may stand for it.
+
+    Raises:
+        TypeError: it is no number, or no whole one. ValueError: it is infinite.
     """
     for name, whole, optional in _numbers_of(settings.__class__):
         value = getattr(settings, name)
-        if isinstance(value, Tensor) or (value is None and optional):
+        if value is None and optional:
             continue
-        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        one = isinstance(value, Tensor) and value.numel() == 1 and not (whole and value.is_floating_point())
+        if not one and (isinstance(value, bool) or not isinstance(value, Integral if whole else Real)):
             needed = "a whole number" if whole else "a number"
             raise TypeError(f"{name} is {_kind(value)}: {needed} is needed{', or None' * optional}.")
+        if not whole and math.isinf(value):
+            raise ValueError(f"{name} is {value}: a finite number is needed{', or None' * optional}.")
 
 
 @functools.cache

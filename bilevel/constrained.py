@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -416,8 +415,9 @@ class AugmentedLagrangian:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        if self.rounds < 1 or not 0 < self.strength < math.inf:
-            raise ValueError(f"rounds is {self.rounds} and strength {self.strength}: both are positive.")
+        for name in ("rounds", "strength"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be positive.")
         for name, value, method in (("inner", self.inner, "minimize"), ("newton", self.newton, "find")):
             if isinstance(value, type) or not callable(getattr(value, method, None)):
                 such = "LBFGS()" if method == "minimize" else "Newton(LeastNorm())"

@@ -40,7 +40,7 @@ class Recorded:
     """``fn``, recorded as a CUDA graph for each set of shapes of its arguments, and replayed; see `capture`."""
 
     def __init__(self, fn: Callable[..., Tree], max_recordings: int = MAX_RECORDINGS):
-        if max_recordings < 1:
+        if not isinstance(max_recordings, int) or max_recordings < 1:
             raise ValueError(f"max_recordings is {max_recordings}: at least one recording must be kept.")
         self.fn, self.max_recordings = fn, max_recordings
         self._programs: dict[Hashable, _Program] = {}  # the one that was used last stands at the end

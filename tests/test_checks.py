@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 import pkgutil
 from typing import Protocol
 
@@ -125,6 +126,7 @@ REQUIRED = {
     bl.External: {"solve": lambda loss, start: start},
     bl.Bisection: {"lower": 0.0, "upper": 1.0},
     bl.TorchOptim: {"optimizer": lambda params: torch.optim.SGD(params, lr=0.1)},
+    bl.Nystrom: {"rank": 5},
 }
 
 
@@ -137,15 +139,18 @@ def numbers(kind):
 SOLVERS = [
     one
     for one in CLASSES
-    if any(hasattr(one, name) for name in ("minimize", "find", "pull", "run", "iterate")) and numbers(one)
+    if any(hasattr(one, name) for name in ("minimize", "find", "pull", "run", "solve")) and numbers(one)
 ]
 
 
 @pytest.mark.parametrize("kind", SOLVERS)
 def test_numbers_of_a_wrong_kind_are_named(kind):
-    """When the settings are made, not in the middle of a solve; a step count of 1.5 was a TypeError of range."""
+    """When the settings are made, not in the middle of a solve; a step count of 1.5 was a TypeError of range.
+
+    ``gtol=inf`` was init, CONVERGED.
+    """
     for name, whole in numbers(kind).items():
-        for wrong in ("a", True, *([1.5] if whole else [])):
+        for wrong in ("a", True, math.inf, math.nan, torch.ones(2), *([1.5, torch.tensor(5.0)] if whole else [])):
             with pytest.raises((TypeError, ValueError), match=rf"^{name} is "):
                 kind(**{**REQUIRED.get(kind, {}), name: wrong})
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from .._torch import pytree
+from ..checks import check_numbers
 from ..context import differentiates
 from ..hypergrad.base import Point
 from ..hypergrad.implicit import Implicit
@@ -43,11 +44,15 @@ class Constants:
     outer_cross: float = 0.0
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if not self.strong_convexity > 0:
             raise ValueError(
                 f"strong_convexity is {self.strong_convexity}: the bound holds for a positive one only; without it, "
                 "rely on the estimate."
             )
+        for field in fields(self):
+            if not getattr(self, field.name) >= 0:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}: a bound on a norm is not negative.")
 
     def bound(self, inner_residual: float, linear_residual: float) -> float:
         """``||found - exact||`` at most (Ghadimi and Wang 2018, Lemma 2.2; Pedregosa 2016, Theorem 1).

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..recording import recording
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
@@ -25,6 +26,9 @@ class Cholesky:
     """
 
     max_size: int = 4096
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """Solve ``A x = b``; see `LinearSolver`."""
@@ -45,6 +49,9 @@ class LU:
     """
 
     max_size: int = 4096
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """Solve ``A x = b``; see `LinearSolver`."""
@@ -80,6 +87,11 @@ class LeastNorm:
 
     max_size: int = 4096
     max_condition: float | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.max_condition is not None and not self.max_condition >= 1:
+            raise ValueError(f"max_condition is {self.max_condition}: no matrix has a condition below 1.")
 
     def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """Solve ``A x = b``; see `LinearSolver`."""
@@ -158,6 +170,12 @@ def _spectrum(matrix: Tensor, *solves: Callable[[Tensor], Tensor]) -> tuple[Tens
 
 
 INVERSE_ITERATIONS = 3
+
+
+def _check(settings: Cholesky | LU | LeastNorm) -> None:
+    check_numbers(settings)
+    if settings.max_size < 1:
+        raise ValueError(f"max_size is {settings.max_size}: one unknown at least is needed.")
 
 
 def _dense(operator: Operator, max_size: int, name: str) -> Tensor:

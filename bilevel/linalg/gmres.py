@@ -39,11 +39,6 @@ class GMRES(IterativeSolver):
 
     restart: int = 50
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.restart < 1:
-            raise ValueError(f"restart is {self.restart}: at least one direction must be kept.")
-
     def iterate(
         self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None
     ) -> Outcome:

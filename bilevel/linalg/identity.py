@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import check_numbers
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
 from .operator import Operator
@@ -27,6 +28,13 @@ class Identity:
 
     factor: float = 1.0
     measure: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
+        if not abs(self.factor) > 0:
+            raise ValueError(
+                f"factor is {self.factor}: it stands for 1 / curvature, which is a number other than zero."
+            )
 
     def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """``x = b * factor``; see `LinearSolver`."""

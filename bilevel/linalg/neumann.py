@@ -36,6 +36,8 @@ class Neumann(IterativeSolver):
         super().__post_init__()
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"alpha is {self.alpha}: the step must be positive.")
+        if self.power_steps < 1:
+            raise ValueError(f"power_steps is {self.power_steps}: at least one product is needed.")
 
     def iterate(
         self, operator: Operator, unit: Tensor, length: Tensor, stopping: Stopping, precondition: Precondition | None

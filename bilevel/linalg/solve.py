@@ -121,6 +121,8 @@ class IterativeSolver(ABC):
         check_numbers(self)
         check_settings(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
         check_preconditioner(getattr(self, "preconditioner", None))
+        if getattr(self, "restart", 1) < 1:
+            raise ValueError(f"restart is {self.restart}: at least one direction must be kept.")  # type: ignore[attr-defined]
 
     def solve(self, operator: Operator, b: Tensor, state: LinearState | None = None) -> Solution[Tensor]:
         """Solve ``A x = b``; see `LinearSolver`. Differentiable once in reverse mode, by the adjoint system.
