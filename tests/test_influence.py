@@ -129,6 +129,30 @@ def network(params, batch):
     return torch.tanh(batch[0] @ params["first"]) @ params["second"]
 
 
+@pytest.mark.parametrize("curvature", ["gauss_newton", "full"])
+def test_a_solve_in_the_network(curvature):
+    """PyTorch's error was "escaped?". The solution of a linear equation has a closed form."""
+
+    def solved(params, batch):
+        a = batch[0] @ params
+        return bl.root(lambda y, a: y - 2 + a**2 * y, torch.zeros_like(a), a, solver=bl.Newton(tol=1e-13)).value
+
+    def written(params, batch):
+        return 2 / (1 + (batch[0] @ params) ** 2)
+
+    def error(outputs, batch):
+        return (outputs - batch[1]).square()
+
+    params = torch.tensor([0.8, 0.3], dtype=torch.float64)
+    inputs = randn(12, 2, seed=3)
+    train = inputs, written(params, (inputs,)) + 0.1 * randn(12, seed=4)
+    queries, settings = tuple(d[:2] for d in train), {"curvature": curvature, "damping": 0.1}
+    found, exact = (
+        bl.influence(outputs, error, params, train, queries, **settings).values for outputs in (solved, written)
+    )
+    torch.testing.assert_close(found, exact, rtol=1e-8, atol=1e-10)
+
+
 def decay(params):
     return 0.005 * sum(leaf.square().sum() for leaf in params.values())
 

@@ -16,6 +16,8 @@ from .._torch import (
     FunctionContext,
     TransformType,
     get_interpreter_stack,
+    get_unwrapped,
+    is_dead_tensor_wrapper,
     is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
 )
@@ -82,7 +84,7 @@ class _Solution(torch.autograd.Function):
     @uncompiled
     def backward(ctx: FunctionContext, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
-        params, hparams = call.split(ctx.saved_tensors)
+        params, hparams = call.split(_saved(ctx))
         cotangents = filled(grads[: call.num_leaves], params)
         _refuse_legacy_vmap(cotangents)
         # The pull of a torch.func.vjp may be called when its transform is left, and without grad.
@@ -100,7 +102,7 @@ class _Solution(torch.autograd.Function):
         _implicit(call, "a forward-mode derivative")
         _refuse_nested_forward_mode()
         _refuse_legacy_vmap([tangent for tangent in tangents if tangent is not None])
-        params, hparams = call.split(ctx.saved_tensors)
+        params, hparams = call.split(_saved(ctx))
         moved = call.split(tangents)[1]
         right = _push(lambda tensors: call.statement.residual(params, tensors), hparams, moved)
         tangent = _Adjoint.apply(call, False, *[-r for r in right], *params, *hparams)
@@ -143,7 +145,7 @@ class _Adjoint(torch.autograd.Function):
     def backward(ctx: FunctionContext, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         _refuse_layer_norm(call)
-        u, params, hparams = call.split(ctx.saved_tensors, 2)
+        u, params, hparams = call.split(_saved(ctx), 2)
         cotangents = filled(grads, u)
         w = list(_Adjoint.apply(call, not ctx.transpose, *cotangents, *params, *hparams))
         left, right = (u, w) if ctx.transpose else (w, u)
@@ -167,7 +169,7 @@ class _Adjoint(torch.autograd.Function):
         call: Call = ctx.call
         _refuse_layer_norm(call)
         _refuse_nested_forward_mode()
-        u, params, hparams = call.split(ctx.saved_tensors, 2)
+        u, params, hparams = call.split(_saved(ctx), 2)
         by_right, by_params, by_hparams = call.split(tangents, 2)
 
         def product(tensors: list[Tensor]) -> list[Tensor]:
@@ -223,6 +225,19 @@ class _Pull(torch.autograd.Function):
         ]
         out = _Pull.apply(call.vmapped([0] * len(hparams)), *batched, *moved)
         return out, (0,) * len(out)
+
+
+def _saved(ctx: FunctionContext) -> list[Tensor]:
+    """What was saved, without the wrappers of transforms that are left.
+
+    In another transform at the level of theirs PyTorch takes them for its own, and ends with an error ("escaped?").
+    """
+    found = []
+    for tensor in ctx.saved_tensors:
+        while is_dead_tensor_wrapper(tensor):
+            tensor = get_unwrapped(tensor)
+        found.append(tensor)
+    return found
 
 
 def _plain_pull(call: Call, params: list[Tensor], hparams: list[Tensor], cotangents: list[Tensor]) -> Pulled:

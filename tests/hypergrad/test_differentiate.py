@@ -207,6 +207,22 @@ def test_a_pull_called_without_grad(solve):
     assert slope.item() == pytest.approx(exact_derivatives(1.0)[1], rel=1e-8)
 
 
+@pytest.mark.parametrize("solve", WAYS)
+def test_a_forward_product_by_two_reverse_passes(solve):
+    """The pull of a transform that is left, inside of another one at its level: PyTorch's error was "escaped?"."""
+    h = torch.tensor(0.5, dtype=torch.float64)
+    one = torch.ones_like(h)
+
+    def push(fn):
+        _, pushed = func.vjp(lambda cotangent: func.vjp(fn, h)[1](cotangent)[0], torch.zeros_like(h))
+        return [pushed(one)[0], func.vmap(lambda v: pushed(v)[0])(one.expand(2))[1]]
+
+    _, first, second = exact_derivatives(h)
+    for fn, exact in ((solve, first), (lambda h: func.vjp(solve, h)[1](one)[0], second)):
+        for found in push(fn):
+            assert abs(found.item() - exact) <= 1e-9
+
+
 def test_a_captured_tensor_and_its_ancestor_are_not_counted_twice():
     a = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
     b = a * 3
