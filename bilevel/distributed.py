@@ -11,7 +11,7 @@ Gloo on CPUs, NCCL on GPUs; no DDP hooks, which do not see functional gradients.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ._torch import FunctionContext
+from ._torch import FunctionContext, TransformType, get_interpreter_stack
 from .linalg.gauss_newton import GaussNewton, OfModule
 from .linalg.noise import signs
 from .linalg.operator import Operator
@@ -85,25 +85,30 @@ def sharded(objective: Callable[..., Tensor], group: Group = None) -> Callable[.
         RankError: (as the following, when the sum is called) ``objective`` raised on another rank.
         TypeError: it returns something other than a tensor.
         ValueError: a captured tensor requires grad, whose gradient would be that of this rank's data alone:
-            hyperparameters must be among ``args``. The ranks begin with different params or hyperparameters, or (in
-            the backward pass) come with different gradients of the outer loss.
+            hyperparameters must be among ``args``. The losses of the ranks have different shapes or dtypes. The ranks
+            begin with different params or hyperparameters, or (in the backward pass) come with different gradients of
+            the outer loss.
     """
 
     ranks = _Group(group)
-    known: list[Tensor] = []  # the shape and dtype of a loss
+    known: dict[Hashable, Tensor] = {}  # by the shapes of the params, which all ranks share: what a loss is like
 
     def total(params: Tree, *args: Any) -> Tensor:
         if _alone.get() or world_size(group) == 1:
             return objective(params, *args)
         tell_ranks(ranks)
         here = [tree_map(lambda leaf: _replicate(leaf, group), tree) for tree in (params, *args)]
-        try:
+        kind = tuple((leaf.shape, leaf.dtype) for leaf in leaves(params) if isinstance(leaf, Tensor))
+        like = None if _under_vmap() else known.get(kind)
+        with _telling(group) if like is None else _failing(like, group):
             loss = objective(*here)
             _check_own(loss)
-        except Exception as error:
-            _fail(error, known[0] if known else _like_a_loss(here), group)
-            raise
-        known[:] = [torch.empty_like(loss, requires_grad=False)]
+        if like is None and _agree(group, zlib.crc32(repr((loss.shape, loss.dtype)).encode())):
+            raise ValueError(
+                f"The sharded objective returned losses of different shapes or dtypes on the ranks, here a "
+                f"{loss.dtype} of shape {tuple(loss.shape)}: they are summed."
+            )
+        known[kind] = torch.empty_like(loss, requires_grad=False)
         result: Tensor = _Loss.apply(_tied(loss, here), group)
         return result
 
@@ -351,17 +356,21 @@ def _replicate(leaf: object, group: Group) -> object:
     return leaf
 
 
-def _fail(error: Exception, like: Tensor, group: Group) -> None:
-    """Go through the reduction in which the other ranks wait, with no number, and a word that this one failed."""
-    error.told_to_ranks = True  # type: ignore[attr-defined]
-    with suppress(Exception):  # the ranks may be gone, and this error is the one to see
-        all_reduce(_with_word(torch.full_like(like, torch.nan), failed=True), group)
+@contextmanager
+def _failing(like: Tensor, group: Group) -> Iterator[None]:
+    """After an error goes through the reduction in which the others wait, with no number, and a word that it failed."""
+    try:
+        yield
+    except Exception as error:
+        error.told_to_ranks = True  # type: ignore[attr-defined]
+        with suppress(Exception):  # the ranks may be gone, and this error is the one to see
+            all_reduce(_with_word(torch.full_like(like, torch.nan), failed=True), group)
+        raise
 
 
-def _like_a_loss(trees: list[Tree]) -> Tensor:
-    """A scalar where the first leaf is: what most losses are."""
-    first = next(leaf for tree in trees for leaf in leaves(tree) if isinstance(leaf, Tensor))
-    return torch.empty((), dtype=first.dtype, device=first.device)
+def _under_vmap() -> bool:
+    """Whether tensors have more dimensions than they tell."""
+    return any(level.key() == TransformType.Vmap for level in get_interpreter_stack() or [])
 
 
 def _with_word(loss: Tensor, failed: bool) -> Tensor:

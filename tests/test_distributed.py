@@ -328,6 +328,7 @@ def test_ranks_that_differ_are_told(tmp_path):
             expect("different settings of the solve", lambda: bl.argmin(sharded(inner), zero, zero, **settings))
         every = bl.Steps(bl.Adam(0.1), callback=lambda step: None, **quick)
         bl.argmin(sharded(inner), zero, zero, solver=every, throw="ignore")
+        expect("different shapes", lambda: bl.argmin(sharded(lambda w: w.new_zeros(1 + own).squeeze()), zero))
         expect("returned a tuple", lambda: bl.argmin(sharded(lambda w: (w.sum(), 1)), zero))
         expect("returned a float", lambda: bl.argmin(sharded(lambda w: 1.0), zero))
         expect("different params", lambda: bl.argmin(sharded(inner), zero + 1 + own * 1e-15, zero))
@@ -356,13 +357,16 @@ def test_ranks_that_differ_are_told(tmp_path):
 
 
 def test_an_objective_that_raises_leaves_no_rank_waiting(tmp_path):
-    """At the start of a solve and in its midst, of one problem and of five, with `together` around it and without."""
+    """At the start of a solve and in its midst, of one problem and of five, with `together` around it and without.
+
+    A first loss may be of any shape and dtype: gloo's own errors, or an aborted process, were what the others had.
+    """
     launch(
         """
-        import contextlib, time
+        import contextlib, itertools, time
         from bilevel.distributed import RankError, together
 
-        def solve(fails_from, batch=()):
+        def solve(fails_from, batch=(), dtype=torch.float64):
             calls = 0
 
             def inner(w, x):
@@ -370,22 +374,22 @@ def test_an_objective_that_raises_leaves_no_rank_waiting(tmp_path):
                 calls += 1
                 if own == 1 and calls > fails_from:
                     raise ZeroDivisionError("bad data")
-                return ((w - own) ** 4).sum(-1) + x * w.sum(-1)
+                return (((w - own) ** 4).sum(-1) + x * w.sum(-1)).to(dtype)
 
             x = torch.ones((), dtype=torch.float64)
             return bl.argmin(sharded(inner), torch.zeros(*batch, 3, dtype=torch.float64), x)
 
         begun = time.monotonic()
         for fails_from in (0, 4):
-            for batch in ((), (5,)) if fails_from else ((),):
+            for batch, dtype in itertools.product(((), (5,)), (torch.float64, torch.float32)):
                 for block in (contextlib.nullcontext, together):
                     try:
                         with block():
-                            solve(fails_from, batch)
+                            solve(fails_from, batch, dtype)
                     except ZeroDivisionError:
                         check(own == 1)
                     except RankError as error:
-                        check(own != 1 and "error on another rank" in str(error), error)
+                        check(own != 1 and "rank 0 stops as well" in str(error), error)
                     else:
                         check(False, "no error")
                     check(all_reduce(torch.ones(1)).item() == world_size())
