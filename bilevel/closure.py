@@ -192,7 +192,13 @@ class Substitute(_UncompiledMode):
         self.parameters: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = self.swap((args, kwargs or {}))
+        kwargs = kwargs or {}
+        if self.copies.spared.written and in_transform():
+            for target in targets(func, args, kwargs):
+                if id(target) in self.copies.spared.written:
+                    self.copies.write(target)
+                    self.new[id(target)] = self.copies.new[id(target)]
+        args, kwargs = self.swap((args, kwargs))
         if not self.copies.spared:
             return func(*args, **kwargs)
         return self.copies.returned(func(*args, **self.copies.dense(func, kwargs)))

@@ -119,7 +119,7 @@ def constrained(
     dims = int(batched)
     batch = check_batch(init, dims)
     detached = tree_map(torch.Tensor.detach, init)
-    with torch.no_grad():
+    with torch.no_grad(), Tracer(differentiable=False):  # which leaves running statistics as they are
         loss, found = objective(detached, *args), constraints(detached, *args)
     if not isinstance(found, Tensor) or found.shape[:-1] != batch or found.dim() != dims + 1:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

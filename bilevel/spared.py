@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._torch import is_functorch_wrapped_tensor, pytree
+from ._torch import (
+    is_dead_tensor_wrapper,
+    is_functorch_wrapped_tensor,
+    maybe_current_level,
+    maybe_get_level,
+    pytree,
+)
 from .tree import Tree, map_tensors
 
 METADATA = frozenset({"requires_grad_", "retain_grad_", "detach_", "share_memory_", "rename_"})
@@ -74,9 +80,10 @@ class Copies:
 
     def write(self, tensor: Tensor) -> None:
         """From now on, operations work on a copy of this tensor, which one is about to write into."""
-        if id(tensor) not in self.spared.written:
-            self.spared.written[id(tensor)] = tensor
-            self._copy(tensor)
+        self.spared.written[id(tensor)] = tensor
+        copy = self.new.get(id(tensor))
+        if copy is None or not _is_of_this_level(copy):
+            self._copy(tensor, copy)
 
     def swap(self, tree: Tree) -> Tree:
         """Operands, with the copies in place of their originals."""
@@ -95,9 +102,18 @@ class Copies:
             return {**kwargs, "sparse": False}
         return kwargs
 
-    def _copy(self, tensor: Tensor) -> None:
-        copy = tensor.clone()
+    def _copy(self, tensor: Tensor, last: Tensor | None = None) -> None:
+        copy = (tensor if last is None else last).clone()
+        self.old.pop(id(last), None)  # whose id may soon be that of another tensor
         self.new[id(tensor)], self.old[id(copy)] = copy, tensor
+
+
+def _is_of_this_level(tensor: Tensor) -> bool:
+    """Whether the innermost transform of `torch.func` lets its function write into it: it made it."""
+    level = maybe_current_level()
+    return level is None or (
+        is_functorch_wrapped_tensor(tensor) and not is_dead_tensor_wrapper(tensor) and maybe_get_level(tensor) == level
+    )
 
 
 def targets(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -149,6 +149,39 @@ def test_what_is_written_is_read_in_the_same_evaluation():
     assert scale.item() == 1.0
 
 
+def test_a_transform_inside_of_the_problem():
+    """Where it writes into captured tensors, which PyTorch refuses, the copies are those of the transform."""
+    net, inner, decay = normed_problem()
+    with torch.no_grad():
+        decay.fill_(0.01)  # at more of it, the minimum is zero
+    before = statistics(net)
+    start = dict(net.named_parameters())
+    minimum = bl.argmin(inner, start, solver=bl.NewtonCG(gtol=1e-12))
+    by_root = bl.root(torch.func.grad(inner), minimum.value)
+    fixed = start["first.weight"].detach()[0, :2]
+    held = bl.constrained(inner, lambda params: params["first.weight"][0, :2] - fixed, start)
+    slopes = [torch.autograd.grad(fit["last.weight"].sum(), decay)[0] for fit in (minimum.value, by_root.value)]
+    assert relative_error(slopes[1], slopes[0]) < 1e-8
+    (slope,) = torch.autograd.grad(held.value.params["last.weight"].sum(), decay)
+    assert_untouched(net, before)
+
+    def at(value):
+        with torch.no_grad():
+            decay.fill_(value)
+        fit = bl.constrained(inner, lambda params: params["first.weight"][0, :2] - fixed, start, hypergrad=None)
+        return fit.value.params["last.weight"].sum()
+
+    assert relative_error(slope, (at(0.01 + 1e-6) - at(0.01 - 1e-6)) / 2e-6) < 1e-5
+    count = torch.zeros((), dtype=F64)
+
+    def counted(y):
+        first = torch.func.grad(lambda y: (y - count.add_(1)).square().sum())(y)  # y - 1
+        return first + torch.func.grad(lambda y: (y - count.add_(1)).square().sum())(y) + 0 * count  # and y - 2
+
+    assert relative_error(bl.root(counted, torch.zeros(2, dtype=F64)).value, torch.full((2,), 1.5, dtype=F64)) < 1e-9
+    assert count.item() == 0
+
+
 def test_writing_into_a_part_is_refused():
     history = torch.zeros(10)
 

@@ -78,6 +78,19 @@ def check_operands(name: str, shapes: dict[str, tuple[Tensor, tuple[int | None, 
                 raise ValueError(f"{name} was given {_listed(shapes, what)}: convert them to one {what}.")
 
 
+def check_real(name: str, shapes: dict[str, tuple[Tensor, Any]]) -> None:
+    """Raise where operands are complex, or integers.
+
+    Raises:
+        TypeError: the message names the dtypes of all.
+    """
+    if not all(tensor.is_floating_point() for tensor, _ in shapes.values()):
+        raise TypeError(
+            f"{name} was given {_listed(shapes, 'dtype')}: real operands of floating point are needed. Give real "
+            "and imaginary parts as channels of their own."
+        )
+
+
 def _listed(shapes: dict[str, tuple[Tensor, Any]], what: str) -> str:
     found = {key: getattr(tensor, what) for key, (tensor, _) in shapes.items()}
     return ", ".join(f"{key} {tuple(value) if what == 'shape' else value}" for key, value in found.items())

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .._torch import FunctionContext
 from . import kernels
-from .batched import BilinearFunction, check_operands, per_channel
+from .batched import BilinearFunction, check_operands, check_real, per_channel
 from .kernels import Geometry, Pair, checked_geometry
 
 
@@ -33,6 +33,7 @@ def conv2d(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or stride and padding are no whole numbers.
+        TypeError: operands are complex, or integers.
     """
     if has_torch_function((x, weight)):  # closure conversion has to see the operands
         return handle_torch_function(conv2d, (x, weight), x, weight, bias, stride, padding)
@@ -124,4 +125,7 @@ def check_convolution(name: str, x: Tensor, weight: Tensor, bias: Tensor | None 
     filters = weight.shape[-4] if weight.dim() >= 4 else None
     channels = x.shape[-3] if x.dim() >= 4 else None
     shapes = {"x": (x, images), "weight": (weight, (*tasks, None, channels, None, None))}
-    check_operands(name, shapes if bias is None else {**shapes, "bias": (bias, (*tasks, filters))})
+    if bias is not None:
+        shapes["bias"] = bias, (*tasks, filters)
+    check_operands(name, shapes)
+    check_real(name, shapes)

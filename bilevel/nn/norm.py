@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .._torch import FunctionContext, in_dual_level, maybe_current_level
 from ..recording import recording
-from .batched import BatchedFunction, check_operands, per_channel
+from .batched import BatchedFunction, check_operands, check_real, per_channel
 from .convolution import check_convolution
 from .kernels import Pair, apart, checked_geometry, empty_images, side_by_side
 
@@ -43,6 +43,7 @@ def batch_norm(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``pool`` is no window.
+        TypeError: operands are complex, or integers.
     """
     if has_torch_function((x, weight, bias)):  # closure conversion has to see the operands
         return handle_torch_function(batch_norm, (x, weight, bias), x, weight, bias, eps, pool, statistics)
@@ -69,7 +70,7 @@ def convolution_statistics(
         x: ``[n, channels, height, width]``. weight: ``[filters, channels, kernel, kernel]``; or both with T in front.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: shapes, dtypes or devices do not fit. TypeError: operands are complex, or integers.
     """
     if has_torch_function((x, weight)):
         return handle_torch_function(convolution_statistics, (x, weight), x, weight, stride, padding)
@@ -92,6 +93,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, pool: int | None, statistics
     if statistics is not None:
         shapes |= {"mean": (statistics[0], channels), "variance": (statistics[1], channels)}
     check_operands("batch_norm", shapes)
+    check_real("batch_norm", shapes)
     if pool is not None and not (isinstance(pool, Integral) and 1 <= pool <= min(x.shape[-2:])):
         raise ValueError(f"pool is {pool}: windows of 1 to {min(x.shape[-2:])} pixels fit into x {tuple(x.shape)}.")
 

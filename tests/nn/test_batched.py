@@ -138,6 +138,20 @@ def test_operands_that_disagree(case):
         run()
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64])
+def test_operands_that_are_not_real(dtype):
+    """A complex norm squared without the modulus, in silence; convolutions had no backward pass."""
+    images, filters, channels = (torch.ones(shape, dtype=dtype) for shape in ((2, 3, 5, 5), (4, 3, 3, 3), (3,)))
+    for run in (
+        lambda: conv2d(images, filters),
+        lambda: batch_norm(images, channels, channels),
+        lambda: convolution_statistics(images, filters),
+    ):
+        with pytest.raises(TypeError, match=f"x {dtype}, weight {dtype}.*real operands of floating point"):
+            run()
+    linear(images, torch.ones(2, 5, dtype=dtype))
+
+
 def test_operands_that_agree():
     """As PyTorch takes them: low precision with norms in single precision, inputs of any shape, autocast, vmap."""
     assert linear(zeros(4), zeros(6, 4), zeros(6)).shape == (6,)
