@@ -36,6 +36,7 @@ def story(config: Config, run: Run) -> None:
     file = train.checkpoint_file(run.folder)
     start = None if run.folder.has_checkpoint(file) else start_of(config)
     session = Session.create(config, run.settings, start.put_into if start else None)
+    run.restored(session, file)
     if config.data not in data.NAMES:
         run.part("classes", lambda: {part: list(getattr(session.splits, part).names) for part in PARTS})
     title, many = train.describe(config), f", {ranks} ranks" if ranks > 1 else ""

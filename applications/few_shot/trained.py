@@ -129,7 +129,7 @@ class Trained:
         schema.check(state, State, path / file, "checkpoint of a few-shot training")
         meta, log_strength = (_part(state["average"], part) for part in ("meta", "log_strength"))
         origin = {
-            "command": _commands(config, state["step"], lengths_of(folder)),
+            "command": _commands(config, state["step"], lengths_of(folder, config)),
             "hours": round(state["seconds"] / 3600, 3),
             "steps": state["step"],
             "seed": config.seed,

@@ -11,7 +11,7 @@ import shlex
 import sys
 import time
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +26,9 @@ from applications.frame import ranks, schema, tune
 from applications.frame.errors import UserError, exit_code
 from applications.frame.options import check_folder, check_values, is_file, option, settings_told
 from applications.frame.output import forgiving
-from applications.frame.run import SOLVER, Interrupted, Run
+from applications.frame.run import LENGTHS, SOLVER, Interrupted, Run
 from applications.frame.run_folder import RunFolder, understood
 
-LENGTHS = "lengths.json"
-"""The lengths that a run was planned for, one after another, where it was made longer."""
 PLACE = ("out", "resume", "solver")
 """What config.json does not hold; the settings of the solver's file are kept beside it."""
 
@@ -239,21 +237,28 @@ def _run(given: Callable[[K | None], K], story: Callable[[K, Run], None], call: 
     check_values(knobs)
     solver: Path | None = getattr(knobs, "solver", None)
     folder = _new_folder(knobs, name) if knobs.resume is None else RunFolder.open(knobs.resume)
+    lengths: list[int] = []
     try:
         if knobs.resume is not None:
-            knobs, solver = _resumed(given, folder, name)
-        return _told(knobs, folder, solver, story, call, name)
+            knobs, solver, lengths = _resumed(given, folder, name)
+        return _told(knobs, folder, solver, lengths, story, call, name)
     finally:
         folder.release()
 
 
 def _told(
-    knobs: K, folder: RunFolder, solver: Path | None, story: Callable[[K, Run], None], call: str, name: str
+    knobs: K,
+    folder: RunFolder,
+    solver: Path | None,
+    lengths: Sequence[int],
+    story: Callable[[K, Run], None],
+    call: str,
+    name: str,
 ) -> int:
     _prepare(knobs)
     with ranks.process_group(), forgiving(), settings_told(knobs):
-        run = Run(folder, knobs.to_json(), call, data=_digest(knobs))
-        if told := _lengthened(folder):
+        run = Run(folder, knobs.to_json(), call, data=_digest(knobs), lengths=lengths)
+        if told := _lengthened(lengths or lengths_of(folder, knobs)):
             run.say(told)
         if solver is not None and isinstance(knobs, SolverKnobs):
             run.settings = tune.read_settings(solver, knobs.solver_settings, name)
@@ -278,16 +283,19 @@ def _digest(knobs: Knobs) -> str | None:
     return hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest() if found else None
 
 
-def lengths_of(folder: RunFolder) -> list[int]:
-    """The lengths that a run was planned for, one after another; empty where it was never made longer."""
+def lengths_of(folder: RunFolder, knobs: Knobs) -> list[int]:
+    """The lengths that a run was planned for, one after another; empty where it was never made longer.
+
+    One beyond its present length was asked for and refused, as earlier versions wrote it.
+    """
     found = folder.read_json(LENGTHS) if (folder.path / LENGTHS).is_file() else []
     schema.check(found, list[int], folder.path / LENGTHS, "list of lengths")
-    return list(found)
+    kept = [length for length in found if length <= getattr(knobs, knobs.length, 0)]
+    return kept if len(kept) > 1 else []
 
 
-def _lengthened(folder: RunFolder) -> str:
+def _lengthened(lengths: Sequence[int]) -> str:
     """What a run that was made longer is told."""
-    lengths = lengths_of(folder)
     if not lengths:
         return ""
     first, *later = map(str, lengths)
@@ -309,11 +317,11 @@ def _new_folder(knobs: Knobs, name: str) -> RunFolder:
     return RunFolder.new(path) if ranks.leads() else folder
 
 
-def _resumed(given: Callable[[K | None], K], folder: RunFolder, name: str) -> tuple[K, Path | None]:
-    """The knobs of the run, and the file of its solver settings.
+def _resumed(given: Callable[[K | None], K], folder: RunFolder, name: str) -> tuple[K, Path | None, list[int]]:
+    """The knobs of the run, the file of its solver settings, and all lengths where it becomes longer now.
 
     A run keeps its settings: half a run of each would be neither. It may become longer; what was computed from the
-    shorter one is computed again.
+    shorter one is computed again. Nothing is written yet: its data may still be refused.
     """
     if ranks.leads():
         folder.hold()
@@ -322,19 +330,17 @@ def _resumed(given: Callable[[K | None], K], folder: RunFolder, name: str) -> tu
     unsaid: dict[str, Any] = {code: "" for code in saved.names_code if names_code(saved, code)}
     asked = given(dataclasses.replace(saved, **unsaid))
     refuse_changes(asked, saved)
+    lengths: list[int] = []
     if longer(asked, saved):
         _prepare(asked)
-        if ranks.leads():
-            lengths = lengths_of(folder) or [getattr(saved, kind.length)]
-            folder.write_json(LENGTHS, [*lengths, getattr(asked, kind.length)])
-            folder.forget_results()
+        lengths = [*(lengths_of(folder, saved) or [getattr(saved, kind.length)]), getattr(asked, kind.length)]
         saved = dataclasses.replace(saved, **{kind.length: getattr(asked, kind.length)})
     kept = folder.path / SOLVER if (folder.path / SOLVER).is_file() else None
     if isinstance(asked, SolverKnobs) and asked.solver is not None:
         settings = tune.read_settings(asked.solver, asked.solver_settings, name)
         if kept is None or settings != bl.tuning.load(kept):
             raise UserError("--solver has other settings than the run to resume. Leave it out, or start a new run.")
-    return saved, kept
+    return saved, kept, lengths
 
 
 def _to_tune(knobs: K) -> K:

@@ -26,6 +26,8 @@ SOLVER = "solver.json"
 """The settings of solvers that a run was given."""
 DATA = "data.json"
 """Which files of data a run began with."""
+LENGTHS = "lengths.json"
+"""The lengths that a run was planned for, one after another, where it was made longer."""
 CHECKPOINT_SECONDS = 5.0
 """Between checkpoints of a training; there is one at its end and at an interruption too."""
 
@@ -76,16 +78,26 @@ class Run:
 
     Args:
         data: a digest of the files that it reads, if there are any; a run goes on with the same ones only.
+        lengths: those that it was planned for, where it becomes longer now; the results of the shorter run are then
+            forgotten. That is written with the first thing that is: until then a resumed run may still be refused.
     """
 
-    def __init__(self, folder: RunFolder, config: Row, command: str, quiet: bool = False, data: str | None = None):
+    def __init__(
+        self,
+        folder: RunFolder,
+        config: Row,
+        command: str,
+        quiet: bool = False,
+        data: str | None = None,
+        lengths: Sequence[int] = (),
+    ):
         self.leads = bl.distributed.rank() == 0
         self.folder, self.command, self.quiet = folder, command, quiet
         if not self.leads:
             self.folder, self.quiet = ReadOnly(folder.path), True
         self.settings: dict[str, Any] = {}
-        self._config, self._data = config, data
-        self._results = folder.results()
+        self._config, self._data, self._lengths = config, data, list(lengths)
+        self._results: schema.Results = {"parts": {}, "tables": {}} if lengths else folder.results()
         self._begun = False
 
     def train(
@@ -111,10 +123,11 @@ class Run:
             UserError: the training came to numbers that are not finite, or to a solve that fails: the last checkpoint
                 is of before.
         """
-        self._begin()
         file, now = file or checkpoint_of(name), CLOCKS[clock]
-        step, seconds = restore(self.folder, file, training) if self.folder.has_checkpoint(file) else (0, 0.0)
-        self.folder.rewind_metrics(step, name)
+        step, seconds = self.restored(training, file)
+        rows = self.folder.metrics_until(step, name)
+        self._begin()
+        self.folder.write_metrics(rows)
         finished, kept, complete = step >= training.steps, step, True
 
         def save() -> None:
@@ -158,6 +171,18 @@ class Run:
                     raise
                 raise UserError(_ended(name, step, error, kept)) from error
         return seconds
+
+    def restored(self, training: Training, file: str) -> tuple[int, float]:
+        """Put a training back to its checkpoint, where there is one; the steps and seconds that it has behind it.
+
+        Nothing is written. A story that writes before it trains calls it first: what does not fit is then refused while
+        the run is as it was.
+
+        Raises:
+            UserError: see `restore`; a file of data has changed since the run began.
+        """
+        self._refuse_other_data()
+        return restore(self.folder, file, training) if self.folder.has_checkpoint(file) else (0, 0.0)
 
     def _bar(self, name: str, steps: int, done: int, hidden: bool) -> tqdm:
         hide = True if self.quiet or hidden else None
@@ -218,12 +243,27 @@ class Run:
         """The folder is made at the first thing to write: bad input leaves none."""
         if not self._begun:
             self._refuse_other_data()
+            if self._lengths:
+                self._refuse_damaged()
+            if self._lengths and self.leads:  # the results first: those of another length would be taken for this one's
+                self.folder.forget_results()
+                self.folder.write_json(LENGTHS, self._lengths)
             self.folder.begin(self._config)
             if self._data is not None and self.leads:
                 self.folder.write_json(DATA, {"sha256": self._data})
             if self.settings and self.leads:  # the run is whole without the file that they came from
                 self.folder.write_settings(SOLVER, self.settings)
             self._begun = True
+
+    def _refuse_damaged(self) -> None:
+        """
+        Raises:
+            UserError: a checkpoint or the metrics of the run to make longer cannot be read.
+        """
+        self.folder.metrics()
+        for path in sorted(self.folder.path.glob("checkpoint*.pt")):
+            if not path.stem.endswith(".previous"):
+                self.folder.load_checkpoint(torch.device("cpu"), path.name)
 
     def _refuse_other_data(self) -> None:
         """

@@ -150,8 +150,12 @@ class RunFolder:
             rows.append(row)
         return rows
 
-    def rewind_metrics(self, step: int, part: str) -> None:
-        """Drop the rows of a part after a step: a resumed run makes them again."""
+    def metrics_until(self, step: int, part: str) -> list[dict[str, Any]]:
+        """The rows without those of a part after a step, which a resumed run makes again.
+
+        Raises:
+            UserError: the part has not all rows up to this step.
+        """
         rows = [row for row in self.metrics() if row.get("part") != part or row["step"] <= step]
         last = max((row["step"] for row in rows if row.get("part") == part), default=0)
         if last < step:
@@ -159,8 +163,11 @@ class RunFolder:
                 f"{self.path / 'metrics.jsonl'} is damaged: the rows of {part!r} end at step {last}, and its "
                 f"checkpoint is that of step {step}. Restore it from a copy."
             )
-        kept = [json.dumps(row) + "\n" for row in rows]
-        self.write_bytes("metrics.jsonl", "".join(kept).encode())
+        return rows
+
+    def write_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
+        """These rows in place of all."""
+        self.write_bytes("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def save_checkpoint(self, state: dict[str, Any], name: str) -> None:
         """Tensors, numbers and strings in dicts and lists; nothing that would need code to load.

@@ -207,9 +207,11 @@ class TestErrors:
         (root / "a").mkdir()
         for number in range(5):
             Image.new("RGB", (20, 20), (number, 90, 0)).save(root / "a" / f"{number}.png")
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
         capsys.readouterr()
         assert main(["--resume", str(run), "--steps", "3"]) == 2
         assert "has other classes for training than when this run began" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before  # the old split is told there
         for network in ([str(run)], ["--trained", str(tmp_path / "network.pt")]):
             assert main(["evaluate", *network, *place, "--eval-tasks", "2"]) == 0
             assert "were training classes of this network" in capsys.readouterr().out

@@ -171,6 +171,47 @@ def test_a_run_that_became_longer_says_so(tmp_path, capsys):
     assert "lengths.json" in capsys.readouterr().err
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read_first(knobs: Walk, run: Run) -> None:
+    """A story that cannot be told without its data."""
+    require(knobs.data is None or knobs.data.is_file(), f"There is no {knobs.data}.")
+    story(knobs, run)
+
+
+def test_a_longer_run_that_is_refused_is_as_it_was(tmp_path, capsys):
+    data, run = tmp_path / "data.npz", tmp_path / "run"
+    data.write_bytes(b"data")
+
+    def resumed(*arguments: str) -> int:
+        return main("walk", ["--resume", str(run), *arguments], Walk, read_first)
+
+    assert main("walk", ["--out", str(run), "--data", str(data)], Walk, read_first) == 0
+    before = contents(run)
+    data.rename(tmp_path / "elsewhere")
+    assert resumed("--steps", "9") == 2
+    assert "There is no" in capsys.readouterr().err
+    assert contents(run) == before
+    data.write_bytes(b"other data")
+    assert resumed("--steps", "9") == 2
+    assert contents(run) == before
+    data.write_bytes(b"data")
+    for name in ("checkpoint-the-walk.pt", "metrics.jsonl"):
+        (run / name).write_bytes(b"damaged\n")
+        damaged = contents(run)
+        assert resumed("--steps", "9") == 2
+        assert contents(run) == damaged
+        (run / name).write_bytes(before[name])
+    capsys.readouterr()
+    assert resumed() == 0
+    assert "made longer" not in capsys.readouterr().out
+    (run / "lengths.json").write_text("[6, 9]")  # as earlier versions wrote it before the data were read
+    assert resumed("--steps", "8") == 0
+    assert "planned for 6 and made longer (8)" in capsys.readouterr().out
+
+
 def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, capsys):
     """Half of it would be of other data, without a word."""
     data, run = tmp_path / "data.npz", tmp_path / "run"
