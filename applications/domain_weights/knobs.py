@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,6 +68,10 @@ class Config(SolverKnobs):
     """Where to compute."""
 
     solver_settings = ("hypergrad", "outer_lr")
+
+    def replaced(self) -> Mapping[str, Collection[str]]:
+        """See `SolverKnobs`."""
+        return {"outer_lr": ("outer_lr",)}
 
     def check(self) -> None:
         """See `Knobs`."""

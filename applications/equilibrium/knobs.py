@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,6 +52,10 @@ class Config(DataKnobs, SolverKnobs):
     """Where to compute."""
 
     length = "epochs"
+
+    def replaced(self) -> Mapping[str, Collection[str]]:
+        """See `SolverKnobs`; the gradient of one step keeps the knobs' solver."""
+        return {"hypergrad": ("adjoint_rtol",)}
 
     def check(self) -> None:
         require_at_least_one(self, "width", "runs", "epochs", "batch_size", "max_iterations", "unrolled", "max_train")

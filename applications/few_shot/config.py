@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -190,6 +191,12 @@ class Config(SolverKnobs):
             self.norm != "image" or self.width % 8 == 0,
             f"--width is {self.width}: with --norm image it must be a multiple of 8.",
         )
+
+    def replaced(self) -> Mapping[str, Collection[str]]:
+        """See `SolverKnobs`; the Newton steps of imaml-hf have Hessian products too."""
+        adaptation = ("inner_steps", "inner_lr", "inner_momentum", "safeguard", "newton_cg_steps")
+        products = ("cg_steps",) if self.method == "imaml-hf" else ("cg_steps", "hessian")
+        return {"solver": adaptation, "hypergrad": products, "strength": ("strength",)}
 
     def only_for(self) -> Purposes:
         """See `Knobs`."""

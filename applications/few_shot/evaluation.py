@@ -14,7 +14,7 @@ from applications.few_shot import backbone, data, evaluate
 from applications.few_shot.config import Config
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, describe, set_up_device
 from applications.few_shot.trained import NETWORK, SHIPPED, Trained, seen_in_training
-from applications.frame.command import Purposes, parse, require
+from applications.frame.command import Purposes, parse, require, tell_replaced
 from applications.frame.errors import UserError
 from applications.frame.options import check_folder, check_values, settings_told
 from applications.frame.output import forgiving
@@ -75,7 +75,9 @@ class EvaluationConfig(Config, What):
     def only_for(self) -> Purposes:
         """See `Knobs`."""
         queries = "training; of an evaluation, it is --eval-queries"
-        return {**super().only_for(), "training": (False, TRAINING_ONLY), queries: (False, ("queries",))}
+        products = () if self.method == "imaml-hf" else ("hessian",)
+        training = (False, (*TRAINING_ONLY, *products))
+        return {**super().only_for(), "training": training, queries: (False, ("queries",))}
 
 
 def command(arguments: list[str]) -> int:
@@ -94,7 +96,8 @@ def command(arguments: list[str]) -> int:
     trained = Trained.from_run(run) if run is not None else Trained.load(what.trained or "")
     trained = replace(trained, trusted=(said.model, said.backbone))
     trained.refuse_code()
-    start = replace(trained.config, threads=None)
+    strength = trained.chosen.get("strength", trained.config.strength)
+    start = replace(trained.config, threads=None, strength=strength)
     if run is None:
         queries = Config().eval_queries if start.data in data.NAMES else start.eval_queries
         start = replace(start, eval_tasks=NUM_TASKS, eval_queries=queries)
@@ -120,6 +123,10 @@ def command(arguments: list[str]) -> int:
     if config.solver:
         trained = replace(trained, chosen=read_settings(config.solver, config.solver_settings, "few_shot"))
         asked |= trained.chosen
+        tell_replaced(parsed, start, trained.chosen)
+    else:
+        kept = {name: setting for name, setting in trained.chosen.items() if name != "strength"}  # which can be changed
+        tell_replaced(parsed, start, kept, "of its training's --solver stands in its place; give another --solver")
     if "strength" in asked:
         trained = trained.at_strength(asked["strength"])
     with settings_told(config), forgiving():
@@ -158,7 +165,7 @@ def figures(trained: Trained, config: Config, what: What) -> dict[str, Any]:
         "ways": config.ways,
         "shots": config.shots,
         "queries": config.eval_queries,
-        "inner_steps": config.eval_steps or config.inner_steps,
+        "inner_steps": learner.for_evaluation().inner_solver().max_steps,
         "seen_in_training": seen_in_training(trained, config, classes),
         "num_classes": len(classes),
         "trained": trained.origin,
@@ -171,6 +178,8 @@ def tell(found: dict[str, Any], config: Config) -> None:
     """Print the figures."""
     origin, accuracy = found["trained"], found["accuracy"]
     print(f"Trained for {origin['steps']} meta-steps, {origin['hours']:.2f} hours: {origin['command']}")
+    if "solver" in origin:
+        print(f"Its --solver: {', '.join(f'{name} = {setting}' for name, setting in origin['solver'].items())}")
     setting = f"{config.eval_tasks} held-out tasks, {describe(config)}, {found['classes']} classes"
     print(f"Accuracy on {setting} (mean +- 95 % interval):")
     for name, row in accuracy.items():

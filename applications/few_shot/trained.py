@@ -8,7 +8,7 @@ import json
 import pickle
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from applications.frame.checkpoint import not_finite
 from applications.frame.command import lengths_of, names_code, refuse_code, require
 from applications.frame.errors import UserError
 from applications.frame.options import check_values, is_file, option
+from applications.frame.run import SOLVER
 from applications.frame.run_folder import RunFolder, understood
 from applications.frame.tune import read_settings
 
@@ -60,6 +61,7 @@ class Origin(TypedDict):
     start: NotRequired[str]
     classes: NotRequired[list[str]]
     validation: NotRequired[float]
+    solver: NotRequired[dict[str, str]]
 
 
 class Content(TypedDict):
@@ -73,10 +75,6 @@ class Content(TypedDict):
     log_strength: dict[str, Tensor]
 
 
-SETTINGS = ("solver", "hypergrad", "strength")
-"""What a file of solver settings may hold."""
-
-
 @dataclass(frozen=True)
 class Trained:
     """Meta-parameters with the configuration that made them.
@@ -85,9 +83,9 @@ class Trained:
         meta: name -> tensor, without those of a head that stays at zero.
         log_strength: layer -> log lambda, 0-d.
         origin: ``command``, ``hours``, ``steps``, ``seed``; ``start``, the network that it started from, if any;
-            ``classes``, the names of the classes that it was trained on, where they are a folder's; and
-            ``validation`` where it was measured: the accuracy in percent on tasks of the validation classes when the
-            file was made.
+            ``classes``, the names of the classes that it was trained on, where they are a folder's; ``validation``
+            where it was measured: the accuracy in percent on tasks of the validation classes when the file was made;
+            and ``solver``, the settings of ``--solver`` as Python, where it was given.
         chosen: solver settings of a tuned run, in place of those of the configuration.
         trusted: what may be imported, each a ``package.module:factory``, where the configuration says that the network
             or its backbone is made by it; a file or a folder alone runs no code.
@@ -128,12 +126,16 @@ class Trained:
         state: Any = folder.load_checkpoint(torch.device("cpu"), file).get("training")
         schema.check(state, State, path / file, "checkpoint of a few-shot training")
         meta, log_strength = (_part(state["average"], part) for part in ("meta", "log_strength"))
-        origin = {
-            "command": _commands(config, state["step"], lengths_of(folder, config)),
+        solver = path / SOLVER
+        chosen = read_settings(solver, config.solver_settings, "few_shot") if solver.is_file() else {}
+        origin: dict[str, Any] = {
+            "command": _commands(config, state["step"], lengths_of(folder, config), chosen),
             "hours": round(state["seconds"] / 3600, 3),
             "steps": state["step"],
             "seed": config.seed,
         }
+        if chosen:
+            origin["solver"] = {name: bl.tuning.expression(setting) for name, setting in chosen.items()}
         if config.start is not None:
             origin["start"] = config.start
         if "classes" in state:
@@ -144,8 +146,6 @@ class Trained:
                 origin["validation"] = round(float(measured[-1]["validation_accuracy"]), 3)
         fixed = fixed_at_zero(config, meta)
         kept = {name: value.detach().clone() for name, value in meta.items() if name not in fixed}
-        solver = path / "solver.json"
-        chosen = read_settings(solver, SETTINGS, "few_shot") if solver.is_file() else {}
         return cls(config, kept, dict(log_strength), origin, chosen)
 
     @staticmethod
@@ -323,23 +323,32 @@ def digest(content: dict[str, Any]) -> str:
     return found.hexdigest()
 
 
-def command(config: Config) -> str:
-    """The command that trains with this configuration, with the options that are not at their defaults."""
-    return f"python -m applications.few_shot train {shlex.join(options(config))}".strip()
+def command(config: Config, chosen: Mapping[str, Any] | None = None) -> str:
+    """The command that trains with this configuration, with the options that are not at their defaults.
+
+    Args:
+        chosen: what the file of ``--solver`` held, if it was given; options that it stands in place of are left out.
+    """
+    words = options(config, config.replaced_by(chosen or {})) + (["--solver", SOLVER] if chosen else [])
+    return f"python -m applications.few_shot train {shlex.join(words)}".strip()
 
 
-def _commands(config: Config, steps: int, lengths: list[int]) -> str:
+def _commands(config: Config, steps: int, lengths: list[int], chosen: Mapping[str, Any]) -> str:
     """How a run was made: where it became longer, by one command after another, since schedules follow the length."""
     first, *later = (lengths or [config.steps]) if config.schedule == "cosine" else [steps]
     again = [f"python -m applications.few_shot train --resume RUN --steps {length}" for length in later]
-    return "; then ".join([command(replace(config, steps=first)), *again])
+    return "; then ".join([command(replace(config, steps=first), chosen), *again])
 
 
-def options(config: Config) -> list[str]:
-    """Those of a configuration that are not at their defaults, but for the place, the threads and the device."""
+def options(config: Config, without: Collection[str] = ()) -> list[str]:
+    """Those of a configuration that are not at their defaults, but for the place, the threads and the device.
+
+    Args:
+        without: other knobs that are left out.
+    """
     default, words = Config().to_json(), []
     for name, value in config.to_json().items():
-        if value != default[name] and name not in ("data_root", "threads", "device"):
+        if value != default[name] and name not in ("data_root", "threads", "device", *without):
             option, values = name.replace("_", "-"), value if isinstance(value, tuple | list) else [value]
             words += [f"--no-{option}" if value is False else f"--{option}"]
             words += [] if isinstance(value, bool) else [str(value) for value in values]

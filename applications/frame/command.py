@@ -23,7 +23,7 @@ from typing_extensions import Self
 
 import bilevel as bl
 from applications.frame import ranks, schema, tune
-from applications.frame.errors import UserError, exit_code
+from applications.frame.errors import UserError, exit_code, note
 from applications.frame.options import check_folder, check_values, is_file, option, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import LENGTHS, SOLVER, Interrupted, Run
@@ -120,6 +120,14 @@ class SolverKnobs(Knobs):
 
     solver_settings: ClassVar[Collection[str]] = ("solver", "hypergrad")
 
+    def replaced(self) -> Mapping[str, Collection[str]]:
+        """Settings that the file may have -> the knobs in whose place each of them stands."""
+        return {}
+
+    def replaced_by(self, settings: Mapping[str, Any]) -> dict[str, str]:
+        """Knobs that change nothing beside these settings -> the setting that stands in their place."""
+        return {knob: name for name, knobs in self.replaced().items() if name in settings for knob in knobs}
+
 
 @dataclass(frozen=True)
 class DataKnobs:
@@ -182,7 +190,7 @@ def main(
     def given(start: K | None) -> K:
         return parse(kind, arguments, command, help, presets, start)
 
-    return exit_code(lambda: _run(given, story, call, name))
+    return exit_code(lambda: _run(given, story, call, name, lambda: _start(kind, arguments, presets)))
 
 
 def _help(kind: type[Knobs], command: str, others: Mapping[str, str]) -> str:
@@ -212,12 +220,8 @@ def parse(
         SystemExit: ``--help``, or options that cannot be parsed.
     """
     if presets is not None and start is None:
-        asked, _ = tyro.cli(_Preset, args=arguments, return_unknown_args=True, add_help=False)
-        if asked.preset not in presets:
-            raise UserError(f"There is no preset {asked.preset!r}. There are {', '.join(presets)}.")
-        start = presets[asked.preset]
         help = f"{help or inspect.getdoc(kind)}\n\nPresets: {', '.join(presets)}."
-    start = kind() if start is None else start
+    start = _start(kind, arguments, presets) if start is None else start
     found = tyro.cli(kind, default=start, args=arguments, prog=command, description=help)
     if found.resume is None and ranks.leads():  # a resumed run has its own settings, and others are refused
         for name, what in found.without_effect().items():
@@ -226,13 +230,38 @@ def parse(
     return found
 
 
+def _start(kind: type[K], arguments: list[str], presets: Mapping[str, K] | None) -> K:
+    """The knobs before the options change them.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if presets is None:
+        return kind()
+    asked, _ = tyro.cli(_Preset, args=arguments, return_unknown_args=True, add_help=False)
+    if asked.preset not in presets:
+        raise UserError(f"There is no preset {asked.preset!r}. There are {', '.join(presets)}.")
+    return presets[asked.preset]
+
+
+def tell_replaced(
+    knobs: SolverKnobs, start: Knobs, settings: Mapping[str, Any], whose: str = "of --solver stands in its place"
+) -> None:
+    """Say which of the options, given as changes of ``start``, change nothing beside these settings of solvers."""
+    for name, setting in knobs.replaced_by(settings).items():
+        if getattr(knobs, name) != getattr(start, name) and name not in knobs.without_effect():
+            note(f"{option(name)} changes nothing here: the {setting!r} {whose}.")
+
+
 @dataclass(frozen=True)
 class _Preset:
     preset: str = "default"
 
 
-def _run(given: Callable[[K | None], K], story: Callable[[K, Run], None], call: str, name: str) -> int:
-    """``given``: the knobs as the options change those that they start from."""
+def _run(
+    given: Callable[[K | None], K], story: Callable[[K, Run], None], call: str, name: str, start: Callable[[], K]
+) -> int:
+    """``given``: the knobs as the options change those that they start from, by default ``start``."""
     knobs = given(None)
     check_values(knobs)
     solver: Path | None = getattr(knobs, "solver", None)
@@ -241,7 +270,7 @@ def _run(given: Callable[[K | None], K], story: Callable[[K, Run], None], call: 
     try:
         if knobs.resume is not None:
             knobs, solver, lengths = _resumed(given, folder, name)
-        return _told(knobs, folder, solver, lengths, story, call, name)
+        return _told(knobs, folder, solver, lengths, story, call, name, start)
     finally:
         folder.release()
 
@@ -254,6 +283,7 @@ def _told(
     story: Callable[[K, Run], None],
     call: str,
     name: str,
+    start: Callable[[], K],
 ) -> int:
     _prepare(knobs)
     with ranks.process_group(), forgiving(), settings_told(knobs):
@@ -262,6 +292,8 @@ def _told(
             run.say(told)
         if solver is not None and isinstance(knobs, SolverKnobs):
             run.settings = tune.read_settings(solver, knobs.solver_settings, name)
+            if folder.fresh and run.leads:
+                tell_replaced(knobs, start(), run.settings)
         try:
             with nullcontext() if folder.fresh else understood(f"The run folder {folder.path}"):
                 story(knobs, run)

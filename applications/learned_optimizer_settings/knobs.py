@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,10 @@ class Config(DataKnobs, SolverKnobs):
     solver_settings = ("hypergrad", "outer_lr")
 
     length = "outer_steps"
+
+    def replaced(self) -> Mapping[str, Collection[str]]:
+        """See `SolverKnobs`."""
+        return {"hypergrad": ("hypergrad",), "outer_lr": ("outer_lr",)}
 
     def check(self) -> None:
         """See `SolverKnobs`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -75,6 +75,10 @@ class Config(DataKnobs, SolverKnobs):
             "--problems noise": ("noise" in self.problems, ("noise",)),
             "--model mlp": (self.model == "mlp", ("hidden",)),
         }
+
+    def replaced(self) -> Mapping[str, Collection[str]]:
+        """See `SolverKnobs`."""
+        return {"meta_lr": ("meta_lr",)}
 
     def check(self) -> None:
         """See `Knobs`."""

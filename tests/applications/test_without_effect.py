@@ -8,11 +8,14 @@ import pytest
 
 from applications.data_cleaning.knobs import Config as Cleaning
 from applications.distillation.knobs import Config as Distillation
+from applications.domain_weights.knobs import Config as Weights
+from applications.equilibrium.knobs import Config as Equilibrium
 from applications.few_shot.__main__ import main as few_shot
 from applications.few_shot.compare import ComparisonConfig
 from applications.few_shot.config import PRESETS
 from applications.few_shot.config import Config as FewShot
-from applications.frame.command import parse
+from applications.frame.command import parse, tell_replaced
+from applications.learned_optimizer_settings.knobs import Config as Learned
 from applications.regularization.knobs import Config as Regularization
 from applications.reweighting.knobs import Config as Reweighting
 from applications.search.knobs import Config as Search
@@ -81,6 +84,28 @@ def test_it_is_told(kind, words, told, capsys):
 def test_what_has_an_effect_is_not(kind, words, capsys):
     parse(kind, words.split(), "command", presets=PRESETS if kind is FewShot else None)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "words", "settings", "told"),
+    [
+        (FewShot, "--inner-steps 9", {"solver"}, ["inner-steps"]),
+        (FewShot, "--inner-steps 9 --hessian func", {"hypergrad"}, ["hessian"]),
+        (FewShot, "--method imaml-hf --hessian func", {"hypergrad"}, []),
+        (FewShot, "--inner-steps 9 --tasks 3", {"strength"}, []),
+        (Equilibrium, "--adjoint-rtol 0.5 --tol 0.1", {"solver", "hypergrad"}, ["adjoint-rtol"]),
+        (Learned, "--hypergrad forward --outer-lr 1", {"hypergrad", "outer_lr"}, ["hypergrad", "outer-lr"]),
+        (Reweighting, "--meta-lr 1 --lr 1", {"hypergrad", "meta_lr"}, ["meta-lr"]),
+        (Weights, "--outer-lr 1", {"outer_lr"}, ["outer-lr"]),
+        (Weights, "--outer-lr 1", {"hypergrad"}, []),
+    ],
+)
+def test_what_settings_of_solvers_stand_in_place_of_is_told(kind, words, settings, told, capsys):
+    knobs = parse(kind, words.split(), "command", presets=PRESETS if kind is FewShot else None)
+    capsys.readouterr()
+    tell_replaced(knobs, kind(), dict.fromkeys(settings))
+    notes = capsys.readouterr().err.splitlines()
+    assert [note.partition(" changes nothing here: the '")[0] for note in notes] == [f"note: --{name}" for name in told]
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, _, _ in CASES}, key=repr))

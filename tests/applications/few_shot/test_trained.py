@@ -123,6 +123,39 @@ class TestFile:
             assert found.chosen == settings
             assert found.learner().inner_solver() == settings["solver"]
 
+    def test_how_a_tuned_network_came_about(self, glyph_root, tmp_path, capsys):
+        """By the settings of --solver, and not by the options that these stand in place of; each command says so."""
+        settings = {
+            "solver": bl.GradientDescent(0.05, 3),
+            "hypergrad": bl.Implicit(bl.CG(max_steps=1)),
+            "strength": 3.0,
+        }
+        bl.tuning.save(tmp_path / "best.json", settings)
+        replaced = ["--inner-steps", "20", "--inner-lr", "0.5", "--strength", "7", "--cg-steps", "9", "--no-safeguard"]
+        words = [*QUICK, *replaced, "--data-root", str(glyph_root), "--steps", "1", "--solver"]
+        run = tmp_path / "tuned"
+        assert main([*words, str(tmp_path / "best.json"), "--out", str(run)]) == 0
+        told = capsys.readouterr().err
+        assert "note: --inner-lr changes nothing here: the 'solver' of --solver stands in its place.\n" in told
+        for option in replaced:
+            assert not option.startswith("--") or f"note: {option.replace('--no', '-')} changes nothing here" in told
+
+        assert main(["evaluate", str(run), "--inner-lr", "5", "--strength", "1", "--eval-tasks", "2"]) == 0
+        out, err = capsys.readouterr()
+        assert "--inner-lr changes nothing here: the 'solver' of its training's --solver stands in its place" in err
+        assert "--strength" not in err  # of an evaluation it is another one
+        assert "--solver solver.json" in out
+        assert f"Its --solver: solver = {bl.tuning.expression(settings['solver'])}, hypergrad = " in out
+        assert main(["export", str(run), str(tmp_path / "tuned.pt")]) == 0
+        for source in (run, tmp_path / "tuned.pt"):
+            origin = Trained.load(source).origin
+            assert "--solver solver.json" in origin["command"]
+            assert "--width 8" in origin["command"]
+            assert not any(option in origin["command"] for option in replaced if option.startswith("--"))
+            assert origin["solver"]["strength"] == "3.0"
+        assert main(["evaluate", str(run), "--eval-steps", "None", "--eval-tasks", "2", "--out", str(run / "e")]) == 0
+        assert json.loads((run / "e" / "evaluation.json").read_text())["inner_steps"] == 3
+
     def test_another_network(self, file):
         found = Trained.load(file)
         with pytest.raises(UserError, match="not of one make"):
