@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from applications.data_cleaning.cleaning import SETTINGS
 from applications.data_cleaning.model import ModelName
 from applications.frame.command import DataKnobs, Purposes, SolverKnobs, require, require_at_least_one
+from applications.frame.tune import rehearse_minimum
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Config(DataKnobs, SolverKnobs):
             "--setting stochastic": (self.setting == "stochastic", ("seconds",)),
             "the network; add its --model": (self.model != "softmax", ("hidden",)),
         }
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """See `SolverKnobs`."""
+        rehearse_minimum({**SETTINGS, **settings})
 
     def check(self) -> None:
         require_at_least_one(self, "hidden", "repeats", "steps", "num_train", "num_val")

@@ -11,6 +11,7 @@ from applications.distillation.distill import Distillation, Schedule
 from applications.distillation.inner import CUT_OFF, Inner
 from applications.distillation.networks import ConvNet, Linear
 from applications.frame.command import DataKnobs, Purposes, SolverKnobs, require, require_at_least_one, require_positive
+from applications.frame.tune import rehearse_minimum
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,10 @@ class Config(DataKnobs, SolverKnobs):
             "the linear classifier": (self.network != "convnet", ("steps", "lr", "l2")),
             "the ConvNet": (self.network != "linear", convnet),
         }
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """See `SolverKnobs`."""
+        rehearse_minimum({**CUT_OFF, **settings})
 
     def check(self) -> None:
         require_at_least_one(self, "images_per_class", "steps", "convnet_steps", "width", "batch", "full_steps")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from applications.domain_weights.corpus import TEXTS, Corpus, read
-from applications.domain_weights.learning import METHODS, Method
+from applications.domain_weights.learning import METHODS, Method, rehearse
 from applications.domain_weights.train import MixtureTraining, Settings
 from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
 from applications.frame.device import select_device
@@ -68,6 +68,13 @@ class Config(SolverKnobs):
     """Where to compute."""
 
     solver_settings = ("hypergrad", "outer_lr")
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """See `SolverKnobs`."""
+        lr = settings.get("outer_lr", self.outer_lr)
+        require(lr > 0, f"--solver has an outer_lr of {lr}: a positive number is needed.")
+        if "hypergrad" in settings:
+            rehearse(settings["hypergrad"])
 
     def replaced(self) -> Mapping[str, Collection[str]]:
         """See `SolverKnobs`."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 import bilevel as bl
-from applications.domain_weights.model import Params, logits_of, losses_of
+from applications.domain_weights.model import Params, Transformer, logits_of, losses_of
+from applications.frame.tune import settings_usable
 
 Method = Literal["implicit", "sama", "penalty"]
 State = dict[str, Tensor]
@@ -68,6 +71,21 @@ class Mixture:
     def curvature(self, problem: Any, at: Any) -> Any:
         """Its Gauss-Newton matrix over all ranks."""
         return bl.distributed.AllReduce(bl.GaussNewton(self.outputs, self.of_outputs)(problem, at))
+
+
+def rehearse(hypergrad: Any) -> None:
+    """One look-ahead of a transformer of a few numbers: what cannot differentiate it is told before any text is read.
+
+    Raises:
+        UserError: it cannot.
+    """
+    with torch.random.fork_rng(devices=[]):
+        module, scores = Transformer(2, 2, 1, 1, 2), torch.zeros(2, requires_grad=True)
+    mixture = Mixture(module, torch.zeros(2, bl.distributed.world_size(), 3, dtype=torch.long))
+    with warnings.catch_warnings(), settings_usable():
+        warnings.simplefilter("ignore")
+        ahead = look_ahead(mixture, dict(module.named_parameters()), scores, hypergrad, Onward(bl.Adam(0.1), None, 0))
+        torch.autograd.grad(sum((value.sum() for value in ahead.value.values()), torch.zeros(())), scores)
 
 
 def look_ahead(mixture: Mixture, params: Params, scores: Tensor, hypergrad: Any, step: Onward) -> bl.Solution:

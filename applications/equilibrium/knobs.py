@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+import bilevel as bl
 from applications.equilibrium.network import Convolutional, Dense, Network
 from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one, require_positive
 from applications.frame.data import Examples, load, split, standardised
 from applications.frame.device import select_device
 from applications.frame.errors import UserError
+from applications.frame.tune import rehearse
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ class Config(DataKnobs, SolverKnobs):
 
     length = "epochs"
 
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """See `SolverKnobs`."""
+        chosen = {**settings_of(self), **settings}
+        rehearse(lambda x: bl.fixed_point(lambda z: z / 2 + x, torch.zeros_like(x), **chosen, throw="ignore"))
+
     def replaced(self) -> Mapping[str, Collection[str]]:
         """See `SolverKnobs`; the gradient of one step keeps the knobs' solver."""
         return {"hypergrad": ("adjoint_rtol",)}
@@ -69,6 +76,21 @@ class Config(DataKnobs, SolverKnobs):
         told = f"--adjoint-rtol is {self.adjoint_rtol}: from 1 on, the adjoint would not be solved at all."
         require(self.adjoint_rtol < 1, told)
         select_device(self.device)
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Solvers of the implicit method, by the knobs: Anderson's acceleration, and the map's own iteration, transposed.
+
+    That iteration converges wherever the map contracts. The solver's ``tol`` is a root mean square over the hidden
+    units, so that it does not depend on their number.
+    """
+    solver = bl.Anderson(history=config.history, max_steps=config.max_iterations, tol=config.tol)
+    adjoint = bl.Neumann(alpha=1.0, rtol=config.adjoint_rtol, max_steps=ADJOINT_STEPS)
+    return {"solver": solver, "hypergrad": bl.Implicit(adjoint)}
+
+
+ADJOINT_STEPS = 1000
+"""At most."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import bilevel as bl
-from applications.equilibrium.knobs import Config
+from applications.equilibrium.knobs import Config, settings_of
 from applications.equilibrium.network import Network
 
 Method = Literal["implicit", "one step", "unrolled", "explicit"]
@@ -54,7 +54,8 @@ def hidden(
     else:
         chosen |= settings or {}
     solver = chosen["solver"]
-    solver = replace(solver, tol=solver.tol * injected[0].numel() ** 0.5)
+    if getattr(solver, "tol", None) is not None:
+        solver = replace(solver, tol=solver.tol * injected[0].numel() ** 0.5)
     solution = equilibrium(network, injected, solver, chosen["hypergrad"], throw="ignore" if settings else "warn")
     return Hidden(solution.value, solution)
 
@@ -84,18 +85,3 @@ def equilibrium(
         batched=True,
         throw=throw,
     )
-
-
-def settings_of(config: Config) -> dict[str, Any]:
-    """Solvers of the implicit method, by the knobs: Anderson's acceleration, and the map's own iteration, transposed.
-
-    That iteration converges wherever the map contracts. The solver's ``tol`` is a root mean square over the hidden
-    units, so that it does not depend on their number.
-    """
-    solver = bl.Anderson(history=config.history, max_steps=config.max_iterations, tol=config.tol)
-    adjoint = bl.Neumann(alpha=1.0, rtol=config.adjoint_rtol, max_steps=ADJOINT_STEPS)
-    return {"solver": solver, "hypergrad": bl.Implicit(adjoint)}
-
-
-ADJOINT_STEPS = 1000
-"""At most."""

@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
-from applications.equilibrium.knobs import Config, create_network, parts_of, read
-from applications.equilibrium.methods import ADJOINT_STEPS, hidden
+from applications.equilibrium.knobs import ADJOINT_STEPS, Config, create_network, parts_of, read
+from applications.equilibrium.methods import hidden
 from applications.equilibrium.train import Fitting
 from applications.frame import tune
 

@@ -10,7 +10,7 @@ import bilevel as bl
 from applications.few_shot import data, guard, train
 from applications.few_shot.config import PRESETS, Config
 from applications.few_shot.data.folder import PARTS
-from applications.few_shot.methods import fixed_at_zero
+from applications.few_shot.methods import fixed_at_zero, rehearse
 from applications.few_shot.train import TRAINING, Session
 from applications.few_shot.trained import seen_in_training, start_of
 from applications.few_shot.tuning import tunable
@@ -31,8 +31,8 @@ def story(config: Config, run: Run) -> None:
     """Train, draw how it went, and evaluate on held-out tasks."""
     ranks = bl.distributed.world_size()
     require(config.tasks >= ranks, f"--tasks is {config.tasks} for {ranks} ranks: each needs a task. Start fewer.")
-    strength = run.settings.get("strength", config.strength)
-    require(strength > 0, f"--solver has a strength of {strength}: a positive number is needed.")
+    if run.settings:
+        rehearse(config, run.settings)
     file = train.checkpoint_file(run.folder)
     start = None if run.folder.has_checkpoint(file) else start_of(config)
     session = Session.create(config, run.settings, start.put_into if start else None)

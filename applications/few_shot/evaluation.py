@@ -12,6 +12,7 @@ import tyro
 
 from applications.few_shot import backbone, data, evaluate
 from applications.few_shot.config import Config
+from applications.few_shot.methods import rehearse
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, describe, set_up_device
 from applications.few_shot.trained import NETWORK, SHIPPED, Trained, seen_in_training
 from applications.frame.command import Purposes, parse, require, tell_replaced
@@ -123,6 +124,8 @@ def command(arguments: list[str]) -> int:
     if config.solver:
         trained = replace(trained, chosen=read_settings(config.solver, config.solver_settings, "few_shot"))
         asked |= trained.chosen
+        config.check_settings(trained.chosen)
+        rehearse(config, {name: setting for name, setting in trained.chosen.items() if name != "hypergrad"})
         tell_replaced(parsed, start, trained.chosen)
     else:
         kept = {name: setting for name, setting in trained.chosen.items() if name != "strength"}  # which can be changed

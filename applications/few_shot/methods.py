@@ -7,6 +7,8 @@ mean has the meta-gradient as its gradient.
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -22,6 +24,7 @@ from applications.few_shot.episodes import Episodes
 from applications.few_shot.guard import LEFT_OUT, guarded
 from applications.frame.errors import UserError
 from applications.frame.interruption import stop_if_asked
+from applications.frame.tune import settings_usable
 from bilevel._torch import pytree
 
 Params = dict[str, Tensor]
@@ -298,6 +301,22 @@ def _task_objectives(learner: Learner, params: dict[str, Params], *data: Tensor)
 
 def _without_values(queried: Queried) -> Queried:
     return replace(queried, solution=queried.solution.without_values())
+
+
+def rehearse(config: Config, chosen: Mapping[str, Any]) -> None:
+    """A meta-step of a network of a few numbers, and an adaptation as in evaluations, with settings of ``--solver``.
+
+    Raises:
+        UserError: they cannot be used.
+    """
+    own = replace(config, ways=2, threads=1, chunk_size=None, capture=False, precision="float32")
+    x, y = torch.rand(2, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([[0, 1], [0, 1]])
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), settings_usable():
+        warnings.simplefilter("ignore")
+        layers = OrderedDict(flat=nn.Flatten(), features=nn.Linear(4, 2), head=nn.Linear(2, 2))
+        learner = Learner.create(own, nn.Sequential(layers), chosen)
+        meta_step(learner, Episodes(x, y, x, y)).objective.backward()
+        adapt(learner.for_evaluation(), x, y)
 
 
 def adapt(learner: Learner, x: Tensor, y: Tensor, hypergrad: Any = None) -> bl.Solution:

@@ -120,6 +120,13 @@ class SolverKnobs(Knobs):
 
     solver_settings: ClassVar[Collection[str]] = ("solver", "hypergrad")
 
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings of the file that cannot be used here, before any data are read.
+
+        Raises:
+            UserError: naming ``--solver``.
+        """
+
     def replaced(self) -> Mapping[str, Collection[str]]:
         """Settings that the file may have -> the knobs in whose place each of them stands."""
         return {}
@@ -292,6 +299,7 @@ def _told(
             run.say(told)
         if solver is not None and isinstance(knobs, SolverKnobs):
             run.settings = tune.read_settings(solver, knobs.solver_settings, name)
+            knobs.check_settings(run.settings)
             if folder.fresh and run.leads:
                 tell_replaced(knobs, start(), run.settings)
         try:

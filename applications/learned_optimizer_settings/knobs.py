@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import bilevel as bl
 from applications.frame.command import DataKnobs, SolverKnobs, require, require_at_least_one, require_positive
-from applications.learned_optimizer_settings.learn import MOST_POINTS
+from applications.frame.tune import rehearse_minimum
+from applications.learned_optimizer_settings.learn import MOST_POINTS, ways
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Config(DataKnobs, SolverKnobs):
     solver_settings = ("hypergrad", "outer_lr")
 
     length = "outer_steps"
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """See `SolverKnobs`."""
+        method, _ = ways(self.hypergrad, self.outer_lr, settings)
+        rehearse_minimum({"solver": bl.Steps(bl.SGD(0.1), max_steps=2), "hypergrad": method})
 
     def replaced(self) -> Mapping[str, Collection[str]]:
         """See `SolverKnobs`."""

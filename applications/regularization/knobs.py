@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from applications.frame.command import DataKnobs, Purposes, SolverKnobs, require, require_at_least_one
+from applications.frame.tune import rehearse_minimum
+from applications.regularization import augmentation, features, weights
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,11 @@ class Config(DataKnobs, SolverKnobs):
     def only_for(self) -> Purposes:
         """See `Knobs`."""
         return {"--problem weights": (self.problem in ("all", "weights"), ("hidden",))}
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """See `SolverKnobs`."""
+        own = {"features": features.SETTINGS, "weights": weights.SETTINGS, "augmentation": augmentation.SETTINGS}
+        rehearse_minimum({**own[self.problem], **settings})
 
     def check(self) -> None:
         for name in ("train", "validation", "steps"):

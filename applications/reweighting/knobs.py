@@ -16,7 +16,7 @@ from applications.frame.device import select_device
 from applications.reweighting.drawing import Drawn, Problem, draw
 from applications.reweighting.networks import Mlp, ResNet32
 from applications.reweighting.train import ClassifierTraining, Rule, Settings
-from applications.reweighting.weighting import Inputs, Method
+from applications.reweighting.weighting import Inputs, Method, rehearse
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,13 @@ class Config(DataKnobs, SolverKnobs):
             "--problems noise": ("noise" in self.problems, ("noise",)),
             "--model mlp": (self.model == "mlp", ("hidden",)),
         }
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """See `SolverKnobs`."""
+        lr = settings.get("meta_lr", self.meta_lr)
+        require(lr > 0, f"--solver has a meta_lr of {lr}: a positive number is needed.")
+        if "hypergrad" in settings:
+            rehearse(settings["hypergrad"])
 
     def replaced(self) -> Mapping[str, Collection[str]]:
         """See `SolverKnobs`."""

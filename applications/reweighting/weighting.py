@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import bilevel as bl
+from applications.frame.tune import settings_usable
 from applications.reweighting.networks import Mlp, Params, stacked
 
 Inputs = Literal["loss", "loss-and-class"]
@@ -18,6 +20,7 @@ Method = Literal["unroll", "one-step", "sama", "neumann", "cg"]
 Hypergrad = bl.Unroll | bl.OneStep | bl.SAMA | bl.Implicit
 Predict = Callable[[Params], Tensor]
 
+CPU = torch.device("cpu")
 FLOOR = 1e-2
 """Added to the mean weight that a weighted loss is divided by: where all weights vanish, so does the loss."""
 DAMPING = 1e-2
@@ -102,6 +105,21 @@ class BatchLoss:
 
     def __call__(self, params: Params) -> Tensor:
         return self.loss(self.outputs(params))
+
+
+def rehearse(hypergrad: Hypergrad) -> None:
+    """One look-ahead of a classifier of a few numbers: what cannot differentiate it is told before any data are read.
+
+    Raises:
+        UserError: it cannot.
+    """
+    module, params = stacked(lambda: Mlp(2, 2, 2), 1, 0, CPU)
+    net, images, labels = WeightNet(1, "loss", 1, CPU), torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.long)
+    batch = BatchLoss(lambda params: bl.nn.functional_call(module, params, (images,)), labels, torch.ones(1, 2), net)
+    with warnings.catch_warnings(), settings_usable():
+        warnings.simplefilter("ignore")
+        ahead = look_ahead(params, batch, hypergrad, 0.1)
+        torch.autograd.grad(losses_of(batch.outputs(ahead.value), labels).sum(), list(net.params.values()))
 
 
 def look_ahead(params: Params, batch: BatchLoss, hypergrad: Hypergrad, lr: float) -> bl.Solution:

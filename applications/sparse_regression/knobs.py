@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import bilevel as bl
 from applications.frame.command import Purposes, SolverKnobs, require, require_at_least_one
+from applications.frame.tune import rehearse_minimum
+from applications.sparse_regression.criterion import SETTINGS
 from applications.sparse_regression.data import Study, draw
 
 
@@ -30,6 +35,10 @@ class Config(SolverKnobs):
     solver_settings = ("hypergrad",)
 
     length = "evaluations"
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """See `SolverKnobs`."""
+        rehearse_minimum({"solver": bl.ProximalGradient(bl.prox.L1(0.1)), **SETTINGS, **settings})
 
     def only_for(self) -> Purposes:
         """See `Knobs`."""

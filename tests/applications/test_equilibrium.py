@@ -137,6 +137,14 @@ def test_methods_agree_where_they_should():
     assert torch.dot(grads["one step"], grads["implicit"]) > 0  # biased, and still downhill
 
 
+def test_a_solver_without_a_tolerance_makes_its_steps():
+    network, x, _ = dense()
+    for solver in (bl.Anderson(max_steps=5), bl.Picard(max_steps=5)):
+        found = hidden(network, x, "implicit", Config(), {"solver": solver})
+        assert found.solution is not None
+        assert found.solution.stats["num_steps"].max() == 5
+
+
 def test_anderson_needs_fewer_iterations():
     network, x, _ = dense(width=30, contraction=0.97)
     symmetric = network.weight.data

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+import torch
+from torch import Tensor
 
 import bilevel as bl
 from applications.frame import memory
@@ -96,6 +100,44 @@ def read_settings(path: Path, names: Collection[str], application: str) -> Setti
         if name not in ("solver", "hypergrad") and not number:
             raise UserError(f"--solver {path}: {name!r} is {value!r}, and a number is expected.")
     return settings
+
+
+def rehearse(solve: Callable[[Tensor], bl.Solution]) -> None:
+    """Solve a problem of two unknowns and differentiate it: what no problem can use is told before any data are read.
+
+    Args:
+        solve: from a leaf ``[2]`` to a solution that depends on it.
+
+    Raises:
+        UserError: the solver is of other problems, or the hypergradient of other solvers.
+    """
+    x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    with warnings.catch_warnings(), settings_usable():
+        warnings.simplefilter("ignore")
+        solve(x).value.sum().backward()
+
+
+def rehearse_minimum(settings: Mapping[str, Any]) -> None:
+    """`rehearse` a minimum with this ``solver`` and ``hypergrad``."""
+    rehearse(lambda x: bl.argmin(lambda y: (y - x).square().sum(), torch.zeros_like(x), **settings, throw="ignore"))
+
+
+@contextmanager
+def settings_usable() -> Iterator[None]:
+    """Within it, an error is one of the settings of ``--solver``; what depends on the numbers of a problem is none.
+
+    Raises:
+        UserError: there was one.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if bl.tuning.of_a_trial(error):
+            return
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"--solver has settings that cannot be used here: {reason}") from error
 
 
 def score_within(

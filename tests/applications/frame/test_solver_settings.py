@@ -14,7 +14,7 @@ from applications.data_cleaning.cleaning import SETTINGS as CLEANING
 from applications.distillation.inner import CUT_OFF
 from applications.domain_weights.learning import METHODS as WEIGHING
 from applications.equilibrium.knobs import Config as Equilibrium
-from applications.equilibrium.methods import settings_of
+from applications.equilibrium.knobs import settings_of
 from applications.frame.command import main
 from applications.learned_optimizer_settings.learn import SETTINGS as LEARNING
 from applications.regularization.features import SETTINGS as PENALTIES
@@ -77,6 +77,8 @@ def test_the_first_trial_has_the_settings_in_use_today(name):
     tunable = package(name).tunable(config())
     assert tunable.settings(tunable.default) == TUNED[name]
     assert set(config.solver_settings) == set(TUNED[name])
+    knobs = config(problem="features") if name == "regularization" else config()
+    knobs.check_settings(TUNED[name])
 
 
 @pytest.mark.parametrize("name", TUNED)
@@ -109,6 +111,46 @@ def test_a_study_and_a_run_with_its_winner(name, tmp_path, capsys, monkeypatch):
     assert "--solver" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
     assert run(name, "--solver", str(wrong), "--resume", str(place)) == 2
+
+
+STEPPED, MINIMUM, MAP = bl.Unroll(), bl.LBFGS(max_steps=5), bl.Anderson(max_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *(("data_cleaning", one) for one in ({"hypergrad": STEPPED}, {"solver": MAP}, {"hypergrad": bl.SAMA()})),
+        *(("regularization", one) for one in ({"solver": MINIMUM, "hypergrad": STEPPED}, {"solver": MAP})),
+        *(("distillation", one) for one in ({"solver": MINIMUM, "hypergrad": STEPPED}, {"solver": MAP})),
+        *(("equilibrium", one) for one in ({"hypergrad": STEPPED}, {"solver": MINIMUM})),
+        *(("domain_weights", one) for one in ({"hypergrad": STEPPED}, {"outer_lr": -1.0})),
+        *(("reweighting", one) for one in ({"hypergrad": bl.FiniteDifference(), "meta_lr": 0.0}, {"meta_lr": -1.0})),
+        *(("learned_optimizer_settings", one) for one in ({"hypergrad": bl.Implicit()}, {"outer_lr": 0.0})),
+        ("sparse_regression", {"hypergrad": STEPPED}),
+    ],
+)
+def test_settings_that_an_application_cannot_use_are_told_before_any_data_are_read(
+    name, settings, tmp_path, capsys, monkeypatch
+):
+    def story(knobs, run):
+        raise AssertionError("The run has begun.")
+
+    monkeypatch.setattr(package(name), "story", story)
+    bl.tuning.save(tmp_path / "odd.json", settings)
+    assert run(name, "--solver", str(tmp_path / "odd.json"), "--out", str(tmp_path / "none")) == 2
+    assert capsys.readouterr().err.startswith("error: --solver has ")
+    assert not (tmp_path / "none").exists()
+
+
+def test_settings_that_few_shot_learning_cannot_use(tmp_path, capsys):
+    from applications.few_shot.__main__ import main as few_shot
+
+    for settings in ({"solver": MINIMUM, "hypergrad": STEPPED}, {"solver": MAP}, {"strength": 0.0}):
+        bl.tuning.save(tmp_path / "odd.json", settings)
+        words = ["--solver", str(tmp_path / "odd.json"), "--data-root", "/nowhere", "--out", str(tmp_path / "none")]
+        assert few_shot(words) == 2
+        assert capsys.readouterr().err.startswith("error: --solver has ")
+        assert not (tmp_path / "none").exists()
 
 
 def test_a_study_has_no_resume_of_its_own(tmp_path, capsys):
