@@ -111,7 +111,7 @@ def run(settings: Benchmark, arguments: list[str]) -> None:
         },
     )
     table = "\n".join([HEADER, *(_line(row, settings.tasks) for row in rows)]) + "\n"
-    folder.write_bytes("table.md", table.encode())
+    folder.write_text("table.md", table)
     folder.write_bytes("memory.png", plots.memory([asdict(row) for row in rows], NAMES, machine))
     print(f"\nTable, figures and plot are in {settings.out}")
 

@@ -25,6 +25,7 @@ from applications.frame.command import PLACE, parse, require, require_at_least_o
 from applications.frame.errors import UserError
 from applications.frame.figures import png
 from applications.frame.measurement import one_writer
+from applications.frame.names import from_bytes
 from applications.frame.options import check_folder, check_values, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import CLOCKS, markdown
@@ -95,7 +96,7 @@ def command(arguments: list[str], train: Callable[[list[str]], int]) -> int:
                 if (code := _train(one, place / f"{one.method}-{seed}", train)) != 0:
                     return code
                 write(place, arguments)
-        print((place / "comparison.md").read_text())
+        print(from_bytes((place / "comparison.md").read_bytes()))
     return 0
 
 
@@ -174,7 +175,7 @@ def write(place: Path, arguments: list[str]) -> None:
     folder = RunFolder(place)
     call = " ".join(["python -m applications.few_shot compare", *arguments])
     folder.write_json("comparison.json", {"command": call, "runs": runs, "methods": rows})
-    folder.write_bytes("comparison.md", f"    {call}\n\n{markdown(rows)}".encode())
+    folder.write_text("comparison.md", f"    {call}\n\n{markdown(rows)}")
     folder.write_bytes("comparison.png", draw(runs))
 
 

@@ -24,6 +24,7 @@ from typing_extensions import Self
 import bilevel as bl
 from applications.frame import ranks, schema, tune
 from applications.frame.errors import UserError, exit_code, note
+from applications.frame.names import local, portable
 from applications.frame.options import check_folder, check_values, is_file, option, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import LENGTHS, SOLVER, Interrupted, Run
@@ -77,7 +78,7 @@ class Knobs:
     def to_json(self) -> dict[str, Any]:
         """Plain values for a JSON file, without the place of the run."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in PLACE}
-        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        return {name: _plain(value) for name, value in values.items()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -96,9 +97,11 @@ class Knobs:
 
         def typed(name: str, value: Any) -> Any:
             if isinstance(value, list):
-                value = tuple(value)
-            elif isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name])):
-                value = Path(value)
+                value = tuple(local(one) if isinstance(one, str) else one for one in value)
+            elif isinstance(value, str):
+                value = local(value)
+                if Path in (hints[name], *typing.get_args(hints[name])):
+                    value = Path(value)
             reason = schema.fits(value, hints[name])
             if reason is not None:
                 raise UserError(f"The run's config.json is damaged: {name!r} is {value!r}: {reason}.")
@@ -144,6 +147,13 @@ class DataKnobs:
     """digits, breast_cancer, wine, iris, mnist, or a file of features and targets: .npz, .svm."""
     data_root: Path | None = None
     """Folder of data sets that are files; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
+
+
+def _plain(value: Any) -> Any:
+    """A knob as JSON has it, names as they are in every locale."""
+    if isinstance(value, str | Path):
+        return portable(str(value))
+    return tuple(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 K = TypeVar("K", bound=Knobs)

@@ -14,6 +14,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from applications.frame.names import legible
 
 OURS = "bilevel"
 """What names of our own contestants begin with."""
@@ -39,6 +42,8 @@ COLOURS = {
 
 def png(figure: Figure) -> bytes:
     """The figure as the bytes of a PNG; it is closed."""
+    for text in figure.findobj(Text):
+        text.set_text(legible(text.get_text()))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)

@@ -76,7 +76,10 @@ def _refused(name: str, value: Any) -> str | None:
     if isinstance(value, int) and value > LARGEST:
         return f"at most {LARGEST:,} makes sense"
     if isinstance(value, str | Path):
-        parts = os.fsencode(value).split(b"/") if "\0" not in str(value) else [b""]
+        try:
+            parts = os.fsencode(value).split(b"/") if "\0" not in str(value) else [b""]
+        except UnicodeEncodeError:
+            return "no file can have this name in this locale"
         if "\0" in str(value) or max(map(len, parts)) > LONGEST or sum(map(len, parts)) > 4000:
             return f"no file can have this name, a part of it is longer than {LONGEST} bytes or has a NUL"
     return None

@@ -20,7 +20,10 @@ class _Forgiving:
 
     def write(self, text: str) -> int:
         with self._kept():
-            self._stream.write(text)
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as error:  # letters that the terminal has not, bytes of names that are none
+                self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         return len(text)
 
     def flush(self) -> None:

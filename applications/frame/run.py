@@ -17,6 +17,7 @@ from applications.frame import ranks, schema
 from applications.frame.checkpoint import differences, not_finite
 from applications.frame.errors import UserError
 from applications.frame.interruption import Interruption, Stopped
+from applications.frame.names import portable
 from applications.frame.run_folder import ReadOnly, RunFolder
 
 T = TypeVar("T")
@@ -220,10 +221,10 @@ class Run:
         A float is shown with four digits; a string as it is.
         """
         self._begin()
-        self._results["tables"][title] = list(rows)
+        self._results["tables"][portable(title)] = list(rows)  # a run goes on in another locale, too
         self._save()
         texts = [f"## {name}\n\n{markdown(table)}" for name, table in self._results["tables"].items()]
-        self.folder.write_bytes("report.md", "\n".join([f"    {self.command}\n", *texts]).encode())
+        self.folder.write_text("report.md", "\n".join([f"    {portable(self.command)}\n", *texts]))
         self.say(f"\n{title}\n{aligned(rows)}")
         lost = {name for row in rows for name, value in row.items() if isinstance(value, float) and math.isnan(value)}
         if lost:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from applications.frame import checkpoint, schema
+from applications.frame import checkpoint, names, schema
 from applications.frame.checkpoint import Damaged
 from applications.frame.errors import FULL, UserError, note
 from applications.frame.lock import Lock, refuse_link
@@ -81,7 +81,7 @@ class RunFolder:
     def read_json(self, name: str) -> Any:
         with _told(f"{self.path / name} cannot be read"):
             try:
-                return json.loads((self.path / name).read_text())
+                return json.loads((self.path / name).read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{self.path / name} is damaged: {error}. Restore it from a copy.") from error
 
@@ -100,6 +100,9 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, as_json(value))
 
+    def write_text(self, name: str, text: str) -> None:
+        self.write_bytes(name, names.to_bytes(text))
+
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a whole file atomically: after a crash there is the old one or the new one."""
         with self._writing(name) as path:
@@ -110,14 +113,14 @@ class RunFolder:
         with self._writing(name) as path:
             tuning.save(path, settings)
 
-    def write_new(self, names: Iterable[str], content: bytes) -> Path:
+    def write_new(self, free: Iterable[str], content: bytes) -> Path:
         """Write a whole file under the first of the names that is free, whoever else takes names at the same time.
 
         Raises:
             UserError: none of them is free.
         """
         path = self.path
-        for name in names:
+        for name in free:
             path = self.path / name
             with _told(f"{path} could not be written"), contextlib.suppress(FileExistsError):
                 self.path.mkdir(parents=True, exist_ok=True)

@@ -63,5 +63,5 @@ def write(out: Path, name: str, text: str, cells: Sequence[Cell]) -> None:
         UserError: the folder cannot be written.
     """
     folder = RunFolder(out)
-    folder.write_bytes(f"{name}.md", text.encode())
+    folder.write_text(f"{name}.md", text)
     folder.write_bytes(f"{name}.json", json.dumps([asdict(cell) for cell in cells], indent=1).encode())

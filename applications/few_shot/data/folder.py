@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from applications.few_shot.data.classes import ImageClasses, Splits
 from applications.frame.data.files import cached, torchvision_datasets
 from applications.frame.errors import UserError
+from applications.frame.names import portable
 
 PARTS = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 """Names of the folders that a split may be given by."""
@@ -145,7 +146,7 @@ def _classes(folder: Path) -> Classes:
             f"{folder / empty[0]} has no images ({len(empty)} such folders of {len(classes)}). A class is a folder of "
             f"images: {', '.join(kinds)}. Fill it or take it away."
         )
-    return classes
+    return {portable(name): paths for name, paths in classes.items()}
 
 
 def _extensions() -> tuple[str, ...]:

@@ -154,7 +154,7 @@ def pictures(run: Run, study: optuna.Study, tunable: Tunable) -> None:
         if figure is not None:
             page.append(figure.to_html(full_html=False, include_plotlyjs=not page))
     html = f"<!doctype html><meta charset=utf-8><title>{study.study_name}</title><body>{''.join(page)}</body>"
-    run.folder.write_bytes("study.html", html.encode())
+    run.folder.write_text("study.html", html)
 
 
 def most_important(study: optuna.Study, count: int = 6) -> list[str] | None:

@@ -136,7 +136,7 @@ def run(settings: Config) -> None:
         found = table(name, settings.limit)
         print("\n".join(found), flush=True)
         lines += found
-    RunFolder(settings.out).write_bytes("advice.md", "\n".join(lines).encode())
+    RunFolder(settings.out).write_text("advice.md", "\n".join(lines))
 
 
 def main(arguments: list[str]) -> int:

@@ -101,7 +101,7 @@ def run(settings: Config, arguments: list[str]) -> int:
         settings.out.mkdir(parents=True, exist_ok=True)
         folder.write_json("results.json", results)
         folder.write_bytes(f"{kept}.png", report.picture(entry))
-        folder.write_bytes("tables.md", "\n".join(["# Tables\n", *map(report.table, results.values())]).encode())
+        folder.write_text("tables.md", "\n".join(["# Tables\n", *map(report.table, results.values())]))
         print(report.table(entry), flush=True)
     return 0 if settings.against is None else compare(results, settings)
 

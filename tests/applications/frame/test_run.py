@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -18,7 +20,9 @@ import torch
 
 from applications.frame.command import Knobs, Subcommand, main, require
 from applications.frame.errors import UserError
+from applications.frame.figures import plt, png
 from applications.frame.interruption import Interruption, stop_if_asked
+from applications.frame.output import forgiving
 from applications.frame.run import CLOCKS, Run, aligned, markdown, slug
 from applications.frame.run_folder import RunFolder
 from tests.applications.runs import comparable
@@ -317,6 +321,45 @@ def test_knobs_survive_the_file():
     assert Walk.from_json(json.loads(json.dumps(knobs.to_json()))) == knobs
     with pytest.raises(UserError, match="another application or version: it has the unknown 'pace'"):
         Walk.from_json({**knobs.to_json(), "pace": 1})
+
+
+def test_names_whose_bytes_are_no_text(tmp_path, capsys):
+    """They are in paths, commands, titles and class names: what is written has their bytes, a picture a mark."""
+    name = os.fsdecode(b"caf\xe9")
+    run, data = tmp_path / name, tmp_path / f"{name}.npz"
+    data.write_bytes(b"data")
+
+    def named(knobs: Walk, run: Run) -> None:
+        assert knobs.data == data
+        story(knobs, run)
+        run.table(f"Places of {data.name}", [{"name": data.name, "place": 1.0}])
+        figure, axes = plt.subplots()
+        axes.set_title(data.name)
+        run.picture("places.png", png(figure))
+
+    for words in (["--out", str(run), "--data", str(data)], ["--resume", str(run), "--steps", "9"]):
+        assert main("walk", words, Walk, named) == 0
+    assert b"Places of caf\xe9.npz" in (run / "report.md").read_bytes()
+    assert (run / "places.png").read_bytes().startswith(b"\x89PNG")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    with contextlib.redirect_stdout(stream), forgiving():
+        print(f"In {name}.")
+        print("It goes on.")
+    assert stream.buffer.getvalue() == b"In caf\\udce9.\nIt goes on.\n"
+    assert not capsys.readouterr().err
+
+
+def test_a_run_folder_is_the_same_in_every_locale(monkeypatch):
+    """Where letters are ASCII, the names of files have escapes for their bytes."""
+    knobs = Walk(data=Path("caf\udcc3\udca9"))
+    monkeypatch.setattr(os, "fsencode", lambda name: str(name).encode("ascii", "surrogateescape"))
+    monkeypatch.setattr(os, "fsdecode", lambda name: name.decode("ascii", "surrogateescape"))
+    saved = json.loads(json.dumps(knobs.to_json()))
+    assert saved["data"] == "café"
+    assert Walk.from_json(saved) == knobs
+    monkeypatch.undo()
+    assert Walk.from_json(saved).data == Path("café")
+    assert Walk.from_json(saved).to_json()["data"] == "café"
 
 
 def test_tables_as_text_and_markdown():
