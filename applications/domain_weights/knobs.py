@@ -14,7 +14,13 @@ from torch import Tensor
 from applications.domain_weights.corpus import TEXTS, Corpus, read
 from applications.domain_weights.learning import METHODS, Method, rehearse
 from applications.domain_weights.train import MixtureTraining, Settings
-from applications.frame.command import SolverKnobs, require, require_at_least_one, require_positive
+from applications.frame.command import (
+    SolverKnobs,
+    require,
+    require_at_least_one,
+    require_each_once,
+    require_positive,
+)
 from applications.frame.device import select_device
 from applications.frame.options import option
 
@@ -94,10 +100,7 @@ class Config(SolverKnobs):
             f"--every is {self.every}: after {self.warm_up} steps of --warm-up the weights would learn at step {first} "
             f"first, and --learn-steps is {self.learn_steps}.",
         )
-        chosen = " ".join(self.methods)
-        require(
-            0 < len(set(self.methods)) == len(self.methods), f"--methods {chosen}: one at least, each once, is needed."
-        )
+        require_each_once(self, "methods")
         alone = self.solver is None or self.methods == Config.methods
         require(alone, "--solver says which hypergradient: leave --methods out.")
         select_device(self.device)

@@ -18,7 +18,7 @@ from applications.few_shot.config import Config, Method
 from applications.few_shot.methods import meta_step
 from applications.few_shot.train import METHOD_NAMES, create_learner, create_sampler, set_up_device
 from applications.frame import measurement, memory
-from applications.frame.command import PLACE, require
+from applications.frame.command import PLACE, require, require_each_once
 from applications.frame.errors import UserError
 from applications.frame.run import CLOCKS
 from applications.frame.run_folder import RunFolder
@@ -83,6 +83,7 @@ def check(settings: Benchmark) -> None:
     """Refuse what cannot be run, before anything is."""
     few = min(settings.inner_steps, default=0) < 1 or min(settings.repeats, settings.tasks) < 1
     require(not few, "--inner-steps, --repeats and --tasks must be at least 1.")
+    require_each_once(settings, "methods", "inner_steps")
     given = [name for name in ("preset", *PLACE) if getattr(settings.config, name) != getattr(DEFAULTS, name)]
     require(not given, f"benchmark has no --config.{' and no --config.'.join(given)}.")
     settings.config.check()

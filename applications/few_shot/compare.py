@@ -21,7 +21,7 @@ from applications.few_shot.config import Config, Method
 from applications.few_shot.hours import validations
 from applications.few_shot.train import METHOD_NAMES, Session, one_step
 from applications.few_shot.trained import options
-from applications.frame.command import PLACE, parse, require, require_at_least_one
+from applications.frame.command import PLACE, parse, require, require_at_least_one, require_each_once
 from applications.frame.errors import UserError
 from applications.frame.figures import png
 from applications.frame.measurement import one_writer
@@ -80,7 +80,7 @@ def command(arguments: list[str], train: Callable[[list[str]], int]) -> int:
     require(not given, f"compare has no --{' and no --'.join(given)}: the same command goes on where it stopped.")
     check_values(parsed)
     require_at_least_one(parsed, "seeds")
-    require(len(set(parsed.methods)) == len(parsed.methods) > 0, "--methods names each method once.")
+    require_each_once(parsed, "methods")
     require(parsed.validations >= 0, f"--validations is {parsed.validations}: it cannot be negative.")
     config = Config(**{field.name: getattr(parsed, field.name) for field in fields(Config)})
     for method in parsed.methods:

@@ -468,6 +468,18 @@ def require_positive(knobs: Any, *names: str) -> None:
         require(value is None or 0 < value < math.inf, f"{option(name)} is {value}: a positive number is needed.")
 
 
+def require_each_once(knobs: Any, *names: str) -> None:
+    """Options that name what is to be done: one thing at least, and none twice.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in names:
+        values = getattr(knobs, name)
+        told = f"{option(name)} {' '.join(map(str, values))}".strip()
+        require(0 < len(set(values)) == len(values), f"{told}: one at least, each once, is needed.")
+
+
 def require(condition: bool, message: str) -> None:
     """For `Knobs.check`.
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from applications.frame.command import DataKnobs, Purposes, SolverKnobs, require
+from applications.frame.command import DataKnobs, Purposes, SolverKnobs, require, require_each_once
 from applications.frame.data import Examples
 from applications.frame.device import select_device
 from applications.reweighting.drawing import Drawn, Problem, draw
@@ -103,8 +103,7 @@ class Config(DataKnobs, SolverKnobs):
         require(0 <= self.momentum < 1, f"--momentum is {self.momentum}: in [0, 1).")
         require(self.weight_decay >= 0, f"--weight-decay is {self.weight_decay}: not negative.")
         require(self.focal_gamma >= 0, f"--focal-gamma is {self.focal_gamma}: not negative.")
-        for name, values in (("problems", self.problems), ("methods", self.methods)):
-            require(0 < len(set(values)) == len(values), f"--{name} {' '.join(values)}: one at least, each once.")
+        require_each_once(self, "problems", "methods")
         require(
             self.solver is None or self.methods == ("unroll",),
             "--solver has a hypergradient of its own, and --methods names others: give one of the two.",

@@ -22,7 +22,7 @@ import torch
 
 import bilevel as bl
 from applications.frame import measurement
-from applications.frame.command import require, require_positive
+from applications.frame.command import require, require_each_once, require_positive
 from applications.frame.run_folder import RunFolder
 from applications.measurements.advice.problems import PROBLEMS, Problem
 from bilevel._torch import pytree
@@ -125,6 +125,7 @@ def table(name: str, limit: float | None) -> list[str]:
 def check(settings: Config) -> None:
     """Refuse what cannot be run, before anything is."""
     require_positive(settings, "limit")
+    require_each_once(settings, "problems")
     unknown = [name for name in settings.problems if name not in PROBLEMS]
     require(not unknown, f"--problems has {', '.join(unknown)}: there are {', '.join(PROBLEMS)}.")
 

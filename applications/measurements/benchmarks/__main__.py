@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from applications.frame import measurement, schema
+from applications.frame.command import require_each_once
 from applications.frame.device import select_device
 from applications.frame.errors import UserError
 from applications.frame.figures import OURS
@@ -127,6 +128,7 @@ def kept_results(folder: RunFolder, name: str) -> dict[str, Any]:
 
 def check(settings: Config) -> None:
     """Bad options, told before anything runs."""
+    require_each_once(settings, "workloads")
     unknown = [name for name in settings.workloads if name not in NAMES]
     if unknown:
         raise UserError(f"There is no workload {', '.join(unknown)}. There are {', '.join(NAMES)}.")

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from applications.frame import measurement, schema
-from applications.frame.command import require, require_positive
+from applications.frame.command import require, require_each_once, require_positive
 from applications.frame.device import select_device
 from applications.frame.run_folder import RunFolder
 from applications.measurements.gpu.parts import PARTS
@@ -75,6 +75,7 @@ def main(arguments: list[str]) -> int:
 def check(settings: Config) -> None:
     """Refuse what cannot be run, before anything is."""
     known = (*SHARES, "paper")
+    require_each_once(settings, "parts")
     unknown = [part for part in settings.parts if part not in known]
     require(not unknown, f"--parts {' '.join(unknown)}: there are {', '.join(known)}.")
     require_positive(settings, "minutes")

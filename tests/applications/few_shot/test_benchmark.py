@@ -56,6 +56,8 @@ def test_a_run_that_cannot_fit_is_extrapolated_instead(monkeypatch):
 @refusals(
     (["--config.preset", "paper", "--config.out", "x"], "no --config.preset and no --config.out"),
     (["--inner-steps", "0"], "must be at least 1"),
+    (["--methods"], "--methods: one at least"),
+    (["--inner-steps", "10", "10"], "--inner-steps 10 10: one at least, each once"),
     (["--repeats", "0"], "must be at least 1"),
     (["--tasks", "0"], "must be at least 1"),
     (["--config.lr", "inf"], "--config.lr is inf"),

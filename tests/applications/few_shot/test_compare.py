@@ -109,7 +109,8 @@ def test_steps_that_grow_late_are_timed_where_they_do(glyph_root, monkeypatch):
     [
         (["--seeds", "0"], "--seeds is 0"),
         (["--validations", "-1"], "--validations is -1"),
-        (["--methods", "maml", "maml"], "names each method once"),
+        (["--methods", "maml", "maml"], "--methods maml maml: one at least, each once"),
+        (["--methods"], "--methods: one at least"),
         (["--resume", "x"], "no --resume"),
         (["--learn-strength", "layer"], "--learn-strength needs an imaml method: maml"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 
@@ -15,6 +16,15 @@ from applications.measurements.gpu import parts
 def test_what_is_no_part_is_told(capsys, tmp_path):
     assert gpu.main(["--device", "cpu", "--parts", "nothing", "--out", str(tmp_path)]) == 2
     assert "--parts nothing: there are tests, captured" in capsys.readouterr().err
+
+
+def test_no_part_at_all_replaces_nothing(capsys, tmp_path):
+    for name in ("gpu --parts", "advice --problems", "benchmarks --workloads"):
+        module, option = name.split()
+        command = importlib.import_module(f"applications.measurements.{module}.__main__").main
+        assert command([option, "--out", str(tmp_path / "out")]) == 2
+        assert f"{option}: one at least, each once, is needed." in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_part_that_fails_costs_only_itself(monkeypatch, tmp_path):
