@@ -215,6 +215,13 @@ def export(arguments: list[str]) -> int:
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     *sources, name = arguments
     path = Path(name)
+    there = "is there already and no network" if path.exists() and path.suffix != ".pt" else ""
+    odd = "is neither" if path.suffix not in ("", ".pt") or (len(path.parts) != 1 and path.suffix != ".pt") else ""
+    require(
+        not (there or odd),
+        f"export ends with the file to write, FILE.pt, or with a NAME to ship it by, and {name} {there or odd}. Is it "
+        "missing?",
+    )
     if len(sources) == 1:
         trained = Trained.from_run(Path(sources[0]))
     else:

@@ -120,6 +120,7 @@ def check(options: Config) -> None:
     """Refuse what cannot be run, before anything is."""
     require_at_least_one(options, "size", "tasks")
     require_positive(options, "condition", "strength")
+    require(options.condition >= 1, f"--condition is {options.condition}: that of a matrix is at least 1.")
     require(min(options.steps, default=0) > 0, f"--steps is {options.steps}: numbers of at least 1 are needed.")
     require(not options.out.is_dir(), f"--out is {options.out}, a folder: the name of a file is needed.")
 

@@ -25,7 +25,7 @@ import bilevel as bl
 from applications.frame import ranks, schema, tune
 from applications.frame.errors import UserError, exit_code, note
 from applications.frame.names import local, portable
-from applications.frame.options import check_folder, check_values, is_file, option, settings_told
+from applications.frame.options import check_folder, check_values, check_words, is_file, option, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import LENGTHS, SOLVER, Interrupted, Run
 from applications.frame.run_folder import RunFolder, understood
@@ -197,7 +197,12 @@ def main(
             name, rest, lambda rest: tunable(_to_tune(parse(kind, rest, f"{command} tune", presets=presets)))
         )
     if subcommands is not None and word in subcommands:
-        return exit_code(lambda: subcommands[word].run(rest))
+
+        def other() -> int:
+            check_words(rest)
+            return subcommands[word].run(rest)
+
+        return exit_code(other)
     others = {f"{other} {one.takes}": one.about for other, one in (subcommands or {}).items()}
     if tunable is not None:
         others["tune [options]"] = "an Optuna study over its solver settings"
@@ -205,6 +210,7 @@ def main(
     call = f"{command} {shlex.join(arguments)}".strip()
 
     def given(start: K | None) -> K:
+        check_words(arguments)
         return parse(kind, arguments, command, help, presets, start)
 
     return exit_code(lambda: _run(given, story, call, name, lambda: _start(kind, arguments, presets)))

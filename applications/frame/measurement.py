@@ -12,7 +12,7 @@ from typing import TypeVar
 import tyro
 
 from applications.frame.errors import exit_code
-from applications.frame.options import check_folder, check_values, settings_told
+from applications.frame.options import check_folder, check_values, check_words, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run_folder import RunFolder
 
@@ -43,6 +43,7 @@ def main(
     """
 
     def command() -> int | None:
+        check_words(arguments)
         options = tyro.cli(kind, args=arguments, prog=f"python -m applications.{name}")
         check_values(options)
         place: Path | None = None if folder is None else getattr(options, folder)

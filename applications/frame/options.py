@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,21 @@ def check_values(options: Any) -> None:
             reason = _refused(name, value)
             if reason is not None:
                 raise UserError(f"{option(name)} is {_shortened(value)}: {reason}.")
+
+
+def check_words(arguments: Iterable[str]) -> None:
+    """Refuse words that are empty: as the path of a file or a folder, such a one would be where the command runs.
+
+    Raises:
+        UserError: naming the option.
+    """
+    before = ""
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        if not word or (name.startswith("--") and equals and not value):
+            told = (name if equals else before) or "A word of the command"
+            raise UserError(f"{told} is empty: a value is needed. Is a variable of the shell not set?")
+        before = name if word.startswith("--") else before
 
 
 def _flat(options: Any, default: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

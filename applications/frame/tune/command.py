@@ -27,7 +27,7 @@ from applications.frame.device import select_device
 from applications.frame.errors import UserError, exit_code, note
 from applications.frame.interruption import Interruption
 from applications.frame.lock import refuse_link
-from applications.frame.options import check_folder, check_values, settings_told
+from applications.frame.options import check_folder, check_values, check_words, settings_told
 from applications.frame.output import forgiving
 from applications.frame.run import Interrupted, Run
 from applications.frame.run_folder import RunFolder, understood
@@ -93,6 +93,7 @@ def main(name: str, arguments: list[str], rest: Callable[[list[str]], Tunable]) 
     """
 
     def command() -> int:
+        check_words(arguments)
         options, left = tyro.cli(
             Config, args=arguments, prog=f"python -m applications.{name} tune", return_unknown_args=True
         )

@@ -73,3 +73,8 @@ def test_command(tmp_path, capsys):
 def test_numbers_that_are_not_positive(name, capsys):
     assert main(["gradients", f"--{name}", "-1"]) == 2
     assert f"--{name} is -1.0" in capsys.readouterr().err
+
+
+def test_a_condition_that_no_matrix_has(capsys):
+    assert main(["gradients", "--condition", "0.5"]) == 2
+    assert "--condition is 0.5: that of a matrix is at least 1" in capsys.readouterr().err

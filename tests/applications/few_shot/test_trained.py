@@ -103,6 +103,16 @@ class TestFile:
         assert "is not overwritten" in capsys.readouterr().err
         assert file.read_bytes() == before
 
+    def test_an_export_without_its_file_is_refused(self, run, file, short_run, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr("applications.few_shot.evaluation.SHIPPED", tmp_path / "shipped")
+        (tmp_path / "table.csv").write_text("1")
+        for last in (run, tmp_path / "table.csv", tmp_path / "new.bin", "folder/name", "name.v2"):
+            assert main(["export", str(run), str(last)]) == 2
+            assert "export ends with the file to write" in capsys.readouterr().err
+        assert not (tmp_path / "shipped").exists()
+        assert main(["export", str(run), "name"]) == 0
+        assert (tmp_path / "shipped" / "name.pt").is_file()
+
     def test_any_number_of_ways_with_a_zero_head_only(self, file):
         found = Trained.load(file)
         learner = found.learner(ways=7)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from applications.few_shot.__main__ import main
 from applications.frame.errors import UserError
-from applications.frame.options import check_folder, check_values, settings_told
+from applications.frame.options import check_folder, check_values, check_words, settings_told
 from applications.frame.tune.storage import without_password
 
 
@@ -42,6 +43,30 @@ def test_the_option_is_named(name, value):
     check_values(Options())
     with pytest.raises(UserError, match=rf"^--{name} is "):
         check_values(Options(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--out", ""], "--out"),
+        (["--seed", "3", "--data="], "--data"),
+        (["run", ""], "A word of the command"),
+        ([""], "A word of the command"),
+    ],
+)
+def test_a_word_that_is_empty(words, name):
+    """As a path it would be the folder where the command runs."""
+    check_words(["--seed", "3", "--data=digits", "run"])
+    with pytest.raises(UserError, match=f"^{name} is empty: a value is needed"):
+        check_words(words)
+
+
+@pytest.mark.parametrize("command", [[], ["evaluate"], ["tune"], ["benchmark"]])
+def test_every_command_refuses_it(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "--out", ""]) == 2
+    assert "error: --out is empty" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_a_file_or_below_one(tmp_path):
