@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..extras import require
 from .failures import of_a_trial
@@ -26,6 +26,7 @@ from .settings import plain
 if TYPE_CHECKING:
     import optuna
 
+T = TypeVar("T")
 Sampler = Literal["auto", "tpe", "gp", "random"]
 Objective = Callable[["optuna.Trial"], "float | Sequence[float]"]
 
@@ -131,7 +132,7 @@ def open_storage(storage: str | Path | None, grace_seconds: int = GRACE_SECONDS)
     A journal's last line is cut where a crash left half of it: appended to, it would make the journal unreadable.
 
     Raises:
-        ValueError: an address of neither kind; a storage that is damaged or cannot be reached.
+        ValueError: an address of neither kind, or of SQLite in memory; a storage that is damaged or cannot be reached.
     """
     require("optuna", "tuning")
     import optuna
@@ -145,14 +146,21 @@ def open_storage(storage: str | Path | None, grace_seconds: int = GRACE_SECONDS)
     if "://" in address:
         with warnings.catch_warnings(), _reading(storage):
             url = sqlalchemy.make_url(address)
-            if url.get_backend_name() == "sqlite" and url.database not in (None, "", ":memory:"):
+            if url.get_backend_name() == "sqlite":
+                if url.database in (None, "", ":memory:") or "mode=memory" in address or "::memory:" in address:
+                    raise ValueError(
+                        f"storage is {address!r}, a database in memory: each thread would have one of its own, and it "
+                        "ends with the process. Name a file, sqlite:///study.db, or give None for a study in memory."
+                    )
                 Path(url.database).parent.mkdir(parents=True, exist_ok=True)
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of the heartbeat
-            return RDBStorage(
-                address,
-                heartbeat_interval=max(1, grace_seconds // 6),
-                grace_period=grace_seconds,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
+            return _made_once(
+                lambda: RDBStorage(
+                    address,
+                    heartbeat_interval=max(1, grace_seconds // 6),
+                    grace_period=grace_seconds,
+                    heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=1),
+                )
             )
     if not address.endswith(JOURNAL_SUFFIXES):
         raise ValueError(
@@ -166,6 +174,24 @@ def open_storage(storage: str | Path | None, grace_seconds: int = GRACE_SECONDS)
         _check_journal(Path(address))
     with _reading(storage):
         return JournalStorage(JournalFileBackend(address, lock_obj=JournalFileOpenLock(address)))
+
+
+def _made_once(open_database: Callable[[], T]) -> T:
+    """A database whose tables another process may be making at the same moment: then they are there a moment later."""
+    import sqlalchemy
+
+    for pause in (0.1, 0.3, 1.0, 3.0):
+        try:
+            return open_database()
+        except (
+            sqlalchemy.exc.IntegrityError,
+            sqlalchemy.exc.OperationalError,
+            sqlalchemy.exc.ProgrammingError,
+        ) as error:
+            if not isinstance(error, sqlalchemy.exc.IntegrityError) and "already exists" not in str(error):
+                raise
+            time.sleep(pause)
+    return open_database()
 
 
 @contextmanager

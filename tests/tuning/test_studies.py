@@ -47,6 +47,50 @@ def test_five_and_five_are_ten_distinct_points(tmp_path, kind, sampler):
     assert found[0].params == {"x": 0.5}  # the default came first, and once
 
 
+@pytest.mark.parametrize(
+    "address", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///file::memory:?uri=true"]
+)
+def test_a_database_in_memory_is_refused(address):
+    """The thread of its heartbeat would have another one, without tables."""
+    with pytest.raises(ValueError, match="a database in memory"):
+        create_study("bowl", address)
+
+
+@pytest.mark.slow
+def test_processes_that_make_one_database_at_once_share_it(tmp_path):
+    code = """
+import sys, time
+import bilevel as bl
+import optuna
+time.sleep(max(0, float(sys.argv[2]) - time.time()))
+study = bl.tuning.create_study("bowl", f"sqlite:///{sys.argv[1]}", sampler="random")
+study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+"""
+    begin = str(time.time() + 8)
+    words = [sys.executable, "-c", code, str(tmp_path / "st.db"), begin]
+    processes = [subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], errors
+    assert len(create_study("bowl", f"sqlite:///{tmp_path / 'st.db'}").trials) == 3
+
+
+def test_a_database_that_another_process_is_making_is_waited_for(monkeypatch, tmp_path):
+    import sqlalchemy
+
+    monkeypatch.setattr("bilevel.tuning.studies.time.sleep", lambda seconds: None)
+    make, tried = optuna.storages.RDBStorage, []
+
+    def storage(*args, **settings):
+        tried.append(args)
+        if len(tried) == 1:
+            raise sqlalchemy.exc.IntegrityError("insert", {}, Exception("UNIQUE constraint failed: alembic_version"))
+        return make(*args, **settings)
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", storage)
+    open_storage(f"sqlite:///{tmp_path / 'st.db'}")
+    assert len(tried) == 2
+
+
 def test_workers_do_not_repeat_each_other():
     points = []
     for worker in range(3):

@@ -239,7 +239,7 @@ def storage_told(storage: str, *damages: type[Exception]) -> Iterator[None]:
             error = error.__context__ if isinstance(error, AssertionError) else None
         if error is None:
             raise
-        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
         told = f"--storage {storage} cannot be used: {reason}. Is the address right, the disk full, the file damaged?"
         raise UserError(without_password(told, storage)) from None  # its traceback may have the password
 

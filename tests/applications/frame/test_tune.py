@@ -143,7 +143,8 @@ def test_limits_become_constraints_and_a_study_without_a_winner_says_so(tmp_path
 @refusals(
     *("--trials 0", "--confirm 1"),
     (["--workers", "2", "--storage", "sqlite:///x.db"], "SQLite is not for several processes"),
-    (["--storage", "nothing"], "cannot be used"),
+    (["--storage", "nothing"], "ends with .log or .journal. Is the address right"),
+    (["--storage", "sqlite://"], "a database in memory"),
     (["--storage", "postgresql+psycopg2://nobody@127.0.0.1:1/none"], "cannot be used"),
 )
 def test_bad_options(tmp_path, capsys, arguments, message):
