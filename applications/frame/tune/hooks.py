@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,16 +20,41 @@ KINDS = {".png": "image/png", ".html": "text/html", ".json": "application/json"}
 def callbacks_of(paths: Sequence[str]) -> list[Callback]:
     """Callbacks ``(study, trial)`` by their import paths, ``package.module:function``.
 
+    One that fails when it is called ends the study by a `UserError` too.
+
     Raises:
-        UserError: a path leads nowhere, or to what cannot be called.
+        UserError: a path leads nowhere, or to what cannot be called so.
     """
     found = []
     for path in paths:
         callback = imported("--callback", path)
         if not callable(callback):
             raise UserError(f"--callback {path} is a {type(callback).__name__}: a function (study, trial) is needed.")
-        found.append(callback)
+        try:
+            inspect.signature(callback).bind(None, None)
+        except TypeError as error:
+            raise UserError(
+                f"--callback {path}: a function of (study, trial) is needed, and it has {error}."
+            ) from error
+        except ValueError:  # it is written in C, and tells no signature
+            pass
+        found.append(_told(path, callback))
     return found
+
+
+def _told(path: str, callback: Callback) -> Callback:
+    """The callback, whose failure names it."""
+
+    def called(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        try:
+            callback(study, trial)
+        except (Exception, SystemExit) as error:
+            raise UserError(
+                f"--callback {path} failed after trial {trial.number} ({type(error).__name__}: {error}). The trials "
+                "are kept: mend it, or leave it out, and the same command goes on."
+            ) from error
+
+    return called
 
 
 def keep(study: optuna.Study, folder: Path, store: Path) -> list[str]:

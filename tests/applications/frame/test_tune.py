@@ -304,7 +304,25 @@ def test_callbacks_and_artifacts_pass_through(tmp_path, capsys):
     )  # the page and the timeline have ids of theirs
 
 
-@pytest.mark.parametrize("path", ["nowhere.module:f", "math:no_such_function", "math:pi", "no path at all"])
+def failing(study, trial):
+    raise KeyError("the dashboard")
+
+
+def leaving(study, trial):
+    sys.exit(3)
+
+
+@pytest.mark.parametrize(("name", "told"), [("failing", "KeyError: 'the dashboard'"), ("leaving", "SystemExit: 3")])
+def test_a_callback_that_fails_is_named_and_the_trials_are_kept(tmp_path, capsys, name, told):
+    assert run(tmp_path, "--callback", f"{__name__}:{name}") == 2
+    assert f"error: --callback {__name__}:{name} failed after trial 0 ({told})" in capsys.readouterr().err
+    study = optuna.load_study(study_name="ridge score", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"]
+
+
+@pytest.mark.parametrize(
+    "path", ["nowhere.module:f", "math:no_such_function", "math:pi", "no path at all", "os:getcwd", "os.path:exists"]
+)
 def test_a_callback_that_cannot_be_called_is_told_before_anything_runs(tmp_path, capsys, path):
     assert run(tmp_path / "study", "--callback", path) == 2
     assert "--callback" in capsys.readouterr().err
