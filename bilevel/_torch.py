@@ -26,6 +26,7 @@ from torch._C._functorch import (  # type: ignore[attr-defined]
     maybe_get_bdim,
     maybe_get_level,
 )
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 from torch.nn.utils import stateless
@@ -50,6 +51,7 @@ __all__ = [
     "get_interpreter_stack",
     "get_unwrapped",
     "in_dual_level",
+    "innermost",
     "is_batchedtensor",
     "is_dead_tensor_wrapper",
     "is_functorch_wrapped_tensor",
@@ -59,6 +61,7 @@ __all__ = [
     "maybe_get_bdim",
     "maybe_get_level",
     "num_function_modes",
+    "outside_transforms",
     "packed_product",
     "profiled_events",
     "pull",
@@ -66,6 +69,7 @@ __all__ = [
     "reparametrized",
     "saved_tensors_hooks",
     "sequence_number",
+    "shown",
     "swapped_last_in_first_out",
 ]
 
@@ -78,6 +82,26 @@ def num_function_modes() -> int:
 def in_dual_level() -> bool:
     """Whether a forward-mode pass is open."""
     return forward_ad._current_level >= 0
+
+
+def innermost(tensor: Tensor) -> Tensor:
+    """The numbers below all transforms of `torch.func`, detached; those that are mapped over stand in front."""
+    tensor = tensor.detach()
+    while is_functorch_wrapped_tensor(tensor):
+        place = maybe_get_bdim(tensor)
+        tensor = get_unwrapped(tensor)
+        tensor = tensor if place < 0 else tensor.movedim(place, 0)
+    return tensor
+
+
+def shown(value: object) -> object:
+    """What a message says of a setting, which a transform would not let be printed."""
+    return innermost(value) if isinstance(value, Tensor) else value
+
+
+def outside_transforms() -> AbstractContextManager[object]:
+    """A block in which operations are those outside of all transforms of `torch.func`, on tensors that none wraps."""
+    return temporarily_clear_interpreter_stack()
 
 
 def forward_grad_enabled() -> AbstractContextManager[object]:

@@ -24,12 +24,12 @@ from .hypergrad.search import Search
 from .hypergrad.statement import ObjectiveStatement, ResidualStatement, SymmetricResidualStatement
 from .inner.decay import with_decay
 from .inner.default import DefaultLBFGS
-from .inner.first_look import first_look, hidden_minimum, hidden_root
+from .inner.first_look import first_look, hidden_inside, hidden_minimum, hidden_root
 from .inner.fixed_point import Anderson
 from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
 from .inner.outcome import RANDOM_ADVICE, is_random, look_closer
-from .inner.proximal import look_of, own_stats_of, prox_of
+from .inner.proximal import look_closer_inside, own_stats_of, prox_of
 from .inner.roots import ROOT_ADVICE, Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
 from .prox import Prox
@@ -182,7 +182,8 @@ def _composite(
             throw,
             "The inner solve",
             advice,
-            look=look_of(solver),
+            look=partial(look_closer_inside, prox.separable),
+            hides=first_look(objective, solver, partial(hidden_inside, prox.separable)),
             own_stats=own_stats_of(solver),
         ),
         hypergrad=hypergrad,

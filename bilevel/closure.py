@@ -28,6 +28,7 @@ from ._torch import (
     maybe_get_bdim,
     maybe_get_level,
     num_function_modes,
+    outside_transforms,
     pytree,
     sequence_number,
 )
@@ -398,4 +399,9 @@ def _peeled(tensor: Tensor, level: int) -> Tensor:
 
 def is_dual(tensor: Tensor) -> bool:
     """Whether it is a dual number of the forward mode at hand."""
-    return in_dual_level() and forward_ad.unpack_dual(tensor).tangent is not None
+    if not in_dual_level():
+        return False
+    # Inside of a transform PyTorch shows no tangent of a tensor from outside.
+    hidden = in_transform() and not is_functorch_wrapped_tensor(tensor)
+    with outside_transforms() if hidden else _NOTHING:
+        return forward_ad.unpack_dual(tensor).tangent is not None

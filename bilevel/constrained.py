@@ -24,6 +24,7 @@ from .inner.minimize import InnerSolver
 from .inner.nearness import Goal
 from .inner.proximal import minimises_more
 from .inner.roots import Newton, RootSolver
+from .inner.watch import seen_as
 from .linalg.direct import LeastNorm
 from .linalg.jacobian import GraphJacobian
 from .linalg.noise import normal, signs
@@ -33,7 +34,7 @@ from .notices import tell
 from .problem import Problem, RootProblem, check_batch, check_init, gradient_or_zero
 from .recording import recording
 from .solution import Result, Solution, SolveWarning, Throw, check_throw, marked
-from .tree import Raveler, Tree, axpy, norm, tree_map
+from .tree import Raveler, Tree, axpy, leaves, norm, tree_map
 
 MOVE = 1e-3
 """Relative change of the params by which the sizes of losses and constraints are found."""
@@ -327,10 +328,13 @@ class Balanced:
         d = self.units(problem, y)
         for _ in range(TURNS):
 
-            def residual(leaves: list[Tensor], d: Tensor = d) -> list[Tensor]:
-                return raveler.unravel(d * problem.flat_residual(d * raveler.ravel(leaves)))
+            def residual(point: Tree, d: Tensor = d) -> Tree:
+                found = d * problem.flat_residual(d * raveler.ravel(leaves(point)))
+                return raveler.unflatten(raveler.unravel(found))
 
-            found = self.solver.find(RootProblem(residual, raveler.unravel(y / d), batch_dims=len(raveler.batch_shape)))
+            solver = seen_as(self.solver, lambda step, d=d: replace(step, flat=d * step.flat))  # type: ignore[misc]
+            start = raveler.unflatten(raveler.unravel(y / d))
+            found = solver.find(RootProblem(residual, start, batch_dims=len(raveler.batch_shape)))
             y, steps, before = d * found.value, steps + found.stats["num_steps"], d
             moved = torch.ones_like(steps, dtype=torch.bool)
             if not bool(torch.isfinite(y).all()):
@@ -507,17 +511,17 @@ class AugmentedLagrangian:
             stale = norm(multipliers.double() / price) > STALE * norm(problem.raveler.ravel([*params, 0 * multipliers]))
             multipliers = multipliers.masked_fill(stale.unsqueeze(-1), 0.0)
 
-            def augmented(
-                params: list[Tensor], nu: Tensor = multipliers, mu: Tensor = mu, units: Units = units
-            ) -> Tensor:
-                loss = objective([*params, nu])
-                c = widened(constraints([*params, nu]))
+            def augmented(params: Tree, nu: Tensor = multipliers, mu: Tensor = mu, units: Units = units) -> Tensor:
+                point = [*leaves(params), nu]
+                loss = objective(point)
+                c = widened(constraints(point))
                 c, nu = c / units.gap.to(c.dtype), (nu.double() / price).to(c.dtype)  # noqa: B023
                 penalty: Tensor = (nu * c).sum(-1) + mu.to(c.dtype) / 2 * c.square().sum(-1)
                 whole: Tensor = loss / units.loss.to(loss.dtype) + penalty
                 return whole
 
-            inner = Problem(augmented, params, max_batch_dims=mu.dim())
+            tree = problem.raveler.unflatten([*params, multipliers]).params
+            inner = Problem(augmented, tree, max_batch_dims=mu.dim())
             found = self.inner.minimize(inner)
             # Where mu is smaller than the curvature that the constraints hold, it falls for ever: that turn is lost.
             with torch.no_grad():

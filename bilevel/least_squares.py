@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ._torch import innermost, shown
 from .argmin import Params, argmin
 from .checks import check_function, check_hypergrad, check_solver, check_start, check_warm_start
 from .closure import Closure, Tracer, VmappedClosure
@@ -73,7 +75,8 @@ def least_squares(
         init: where to start: any tree of floating-point tensors.
         loss: ``rho``, as in `scipy.optimize.least_squares`: ``"linear"`` is plain least squares, the others let
             outliers count less; or an elementwise function of ``(r / s)^2`` with slope 1 at 0.
-        loss_scale: ``s``, the residual from which on one counts as an outlier.
+        loss_scale: ``s``, the residual from which on one counts as an outlier: a number, or one for each residual,
+            ``[m]`` (``[T, m]``, or ``[T, 1]`` for each fit), in the order of the flattened residuals.
         solver: `LevenbergMarquardt` by default; `GaussNewtonCG` for many params; any solver of `argmin`, whose bounds,
             prox or weight decay count as in `argmin`.
         curvature: of the adjoint solve. ``"full"``: the Hessian, and the derivative is exact. ``"gauss_newton"``:
@@ -185,8 +188,10 @@ class LeastSquaresStatement(ObjectiveStatement):
 
 
 def _rho(loss: LossName | Rho, scale: float | Tensor) -> Rho | None:
-    if not isinstance(scale, Tensor) and not scale > 0:
-        raise ValueError(f"loss_scale is {scale}: it must be positive.")
+    if isinstance(scale, bool) or not isinstance(scale, Tensor | Real):
+        raise TypeError(f"loss_scale is {scale!r}: a number or a tensor is needed, such as torch.as_tensor(scale).")
+    if not bool((innermost(torch.as_tensor(scale)) > 0).all()):
+        raise ValueError(f"loss_scale is {shown(scale)}: it must be positive.")
     if callable(loss):
         return loss
     if loss not in LOSSES:

@@ -457,6 +457,12 @@ def check_residual(found: Tree, init: Tree, what: str = "residual") -> None:
             f"{what} returned {_shapes(found)} for init {_shapes(init)}: a square system has as many equations as "
             f"unknowns, in a tree of the same structure and shapes.{ordered(found, init)}"
         )
+    for r, y in zip(leaves(found), leaves(init), strict=True):
+        if r.is_complex() and not y.is_complex():
+            raise ValueError(
+                f"{what} returned {r.dtype} for unknowns of {y.dtype}: of a complex equation, real and imaginary parts "
+                "are two. Return them as they are, torch.view_as_real(r), with as many real unknowns."
+            )
 
 
 def ordered(found: Tree, init: Tree) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._torch import get_unwrapped, is_functorch_wrapped_tensor, maybe_get_bdim
+from ._torch import innermost
 from .checks import check_hypergrad, refuse_mps
 from .closure import Closure, Tracer, VmappedClosure
 from .context import solves
@@ -205,6 +205,8 @@ def _checked(
     given = [Q, c, *([A, b] if A is not None else empty), *([G, h] if G is not None else empty)]
     tensors = [tensor for tensor in given if tensor is not None]
     dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    if dtype == torch.float16:
+        raise TypeError("the data are of torch.float16, whose range is too small for their units: take float32.")
     tensors = [tensor.to(dtype) for tensor in tensors]
     for name, matrix, tensor in (("b", "A", tensors[3]), ("h", "G", tensors[5])):
         if tensor.dim() == 0:
@@ -227,18 +229,8 @@ def _checked(
         t if not sizes or t.dim() > dims else t.expand(*sizes, *t.shape)
         for t, dims in zip(tensors, (2, 1, 2, 1, 2, 1), strict=True)
     ]
-    _check_values([_inside(tensor, dims) for tensor, dims in zip(full, (2, 1, 2, 1, 2, 1), strict=True)])
+    _check_values([innermost(tensor) for tensor in full])
     return tuple(full)
-
-
-def _inside(tensor: Tensor, dims: int) -> Tensor:
-    """The numbers below all transforms of `torch.func`, those that are mapped over in front of ``dims`` others."""
-    tensor = tensor.detach()
-    while is_functorch_wrapped_tensor(tensor):
-        place = maybe_get_bdim(tensor)
-        tensor = get_unwrapped(tensor)
-        tensor = tensor if place < 0 else tensor.movedim(place, 0)
-    return tensor
 
 
 def _check_values(data: list[Tensor]) -> None:

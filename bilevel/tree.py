@@ -174,6 +174,12 @@ class Raveler:
         return pytree.tree_unflatten(list(tensors), self.spec)
 
 
+def broadcasts_to(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether tensors of this shape broadcast to the other one, and do not enlarge it."""
+    pairs = zip(reversed(shape), reversed(other), strict=False)
+    return len(shape) <= len(other) and all(one in (1, size) for one, size in pairs)
+
+
 def digest(tensors: Iterable[Tensor]) -> int:
     """A number that tells apart tensors of other shapes or other bits; the same in every process."""
     found = 0

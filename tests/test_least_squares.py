@@ -222,11 +222,48 @@ def test_many_params_by_products():
     torch.testing.assert_close(grad, torch.linalg.pinv(jacobian).mT @ weights, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("solver", [None, GaussNewtonCG(), bl.LBFGS()], ids=repr)
+def test_a_scale_for_each_residual(solver):
+    """Which multiplied each fit's sum by the scale of another residual, and left fits at their start."""
+    X, y = randn(8, 2, seed=1), randn(8, seed=2)
+    y[::3] += 4.0
+    scale = torch.linspace(0.2, 2.0, 8, dtype=torch.float64).requires_grad_()
+
+    def residuals(b):
+        return b @ X.T - y
+
+    settings = {"loss": "soft_l1", "solver": solver, "throw": "raise"}
+    fit = bl.least_squares(residuals, tensor([0.0, 0.0]), loss_scale=scale, **settings)
+
+    def cost(b):
+        s = scale.detach()
+        return (s**2 * 2 * ((1 + (residuals(torch.tensor(b)) / s) ** 2).sqrt() - 1)).sum().item() / 2
+
+    exact = scipy.optimize.minimize(cost, [0.0, 0.0], method="BFGS", options={"gtol": 1e-9}).x
+    np.testing.assert_allclose(fit.value.detach().numpy(), exact, atol=1e-5)
+    (slope,) = torch.autograd.grad(fit.value[0], scale)
+    step = 1e-5 * torch.eye(8, dtype=torch.float64)[3]
+    ends = [
+        bl.least_squares(residuals, tensor([0.0, 0.0]), loss_scale=scale.detach() + way * step, **settings).value[0]
+        for way in (1, -1)
+    ]
+    assert slope[3].item() == pytest.approx(float(ends[0] - ends[1]) / 2e-5, rel=1e-4)
+    fits = torch.zeros(3, 2, dtype=torch.float64)
+    of_fits = tensor([0.1, 0.5, 2.0])
+    together = bl.least_squares(residuals, fits, loss_scale=of_fits[:, None], batched=True, **settings)
+    for one, size in zip(together.value, of_fits, strict=True):
+        alone = bl.least_squares(residuals, fits[0], loss_scale=size, **settings).value
+        torch.testing.assert_close(one, alone, rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
         ({"loss": "l2"}, ValueError, "soft_l1"),
         ({"loss_scale": 0.0}, ValueError, "positive"),
+        ({"loss_scale": tensor(-1.0)}, ValueError, "positive"),
+        ({"loss_scale": "a"}, TypeError, "loss_scale is 'a'"),
+        ({"loss_scale": tensor([1.0, 2.0]), "loss": "huber"}, ValueError, r"loss_scale has shape \(2,\)"),
         ({"curvature": "half"}, ValueError, "gauss_newton"),
         ({"hypergrad": bl.Unroll()}, NotImplementedError, "argmin"),
         ({"solver": bl.Newton()}, TypeError, "it solves systems"),

@@ -181,6 +181,9 @@ def test_bad_settings_name_the_argument(make, name):
         (lambda: ElasticNet(True, 1.0), "l1 is True"),
         (lambda: Simplex(None), "total is None"),
         (lambda: GroupLasso([0, 1]), "groups is "),
+        (lambda: HalfSpace([1.0, 1.0]), "a is [1.0, 1.0]"),
+        (lambda: HalfSpace(torch.ones(2), "a"), "b is 'a'"),
+        (lambda: Affine(torch.ones(1, 2), 1.0), "b is 1.0"),
     ],
 )
 def test_settings_that_are_no_numbers_are_named(make, name):
@@ -276,6 +279,16 @@ def test_settings_of_the_new_sets_are_differentiable():
         (lambda: HalfSpace(torch.zeros(3)), "a is zero"),
         (lambda: Rows(Simplex(), 0), "length"),
         (lambda: Rows(Simplex(), 4).prox(torch.ones(6), 1.0), "does not divide"),
+        (lambda: Affine(torch.full((1, 3), math.nan), torch.ones(1)), "A contains NaN"),
+        (lambda: Affine(torch.ones(1, 3), torch.ones(1)).prox(torch.ones(4), 1.0), r"A has shape \(1, 3\)"),
+        (lambda: HalfSpace(torch.ones(3), math.nan), "b is nan"),
+        (lambda: HalfSpace(torch.ones(())), "a vector"),
+        (lambda: HalfSpace(torch.ones(1), 1.0).prox(torch.ones(4), 1.0), r"a has shape \(1,\)"),
+        (lambda: Simplex(torch.ones(4)).prox(torch.ones(4), 1.0), r"total has shape \(4,\)"),
+        (lambda: L2Ball(torch.ones(4)).prox(torch.ones(4, 4), 1.0), r"radius has shape \(4,\)"),
+        (lambda: L1Ball(torch.ones(4)).value(torch.ones(4)), r"radius has shape \(4,\)"),
+        (lambda: Box(torch.zeros(2, 2), 1.0).prox(torch.ones(4), 1.0), r"lower has shape \(2, 2\)"),
+        (lambda: GroupLasso(GROUPS, torch.ones(2, 1)).prox(torch.ones(6), 1.0), r"strength has shape \(2, 1\)"),
     ],
 )
 def test_sets_that_make_no_sense(make, words):
@@ -335,3 +348,20 @@ def test_what_is_not_a_number_stays_so(prox):
     found = prox.prox(torch.tensor([math.nan, 1.0, 2.0]), 1.0)
     assert found[0].isnan()
     assert not torch.isfinite(bl.prox.Simplex().prox(torch.tensor([math.inf, 0.2, 0.3]), 1.0)).all()
+
+
+@pytest.mark.parametrize(
+    "make", [L1, Simplex, L2Ball, lambda bound: Box(0.0, bound)], ids=["l1", "simplex", "ball", "box"]
+)
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_settings_are_looked_at_under_a_transform(make, transform):
+    """A penalty of negative strength was solved, and an empty box."""
+
+    def solved(setting):
+        start = torch.zeros(2, dtype=torch.float64)
+        return bl.argmin(lambda y: (y - 1).square().sum(), start, solver=bl.ProximalGradient(make(setting))).value.sum()
+
+    bad = torch.tensor([0.5, -0.5], dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"negative|empty"):
+        torch.func.grad(solved)(bad[1]) if transform == "grad" else torch.func.vmap(solved)(bad)
+    assert torch.isfinite(torch.func.vmap(solved)(bad.abs())).all()

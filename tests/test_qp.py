@@ -333,6 +333,7 @@ def test_bad_input_names_the_argument(change, message):
         ({"hypergrad": bl.Unroll()}, "hypergrad is Unroll"),
         ({"max_steps": 1.5}, "max_steps is 1.5"),
         ({"tol": "small"}, "tol is 'small'"),
+        (dict.fromkeys("QcAbGh", torch.ones(1, dtype=torch.float16)), "float16"),
     ],
 )
 def test_bad_types_name_the_argument(change, message):
@@ -371,6 +372,24 @@ def test_what_rounding_the_solution_loses_is_told():
         fit = quadratic_program(Q, c)
     assert fit.result is bl.Result.INACCURATE
     assert quadratic_program(Q + 0.01 * torch.eye(3), c, throw="raise").result is bl.Result.CONVERGED
+
+
+def test_a_solution_of_zero_has_no_units():
+    """The only feasible point of a budget of zero: it was right to 1e-15, and INACCURATE."""
+    c, eye = torch.tensor([-1.0, -2.0, 0.5], dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    nothing = torch.zeros(3, dtype=torch.float64)
+    fit = quadratic_program(eye, c, torch.ones_like(eye[:1]), nothing[:1], -eye, nothing, throw="ignore")
+    assert fit.result is bl.Result.CONVERGED
+    assert fit.value.primal.abs().max() <= 1e-12
+
+
+def test_where_no_point_is_nothing_falls_for_ever():
+    """Infeasible, and unbounded along a direction that its constraints leave free."""
+    data = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    c, h = torch.tensor([0.0, 1.0], dtype=torch.float64), torch.tensor([[0.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+    fit = quadratic_program(torch.diag(data[0]), c, G=data, h=h, throw="ignore")
+    assert fit.stats["infeasible"].tolist() == [True, False]
+    assert fit.stats["unbounded"].tolist() == [False, True]
 
 
 def test_a_second_cause_at_the_same_line_is_told_too():

@@ -120,6 +120,23 @@ def test_wrappers_of_a_transform_that_is_left_are_told():
     assert _torch.is_dead_tensor_wrapper(kept[0])
 
 
+def test_a_tangent_is_seen_outside_of_transforms_alone():
+    """A captured dual number: without the block the solve would not know of it, and its tangent would be zero."""
+    seen = []
+
+    def look(y, dual):
+        seen.append(torch.autograd.forward_ad.unpack_dual(dual).tangent)
+        with _torch.outside_transforms():
+            seen.append(torch.autograd.forward_ad.unpack_dual(dual).tangent)
+        return y.sum()
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.ones(2), torch.full((2,), 3.0))
+        torch.func.grad(look)(torch.ones(2), dual)
+    assert seen[0] is None
+    assert seen[1].tolist() == [3.0, 3.0]
+
+
 def test_the_stack_of_transforms():
     """Forward mode over forward mode through a custom function, which PyTorch gets silently wrong, is refused."""
     seen = []

@@ -17,7 +17,7 @@ from ..linalg.jacobian import GraphJacobian
 from ..linalg.operator import Operator
 from ..problem import Linearization, Problem, RootProblem, linearize_objective, linearize_residual
 from ..solution import Solution
-from ..tree import Raveler, is_continuous, leaves
+from ..tree import Raveler, Tree, is_continuous, leaves
 
 if TYPE_CHECKING:
     from .base import Point
@@ -104,7 +104,10 @@ class ResidualStatement(Statement):
         return leaves(self.closure(params, hparams))
 
     def problem(self, start: list[Tensor], hparams: Sequence[Tensor], batch_dims: int) -> RootProblem:
-        return RootProblem(lambda point: self.residual(point, hparams), start, batch_dims=batch_dims)
+        def residual(params: Tree) -> Tree:
+            return pytree.tree_unflatten(self.residual(leaves(params), hparams), self.closure.spec)
+
+        return RootProblem(residual, pytree.tree_unflatten(start, self.closure.spec), batch_dims=batch_dims)
 
     def linearize(self, params: Sequence[Tensor], hparams: Sequence[Tensor]) -> Linearization:
         free = free_leaves(hparams)

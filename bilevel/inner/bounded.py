@@ -15,7 +15,6 @@ from ..tree import Tree, axpy, dot, norm, scale
 from .descent import MAX_TRIALS, SUFFICIENT_DECREASE, grows, ran_away
 from .minimize import Progress, choose
 from .nearness import Nearness
-from .outcome import look_closer
 from .pairs import first_step, pair_of, two_loops, unit_of
 from .watch import Watch
 
@@ -160,14 +159,6 @@ def _search(
         pending = pending & ~accepted
         step = torch.where(pending, step / 2, step)
     return best, active & ~pending & (best.y != at.y).any(-1)
-
-
-def look_closer_inside(problem: Problem, found: Solution) -> Solution[Tensor]:
-    """`look_closer` at the params that are free to move; a problem without bounds is none of its own."""
-    if problem.shrink is None:
-        return found
-    at = problem.evaluate(found.value.detach())
-    return look_closer(problem, found, ~box_of(problem, (None, None)).held(at))
 
 
 def snapped(box: Bounds, y: Tensor, g: Tensor, slack: float = 1e-6) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from ..linalg.jacobian import GraphJacobian
 from ..problem import Problem, RootProblem
@@ -33,6 +34,7 @@ from .outcome import (
     is_random,
     mixes_problems,
 )
+from .proximal import free_params
 from .roots import RootSolver
 
 FEWEST, MOST = 5, 20
@@ -110,9 +112,28 @@ def hidden_minimum(solver: InnerSolver, problem: Problem, found: Solution) -> st
         return ""
     if bool((claimed & has_no_end(problem, found)).any()):
         return ENDLESS_ADVICE
-    products = min(MOST, max(FEWEST, int(found.stats["num_steps"].max())))
-    down = bends_down(problem, y, products, torch.finfo(y.dtype).eps ** 0.5)
+    return _saddle(problem, found, claimed, None)
+
+
+def _saddle(problem: Problem, found: Solution, claimed: Tensor, kept: Tensor | None) -> str:
+    """Where the loss bends down at what is claimed to be a minimum, along ``kept`` params, in words."""
+    y, products = found.value.detach(), min(MOST, max(FEWEST, int(found.stats["num_steps"].max())))
+    down = bends_down(problem, y, products, torch.finfo(y.dtype).eps ** 0.5, kept)
     return SADDLE_ADVICE if bool((down & claimed).any()) else ""
+
+
+def hidden_inside(separable: bool, _: InnerSolver, problem: Problem, found: Solution) -> str:
+    """The same of a problem with a prox or bounds: whether its problems depend on each other, and bends downwards.
+
+    Args:
+        separable: whether the prox acts on each param by itself.
+    """
+    y, claimed = found.value.detach(), found.stats["result"] == int(Result.CONVERGED)
+    if y.numel() > LARGEST or not bool(claimed.any()):
+        return ""
+    if mixes_problems(problem, y):
+        return COUPLED_ADVICE
+    return _saddle(problem, found, claimed, free_params(problem, y, separable))
 
 
 def raised(problem: Problem, found: Solution) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,30 @@ class InteriorPoint:
     def find(self, problem: RootProblem) -> Solution[Tensor]:
         """The solution of the KKT conditions, flat."""
         program = Program(*(d.detach().double() for d in problem.data))
+        best, least, steps, infeasible, unbounded = self._walk(program)
+        if bool(unbounded.any()):  # an objective falls for ever where no point is, too
+            nowhere = unbounded & self._walk(program.nearest())[3]
+            infeasible, unbounded = infeasible | nowhere, unbounded & ~nowhere
+        best, exact = program.polished(best, self.tol)
+        solved = exact | (least <= self.tol)
+        codes = marked(make_codes(Result.MAX_STEPS, steps), solved, Result.CONVERGED)
+        if self.near is not None:
+            size = norm(best.z).clamp_min(self.near**0.5)  # a solution of zero has none; in scaled data 1 is usual
+            codes = marked(
+                codes, solved & ~exact & (norm(program.newton_step(best).z) > self.near * size), Result.INACCURATE
+            )
+        codes = marked(codes, ~solved & (steps < self.max_steps), Result.STAGNATED)
+        codes = marked(codes, ~solved & (infeasible | unbounded), Result.DIVERGED)
+        degenerate = solved & program.degenerate(best)
+        flat = torch.cat([best.z, best.nu, best.lam], -1).to(problem.y.dtype)
+        lost = program.violation(flat.double()) > max(self.tol, 100 * torch.finfo(flat.dtype).eps)
+        codes = marked(codes, solved & lost, Result.INACCURATE)
+        codes = marked(codes, ~torch.isfinite(flat).all(-1), Result.NONFINITE)
+        flags = {"degenerate": degenerate, "infeasible": infeasible & ~solved, "unbounded": unbounded & ~solved}
+        return Solution(flat, {"num_steps": steps, "result": codes, **flags})
+
+    def _walk(self, program: Program) -> tuple[Iterate, Tensor, Tensor, Tensor, Tensor]:
+        """The best point, its error and the steps to it; which programs have no feasible point; which no minimum."""
         point = program.start()
         shape = point.z.shape[:-1]
         steps = torch.zeros(shape, dtype=torch.int64, device=point.z.device)
@@ -79,21 +103,7 @@ class InteriorPoint:
             unsolved = active & (least > self.tol)
             infeasible = infeasible | (unsolved & program.proves_infeasible(point))
             unbounded = unbounded | (unsolved & program.proves_unbounded(point.z - last.z))
-        best, exact = program.polished(best, self.tol)
-        solved = exact | (least <= self.tol)
-        codes = marked(make_codes(Result.MAX_STEPS, steps), solved, Result.CONVERGED)
-        if self.near is not None:
-            far = norm(program.newton_step(best).z) > self.near * norm(best.z)
-            codes = marked(codes, solved & ~exact & far, Result.INACCURATE)
-        codes = marked(codes, ~solved & (steps < self.max_steps), Result.STAGNATED)
-        codes = marked(codes, ~solved & (infeasible | unbounded), Result.DIVERGED)
-        degenerate = solved & program.degenerate(best)
-        flat = torch.cat([best.z, best.nu, best.lam], -1).to(problem.y.dtype)
-        lost = program.violation(flat.double()) > max(self.tol, 100 * torch.finfo(flat.dtype).eps)
-        codes = marked(codes, solved & lost, Result.INACCURATE)
-        codes = marked(codes, ~torch.isfinite(flat).all(-1), Result.NONFINITE)
-        flags = {"degenerate": degenerate, "infeasible": infeasible & ~solved, "unbounded": unbounded & ~solved}
-        return Solution(flat, {"num_steps": steps, "result": codes, **flags})
+        return best, least, steps, infeasible, unbounded
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,11 @@ class Program:
         """The least-squares start of Vandenberghe (2010), pushed into the interior."""
         z, nu, lam = self.solver(torch.ones_like(self.h))(-self.c, self.b, self.h)
         return Iterate(z, nu, _pushed(-lam), _pushed(lam))
+
+    def nearest(self) -> Program:
+        """The program of the feasible point nearest to zero."""
+        eye = torch.eye(self.c.shape[-1], dtype=self.c.dtype, device=self.c.device)
+        return replace(self, Q=eye.expand_as(self.Q), c=torch.zeros_like(self.c))
 
     def error(self, at: Iterate) -> Tensor:
         """The largest violation of the KKT conditions, ``[*batch]``."""

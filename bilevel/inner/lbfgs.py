@@ -13,7 +13,7 @@ from ..prox import Prox
 from ..prox.parts import within
 from ..solution import Solution
 from ..tree import Tree
-from .bounded import box_of, check_bounds, descend_within, look_closer_inside
+from .bounded import box_of, check_bounds, descend_within
 from .descent import descend
 from .minimize import check_settings
 from .nearness import Nearness
@@ -55,8 +55,6 @@ class LBFGS:
     def prox_for(self, init: Tree) -> Prox | None:
         """The bounds as a projection of the flat params; None: there are none."""
         return None if self.bounds is None else within(self.bounds, init)
-
-    look = staticmethod(look_closer_inside)
 
     def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""

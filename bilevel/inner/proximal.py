@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from ..checks import check_numbers
+from ..linalg.noise import signs
 from ..linalg.solve import stop_now
 from ..problem import Evaluation, Objective, Problem, Shrink
 from ..prox import Prox
 from ..prox.parts import on_leaves
-from ..solution import Result, Solution
+from ..solution import Result, Solution, marked
 from ..tree import Tree, axpy, dot, norm, scale
 from .decay import with_decay
 from .minimize import InnerSolver, Progress, check_tolerance, choose
 from .nearness import Goal
+from .outcome import look_closer, suspicious
 from .watch import Callbacks, watch
 
 
@@ -38,7 +40,8 @@ class ProximalGradient:
         max_steps: steps at most, two gradients each (one without acceleration), and one for each halving.
         tol: stop a problem at ``||y - prox(y - eta grad g(y), eta)|| / eta``; None: where the distance to the solution,
             as the contraction of the last steps predicts it, is at most 1e-9 (float64) or 3e-5 (float32) times
-            ``||y|| + eta ||grad g||``.
+            ``||y|| + eta ||grad g||``, or as far as rounding allows: `Result.INACCURATE` where that is more than 1e-7
+            (3e-4).
         callback: called with each `InnerStep`; it ends the solve where it returns True. Or several of them.
         accelerated: Nesterov's extrapolation, started again where it points uphill (O'Donoghue and Candes 2015).
     """
@@ -103,8 +106,14 @@ class ProximalGradient:
                 ahead = problem.evaluate(torch.where(progress.active.unsqueeze(-1), extrapolated, at.y))
             else:
                 ahead = at
-        stats = {} if self.tol is not None else {"step_norm": stretch * norm(r)}
-        return progress.solution(at.y, residual_norm=size, step_size=step, **stats)
+        if self.tol is not None:
+            return progress.solution(at.y, residual_norm=size, step_size=step)
+        found = progress.solution(at.y, residual_norm=size, step_size=step, step_norm=stretch * norm(r))
+        codes, far = (
+            found.stats["result"],
+            found.stats["step_norm"] > Goal.of(at.g.dtype).accepted * step * terms(at, step),
+        )
+        return found.with_stats(result=marked(codes, (codes == int(Result.CONVERGED)) & far, Result.INACCURATE))
 
     def _first_step(self, problem: Problem) -> Tensor:
         at = problem.start
@@ -123,8 +132,13 @@ class ProximalGradient:
         if self.tol is not None:
             return torch.full_like(at.f, self.tol)
         # Both terms of y - eta g are as accurate as rounding, and no less is asked for.
-        terms, roundoff = norm(at.y) / step + norm(at.g), torch.finfo(at.g.dtype).eps
-        return torch.maximum(0.1 * Goal.of(at.g.dtype).wanted / stretch, torch.full_like(step, 2 * roundoff)) * terms
+        least = torch.full_like(step, 2 * torch.finfo(at.g.dtype).eps)
+        return torch.maximum(0.1 * Goal.of(at.g.dtype).wanted / stretch, least) * terms(at, step)
+
+
+def terms(at: Evaluation, step: Tensor) -> Tensor:
+    """``||y|| / eta + ||grad g||``, beside which the residual is small or not."""
+    return norm(at.y) / step + norm(at.g)
 
 
 def prox_of(solver: InnerSolver, init: Tree) -> Prox | None:
@@ -142,11 +156,6 @@ def minimises_more(solver: InnerSolver, objective: Objective, init: Tree, warn: 
     return with_decay(solver, objective, init, warn)[1] is not objective or prox_of(solver, init) is not None
 
 
-def look_of(solver: InnerSolver) -> Callable[[Problem, Solution], Solution[Tensor]] | None:
-    """What looks closer at the solutions of such a solver; None: nothing does."""
-    return getattr(solver, "look", None)
-
-
 def own_stats_of(solver: InnerSolver) -> tuple[str, ...]:
     """Names of stats that a solver knows better than they can be measured."""
     return getattr(solver, "own_stats", ())
@@ -156,6 +165,32 @@ def residual(shrink: Shrink, at: Evaluation, step: Tensor) -> Tensor:
     """``y - prox(y - eta g, eta)``, ``[*batch, n]``: eta times the gradient where the prox does nothing."""
     with torch.no_grad():
         return at.y - shrink(at.y - scale(step, at.g), step)
+
+
+def free_params(problem: Problem, y: Tensor, separable: bool) -> Tensor:
+    """Which params the prox leaves free to move about ``y``, ``[*batch, n]``: where it hands small changes on.
+
+    Args:
+        separable: whether each param may be free by itself; otherwise all are, or none.
+    """
+    shrink, at = problem.shrink, problem.evaluate(y)
+    assert shrink is not None
+    step = inverse_curvature(lambda y: problem.evaluate(y).g, y, at.g)
+    z = y - scale(step, at.g)
+    size = torch.finfo(y.dtype).eps ** 0.5 * norm(z).clamp_min(1.0)
+    free = torch.zeros_like(z, dtype=torch.bool)
+    for way in (1, -1):  # a param that rests on its bound may leave it one way
+        change = scale(way * size, signs(y.shape, 0, y.device).to(y.dtype))
+        with torch.no_grad():
+            free = free | ((shrink(z + change, step) - shrink(z, step) - change).abs() <= 1e-2 * change.abs())
+    return free if separable else free.all(-1, keepdim=True).expand_as(free)
+
+
+def look_closer_inside(separable: bool, problem: Problem, found: Solution) -> Solution[Tensor]:
+    """`look_closer` at the params that the prox leaves free to move."""
+    if not bool(suspicious(found).any()):
+        return found
+    return look_closer(problem, found, free_params(problem, found.value.detach(), separable))
 
 
 def inverse_curvature(gradient: Callable[[Tensor], Tensor], y: Tensor, g: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..prox import Prox
 from ..prox.parts import within
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import Tree, dot, norm, scale
-from .bounded import BoundedMemory, Bounds, box_of, check_bounds, look_closer_inside, snapped
+from .bounded import BoundedMemory, Bounds, box_of, check_bounds, snapped
 from .minimize import check_settings
 from .nearness import Nearness
 from .pairs import Memory
@@ -78,8 +78,6 @@ class ScipyMinimize:
     def prox_for(self, init: Tree) -> Prox | None:
         """The bounds as a projection of the flat params; None: there are none."""
         return None if self.bounds is None else within(self.bounds, init)
-
-    look = staticmethod(look_closer_inside)
 
     def minimize(self, problem: Problem) -> Solution[Tensor]:
         """Minimise; see `InnerSolver`."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch import outside_transforms
 from ..checks import check_numbers, check_optimizer, check_step_size
 from ..problem import Evaluation, Problem
 from ..solution import Solution
@@ -73,8 +74,9 @@ class TorchOptim:
 
     def without_decay(self, init: Tree) -> tuple[TorchOptim, Coefficient | None]:
         """See `Decaying`: where the optimizer adds its decay to the gradient, as all but AdamW and its kin do."""
-        params = [leaf.detach().requires_grad_() for leaf in leaves(init)]
-        optimizer = self.optimizer(params, **dict(self.settings))
+        with outside_transforms():  # where no tensor may begin to require grad
+            params = [torch.zeros(y.shape, dtype=y.dtype, device=y.device, requires_grad=True) for y in leaves(init)]
+            optimizer = self.optimizer(params, **dict(self.settings))
         groups = optimizer.param_groups
         if all(group.get("weight_decay", 0.0) == 0 for group in groups):
             return self, 0.0

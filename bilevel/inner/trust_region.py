@@ -15,7 +15,7 @@ from ..linalg.jacobian import pull_back, transposed
 from ..linalg.operator import widened
 from ..problem import Evaluation, Problem
 from ..solution import Result, Solution
-from ..tree import dot, norm, scale
+from ..tree import broadcasts_to, dot, norm, scale
 from .descent import ENOUGH_STEPS, GROWTH
 from .minimize import Progress, check_settings
 from .nearness import Nearness
@@ -29,7 +29,10 @@ Rho = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Loss:
-    """``scale^2 sum rho(r^2 / scale^2) / 2`` of residuals r; without rho the plain sum of squares."""
+    """``sum scale^2 rho(r^2 / scale^2) / 2`` of residuals r; without rho the plain sum of squares.
+
+    ``scale`` is one number, or one for each residual.
+    """
 
     rho: Rho | None = None
     scale: float | Tensor = 1.0
@@ -38,7 +41,16 @@ class Loss:
         """``[*batch, m] -> [*batch]``"""
         if self.rho is None:
             return r.square().sum(-1) / 2
-        return self.scale**2 * self.rho((r / self.scale).square()).sum(-1) / 2
+        self._check_scale(r)
+        return (self.scale**2 * self.rho((r / self.scale).square())).sum(-1) / 2
+
+    def _check_scale(self, r: Tensor) -> None:
+        shape = tuple(self.scale.shape) if isinstance(self.scale, Tensor) else ()
+        if not broadcasts_to(shape, r.shape):
+            raise ValueError(
+                f"loss_scale has shape {shape}, and the residuals are vectors of shape {tuple(r.shape)}, flattened and "
+                "one for each fit: a number is needed, one for each residual [m], or one for each fit [T, 1]."
+            )
 
     def weights(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """``rho'`` and the curvature ``rho' + 2 rho'' r^2 / scale^2`` of the cost by each residual, at least rounding.

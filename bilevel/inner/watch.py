@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,8 @@ class InnerStep:
 
 
 Callback = Callable[[InnerStep], object]
-"""Called with each `InnerStep`; it ends the solve where it returns True or raises `StopIteration`."""
+"""Called with each `InnerStep`; it ends the solve where it returns True, as a number or a tensor (of T problems: all
+True), or raises `StopIteration`."""
 
 
 Callbacks = Callback | Sequence[Callback] | None
@@ -61,7 +63,8 @@ class Watch:
         callbacks: one, or several. problem: a `Problem` or a `RootProblem`.
 
     Raises:
-        NotImplementedError: the solve is being recorded, when nothing can be shown.
+        TypeError: a callback is no function. NotImplementedError: the solve is being recorded, when nothing can be
+            shown.
     """
 
     def __init__(self, callbacks: Callback | Sequence[Callback], problem: Problem | RootProblem, max_steps: int):
@@ -70,7 +73,12 @@ class Watch:
                 "A solver with a callback was called inside of bilevel.capture, where no value can be looked at: take "
                 "the solver without its callback there, and look at fit.stats afterwards."
             )
-        self.callbacks = [callbacks] if callable(callbacks) else list(callbacks)
+        self.callbacks = every(callbacks)
+        for callback in self.callbacks:
+            if isinstance(callback, type) or not callable(callback):
+                name = getattr(callback, "__name__", None)
+                given, written = (f"the class {name}", f"{name}()") if name else (repr(callback), "bl.History()")
+                raise TypeError(f"callback is {given}: a function of a step is needed, such as {written}.")
         self.raveler, self.max_steps = problem.raveler, max_steps
 
     def __call__(self, step: int, y: Tensor, residual: Tensor, loss: Tensor | None, active: Tensor) -> bool:
@@ -85,7 +93,7 @@ class Watch:
         wishes = []
         for callback in self.callbacks:  # each is told, whatever the others wish
             try:
-                wishes.append(callback(seen) is True)
+                wishes.append(_is_true(callback(seen)))
             except StopIteration:
                 wishes.append(True)
         return any(wishes) and not last
@@ -104,6 +112,26 @@ class Watched(Protocol):
 def watch(solver: Watched, problem: Problem | RootProblem) -> Watch | None:
     """What a solver has to tell after each step; None where nobody listens."""
     return None if solver.callback is None else Watch(solver.callback, problem, solver.max_steps)
+
+
+def every(callbacks: object) -> list[Any]:
+    """One callback, or several, as a list; what is neither, as one."""
+    return list(callbacks) if isinstance(callbacks, Sequence) and not isinstance(callbacks, str) else [callbacks]
+
+
+def _is_true(answer: object) -> bool:
+    """Whether a callback said True: itself, or by a comparison of tensors or of NumPy's numbers."""
+    if isinstance(answer, Tensor):
+        return answer.dtype == torch.bool and bool(answer.all())
+    return isinstance(answer, bool | np.bool_) and bool(answer)
+
+
+def seen_as(solver: Any, show: Callable[[InnerStep], InnerStep]) -> Any:
+    """The solver, whose callbacks are told ``show(step)``: of a problem that another one was made into."""
+    callback = getattr(solver, "callback", None)
+    if callback is None:
+        return solver
+    return replace(solver, callback=[lambda step, one=one: one(show(step)) for one in every(callback)])
 
 
 @dataclass

@@ -15,8 +15,8 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .._torch import FunctionContext, in_dual_level, maybe_current_level
-from ..recording import recording
+from .._torch import FunctionContext, in_dual_level, innermost, maybe_current_level
+from ..recording import free_looks, recording
 from .batched import BatchedFunction, check_operands, check_real, per_channel
 from .convolution import check_convolution
 from .kernels import Pair, apart, checked_geometry, empty_images, side_by_side
@@ -40,6 +40,8 @@ def batch_norm(
             are too coarse, the result is float32.
         eps: added to the variance. pool: size of the windows of a max-pool, None for none.
         statistics: mean and variance of x, ``[c]`` each, where they are known: see `convolution_statistics`.
+
+    On a GPU, where values are not looked at, gradients lose digits where a mean is thousands of deviations from zero.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit, or ``pool`` is no window.
@@ -118,6 +120,8 @@ class _Statistics(BatchedFunction):
     def backward(ctx: FunctionContext, by_mean: Tensor, by_rstd: Tensor) -> tuple[Tensor, None]:
         x, mean, rstd = ctx.saved_tensors
         slope = by_rstd * rstd**3 / -_count(x)
+        if _is_far(mean, rstd):
+            return torch.addcmul(per_channel(by_mean / _count(x)), x - per_channel(mean), per_channel(slope)), None
         offset = per_channel(by_mean / _count(x) - slope * mean)
         by_x = x * per_channel(slope)
         return (by_x + offset if torch.is_grad_enabled() else by_x.add_(offset)), None
@@ -144,7 +148,10 @@ class _Affine(BatchedFunction):
         y, mean, rstd, weight, _ = ctx.saved_tensors
         scale = rstd * weight
         by_bias = g.sum(PIXELS)
-        by_scale = (g * y).sum(PIXELS) - mean * by_bias
+        if _is_far(mean, rstd):
+            by_scale = (g * (y - per_channel(mean))).sum(PIXELS)
+        else:  # a pass less
+            by_scale = (g * y).sum(PIXELS) - mean * by_bias
         return g * per_channel(scale), -scale * by_bias, by_scale * weight, by_scale * rstd, by_bias
 
     @staticmethod
@@ -159,6 +166,14 @@ class _Affine(BatchedFunction):
         tangent: Tensor = ty * per_channel(scale) + moved + per_channel(tb - tm * scale)
         return tangent
 
+
+def _is_far(mean: Tensor, rstd: Tensor) -> bool:
+    """Whether a difference of two sums would have lost digits that the data have; never where a look is not free."""
+    return free_looks(mean) and bool(innermost(mean.abs() * rstd > FAR).any())
+
+
+FAR = 100.0
+"""Standard deviations from zero."""
 
 PIXELS = (-4, -2, -1)
 """Dimensions of images and pixels, which the statistics are over."""

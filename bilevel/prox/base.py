@@ -15,7 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .._torch import is_functorch_wrapped_tensor
+from .._torch import innermost, shown
+from ..tree import broadcasts_to
 
 Setting = float | Tensor
 
@@ -122,7 +123,8 @@ class GroupLasso(Prox):
         size = self._sizes(y)
         alive = size > 0
         safe = torch.where(alive, size, torch.ones_like(size))
-        factor = torch.where(alive, 1 - per_problem(step, y) * self.strength / safe, torch.zeros_like(size))
+        strength = fitting("strength", self.strength, size)
+        factor = torch.where(alive, 1 - per_problem(step, y) * strength / safe, torch.zeros_like(size))
         factor = torch.where(factor > 0, factor, torch.zeros_like(factor))
         return y * factor[..., self.groups].to(y.dtype)
 
@@ -153,17 +155,17 @@ class Box(Prox):
             if not isinstance(bound, Tensor | Real):
                 raise TypeError(f"{name} is {bound!r}: a number or a tensor is needed, such as torch.as_tensor(bound).")
         low, high = torch.as_tensor(self.lower).detach(), torch.as_tensor(self.upper).detach()
-        hidden = is_functorch_wrapped_tensor(low) or is_functorch_wrapped_tensor(high)
-        if not hidden and not bool(((low <= high) & (low < torch.inf) & (high > -torch.inf)).all()):
-            raise ValueError(f"lower is {self.lower} and upper {self.upper}: the box is empty.")
+        if not bool(innermost((low <= high) & (low < torch.inf) & (high > -torch.inf)).all()):
+            raise ValueError(f"lower is {shown(self.lower)} and upper {shown(self.upper)}: the box is empty.")
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
         # By choices, not clamps: a clamp halves the derivative on the boundary.
-        low, high = (_bound(bound, y) for bound in (self.lower, self.upper))
+        low, high = (_bound(fitting(*bound, y), y) for bound in (("lower", self.lower), ("upper", self.upper)))
         return torch.where(y < low, low, torch.where(y > high, high, y))
 
     def value(self, y: Tensor) -> Tensor:
         slack = 1e-6 if y.dtype == torch.float32 else 1e-12
+        fitting("lower", self.lower, y), fitting("upper", self.upper, y)
         inside = ((y >= self.lower - slack) & (y <= self.upper + slack)).all(-1)
         return _indicator(inside, y)
 
@@ -190,18 +192,19 @@ class Simplex(Prox):
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
         # Moving all coordinates by one number changes nothing, and keeps what is compared small.
+        total = of_problem("total", self.total, y)
         y = y - y.detach().amax(-1, keepdim=True)
         with torch.no_grad():
             ordered = y.sort(-1, descending=True).values
             count = torch.arange(1, y.shape[-1] + 1, device=y.device)
-            kept = (ordered * count > ordered.cumsum(-1) - self.total).sum(-1, keepdim=True).clamp_min(1)
+            kept = (ordered * count > ordered.cumsum(-1) - total).sum(-1, keepdim=True).clamp_min(1)
             support = ~(y < ordered.gather(-1, kept - 1))  # of NaN it is NaN
         inside = torch.where(support, y, torch.zeros_like(y))
-        shift = (inside.sum(-1, keepdim=True) - self.total) / support.sum(-1, keepdim=True)
+        shift = (inside.sum(-1, keepdim=True) - total) / support.sum(-1, keepdim=True)
         return torch.where(support, y - shift, torch.zeros_like(y))
 
     def value(self, y: Tensor) -> Tensor:
-        total = _bound(self.total, y)
+        total = _bound(of_problem("total", self.total, y), y)
         slack = (1e-5 if y.dtype == torch.float32 else 1e-10) * (1 + total)
         inside = ((y >= -slack) & ((y.sum(-1, keepdim=True) - total).abs() <= slack)).all(-1)
         return _indicator(inside, y)
@@ -220,12 +223,13 @@ class L2Ball(Ball):
     """``||y|| <= radius``."""
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
-        outside = self._size(y.detach()) > self.radius
+        radius = of_problem("radius", self.radius, y)
+        outside = self._size(y.detach()) > radius
         safe = torch.where(outside, y, torch.ones_like(y))
-        return torch.where(outside, (self.radius / self._size(safe)).to(y.dtype) * y, y)
+        return torch.where(outside, (radius / self._size(safe)).to(y.dtype) * y, y)
 
     def value(self, y: Tensor) -> Tensor:
-        inside = (self._size(y) <= self.radius * (1 + 1e-6)).squeeze(-1)
+        inside = (self._size(y) <= of_problem("radius", self.radius, y) * (1 + 1e-6)).squeeze(-1)
         return _indicator(inside, y)
 
     def _size(self, y: Tensor) -> Tensor:
@@ -262,8 +266,7 @@ def fitting(name: str, setting: Setting, y: Tensor) -> Setting:
         ValueError: it does not.
     """
     shape = setting.shape if isinstance(setting, Tensor) else ()
-    pairs = zip(reversed(shape), reversed(y.shape), strict=False)
-    if len(shape) > y.dim() or any(one not in (1, other) for one, other in pairs):
+    if not broadcasts_to(shape, y.shape):
         raise ValueError(
             f"{name} has shape {tuple(shape)}, and the params are vectors of shape {tuple(y.shape)}, flattened and one "
             "for each problem: a number is needed, one for each coordinate [n], or one for each problem [T, 1]. For a "
@@ -272,16 +275,27 @@ def fitting(name: str, setting: Setting, y: Tensor) -> Setting:
     return setting
 
 
+def of_problem(name: str, setting: Setting, y: Tensor) -> Setting:
+    """The setting, one number for each of the vectors ``y [*batch, n]``.
+
+    Raises:
+        ValueError: it is another one for each coordinate, or does not broadcast.
+    """
+    if isinstance(setting, Tensor) and setting.dim() and setting.shape[-1] != 1:
+        raise ValueError(
+            f"{name} has shape {tuple(setting.shape)}: a number is needed, or one for each problem, [T, 1], of which "
+            "all coordinates are held to one."
+        )
+    return fitting(name, setting, y)
+
+
 def check_not_negative(**settings: Setting) -> None:
     """Refuse settings that are no numbers, or negative, naming them."""
     for name, value in settings.items():
         if isinstance(value, bool) or not isinstance(value, Tensor | Real):
             raise TypeError(f"{name} is {value!r}: a number or a tensor is needed, such as torch.as_tensor(value).")
-        # Under torch.func a value cannot be looked at.
-        if not is_functorch_wrapped_tensor(torch.as_tensor(value)) and not bool(
-            (torch.as_tensor(value).detach() >= 0).all()
-        ):
-            raise ValueError(f"{name} is {value}: it cannot be negative.")
+        if not bool((innermost(torch.as_tensor(value)) >= 0).all()):
+            raise ValueError(f"{name} is {shown(value)}: it cannot be negative.")
 
 
 def _indicator(inside: Tensor, y: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from .._torch import is_functorch_wrapped_tensor
-from .base import Ball, Prox, Setting, Simplex
+from .._torch import innermost, shown
+from .base import Ball, Prox, Setting, Simplex, of_problem
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,12 +18,12 @@ class L1Ball(Ball):
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
         size = y.abs()
-        outside = size.detach().sum(-1, keepdim=True) > self.radius
+        outside = size.detach().sum(-1, keepdim=True) > of_problem("radius", self.radius, y)
         return torch.where(outside, y.sign() * Simplex(self.radius).prox(size, step), y)
 
     def value(self, y: Tensor) -> Tensor:
         slack = 1e-5 if y.dtype == torch.float32 else 1e-10
-        radius = torch.as_tensor(self.radius, dtype=y.dtype, device=y.device)
+        radius = torch.as_tensor(of_problem("radius", self.radius, y), dtype=y.dtype, device=y.device)
         inside = y.abs().sum(-1, keepdim=True) <= radius + slack * (1 + radius)
         return torch.where(inside.squeeze(-1), 0.0, torch.inf).to(y.dtype)
 
@@ -36,23 +37,24 @@ class Affine(Prox):
         b: ``[m]`` or ``[T, m]``.
 
     Raises:
-        ValueError: shapes that do not fit, or rows that depend on each other.
+        TypeError: no tensors. ValueError: shapes that do not fit, NaN, or rows that depend on each other.
     """
 
     A: Tensor
     b: Tensor
 
     def __post_init__(self) -> None:
+        _check_finite(A=self.A, b=self.b)
         if self.A.dim() < 2 or self.b.dim() < 1 or self.A.shape[-2] != self.b.shape[-1]:
             raise ValueError(
                 f"A has shape {tuple(self.A.shape)} and b {tuple(self.b.shape)}: [m, n] and [m] go together."
             )
-        hidden = is_functorch_wrapped_tensor(self.A)
-        if not hidden and bool((torch.linalg.matrix_rank(self.A.detach().double()) < self.A.shape[-2]).any()):
+        if bool(innermost(torch.linalg.matrix_rank(self.A.detach().double()) < self.A.shape[-2]).any()):
             raise ValueError("the rows of A depend on each other: drop those that say nothing new.")
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
         # In float64: the condition of A A' is the square of that of A.
+        _check_length("A", self.A, y)
         A, wide = self.A.double(), y.double()
         gap = (A @ wide.unsqueeze(-1)) - self.b.double().unsqueeze(-1)
         found: Tensor = (wide - (A.mT @ torch.linalg.solve(A @ A.mT, gap)).squeeze(-1)).to(y.dtype)
@@ -73,13 +75,23 @@ class HalfSpace(Prox):
     Args:
         a: ``[n]`` or ``[T, n]``, not zero.
         b: a number, or ``[T]``.
+
+    Raises:
+        TypeError: a is no tensor, or b no number. ValueError: a is zero, NaN, or of another length than the params.
     """
 
     a: Tensor
     b: Setting = 0.0
 
     def __post_init__(self) -> None:
-        if not is_functorch_wrapped_tensor(self.a) and not bool((self.a.detach() != 0).any(-1).all()):
+        _check_finite(a=self.a)
+        if isinstance(self.b, bool) or not isinstance(self.b, Tensor | Real):
+            raise TypeError(f"b is {self.b!r}: a number is needed, or a tensor [T].")
+        if not bool(torch.isfinite(innermost(torch.as_tensor(self.b))).all()):
+            raise ValueError(f"b is {shown(self.b)}: a finite number is needed.")
+        if self.a.dim() < 1:
+            raise ValueError("a has shape (): a vector [n] is needed, or one for each problem, [T, n].")
+        if not bool(innermost((self.a.detach() != 0).any(-1)).all()):
             raise ValueError("a is zero: the half-space is everything, or nothing.")
 
     def prox(self, y: Tensor, step: Setting) -> Tensor:
@@ -93,4 +105,22 @@ class HalfSpace(Prox):
         return torch.where(self._over(y) <= slack * rounding, 0.0, torch.inf).to(y.dtype)
 
     def _over(self, y: Tensor) -> Tensor:
+        _check_length("a", self.a, y)
         return (self.a.double() * y.double()).sum(-1) - self.b
+
+
+def _check_finite(**settings: Tensor) -> None:
+    """Refuse settings that are no tensors of finite numbers, naming them."""
+    for name, value in settings.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is {value!r}: a tensor is needed, such as torch.as_tensor({name}).")
+        if not bool(torch.isfinite(innermost(value)).all()):
+            raise ValueError(f"{name} contains NaN or infinite values.")
+
+
+def _check_length(name: str, setting: Tensor, y: Tensor) -> None:
+    if setting.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"{name} has shape {tuple(setting.shape)}, and the params are vectors of shape {tuple(y.shape)}, flattened "
+            f"and one for each problem: its last dimension has to be {y.shape[-1]}."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import bilevel as bl
 from tests.conformance import Triple, randn, relative_error
@@ -254,6 +254,26 @@ def test_a_tensor_that_cannot_be_reached_is_an_error():
         bl.argmin(lambda y: (compiled(y) - 1).square().sum(), start)
     hidden.requires_grad_(False)
     assert not bl.argmin(lambda y: (compiled(y) - 1).square().sum(), start, throw="ignore").value.requires_grad
+
+
+def test_forward_mode_through_a_transform_inside_of_the_problem():
+    """Its tangents were zero: inside of the transform PyTorch shows no tangent of a captured tensor."""
+    start, one = torch.zeros(2, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    centre = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+    def by_gradient(a):
+        return bl.root(func.grad(lambda p: (p - a).square().sum()), start).value
+
+    def of_slopes(a):
+        return bl.argmin(lambda y: func.grad(lambda p: (p - a).square().sum())(y).square().sum(), start).value
+
+    def held(a):
+        return bl.constrained(lambda p: (p - centre).square().sum(), lambda p: p.sum()[None] - a, start).value.params
+
+    for solve, exact in ((by_gradient, 1.0), (of_slopes, 1.0), (held, 0.5)):
+        with forward_ad.dual_level():
+            tangent = forward_ad.unpack_dual(solve(forward_ad.make_dual(one, one))).tangent
+        assert relative_error(tangent, torch.full_like(start, exact)) <= 1e-8
 
 
 def test_forward_over_forward_is_refused():

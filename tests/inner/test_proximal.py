@@ -14,6 +14,7 @@ from bilevel import prox
 from bilevel.closure import Autocast, Closure
 from bilevel.hypergrad.base import Point
 from bilevel.hypergrad.composite import ActiveSet, CompositeStatement, ProxJacobian
+from bilevel.inner.first_look import LOOKED
 from bilevel.linalg.operator import Dense
 from bilevel.problem import Problem
 from tests.conformance import check_operator, randn, relative_error
@@ -407,3 +408,39 @@ def test_a_failed_solve_says_what_to_try_and_a_random_objective_is_named():
     torch.manual_seed(0)
     with pytest.warns(bl.SolveWarning, match="it is random \\(dropout"):
         bl.argmin(lambda w: least_squares(w) * (1 + 0.1 * torch.rand(())), START, solver=few)
+
+
+@pytest.mark.parametrize("penalty", [prox.L1(0.1), prox.ElasticNet(0.1, 0.01), prox.Box(-1.0, 1.0)], ids=repr)
+def test_what_float32_cannot_reach_is_told(penalty):
+    """Features that are not centred: the params were 2e-3 off, the gradient by half, CONVERGED."""
+    X = (randn(60, 30, seed=1) + 30).float()
+    y = (X[:, :3].sum(-1) + randn(60, seed=2).float()).float()
+
+    def fitted(X, y):
+        start = torch.zeros(30, dtype=X.dtype)
+        objective = lambda w: (X @ w - y).square().mean() / 2  # noqa: E731
+        return bl.argmin(objective, start, solver=bl.ProximalGradient(penalty, max_steps=100_000), hypergrad=None)
+
+    with pytest.warns(bl.SolveWarning, match="less accurate than a solve without a tolerance promises"):
+        fit = fitted(X, y)
+    assert fit.result is bl.Result.INACCURATE
+    near = fitted(X - 30, y - y.mean())
+    assert near.result is bl.Result.CONVERGED
+    assert relative_error(near.value.double(), fitted((X - 30).double(), (y - y.mean()).double()).value) <= 3e-4
+
+
+@pytest.mark.parametrize("penalty", [prox.Box(-3.0, 3.0), prox.L2Ball(3.0)], ids=repr)
+def test_a_saddle_is_told_where_the_prox_holds_nothing(penalty):
+    start = torch.zeros(2, dtype=torch.float64)
+
+    def well(y):
+        return (y[0] ** 2 - 1) ** 2 + (y[1] - 0.3) ** 2
+
+    LOOKED._met.pop(well.__code__, None)  # each prox is to meet it for the first time
+    with pytest.warns(bl.SolveWarning, match="bends down"):
+        bl.argmin(well, start, solver=bl.ProximalGradient(penalty), hypergrad=None)
+    with pytest.warns(bl.SolveWarning, match="curvature"):
+        stays = bl.argmin(lambda y: (y[0] ** 2 - 1) ** 2, start[:1], solver=bl.ProximalGradient(penalty))
+    assert stays.result is bl.Result.NEGATIVE_CURVATURE
+    held = bl.ProximalGradient(prox.Box(0.5, 3.0))  # concave at the bound, and a minimum all the same
+    bl.argmin(lambda y: (y - 0.1 * y.square()).sum(), start, solver=held, throw="raise")

@@ -214,3 +214,12 @@ def test_problems_of_a_batch_that_depend_on_each_other_are_told():
     matrix = torch.tensor([[1.3, 0.5, 0.1], [0.2, 1.3, 0.3], [0.4, 0.1, 1.3]]).double()
     with pytest.warns(bl.SolveWarning, match="depend on each other"):
         bl.root(lambda y: matrix @ y + y**3 - 1, torch.zeros(3).double(), batched=True)
+
+
+def test_a_complex_residual_of_real_unknowns_is_refused():
+    """PyTorch would drop the imaginary parts: ``i (y - 3)`` had the root 0."""
+    start = torch.zeros(2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"residual returned torch\.complex128 for unknowns of torch\.float64"):
+        bl.root(lambda y: 1j * (y - 3), start)
+    with pytest.raises(ValueError, match=r"map returned torch\.complex128"):
+        bl.fixed_point(lambda y: 0.5 * torch.exp(1j * y), start)

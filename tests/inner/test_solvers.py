@@ -7,6 +7,7 @@ import pytest
 import scipy.optimize
 import torch
 
+import bilevel as bl
 from bilevel import LBFGS, GradientDescent, NewtonCG, Result, ScipyMinimize, TorchOptim
 from bilevel.problem import Problem
 from bilevel.problems import Quadratics
@@ -212,3 +213,20 @@ def test_solvers_are_values():
         if not isinstance(solver, TorchOptim):
             assert eval(repr(solver)) == solver
         assert hash(solver) == hash(solver)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_optimizers_work_under_transforms(optimizer):
+    """PyTorch refuses requires_grad_() there."""
+    solver = TorchOptim(optimizer, lr=0.1, max_steps=2000, gtol=1e-6)
+
+    def solved(x):
+        start = torch.zeros(2, dtype=torch.float64)
+        return bl.argmin(lambda y: (y - x).square().sum() + y.pow(4).sum(), start, solver=solver).value
+
+    x = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    y = solved(x)
+    exact = torch.diag(2 / (2 + 12 * y.detach().square()))
+    for jacobian in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(jacobian(solved)(x), exact, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.func.vmap(solved)(torch.stack([x, x]))[1], y, rtol=1e-5, atol=1e-6)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,18 +73,56 @@ def test_each_step_is_told_with_loss_gradient_norm_and_params(name):
 
 
 @pytest.mark.parametrize("name", [*SOLVERS, *SYSTEMS])
-@pytest.mark.parametrize("way", ["true", "exception"])
+@pytest.mark.parametrize("way", ["true", "tensor", "numpy", "exception"])
 def test_a_callback_ends_the_solve_and_that_is_no_failure(name, way):
     def stop(step: bl.InnerStep):
         if step.step < 2:
             return None
         if way == "exception":
             raise StopIteration
-        return True
+        return {"true": True, "tensor": step.residual_norm >= 0, "numpy": np.bool_(True)}[way]
 
     fit = solved(name, stop)
     assert int(fit.stats["num_steps"]) == 2
     assert fit.result is bl.Result.STEPS_DONE
+
+
+def test_a_batch_is_ended_where_all_problems_say_so():
+    start = torch.stack([START, START / 10])
+    fit = solved("LBFGS gtol", lambda step: step.loss < 1e9 * torch.tensor([1.0, 0.0]), start)
+    assert bool((fit.stats["num_steps"] > 1).all())
+
+
+@pytest.mark.parametrize(("callback", "words"), [(bl.History, r"History\(\)"), (3, "callback is 3"), ("a", "is 'a'")])
+def test_what_is_no_callback_is_told(callback, words):
+    with pytest.raises(TypeError, match=words):
+        solved("LBFGS", callback)
+
+
+def test_constrained_problems_are_told_in_the_units_and_the_tree_of_the_user():
+    seen = {"inner": [], "newton": []}
+    inner = bl.LBFGS(max_steps=200, callback=seen["inner"].append)
+    newton = bl.Newton(bl.LeastNorm(), callback=[seen["newton"].append])
+    weights, centre = torch.tensor([1e-3, 1e3]).double(), torch.tensor([1e3, 1.0]).double()
+    fit = bl.constrained(
+        lambda p: (weights * (p["a"] - centre).square()).sum(),
+        lambda p: p["a"].sum()[None] - 900,
+        {"a": torch.zeros(2, dtype=torch.float64)},
+        solver=bl.AugmentedLagrangian(inner=inner, newton=newton),
+    )
+    torch.testing.assert_close(seen["inner"][-1].params, fit.value.params)
+    torch.testing.assert_close(seen["newton"][-1].params, fit.value)
+
+
+def test_the_tree_under_a_transform_is_that_of_the_user():
+    seen = []
+
+    def solved(x):
+        solver = bl.Newton(callback=seen.append)
+        return bl.root(lambda p, x: {"a": p["a"] - x}, {"a": torch.zeros(2)}, x, solver=solver).value["a"].sum()
+
+    torch.func.grad(solved)(torch.ones(2))
+    torch.testing.assert_close(seen[-1].params["a"], torch.ones(2))
 
 
 def test_each_problem_of_a_batch_has_its_numbers():
