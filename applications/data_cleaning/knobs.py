@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,6 +53,10 @@ class Config(DataKnobs, SolverKnobs):
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """See `SolverKnobs`."""
         rehearse_minimum({**SETTINGS, **settings})
+
+    def untuned(self) -> Collection[str]:
+        """See `SolverKnobs`."""
+        return "steps", "repeats", "fit_ridge"
 
     def check(self) -> None:
         require_at_least_one(self, "hidden", "repeats", "steps", "num_train", "num_val")

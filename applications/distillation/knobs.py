@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +56,10 @@ class Config(DataKnobs, SolverKnobs):
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """See `SolverKnobs`."""
         rehearse_minimum({**CUT_OFF, **settings})
+
+    def untuned(self) -> Collection[str]:
+        """See `SolverKnobs`."""
+        return "steps", "lr", "l2", "convnet_steps", "repeats", "full_steps"
 
     def check(self) -> None:
         require_at_least_one(self, "images_per_class", "steps", "convnet_steps", "width", "batch", "full_steps")

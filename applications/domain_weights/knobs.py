@@ -86,6 +86,10 @@ class Config(SolverKnobs):
         """See `SolverKnobs`."""
         return {"outer_lr": ("outer_lr",)}
 
+    def untuned(self) -> Collection[str]:
+        """See `SolverKnobs`."""
+        return "steps", "learn_steps", "mixtures", "short_steps", "warm_up"
+
     def check(self) -> None:
         """See `Knobs`."""
         counts = ("steps", "learn_steps", "mixtures", "short_steps", "context", "width", "heads", "layers", "batch")

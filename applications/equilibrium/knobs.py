@@ -64,6 +64,10 @@ class Config(DataKnobs, SolverKnobs):
         """See `SolverKnobs`; the gradient of one step keeps the knobs' solver."""
         return {"hypergrad": ("adjoint_rtol",)}
 
+    def untuned(self) -> Collection[str]:
+        """See `SolverKnobs`."""
+        return "epochs", "runs", "unrolled", "depths"
+
     def check(self) -> None:
         require_at_least_one(self, "width", "runs", "epochs", "batch_size", "max_iterations", "unrolled", "max_train")
         require(self.history >= 0, f"--history is {self.history}: it cannot be negative; 0 is the plain iteration.")

@@ -151,6 +151,10 @@ class Config(SolverKnobs):
             values = {**{name: default[name] for name in NEWER}, **values}
         return super().from_json(values)
 
+    def untuned(self) -> Collection[str]:
+        """See `SolverKnobs`."""
+        return ("steps", "schedule", "eval_tasks", "validate_every", "late_from", "late_inner_steps", "late_cg_steps")
+
     def check(self) -> None:
         counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "width", "eval_steps")
         require_at_least_one(self, "late_inner_steps", "late_cg_steps")

@@ -134,6 +134,10 @@ class SolverKnobs(Knobs):
         """Settings that the file may have -> the knobs in whose place each of them stands."""
         return {}
 
+    def untuned(self) -> Collection[str]:
+        """Knobs that change nothing of a study, whose trainings go on until their time is over and are not reported."""
+        return ()
+
     def replaced_by(self, settings: Mapping[str, Any]) -> dict[str, str]:
         """Knobs that change nothing beside these settings -> the setting that stands in their place."""
         return {knob: name for name, knobs in self.replaced().items() if name in settings for knob in knobs}
@@ -194,7 +198,11 @@ def main(
     word, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if tunable is not None and word == "tune":
         return tune.main(
-            name, rest, lambda rest: tunable(_to_tune(parse(kind, rest, f"{command} tune", presets=presets)))
+            name,
+            rest,
+            lambda rest: tunable(
+                _to_tune(parse(kind, rest, f"{command} tune", presets=presets), _start(kind, rest, presets))
+            ),
         )
     if subcommands is not None and word in subcommands:
 
@@ -399,11 +407,14 @@ def _resumed(given: Callable[[K | None], K], folder: RunFolder, name: str) -> tu
     return saved, kept, lengths
 
 
-def _to_tune(knobs: K) -> K:
-    """Knobs of a study: what the search does not choose stays as they say."""
+def _to_tune(knobs: K, start: K) -> K:
+    """Knobs of a study, changed from ``start``: what the search does not choose stays as they say."""
     given = [name for name in ("resume", "solver") if getattr(knobs, name, None) is not None]
     require(not given, f"tune has no --{' and no --'.join(given)}: the same command goes on, from the same settings.")
     _prepare(knobs)
+    for name in knobs.untuned() if isinstance(knobs, SolverKnobs) else ():
+        if getattr(knobs, name) != getattr(start, name) and name not in knobs.without_effect():
+            note(f"{option(name)} changes nothing here: it is for a run, and not for the trials of tune.")
     return knobs
 
 

@@ -54,6 +54,10 @@ class Config(DataKnobs, SolverKnobs):
         """See `SolverKnobs`."""
         return {"hypergrad": ("hypergrad",), "outer_lr": ("outer_lr",)}
 
+    def untuned(self) -> Collection[str]:
+        """See `SolverKnobs`."""
+        return ("windows",)
+
     def check(self) -> None:
         """See `SolverKnobs`."""
         require_at_least_one(self, "hidden", "batch", "outer_steps", "networks")

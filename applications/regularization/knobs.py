@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,6 +37,10 @@ class Config(DataKnobs, SolverKnobs):
         """See `SolverKnobs`."""
         own = {"features": features.SETTINGS, "weights": weights.SETTINGS, "augmentation": augmentation.SETTINGS}
         rehearse_minimum({**own[self.problem], **settings})
+
+    def untuned(self) -> Collection[str]:
+        """See `SolverKnobs`."""
+        return () if self.problem == "weights" else ("steps",)
 
     def check(self) -> None:
         for name in ("train", "validation", "steps"):

@@ -87,6 +87,10 @@ class Config(DataKnobs, SolverKnobs):
         """See `SolverKnobs`."""
         return {"meta_lr": ("meta_lr",)}
 
+    def untuned(self) -> Collection[str]:
+        """See `SolverKnobs`."""
+        return "steps", "focal_gamma"
+
     def check(self) -> None:
         """See `Knobs`."""
         for name in ("repeats", "meta_per_class", "validation_per_class", "test_per_class", "hidden", "steps", "batch"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,10 @@ class Config(DataKnobs, SolverKnobs):
         """See `Knobs`."""
         own = ("data_root", "task", "examples", "per_feature")
         return {"other --data than what is built in": (self.data != "built-in", own)}
+
+    def untuned(self) -> Collection[str]:
+        """See `SolverKnobs`."""
+        return "repeats", "candidates"
 
     def check(self) -> None:
         """See `SolverKnobs`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,10 @@ class Config(SolverKnobs):
             "real data": (bool(given - {"synthetic"}), ("test_size", "noise_features")),
             "synthetic data and files": (bool(given - {"diabetes"}), ("block_size",)),
         }
+
+    def untuned(self) -> Collection[str]:
+        """See `SolverKnobs`."""
+        return ("draws",)
 
     def check(self) -> None:
         require(len(self.data) > 0, "--data names no data set: give diabetes, synthetic, sparse-ho or a file.")

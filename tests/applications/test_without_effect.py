@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from applications.data_cleaning.knobs import Config as Cleaning
+from applications.data_cleaning.tuning import tunable as cleaning
 from applications.distillation.knobs import Config as Distillation
 from applications.domain_weights.knobs import Config as Weights
 from applications.equilibrium.knobs import Config as Equilibrium
@@ -14,7 +15,7 @@ from applications.few_shot.__main__ import main as few_shot
 from applications.few_shot.compare import ComparisonConfig
 from applications.few_shot.config import PRESETS
 from applications.few_shot.config import Config as FewShot
-from applications.frame.command import parse, tell_replaced
+from applications.frame.command import main, parse, tell_replaced
 from applications.learned_optimizer_settings.knobs import Config as Learned
 from applications.regularization.knobs import Config as Regularization
 from applications.reweighting.knobs import Config as Reweighting
@@ -106,6 +107,40 @@ def test_what_settings_of_solvers_stand_in_place_of_is_told(kind, words, setting
     tell_replaced(knobs, kind(), dict.fromkeys(settings))
     notes = capsys.readouterr().err.splitlines()
     assert [note.partition(" changes nothing here: the '")[0] for note in notes] == [f"note: --{name}" for name in told]
+
+
+def test_what_a_study_does_not_look_at_is_told(tmp_path, capsys):
+    words = ["--trials", "1", "--seconds", "0.1", "--confirm", "2", "--num-train", "60", "--num-val", "60"]
+    changed = ["--steps", "3", "--repeats", "9", "--fit-ridge", "5", "--lr", "0.2"]
+    assert main("data_cleaning", ["tune", *words, *changed, "--out", str(tmp_path)], Cleaning, tell, cleaning) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    why = "changes nothing here: it is for a run, and not for the trials of tune."
+    assert notes == [f"note: {option} {why}" for option in ("--steps", "--repeats", "--fit-ridge")]
+
+
+def tell(knobs, run):
+    raise AssertionError("A study tells no story.")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Cleaning,
+        Distillation,
+        Equilibrium,
+        FewShot,
+        Learned,
+        Regularization,
+        Reweighting,
+        Search,
+        SparseRegression,
+        Weights,
+    ],
+)
+def test_only_knobs_are_untuned(kind):
+    names = {field.name for field in dataclasses.fields(kind)}
+    assert set(kind().untuned()) <= names
+    assert {name for knobs in kind().replaced().values() for name in knobs} <= names
 
 
 @pytest.mark.parametrize("kind", sorted({kind for kind, _, _ in CASES}, key=repr))
