@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -132,7 +132,7 @@ def _listed(labels: Any) -> list[Hashable]:
                 "[n]."
             )
         labels = labels.tolist()
-    if isinstance(labels, str | AbstractSet) or not isinstance(labels, Iterable):
+    if isinstance(labels, str | AbstractSet | Mapping) or not isinstance(labels, Iterable):
         raise UserError(f"The labels are {labels!r}: a sequence is needed, with one label for each image, in order.")
     given = [label.item() if isinstance(label, Tensor) and label.dim() == 0 else label for label in labels]
     for label in given:

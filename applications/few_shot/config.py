@@ -156,6 +156,7 @@ class Config(SolverKnobs):
         return ("steps", "schedule", "eval_tasks", "validate_every", "late_from", "late_inner_steps", "late_cg_steps")
 
     def check(self) -> None:
+        require_at_least_one(self, "ways", "shots", "queries", "eval_queries")
         counts = ("inner_steps", "newton_cg_steps", "tasks", "steps", "eval_tasks", "width", "eval_steps")
         require_at_least_one(self, "late_inner_steps", "late_cg_steps")
         require(0 <= self.distort < 1, f"--distort is {self.distort}: from 0 to below 1, where nothing is left.")
@@ -212,7 +213,10 @@ class Config(SolverKnobs):
         adapts, newton = self.method != "prototypical", self.method == "imaml-hf"
         late = self.late_inner_steps is not None or self.late_cg_steps is not None
         gpu = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        products = self.cg_steps > 0 or self.late_cg_steps is not None or newton
         return {
+            "--cg-steps above 0, products with the Hessian": (products, ("hessian",)),
+            "--late-from below 1": (self.late_from < 1, ("late_inner_steps", "late_cg_steps")),
             "folders of images": (self.data not in SHAPES, ("image_size", "grey", "held_out")),
             "--data omniglot": (self.data == "omniglot", ("split",)),
             "--model conv4 on images": (self.network == "conv4", ("width", "norm", "halve")),

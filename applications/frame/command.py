@@ -23,6 +23,7 @@ from typing_extensions import Self
 
 import bilevel as bl
 from applications.frame import ranks, schema, tune
+from applications.frame.data.examples import IN_FOLDERS
 from applications.frame.errors import UserError, exit_code, note
 from applications.frame.names import local, portable
 from applications.frame.options import check_folder, check_values, check_words, is_file, option, settings_told
@@ -144,13 +145,18 @@ class SolverKnobs(Knobs):
 
 
 @dataclass(frozen=True)
-class DataKnobs:
-    """Those of an application that reads a data set by `frame.data.load`; mixed in before `Knobs`."""
+class DataKnobs(Knobs):
+    """Those of an application that reads a data set by `frame.data.load`."""
 
     data: str = "digits"
     """digits, breast_cancer, wine, iris, mnist, or a file of features and targets: .npz, .svm."""
     data_root: Path | None = None
     """Folder of data sets that are files; by default $BILEVEL_DATA, else ~/.cache/bilevel."""
+
+    def without_effect(self) -> dict[str, str]:
+        """See `Knobs`."""
+        own = {} if self.data in IN_FOLDERS else {"data_root": f"--data {', '.join(IN_FOLDERS)}"}
+        return {**own, **super().without_effect()}
 
 
 def _plain(value: Any) -> Any:

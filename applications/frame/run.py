@@ -98,7 +98,8 @@ class Run:
             self.folder, self.quiet = ReadOnly(folder.path), True
         self.settings: dict[str, Any] = {}
         self._config, self._data, self._lengths = config, data, list(lengths)
-        self._results: schema.Results = {"parts": {}, "tables": {}} if lengths else folder.results()
+        found = folder.results()  # what is damaged is told, and not forgotten
+        self._results: schema.Results = {"parts": {}, "tables": {}} if lengths else found
         self._begun = False
 
     def train(

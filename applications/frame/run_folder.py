@@ -87,7 +87,7 @@ class RunFolder:
 
     def results(self) -> schema.Results:
         """``results.json``; empty before the first part."""
-        if not (self.path / "results.json").is_file():
+        if not _is_there(self.path / "results.json"):
             return {"parts": {}, "tables": {}}
         found: schema.Results = self.read_json("results.json")
         schema.check(found, schema.Results, self.path / "results.json", "file of results")
@@ -142,7 +142,7 @@ class RunFolder:
         """The rows so far; a last line that a crash cut short is left out."""
         path = self.path / "metrics.jsonl"
         with _told(f"{path} cannot be read"):
-            *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+            *lines, _ = path.read_bytes().split(b"\n") if _is_there(path) else [b""]
         rows = []
         for number, line in enumerate(lines, 1):
             try:
@@ -229,6 +229,17 @@ class RunFolder:
             raise UserError(
                 f"{self.path} holds a run already. Go on with it by --resume {self.path}, or take another --out."
             )
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        UserError: it is a folder or a pipe: nothing of a run could be read from it, and reading may wait for ever.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is damaged: it is no file. Restore it from a copy, or remove it.")
+    return path.is_file()
 
 
 def as_json(value: Any) -> bytes:

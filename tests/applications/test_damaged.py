@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +25,18 @@ CODE = ["os:system", "json:loads", "torch.nn:Linear"]
 
 
 @refusals(
-    *("--seed -1", "--ways -1", "--lr inf", "--strength inf", "--threads 100000", "--tasks 100000000000"),
+    *(
+        "--seed -1",
+        "--ways -1",
+        "--ways 1",
+        "--eval-queries 0",
+        "--queries 0",
+        "--shots 0",
+        "--lr inf",
+        "--strength inf",
+        "--threads 100000",
+        "--tasks 100000000000",
+    ),
     (["--lr", "1e308"], "cannot go on after step 1"),
     (["--width", "100000"], "Look at --width 100000, "),
     *((["--model", code], f"--model {code} makes no network") for code in CODE),
@@ -73,9 +86,25 @@ def checkpoint(value):
     return lambda folder: torch.save(value, folder / "checkpoint.pt")
 
 
+def replaced(name, make):
+    def damage(folder):
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
+        *(
+            (replaced("results.json", make), "results.json is damaged: it is no file")
+            for make in (Path.mkdir, os.mkfifo)
+        ),
+        *(
+            (replaced("metrics.jsonl", make), "metrics.jsonl is damaged: it is no file")
+            for make in (Path.mkdir, os.mkfifo)
+        ),
         (written("checkpoint.pt", b""), "checkpoint.pt is damaged, so it is not loaded: it is empty"),
         (written("checkpoint.pt", b"PK\x03\x04"), "checkpoint.pt is damaged"),
         (checkpoint([1]), "it holds a list"),
@@ -106,6 +135,7 @@ def test_run_folders(damage, told, run, capsys):
     damage(run)
     assert main(["train", "--resume", str(run)]) == 2
     assert told in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--steps", "3"]) == 2
 
 
 def part(value):

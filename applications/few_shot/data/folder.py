@@ -91,6 +91,8 @@ def _in_eight_bits(image: Image.Image, wide: bool) -> Image.Image:
         if clear is None:
             return grey
         return Image.merge("LA", (grey, Image.fromarray(np.where(pixels == clear, 0, 255).astype(np.uint8))))
+    if image.mode in ("La", "RGBa"):  # multiplied by their transparency, which only these conversions undo
+        return image.convert(image.mode.upper())
     if image.mode in ("I", "F"):
         raise UserError(
             f"An image has pixels of 32 bits (Pillow's mode {image.mode}), which have no white that everybody means. "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ def as_bytes(images: Any, data: str, channels: int, size: int) -> Tensor:
     """
     if isinstance(images, Image.Image | str | Path):
         images = [images]
-    if not isinstance(images, Iterable):
+    if isinstance(images, np.ndarray) and images.ndim == 1 and images.dtype.kind in "OU":  # images, or paths
+        images = images.tolist()
+    if not isinstance(images, Iterable) or isinstance(images, Mapping | AbstractSet):
         raise UserError(f"The images are {type(images).__name__}: give a sequence of them, or one array [n, ...].")
     if isinstance(images, np.ndarray | Tensor):
         shape = tuple(images.shape)

@@ -23,6 +23,8 @@ EMBEDDED: dict[Task, tuple[str, ...]] = {
     "regression": ("diabetes",),
 }
 """Sets that ship with scikit-learn."""
+IN_FOLDERS = ("mnist", "cifar10", "20newsgroups")
+"""Sets of classes that are files in the folder of data sets."""
 SPARSE_SUFFIXES = (".svm", ".svmlight", ".libsvm")
 
 
@@ -105,7 +107,7 @@ def load(name: str, root: str | Path | None = None, *, task: Task = "classificat
     elif suffix == ".npz" or suffix in SPARSE_SUFFIXES:
         examples = _file(Path(name), task)
     else:
-        known = (*EMBEDDED[task], *(("mnist", "cifar10", "20newsgroups") if task == "classification" else ()))
+        known = (*EMBEDDED[task], *(IN_FOLDERS if task == "classification" else ()))
         raise UserError(
             f"There is no data set {name!r} for {task}. There are {', '.join(known)}, and files: .npz with 'features' "
             f"and 'targets', or {', '.join(SPARSE_SUFFIXES)}."

@@ -180,6 +180,18 @@ class TestErrors:
         with pytest.raises(UserError, match=message):
             as_bytes(images, "omniglot", 1, 28)
 
+    def test_paths_in_an_array(self, tmp_path):
+        Image.new("RGB", (20, 20), (9, 90, 200)).save(tmp_path / "a.png")
+        paths = [str(tmp_path / "a.png")] * 2
+        assert torch.equal(as_bytes(np.array(paths), "some", 3, 16), as_bytes(paths, "some", 3, 16))
+        with pytest.raises(UserError, match="The images are dict"):
+            as_bytes({"a": paths[0]}, "some", 3, 16)
+
+    @pytest.mark.parametrize(("mode", "multiplied"), [("LA", "La"), ("RGBA", "RGBa")])
+    def test_pixels_that_are_multiplied_by_their_transparency(self, mode, multiplied):
+        image = Image.new("RGBA", (20, 20), (200, 200, 200, 128)).convert(mode)
+        assert torch.equal(as_bytes([image.convert(multiplied)], "some", 3, 16), as_bytes([image], "some", 3, 16))
+
     def test_a_single_image_in_colour_is_not_three_grey_ones(self):
         with pytest.raises(UserError, match=r"of shape \(3, 16, 16\), which may be one image"):
             as_bytes(torch.zeros(3, 16, 16), "some", 3, 16)
@@ -434,8 +446,9 @@ class TestFromPhotographsToPredictions:
         for labels in (None, 3, "abcd"):
             with pytest.raises(UserError, match="a sequence is needed"):
                 model.adapt(images, labels)
-        with pytest.raises(UserError, match=r"a sequence is needed.*in order"):
-            model.adapt(images, {0, 1, 2, 3})
+        for unordered in ({0, 1, 2, 3}, {0: "a", 1: "b", 2: "a", 3: "b"}):  # the keys of a dict are no labels
+            with pytest.raises(UserError, match=r"a sequence is needed.*in order"):
+                model.adapt(images, unordered)
         for vector in (np.ones(2), torch.ones(2)):  # an array has no one answer to whether it equals itself
             with pytest.raises(UserError, match="give strings, numbers"):
                 model.adapt(images, [0, 1, 2, vector])
