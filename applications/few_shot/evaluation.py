@@ -229,5 +229,6 @@ def export(arguments: list[str]) -> int:
     if path.suffix != ".pt":
         path = SHIPPED / f"{name}.pt"
     trained.save(path)
-    print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {trained.origin['steps']} meta-steps")
+    with forgiving():  # the name may have bytes that cannot be printed
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB, {trained.origin['steps']} meta-steps")
     return 0
