@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._torch import pytree
-from .checks import check_argmin, check_root
+from .checks import check_argmin, check_flag, check_root
 from .closure import Closure, Tracer
 from .context import solves
 from .has_aux import with_aux
@@ -285,6 +285,7 @@ def _root(
     warm_start: Solution | None,
 ) -> Solution:
     check_throw(throw)
+    check_flag("batched", batched)
     check_init(init)
     if isinstance(hypergrad, PathMethod):
         raise NotImplementedError(

@@ -10,6 +10,7 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -123,6 +124,13 @@ def check_hypergrad(hypergrad: object) -> None:
     else:
         advice = "an object such as Implicit(), Unroll() or Implicit(CG(rtol=1e-6)) is needed, or None for no gradient"
     raise TypeError(f"hypergrad is {_kind(hypergrad)}: {advice}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse what is neither True nor False: a number would be taken for it."""
+    one = isinstance(value, Tensor) and value.dtype == torch.bool and value.numel() == 1
+    if not (one or isinstance(value, bool | np.bool_)):
+        raise TypeError(f"{name} is {_kind(value)}: True or False is needed.")
 
 
 def check_linear_solver(value: object, name: str = "linear_solver") -> None:

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from .argmin import Params
-from .checks import check_function, check_hypergrad, check_numbers, check_solver, check_start, check_warm_start
+from .checks import (
+    check_flag,
+    check_function,
+    check_hypergrad,
+    check_numbers,
+    check_solver,
+    check_start,
+    check_warm_start,
+)
 from .closure import Closure, Tracer, VmappedClosure
 from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod, Point
@@ -108,6 +116,7 @@ def constrained(
         TypeError, ValueError: bad input. SolveError: as ``throw`` says.
     """
     check_throw(throw)
+    check_flag("batched", batched)
     check_function("objective", objective, init, "constrained")
     check_function("constraints", constraints, init, "constrained")
     check_start(init)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._torch import innermost, shown
 from .argmin import Params, argmin
-from .checks import check_function, check_hypergrad, check_solver, check_start, check_warm_start
+from .checks import check_flag, check_function, check_hypergrad, check_solver, check_start, check_warm_start
 from .closure import Closure, Tracer, VmappedClosure
 from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod
@@ -99,6 +99,7 @@ def least_squares(
         ``fit = bl.least_squares(lambda p: p[0] * torch.exp(-p[1] * t) - data, torch.tensor([1.0, 0.1]))``
     """
     check_throw(throw)
+    check_flag("batched", batched)
     check_function("residuals", residuals, init, "least_squares")
     if getattr(residuals, "sums_over_ranks", False):
         raise ValueError(
@@ -206,6 +207,8 @@ def _flat(found: Tree, dims: int) -> Tensor:
         raise ValueError("residuals returned no tensors of floating point: return the residuals, not their squares.")
     if any(part.dim() < dims for part in parts):
         raise ValueError("residuals returned a scalar for T fits: with batched=True its first dimension is T.")
+    if sum(part.numel() for part in parts) == 0:
+        raise ValueError("residuals returned no numbers: there is nothing to fit.")
     flat = [part.reshape(*part.shape[:dims], -1) for part in parts]
     return flat[0] if len(flat) == 1 else torch.cat(flat, -1)
 

@@ -428,6 +428,11 @@ def check_init(init: Tree) -> None:
                 f"init contains a tensor of {leaf.dtype}: only real floating-point params can be optimised. "
                 "Convert it with .float(), or keep it out of init and let the objective capture it."
             )
+        if leaf.layout != torch.strided or leaf.element_size() == 1:
+            raise TypeError(
+                f"init contains a tensor of {leaf.dtype}, {leaf.layout}: params are dense, of 16 bits or more. Convert "
+                "it with .to_dense(), or .bfloat16()."
+            )
         if leaf.is_meta:
             raise ValueError("init is on the meta device, which holds no numbers: give the params their values first.")
         if leaf.device != flat[0].device:

@@ -11,12 +11,14 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from numbers import Integral
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ._torch import FunctionContext, num_function_modes, pytree
+from .checks import check_leaves
 from .closure import Autocast, in_transform, is_dual
 from .context import uncompiled
 from .problem import graph_nodes, other_variable
@@ -41,8 +43,17 @@ def map_tasks(fn: Callable[..., Tree], *data: Tree, chunk_size: int | None = Non
     Raises:
         ValueError: no tasks, or leaves that disagree about T.
     """
+
+    def checked(*chunk: Tree) -> Tree:
+        result, count = fn(*chunk), _count(chunk)
+        wrong = [part for part in leaves(result) if not isinstance(part, Tensor) or part.shape[:1] != (count,)]
+        if wrong:
+            kinds = [tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in wrong]
+            raise ValueError(f"fn returned {kinds} for {count} tasks: tensors [t, ...] of its t tasks are needed.")
+        return result
+
     with torch.no_grad():
-        found = list(_in_chunks(fn, data, chunk_size, num_threads))
+        found = list(_in_chunks(checked, data, chunk_size, num_threads))
     return found[0] if len(found) == 1 else tree_map(lambda *parts: torch.cat(parts), *found)
 
 
@@ -244,9 +255,12 @@ def _in_chunks(
     fn: Callable[..., Any], data: tuple[Tree, ...], chunk_size: int | None, num_threads: int
 ) -> Iterator[Tree]:
     """``fn`` of each chunk, in order; no more than a few results wait for their turn."""
-    for name, value in (("chunk_size", chunk_size), ("num_threads", num_threads)):
-        if value is not None and value < 1:
+    for name, value in (("chunk_size", 1 if chunk_size is None else chunk_size), ("num_threads", num_threads)):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} is {value!r}: a whole number is needed.")
+        if value < 1:
             raise ValueError(f"{name} is {value}: at least 1 is needed.")
+    check_leaves("data", leaves(data), lambda _: True, "torch.as_tensor(array)")
     num_tasks, device = _count(data), leaves(data)[0].device
     rounds = math.ceil(num_tasks / min(chunk_size or num_tasks, num_tasks) / num_threads)
     size = math.ceil(num_tasks / rounds / num_threads)  # equal shares

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -87,6 +88,8 @@ def stack(tree: Tree, num_tasks: int) -> Tree:
 
     The leaves are expanded views: no memory is copied, and gradients sum over the tasks.
     """
+    if isinstance(num_tasks, bool) or not isinstance(num_tasks, Integral):
+        raise TypeError(f"num_tasks is {num_tasks!r}: a whole number is needed.")
     if num_tasks < 1:
         raise ValueError(f"num_tasks is {num_tasks}: at least one task is needed to stack parameters for.")
     return tree_map(lambda leaf: leaf.expand(num_tasks, *leaf.shape), tree)

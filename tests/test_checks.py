@@ -88,6 +88,34 @@ MISTAKES = {
     "throw=True": (lambda: bl.argmin(f, Z, throw=True), "throw is True"),
     "throw=None": (lambda: bl.argmin(f, Z, throw=None), "throw is None"),
     "throw=[]": (lambda: bl.root(r, Z, throw=[]), "throw is"),
+    "batched=2": (lambda: bl.root(r, torch.zeros(3, 2), batched=2), "batched is 2: True or False"),
+    "least_squares(batched='no')": (lambda: bl.least_squares(r, Z, batched="no"), "batched is 'no'"),
+    "constrained(batched=None)": (lambda: bl.constrained(f, lambda p: p[:1], Z, batched=None), "batched is None"),
+    "no residuals": (lambda: bl.least_squares(lambda p: p[:0], Z), "residuals returned no numbers"),
+    "sparse init": (lambda: bl.argmin(f, torch.eye(2).to_sparse()), r"params are dense.*to_dense\(\)"),
+    "float8 init": (lambda: bl.argmin(f, Z.to(torch.float8_e4m3fn)), r"of 16 bits or more.*bfloat16\(\)"),
+    "Bisection('a')": (lambda: bl.Bisection("a", 1.0), "lower is 'a'"),
+    "Bisection without end": (lambda: bl.Bisection(0.0, math.inf), "a bracket without end has no middle"),
+    "Bisection of another shape": (
+        lambda: bl.root(r, Z, solver=bl.Bisection(torch.zeros(3), 2.0)),
+        r"lower has shape \(3,\)",
+    ),
+    "ScipyMinimize('zz')": (lambda: bl.ScipyMinimize("zz"), "method is 'zz'.*l-bfgs-b"),
+    "External of NumPy": (
+        lambda: bl.argmin(f, Z, solver=bl.External(lambda loss, start: start.numpy())),
+        "what solve returned holds ndarray",
+    ),
+    "chunk_size=1.5": (lambda: bl.map_tasks(torch.sin, torch.ones(4, 2), chunk_size=1.5), "chunk_size is 1.5"),
+    "num_threads=None": (lambda: bl.map_tasks(torch.sin, torch.ones(4, 2), num_threads=None), "num_threads is None"),
+    "results of too few tasks": (
+        lambda: bl.map_tasks(lambda x: x[:1], torch.ones(4, 2), chunk_size=2),
+        r"fn returned \[\(1, 2\)\] for 2 tasks",
+    ),
+    "data of NumPy": (lambda: bl.map_tasks(torch.sin, torch.ones(4, 2).numpy()), "data holds ndarray"),
+    "stack(2.0)": (lambda: bl.stack(Z, 2.0), "num_tasks is 2.0"),
+    "linear(ndarray)": (lambda: bl.nn.linear(torch.ones(5, 2).numpy(), NET.weight), "x of type ndarray"),
+    "batch_norm(eps=-1)": (lambda: bl.nn.batch_norm(torch.ones(2, 2, 3, 3), Z, Z, eps=-1), "eps is -1"),
+    "batch_norm(weight=None)": (lambda: bl.nn.batch_norm(torch.ones(2, 2, 3, 3), None, Z), "weight of type NoneType"),
 }
 
 

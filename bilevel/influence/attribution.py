@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterator
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,8 +81,12 @@ class Influence:
             )
         if curvature not in ("gauss_newton", "full"):
             raise ValueError(f"curvature is {curvature!r}: it is 'gauss_newton' or 'full'.")
-        if damping is not None and not damping >= 0:
-            raise ValueError(f"damping is {damping}: it cannot be negative.")
+        if damping is not None and (isinstance(damping, bool) or not isinstance(damping, Real)):
+            raise TypeError(f"damping is {damping!r}: a number is needed, or None.")
+        if damping is not None and not 0 <= damping < math.inf:
+            raise ValueError(f"damping is {damping}: it cannot be negative, and is finite.")
+        if not (penalty is None or callable(penalty)):
+            raise TypeError(f"penalty is {penalty!r}: a function of the params is needed, or None.")
         if not all(isinstance(size, Integral) and size >= 1 for size in (chunk, query_chunk)):
             raise ValueError(f"chunk is {chunk} and query_chunk {query_chunk}: one example at least goes at once.")
         self.outputs, self.losses, self.penalty, self.curvature = outputs, losses, penalty, curvature
@@ -142,8 +147,9 @@ class Influence:
         with torch.no_grad():
             found = self.losses(self.outputs(self.params, one), one)
             added = None if self.penalty is None else self.penalty(self.params)
-        if added is not None and added.shape != ():
-            raise ValueError(f"penalty returned a tensor of shape {tuple(added.shape)}: a scalar is needed, its sum.")
+        if added is not None and not (isinstance(added, Tensor) and added.shape == ()):
+            kind = f"a tensor of shape {tuple(added.shape)}" if isinstance(added, Tensor) else type(added).__name__
+            raise ValueError(f"penalty returned {kind}: a scalar tensor is needed, its sum.")
         if found.shape != (count_of(one),):
             raise ValueError(
                 f"losses returned {tuple(found.shape)} for {count_of(one)} examples: one loss for each is needed "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
-from ..checks import check_numbers
+from ..checks import check_leaves, check_numbers
 from ..problem import Problem, ordered
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import Tree, leaves, norm
@@ -49,6 +49,7 @@ class External:
         start = raveler.unflatten(raveler.unravel(problem.start.y.clone()))
         with torch.no_grad():
             found = self.solve(loss, start)
+        check_leaves("External: what solve returned", leaves(found), Tensor.is_floating_point, "torch.as_tensor(array)")
         if pytree.tree_structure(found) != raveler.spec or [t.shape for t in leaves(found)] != raveler.shapes:
             raise TypeError(
                 "External: solve returned something that is not a tree like init, of the same structure and shapes."

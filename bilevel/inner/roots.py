@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ import scipy
 import torch
 from torch import Tensor
 
+from .._torch import innermost, shown
 from ..checks import check_linear_solver, check_numbers
 from ..linalg.direct import LU
 from ..linalg.gmres import GMRES
@@ -18,7 +20,7 @@ from ..linalg.operator import to_numpy
 from ..linalg.solve import LinearSolver
 from ..problem import RootProblem
 from ..solution import Result, Solution, make_codes, marked
-from ..tree import axpy, norm
+from ..tree import axpy, broadcasts_to, norm
 from .minimize import Ends, check_tolerance
 from .nearness import VANISHED, Nearness
 from .outcome import COUPLED_ADVICE, is_coupled
@@ -275,12 +277,29 @@ class Bisection:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_tolerance(max_steps=self.max_steps, tol=None)
-        if not bool((torch.as_tensor(self.lower) < torch.as_tensor(self.upper)).all()):
-            raise ValueError(f"lower is {self.lower} and upper {self.upper}: the bracket is empty.")
+        for name in ("lower", "upper"):
+            bound = getattr(self, name)
+            if isinstance(bound, bool) or not isinstance(bound, Tensor | Real):
+                raise TypeError(f"{name} is {bound!r}: a number or a tensor is needed, such as torch.as_tensor(bound).")
+        low, high = torch.as_tensor(self.lower), torch.as_tensor(self.upper)
+        if not bool(innermost(low < high).all()):
+            raise ValueError(f"lower is {shown(self.lower)} and upper {shown(self.upper)}: the bracket is empty.")
+        if not bool(innermost(torch.isfinite(low) & torch.isfinite(high)).all()):
+            raise ValueError(
+                f"lower is {shown(self.lower)} and upper {shown(self.upper)}: a bracket without end has no middle. "
+                "Give numbers between which the root lies."
+            )
 
     def find(self, problem: RootProblem) -> Solution[Tensor]:
         """Find a root; see `RootSolver`."""
-        low, high = (torch.as_tensor(b).to(problem.y).expand_as(problem.y) for b in (self.lower, self.upper))
+        low, high = torch.as_tensor(self.lower), torch.as_tensor(self.upper)
+        for name, bound in (("lower", low), ("upper", high)):
+            if not broadcasts_to(bound.shape, problem.y.shape):
+                raise ValueError(
+                    f"{name} has shape {tuple(bound.shape)}, and the unknowns are vectors of shape "
+                    f"{tuple(problem.y.shape)}, flattened and one for each problem: it does not broadcast to them."
+                )
+        low, high = (bound.to(problem.y).expand_as(problem.y) for bound in (low, high))
         at_low, at_high = problem.evaluate(low), problem.evaluate(high)
         size = torch.maximum(at_low.abs(), at_high.abs())
         bracketed = (at_low.sign() * at_high.sign() <= 0) & torch.isfinite(at_low) & torch.isfinite(at_high)

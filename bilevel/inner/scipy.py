@@ -30,6 +30,7 @@ DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 HESSIAN_METHODS = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
 DENSE_HESSIAN_METHODS = ("dogleg", "trust-exact")
 BOUNDED_METHODS = ("l-bfgs-b", "tnc", "slsqp", "trust-constr", "nelder-mead", "powell", "cobyla", "cobyqa")
+METHODS = tuple(dict.fromkeys(("cg", "bfgs", *BOUNDED_METHODS, *HESSIAN_METHODS, *DENSE_HESSIAN_METHODS)))
 TOLERANCE_OPTIONS: dict[str, Callable[[float], dict[str, float]]] = {
     "l-bfgs-b": lambda gtol: {"gtol": gtol, "ftol": 0.0, "maxfun": 10**9},
     "tnc": lambda gtol: {"gtol": gtol, "ftol": 0.0, "xtol": 0.0},
@@ -70,6 +71,8 @@ class ScipyMinimize:
         check_numbers(self)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         check_bounds(self.bounds)
+        if not isinstance(self.method, str) or self.method.lower() not in METHODS:
+            raise ValueError(f"method is {self.method!r}: it is one of scipy.optimize.minimize, {', '.join(METHODS)}.")
         if self.bounds is not None and self.method.lower() not in BOUNDED_METHODS:
             raise ValueError(
                 f"{self.method} has no bounds in SciPy: take one of {', '.join(BOUNDED_METHODS)}, or LBFGS."

@@ -54,6 +54,13 @@ class BilinearFunction(BatchedFunction):
         cls.jvp = staticmethod(_nesting(lambda *args: _bilinear_jvp(cls, *args)))  # type: ignore[method-assign]
 
 
+def check_tensors(name: str, **operands: object) -> None:
+    """Raise a TypeError where an operand of a layer is no tensor, naming it."""
+    for key, value in operands.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} was given {key} of type {type(value).__name__}: a tensor is needed.")
+
+
 def check_operands(name: str, shapes: dict[str, tuple[Tensor, tuple[int | None, ...]]]) -> None:
     """Raise where the operands of a layer disagree.
 

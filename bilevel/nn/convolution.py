@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .._torch import FunctionContext
 from . import kernels
-from .batched import BilinearFunction, check_operands, check_real, per_channel
+from .batched import BilinearFunction, check_operands, check_real, check_tensors, per_channel
 from .kernels import Geometry, Pair, checked_geometry
 
 
@@ -120,6 +120,7 @@ class _Weight(BilinearFunction):
 
 def check_convolution(name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """Raise where images ``[*T, n, channels, height, width]`` and filters do not belong together."""
+    check_tensors(name, x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     tasks = tuple(x.shape[:1]) if x.dim() == 5 else ()
     images = (*tasks, *[None] * 4)
     filters = weight.shape[-4] if weight.dim() >= 4 else None

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..context import LAST_IN_FIRST_OUT
 from ..tree import tensors
-from .batched import check_operands
+from .batched import check_operands, check_tensors
 from .product import matmul
 
 
@@ -27,6 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
+    check_tensors("linear", x=x, weight=weight, **({} if bias is None else {"bias": bias}))
     tasks = tuple(weight.shape[:1]) if weight.dim() == 3 else ()
     shared = not tasks or x.dim() == 2
     shapes = {

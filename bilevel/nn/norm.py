@@ -6,7 +6,8 @@ PyTorch's fused batch norm gives silently wrong Hessian products under `torch.fu
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .._torch import FunctionContext, in_dual_level, innermost, maybe_current_level
 from ..recording import free_looks, recording
-from .batched import BatchedFunction, check_operands, check_real, per_channel
+from .batched import BatchedFunction, check_operands, check_real, check_tensors, per_channel
 from .convolution import check_convolution
 from .kernels import Pair, apart, checked_geometry, empty_images, side_by_side
 
@@ -49,6 +50,9 @@ def batch_norm(
     """
     if has_torch_function((x, weight, bias)):  # closure conversion has to see the operands
         return handle_torch_function(batch_norm, (x, weight, bias), x, weight, bias, eps, pool, statistics)
+    check_tensors("batch_norm", x=x, weight=weight, bias=bias)
+    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps is {eps!r}: a number is needed that is not negative.")
     x, weight, bias = (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t for t in (x, weight, bias))
     _check(x, weight, bias, pool, statistics)
     kept = x if pool is None else _extremes(x, weight, pool)
@@ -96,7 +100,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, pool: int | None, statistics
         shapes |= {"mean": (statistics[0], channels), "variance": (statistics[1], channels)}
     check_operands("batch_norm", shapes)
     check_real("batch_norm", shapes)
-    if pool is not None and not (isinstance(pool, Integral) and 1 <= pool <= min(x.shape[-2:])):
+    if pool is not None and not (
+        isinstance(pool, Integral) and not isinstance(pool, bool) and 1 <= pool <= min(x.shape[-2:])
+    ):
         raise ValueError(f"pool is {pool}: windows of 1 to {min(x.shape[-2:])} pixels fit into x {tuple(x.shape)}.")
 
 
