@@ -106,13 +106,18 @@ def hidden_minimum(solver: InnerSolver, problem: Problem, found: Solution) -> st
     kink = kink or (bool((converged & (left > 1e-3 * begun)).any()) and has_kink(problem, found))
     if kink:  # a random objective, which may be trained without a hypergradient, has no slopes to compare
         return "" if is_random(problem, found) else KINK_ADVICE
-    # A tolerance of the user's may end a solve anywhere; where little of the gradient is left, it claims a minimum.
-    claimed = converged & (left <= torch.finfo(y.dtype).eps ** 0.4 * begun)
+    claimed = converged & _little_left(problem, found)
     if not bool(claimed.any()):
         return ""
     if bool((claimed & has_no_end(problem, found)).any()):
         return ENDLESS_ADVICE
     return _saddle(problem, found, claimed, None)
+
+
+def _little_left(problem: Problem, found: Solution) -> Tensor:
+    """Where a solve claims a minimum: a tolerance of the user's may end it anywhere, with more of the gradient left."""
+    little: Tensor = found.stats["residual_norm"] <= torch.finfo(found.value.dtype).eps ** 0.4 * norm(problem.start.g)
+    return little
 
 
 def _saddle(problem: Problem, found: Solution, claimed: Tensor, kept: Tensor | None) -> str:
@@ -128,7 +133,8 @@ def hidden_inside(separable: bool, _: InnerSolver, problem: Problem, found: Solu
     Args:
         separable: whether the prox acts on each param by itself.
     """
-    y, claimed = found.value.detach(), found.stats["result"] == int(Result.CONVERGED)
+    y = found.value.detach()
+    claimed = (found.stats["result"] == int(Result.CONVERGED)) & _little_left(problem, found)
     if y.numel() > LARGEST or not bool(claimed.any()):
         return ""
     if mixes_problems(problem, y):
