@@ -215,10 +215,9 @@ class ScipyRoot:
             return dense
 
         def solve(start: np.ndarray, tol: float) -> np.ndarray:
+            limit = "maxfev" if method in ("hybr", "df-sane") else "maxiter"
             options: dict[str, Any] = (
-                {"maxfev" if method == "hybr" else "maxiter": self.max_steps}
-                if dense
-                else {"maxiter": self.max_steps, "fatol": tol / like.numel() ** 0.5}
+                {limit: self.max_steps} if dense else {limit: self.max_steps, "fatol": tol / like.numel() ** 0.5}
             )
             try:
                 outcome = scipy.optimize.root(

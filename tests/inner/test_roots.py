@@ -223,3 +223,16 @@ def test_a_complex_residual_of_real_unknowns_is_refused():
         bl.root(lambda y: 1j * (y - 3), start)
     with pytest.raises(ValueError, match=r"map returned torch\.complex128"):
         bl.fixed_point(lambda y: 0.5 * torch.exp(1j * y), start)
+
+
+@pytest.mark.parametrize("method", ["hybr", "df-sane"])
+def test_scipys_limits_are_of_evaluations(method, recwarn):
+    """`df-sane` knows of no ``maxiter``: it went on, and SciPy warned of an unknown option."""
+    solver = ScipyRoot(method, max_steps=2)
+    weights = torch.tensor([0.5, 0.9], dtype=torch.float64)
+    fit = bl.root(
+        lambda y: weights * torch.cos(y) - y, torch.zeros(2, dtype=torch.float64), solver=solver, throw="ignore"
+    )
+    assert fit.result is Result.MAX_STEPS
+    assert int(fit.stats["num_steps"]) <= 4
+    assert not recwarn.list
