@@ -365,7 +365,8 @@ def test_fallback_where_the_support_is_not_convex():
     solver = bl.ProximalGradient(prox.L1(strength))
     with pytest.raises(bl.SolveError, match="negative curvature"):
         bl.argmin(objective, start, solver=solver, throw="raise").value.sum().backward()
-    found = bl.argmin(objective, start, solver=solver, throw="fallback")
+    with pytest.warns(bl.SolveWarning, match="negative curvature"):
+        found = bl.argmin(objective, start, solver=solver, throw="fallback")
     weights = torch.tensor([3.0, 5.0], dtype=torch.float64)
     (grad,) = torch.autograd.grad(found.value @ weights, strength)
     assert found.adjoint.recovered == ("MINRES",)
