@@ -133,6 +133,12 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} is {_kind(value)}: True or False is needed.")
 
 
+def check_number_or_tensor(name: str, value: object) -> None:
+    """Refuse what is neither, naming it."""
+    if isinstance(value, bool) or not isinstance(value, Tensor | Real):
+        raise TypeError(f"{name} is {value!r}: a number or a tensor is needed, such as torch.as_tensor(value).")
+
+
 def check_linear_solver(value: object, name: str = "linear_solver") -> None:
     """Refuse what does not solve linear systems."""
     if value is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,15 @@ from torch import Tensor
 
 from ._torch import innermost, shown
 from .argmin import Params, argmin
-from .checks import check_flag, check_function, check_hypergrad, check_solver, check_start, check_warm_start
+from .checks import (
+    check_flag,
+    check_function,
+    check_hypergrad,
+    check_number_or_tensor,
+    check_solver,
+    check_start,
+    check_warm_start,
+)
 from .closure import Closure, Tracer, VmappedClosure
 from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod
@@ -189,8 +196,7 @@ class LeastSquaresStatement(ObjectiveStatement):
 
 
 def _rho(loss: LossName | Rho, scale: float | Tensor) -> Rho | None:
-    if isinstance(scale, bool) or not isinstance(scale, Tensor | Real):
-        raise TypeError(f"loss_scale is {scale!r}: a number or a tensor is needed, such as torch.as_tensor(scale).")
+    check_number_or_tensor("loss_scale", scale)
     if not bool((innermost(torch.as_tensor(scale)) > 0).all()):
         raise ValueError(f"loss_scale is {shown(scale)}: it must be positive.")
     if callable(loss):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -82,8 +81,7 @@ def rehearse(hypergrad: Any) -> None:
     with torch.random.fork_rng(devices=[]):
         module, scores = Transformer(2, 2, 1, 1, 2), torch.zeros(2, requires_grad=True)
     mixture = Mixture(module, torch.zeros(2, bl.distributed.world_size(), 3, dtype=torch.long))
-    with warnings.catch_warnings(), settings_usable():
-        warnings.simplefilter("ignore")
+    with settings_usable():
         ahead = look_ahead(mixture, dict(module.named_parameters()), scores, hypergrad, Onward(bl.Adam(0.1), None, 0))
         torch.autograd.grad(sum((value.sum() for value in ahead.value.values()), torch.zeros(())), scores)
 

@@ -7,7 +7,6 @@ mean has the meta-gradient as its gradient.
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -311,8 +310,7 @@ def rehearse(config: Config, chosen: Mapping[str, Any]) -> None:
     """
     own = replace(config, ways=2, threads=1, chunk_size=None, capture=False, precision="float32")
     x, y = torch.rand(2, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([[0, 1], [0, 1]])
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), settings_usable():
-        warnings.simplefilter("ignore")
+    with torch.random.fork_rng(devices=[]), settings_usable():
         layers = OrderedDict(flat=nn.Flatten(), features=nn.Linear(4, 2), head=nn.Linear(2, 2))
         learner = Learner.create(own, nn.Sequential(layers), chosen)
         meta_step(learner, Episodes(x, y, x, y)).objective.backward()

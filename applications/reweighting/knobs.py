@@ -108,10 +108,6 @@ class Config(DataKnobs, SolverKnobs):
         require(self.weight_decay >= 0, f"--weight-decay is {self.weight_decay}: not negative.")
         require(self.focal_gamma >= 0, f"--focal-gamma is {self.focal_gamma}: not negative.")
         require_each_once(self, "problems", "methods")
-        require(
-            self.solver is None or self.methods == ("unroll",),
-            "--solver has a hypergradient of its own, and --methods names others: give one of the two.",
-        )
         select_device(self.device)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -116,8 +115,7 @@ def rehearse(hypergrad: Hypergrad) -> None:
     module, params = stacked(lambda: Mlp(2, 2, 2), 1, 0, CPU)
     net, images, labels = WeightNet(1, "loss", 1, CPU), torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.long)
     batch = BatchLoss(lambda params: bl.nn.functional_call(module, params, (images,)), labels, torch.ones(1, 2), net)
-    with warnings.catch_warnings(), settings_usable():
-        warnings.simplefilter("ignore")
+    with settings_usable():
         ahead = look_ahead(params, batch, hypergrad, 0.1)
         torch.autograd.grad(losses_of(batch.outputs(ahead.value), labels).sum(), list(net.params.values()))
 

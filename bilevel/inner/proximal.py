@@ -109,11 +109,9 @@ class ProximalGradient:
         if self.tol is not None:
             return progress.solution(at.y, residual_norm=size, step_size=step)
         found = progress.solution(at.y, residual_norm=size, step_size=step, step_norm=stretch * norm(r))
-        codes, far = (
-            found.stats["result"],
-            found.stats["step_norm"] > Goal.of(at.g.dtype).accepted * step * terms(at, step),
-        )
-        return found.with_stats(result=marked(codes, (codes == int(Result.CONVERGED)) & far, Result.INACCURATE))
+        far = found.stats["step_norm"] > Goal.of(at.g.dtype).accepted * step * terms(at, step)
+        converged = found.stats["result"] == int(Result.CONVERGED)
+        return found.with_stats(result=marked(found.stats["result"], converged & far, Result.INACCURATE))
 
     def _first_step(self, problem: Problem) -> Tensor:
         at = problem.start
@@ -178,11 +176,11 @@ def free_params(problem: Problem, y: Tensor, separable: bool) -> Tensor:
     step = inverse_curvature(lambda y: problem.evaluate(y).g, y, at.g)
     z = y - scale(step, at.g)
     size = torch.finfo(y.dtype).eps ** 0.5 * norm(z).clamp_min(1.0)
-    free = torch.zeros_like(z, dtype=torch.bool)
-    for way in (1, -1):  # a param that rests on its bound may leave it one way
-        change = scale(way * size, signs(y.shape, 0, y.device).to(y.dtype))
-        with torch.no_grad():
-            free = free | ((shrink(z + change, step) - shrink(z, step) - change).abs() <= 1e-2 * change.abs())
+    change, free = scale(size, signs(y.shape, 0, y.device).to(y.dtype)), torch.zeros_like(z, dtype=torch.bool)
+    with torch.no_grad():
+        here = shrink(z, step)
+        for moved in (change, -change):  # a param that rests on its bound may leave it one way
+            free = free | ((shrink(z + moved, step) - here - moved).abs() <= 1e-2 * moved.abs())
     return free if separable else free.all(-1, keepdim=True).expand_as(free)
 
 

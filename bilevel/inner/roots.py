@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch import innermost, shown
-from ..checks import check_linear_solver, check_numbers
+from ..checks import check_linear_solver, check_number_or_tensor, check_numbers
 from ..linalg.direct import LU
 from ..linalg.gmres import GMRES
 from ..linalg.jacobian import GraphJacobian
@@ -276,10 +275,8 @@ class Bisection:
     def __post_init__(self) -> None:
         check_numbers(self)
         check_tolerance(max_steps=self.max_steps, tol=None)
-        for name in ("lower", "upper"):
-            bound = getattr(self, name)
-            if isinstance(bound, bool) or not isinstance(bound, Tensor | Real):
-                raise TypeError(f"{name} is {bound!r}: a number or a tensor is needed, such as torch.as_tensor(bound).")
+        check_number_or_tensor("lower", self.lower)
+        check_number_or_tensor("upper", self.upper)
         low, high = torch.as_tensor(self.lower), torch.as_tensor(self.upper)
         if not bool(innermost(low < high).all()):
             raise ValueError(f"lower is {shown(self.lower)} and upper {shown(self.upper)}: the bracket is empty.")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._torch import innermost, shown
+from ..checks import check_number_or_tensor
 from ..tree import broadcasts_to
 
 Setting = float | Tensor
@@ -292,8 +293,7 @@ def of_problem(name: str, setting: Setting, y: Tensor) -> Setting:
 def check_not_negative(**settings: Setting) -> None:
     """Refuse settings that are no numbers, or negative, naming them."""
     for name, value in settings.items():
-        if isinstance(value, bool) or not isinstance(value, Tensor | Real):
-            raise TypeError(f"{name} is {value!r}: a number or a tensor is needed, such as torch.as_tensor(value).")
+        check_number_or_tensor(name, value)
         if not bool((innermost(torch.as_tensor(value)) >= 0).all()):
             raise ValueError(f"{name} is {shown(value)}: it cannot be negative.")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from .._torch import innermost, shown
+from ..checks import check_number_or_tensor
 from .base import Ball, Prox, Setting, Simplex, of_problem
 
 
@@ -85,8 +85,7 @@ class HalfSpace(Prox):
 
     def __post_init__(self) -> None:
         _check_finite(a=self.a)
-        if isinstance(self.b, bool) or not isinstance(self.b, Tensor | Real):
-            raise TypeError(f"b is {self.b!r}: a number is needed, or a tensor [T].")
+        check_number_or_tensor("b", self.b)
         if not bool(torch.isfinite(innermost(torch.as_tensor(self.b))).all()):
             raise ValueError(f"b is {shown(self.b)}: a finite number is needed.")
         if self.a.dim() < 1:

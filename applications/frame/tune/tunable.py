@@ -112,8 +112,7 @@ def rehearse(solve: Callable[[Tensor], bl.Solution]) -> None:
         UserError: the solver is of other problems, or the hypergradient of other solvers.
     """
     x = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    with warnings.catch_warnings(), settings_usable():
-        warnings.simplefilter("ignore")
+    with settings_usable():
         solve(x).value.sum().backward()
 
 
@@ -126,11 +125,15 @@ def rehearse_minimum(settings: Mapping[str, Any]) -> None:
 def settings_usable() -> Iterator[None]:
     """Within it, an error is one of the settings of ``--solver``; what depends on the numbers of a problem is none.
 
+    Warnings are of the numbers, too, and not heard.
+
     Raises:
         UserError: there was one.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     except UserError:
         raise
     except Exception as error:
