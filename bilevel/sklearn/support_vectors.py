@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from scipy.linalg import lstsq
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.svm import SVR
 from torch import Tensor
 
+from ..notices import tell
 from .folds import Folds
 from .quadratic import gaussian_kernel, minimize_quadratic, times
 
@@ -15,9 +20,10 @@ class SVRTwin:
     """``min b K b / 2 - y b + epsilon |b|_1`` with ``sum b = 0`` and ``|b_i| <= C w_i``, w the examples' weights.
 
     At the solution an example lies inside the tube (b = 0), beyond it (b = C w s, s the sign of its error), or on its
-    edge, a free support vector: ``(K b)_i + intercept = y_i - epsilon s_i``. libsvm finds these sets. With them fixed,
-    b is the minimum of a quadratic in the free entries under one equality, differentiable towards the kernel, epsilon
-    and C: the derivative of the solution wherever the sets do not change.
+    edge, a free support vector: ``(K b)_i + intercept = y_i - epsilon s_i``. libsvm finds these sets, up to its
+    tolerance and its kernel of float32; what it has confused is put right in float64. With the sets fixed, b is the
+    minimum of a quadratic in the free entries under one equality, differentiable towards the kernel, epsilon and C: the
+    derivative of the solution wherever the sets do not change.
     """
 
     def __init__(self, folds: Folds):
@@ -70,14 +76,112 @@ class SVRTwin:
         return (above.amin(-1, keepdim=True) + below.amax(-1, keepdim=True)) / 2
 
     def _solve(self, kernel: Tensor, C: float, epsilon: float) -> Tensor:
-        """b ``[K, n]`` by libsvm, fold by fold."""
+        """b ``[K, n]``, fold by fold.
+
+        Warns:
+            ConvergenceWarning: the predictions of a fold are inexact.
+        """
         kernels, targets = kernel.expand(len(self.weights), -1, -1).numpy(), self.folds.targets.numpy()
         b = torch.zeros_like(self.weights)
         for k, weights in enumerate(self.weights.numpy()):
             inside = np.flatnonzero(weights)
-            unit = float(targets[inside].std()) or 1.0  # libsvm's tolerance has the units of y
-            model = SVR(kernel="precomputed", C=C, epsilon=epsilon, tol=5e-5 * unit, cache_size=500)
-            model.fit(kernels[k][np.ix_(inside, inside)], targets[inside], sample_weight=weights[inside])
-            chosen = torch.from_numpy(inside[model.support_])
-            b[k, chosen] = torch.from_numpy(model.dual_coef_[0])
+            fold = Fold(kernels[k][np.ix_(inside, inside)], targets[inside], C * weights[inside], epsilon)
+            found, violation = fold.corrected(fold.by_libsvm(C, weights[inside]))
+            b[k, inside] = torch.from_numpy(found)
+            if violation > 1e-6:
+                tell(
+                    "Predictions of a support vector regression are off by more than 1e-6 of the spread of y: neither "
+                    "libsvm nor the active set method found its support vectors. Scale the features "
+                    "(StandardScaler), lower the bounds of C, or raise those of gamma.",
+                    ConvergenceWarning,
+                )
         return b
+
+
+INSIDE, FREE, BEYOND = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Fold:
+    """The problem of one fold: kernel ``[n, n]``, y ``[n]``, and the bounds of b's entries ``[n]``."""
+
+    kernel: np.ndarray
+    y: np.ndarray
+    bounds: np.ndarray
+    epsilon: float
+
+    @property
+    def unit(self) -> float:
+        return float(self.y.std()) or 1.0
+
+    def by_libsvm(self, C: float, weights: np.ndarray) -> np.ndarray:
+        """b ``[n]``; the tolerance has the units of y."""
+        model = SVR(kernel="precomputed", C=C, epsilon=self.epsilon, tol=5e-5 * self.unit, cache_size=500)
+        model.fit(self.kernel, self.y, sample_weight=weights)
+        b = np.zeros_like(self.y)
+        b[model.support_] = model.dual_coef_[0]
+        return b
+
+    def corrected(self, b: np.ndarray) -> tuple[np.ndarray, float]:
+        """The minimum, from one that is near, by the primal active set method (Nocedal and Wright 2006, 16.5).
+
+        The free entries move to where they solve the conditions of their set, or up to the first that meets a bound
+        and is free no more. Once there, the example that lies farthest on the wrong side of the tube's edge is freed.
+
+        Returns:
+            b ``[n]``, and by how much it violates the conditions of optimality, relative to the spread of y.
+        """
+        sign = np.sign(b)
+        kind = np.where(b == 0, INSIDE, np.where(np.abs(b) >= self.bounds * (1 - 1e-9), BEYOND, FREE))
+        best, least = b, np.inf
+        for _ in range(200):
+            target, intercept = self._of_sets(kind, sign, b)
+            up, at = sign * (target - b), sign * b
+            with np.errstate(divide="ignore", invalid="ignore"):
+                room = np.where(up < 0, -at / up, np.where(up > 0, (self.bounds - at) / up, np.inf))
+            room[kind != FREE] = np.inf
+            first = int(room.argmin())
+            b = b + min(1.0, max(0.0, room[first])) * (target - b)
+            if room[first] < 1:
+                kind[first] = BEYOND if up[first] > 0 else INSIDE
+                b[first] = sign[first] * self.bounds[first] if up[first] > 0 else 0.0
+                continue
+            error = self.y - self.kernel @ b - intercept
+            out = np.where(kind == INSIDE, np.abs(error), sign * error) - self.epsilon
+            wrong = np.where(kind == FREE, np.abs(out), np.maximum(np.where(kind == BEYOND, -out, out), 0)) / self.unit
+            violation = max(float(wrong.max()), float(abs(b.sum())) / self.unit)
+            if violation < least:
+                best, least = b, violation
+            wrong[kind == FREE] = 0
+            worst = int(wrong.argmax())
+            if wrong[worst] < 1e-9:
+                break
+            if kind[worst] == INSIDE:
+                sign[worst] = np.sign(error[worst])
+            kind[worst] = FREE
+        return best, least
+
+    def _of_sets(self, kind: np.ndarray, sign: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, float]:
+        """b ``[n]`` that is on the edge of the tube where it is free, and its intercept.
+
+        Of several b that are, the one closest to ``near``: of equal examples, or a kernel that is flat.
+        """
+        free = kind == FREE
+        b = np.where(free, near, np.where(kind == BEYOND, sign * self.bounds, 0.0))
+        error = self.y - self.kernel @ b
+        if not free.any():
+            above = np.where(
+                (kind == INSIDE) | (sign > 0), error + self.epsilon * np.where(kind == INSIDE, 1, -1), np.inf
+            )
+            below = np.where(
+                (kind == INSIDE) | (sign < 0), error - self.epsilon * np.where(kind == INSIDE, 1, -1), -np.inf
+            )
+            return b, (above.min() + below.max()) / 2
+        count = int(free.sum())
+        matrix = np.ones((count + 1, count + 1))
+        matrix[-1, -1] = 0
+        matrix[:-1, :-1] = self.kernel[np.ix_(free, free)]
+        right = np.append((error - self.epsilon * sign)[free], -b.sum())
+        move = lstsq(matrix, right, lapack_driver="gelsy", check_finite=False)[0]
+        b[free] += move[:-1]
+        return b, float(move[-1])
