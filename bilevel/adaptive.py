@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_numbers
+from .checks import check_fields
 from .hypergrad.implicit import Implicit
 from .inner.lbfgs import LBFGS
 from .linalg.cg import CG
@@ -51,7 +51,7 @@ class Adaptive:
     first_progress: float | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if not 0 < self.value < 1 or not 0 < self.smallest < 1:
             raise ValueError(f"value is {self.value} and smallest {self.smallest}: tolerances lie in (0, 1).")
         if not self.scale > 0:

@@ -100,6 +100,7 @@ def argmin(
     """
     check_throw(throw)
     check_argmin(objective, init, solver, hypergrad, warm_start)
+    check_flag("has_aux", has_aux)
     if has_aux:
         settings: dict[str, Any] = {"solver": solver, "hypergrad": hypergrad, "throw": throw, "warm_start": warm_start}
         return with_aux(lambda loss: argmin(loss, init, *args, **settings), objective, args, hypergrad is not None)
@@ -223,6 +224,8 @@ def root(
         As `argmin`; ``stats["residual_norm"]`` is ``||residual||`` at the solution.
     """
     check_root("residual", residual, init, solver, hypergrad, warm_start)
+    check_flag("symmetric", symmetric)
+    check_flag("has_aux", has_aux)
     if has_aux:
         settings: dict[str, Any] = {"solver": solver, "hypergrad": hypergrad, "throw": throw, "warm_start": warm_start}
         settings |= {"batched": batched, "symmetric": symmetric}
@@ -258,6 +261,7 @@ def fixed_point(
         As `root`; ``stats["residual_norm"]`` is ``||y - map(y)||``.
     """
     check_root("map", map, init, solver, hypergrad, warm_start)
+    check_flag("has_aux", has_aux)
     if has_aux:
         settings: dict[str, Any] = {"solver": solver, "hypergrad": hypergrad, "throw": throw, "warm_start": warm_start}
         settings |= {"batched": batched}

@@ -193,18 +193,22 @@ def check_warm_start(value: object) -> None:
 SCHEDULES = "For one step size a step, or learned ones, take Steps(SGD(lr=...), max_steps=...), lr a tensor [max_steps]"
 
 
-def check_numbers(settings: Any) -> None:
-    """Refuse a setting of a dataclass that is no number where its annotation says ``int`` or ``float``, naming it.
+def check_fields(settings: Any) -> None:
+    """Refuse a setting of a dataclass that is not what its annotation says: ``int``, ``float`` or ``bool``.
 
     A tensor of one element may stand for it.
 
     Raises:
-        TypeError: it is no number, or no whole one. ValueError: it is infinite.
+        TypeError: it is no number, no whole one, or neither True nor False. ValueError: it is infinite.
     """
-    for name, whole, optional in _numbers_of(settings.__class__):
-        value = getattr(settings, name)
+    for name, kinds in _plain_fields(settings.__class__):
+        value, optional = getattr(settings, name), "None" in kinds
         if value is None and optional:
             continue
+        if "bool" in kinds:
+            check_flag(name, value)
+            continue
+        whole = "float" not in kinds
         one = isinstance(value, Tensor) and value.numel() == 1 and not (whole and value.is_floating_point())
         if not one and (isinstance(value, bool) or not isinstance(value, Integral if whole else Real)):
             needed = "a whole number" if whole else "a number"
@@ -214,10 +218,10 @@ def check_numbers(settings: Any) -> None:
 
 
 @functools.cache
-def _numbers_of(kind: type) -> list[tuple[str, bool, bool]]:
-    """The fields that are numbers: their names, whether they are whole ones, and whether None will do."""
+def _plain_fields(kind: type) -> list[tuple[str, set[str]]]:
+    """The fields that are numbers or flags, and the kinds that each may be."""
     named = [(field.name, set(str(field.type).split(" | "))) for field in fields(kind)]
-    return [(name, "float" not in kinds, "None" in kinds) for name, kinds in named if kinds <= {"int", "float", "None"}]
+    return [(name, kinds) for name, kinds in named if kinds <= {"int", "float", "None"} or kinds <= {"bool", "None"}]
 
 
 def check_step_size(value: object, name: str = "lr", advice: str = SCHEDULES) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .argmin import root
-from .checks import check_leaves
+from .checks import check_fields, check_flag, check_leaves
 from .closure import in_transform
 from .hypergrad.implicit import Implicit
 from .linalg.adjoint import is_differentiated
@@ -62,7 +62,8 @@ def custom_root(
         tol: what norm of ``optimality_fun`` counts as solved: above it, ``throw`` says what happens. None: no check.
         throw: as in `argmin`.
     """
-    hypergrad = Implicit(_linear_solver(solve))
+    check_flag("has_aux", has_aux)
+    hypergrad, given = Implicit(_linear_solver(solve)), _Given(tol)
     signature = inspect.signature(reference_signature or optimality_fun)
 
     def wrap(solver: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,10 +78,10 @@ def custom_root(
             bound.apply_defaults()
             _, *positional = bound.args
             fit = root(
-                lambda y, *given: optimality_fun(y, *given, **bound.kwargs),
+                lambda y, *rest: optimality_fun(y, *rest, **bound.kwargs),
                 _detached(params),
                 *positional,
-                solver=_Given(tol),
+                solver=given,
                 hypergrad=hypergrad,
                 throw=throw,
             )
@@ -287,6 +288,9 @@ class _Given:
     """A root that a solver of the user's found already."""
 
     tol: float | None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def find(self, problem: RootProblem) -> Solution[Tensor]:
         size = norm(problem.r)

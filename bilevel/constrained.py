@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .argmin import Params
 from .checks import (
+    check_fields,
     check_flag,
     check_function,
     check_hypergrad,
-    check_numbers,
     check_solver,
     check_start,
     check_warm_start,
@@ -427,7 +427,7 @@ class AugmentedLagrangian:
     newton: Newton = Newton(LeastNorm())  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         for name in ("rounds", "strength"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be positive.")

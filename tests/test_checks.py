@@ -183,6 +183,26 @@ def test_numbers_of_a_wrong_kind_are_named(kind):
                 kind(**{**REQUIRED.get(kind, {}), name: wrong})
 
 
+def flags(kind):
+    return [f.name for f in dataclasses.fields(kind) if f.init and set(str(f.type).split(" | ")) <= {"bool", "None"}]
+
+
+@pytest.mark.parametrize("kind", [one for one in CLASSES if flags(one) and one is not bl.InnerStep])
+def test_flags_of_a_wrong_kind_are_named(kind):
+    """``safeguard="no"`` was True."""
+    for name in flags(kind):
+        for wrong in ("no", 1, 0.0, torch.ones(())):
+            with pytest.raises(TypeError, match=rf"^{name} is "):
+                kind(**{**REQUIRED.get(kind, {}), name: wrong})
+
+
+@pytest.mark.parametrize("solve", [bl.argmin, bl.root, bl.fixed_point])
+def test_flags_of_a_wrong_kind_are_named_by_solves(solve):
+    for name in {"has_aux", "symmetric", "batched"} & set(inspect.signature(solve).parameters):
+        with pytest.raises(TypeError, match=rf"^{name} is .no.: True or False"):
+            solve(f if solve is bl.argmin else r, Z, **{name: "no"})
+
+
 def classes(*packages):
     """All classes that the modules of these packages define, and those beside them."""
     names = [module.name for module in pkgutil.walk_packages(bl.__path__, "bilevel.")]

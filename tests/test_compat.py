@@ -90,6 +90,13 @@ def test_a_solver_without_aux_that_was_promised_is_told():
         solver(INIT, torch.tensor(0.3, dtype=torch.float64), (A, B))
 
 
+def test_settings_of_a_wrong_kind_are_told_before_anything_is_solved():
+    with pytest.raises(TypeError, match="tol is 'a': a number"):
+        compat.custom_root(optimality, tol="a")
+    with pytest.raises(TypeError, match="has_aux is 'no': True or False"):
+        compat.custom_root(optimality, has_aux="no")
+
+
 def test_captured_hyperparameters_get_their_gradient():
     """TorchOpt: None."""
     l2reg = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -290,6 +291,10 @@ def test_what_is_wrong_is_told(logistic):
     unfinished = {"first": randn(FEATURES, 8, seed=3), "second": randn(8, CLASSES, seed=4)}
     with pytest.warns(bl.SolveWarning, match="no minimum"):
         bl.influence(network, each, unfinished, TRAIN, QUERIES, curvature="full", damping=0.0)
+    x, labels = TRAIN
+    infinite = (torch.where(torch.arange(NUM).unsqueeze(-1) == 3, math.nan, x), labels)
+    with pytest.raises(bl.SolveError, match=r"NaN or an infinity.*loss of each example"):
+        bl.influence(linear, each, logistic, infinite, QUERIES, **settings)
     for change, words in (
         ({"curvature": "none"}, "gauss_newton"),
         ({"damping": -1.0}, "negative"),

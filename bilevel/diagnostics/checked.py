@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..context import differentiates
 from ..hypergrad.base import Point
 from ..hypergrad.implicit import Implicit
@@ -44,7 +44,7 @@ class Constants:
     outer_cross: float = 0.0
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if not self.strong_convexity > 0:
             raise ValueError(
                 f"strong_convexity is {self.strong_convexity}: the bound holds for a positive one only; without it, "

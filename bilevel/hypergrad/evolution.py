@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..linalg.noise import normal
 from ..tree import is_continuous
 from .base import Point, Pulled
@@ -34,7 +34,7 @@ class EvolutionStrategies:
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if self.num_samples < 1:
             raise ValueError(f"num_samples is {self.num_samples}: at least one is needed.")
         if not self.sigma > 0:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers, check_step_size
+from ..checks import check_fields, check_step_size
 from ..recording import recording
 from ..solution import Result, Solution, make_codes, marked, settle
 from ..tree import dot, norm, scale, wide
@@ -37,7 +37,7 @@ class FiniteDifference:
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_step_size(self.lr, advice="This method makes one step")
         check_epsilon(self.epsilon)
 

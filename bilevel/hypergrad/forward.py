@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch import FunctionContext
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..inner.minimize import InnerSolver
 from ..inner.steps import State
 from ..problem import Objective
@@ -35,7 +35,7 @@ class ForwardMode:
     max_hparams: int = 64
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if self.max_hparams < 1:
             raise ValueError(f"max_hparams is {self.max_hparams}: at least one is needed.")
 

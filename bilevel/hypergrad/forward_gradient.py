@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..inner.minimize import InnerSolver
 from ..linalg.noise import normal, signs
 from ..problem import Objective, Problem
@@ -43,7 +43,7 @@ class ForwardGradient:
         to_init: a gradient flows to ``init`` as well: its entries count as hyperparameters.
 
     Raises:
-        ValueError: bad settings; (when solving) more orthogonal directions than hyperparameters.
+        ValueError, TypeError: bad settings; (when solving) more orthogonal directions than hyperparameters.
         NotImplementedError: (when solving) it is being recorded: directions are drawn on the host.
     """
 
@@ -53,12 +53,17 @@ class ForwardGradient:
     to_init: bool = False
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if self.num_directions < 1:
             raise ValueError(f"num_directions is {self.num_directions}: at least one is needed.")
         if self.distribution not in get_args(Distribution):
             raise ValueError(
                 f"distribution is {self.distribution!r}: it is one of {', '.join(get_args(Distribution))}."
+            )
+        if not (self.generator is None or isinstance(self.generator, torch.Generator)):
+            kind = type(self.generator).__name__
+            raise TypeError(
+                f"generator is of type {kind}: a torch.Generator is needed, such as torch.Generator().manual_seed(0)."
             )
         if self.generator is not None and self.generator.device.type != "cpu":
             raise ValueError(f"generator is on {self.generator.device}: a generator of the CPU is needed.")

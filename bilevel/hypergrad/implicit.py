@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
-from ..checks import check_linear_solver, check_numbers
+from ..checks import check_fields, check_linear_solver
 from ..closure import Closure, Tracer
 from ..inner.decay import Decayed
 from ..inner.nearness import Goal
@@ -56,7 +56,7 @@ class Implicit:
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_linear_solver(self.linear_solver)
         if isinstance(self.operator, type):
             raise TypeError(f"operator is the class {self.operator.__name__}: write {self.operator.__name__}(...).")

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import check_numbers, check_step_size
+from ..checks import check_fields, check_step_size
 from .base import Point, Pulled
 
 
@@ -27,7 +27,7 @@ class OneStep:
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_step_size(self.step_size, "step_size", "This method makes one step")
 
     def pull(self, point: Point, cotangent: Tensor) -> Pulled:

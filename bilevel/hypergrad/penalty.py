@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..linalg.solve import normalise
 from ..problem import linearize_objective
 from ..recording import recording
@@ -61,7 +61,7 @@ class Penalty:
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if not self.strength > 0:
             raise ValueError(f"strength is {self.strength}: it must be positive.")
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..inner.steps import LastStep, Rule
 from .base import Point, Pulled
 from .finite_difference import check_epsilon, mixed_difference
@@ -32,7 +32,7 @@ class SAMA:
     reaches_init: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if self.rule is not None and not isinstance(self.rule, Rule):
             raise TypeError(f"rule is {self.rule!r}: it is the step rule of the solver, as Adam(lr=1e-3), or None.")
         check_epsilon(self.epsilon)

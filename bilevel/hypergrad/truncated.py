@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..closure import Tracer
 from ..inner.minimize import InnerSolver
 from ..inner.steps import LastStep
@@ -31,7 +31,7 @@ class Truncated:
     last: int
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if self.last < 1:
             raise ValueError(f"last is {self.last}: at least one step must be differentiated.")
 

@@ -30,6 +30,10 @@ ADVICE: dict[Result | None, str] = {
         "The params are no minimum, or the curvature is not that of one: train further, raise the damping, or take "
         "curvature='gauss_newton'"
     ),
+    Result.NONFINITE: (
+        "The params, the training examples or the queries hold such values, or have such losses: look at the loss of "
+        "each example, and leave out those where it is not finite"
+    ),
 }
 
 

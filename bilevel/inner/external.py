@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
-from ..checks import check_leaves, check_numbers
+from ..checks import check_fields, check_leaves
 from ..problem import Problem, ordered
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import Tree, leaves, norm
@@ -33,7 +33,7 @@ class External:
     gtol: float | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if not callable(self.solve):
             raise TypeError(f"solve is {self.solve!r}: a function (loss, start) -> params is needed.")
         check_settings(max_steps=1, gtol=self.gtol)

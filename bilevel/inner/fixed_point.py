@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..problem import RootProblem
 from ..solution import Result, Solution
 from ..tree import norm
@@ -39,7 +39,7 @@ class Picard:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
         check_damping(self.damping)
 
@@ -74,7 +74,7 @@ class Anderson:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
         check_damping(self.damping)
         if self.history < 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..checks import check_momentum, check_numbers, check_step_size
+from ..checks import check_fields, check_momentum, check_step_size
 from ..linalg.solve import chosen
 from ..problem import Evaluation, Problem
 from ..solution import Solution
@@ -45,7 +45,7 @@ class GradientDescent:
 
     def __post_init__(self) -> None:
         check_momentum(self.momentum)
-        check_numbers(self)
+        check_fields(self)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         for lr in self.lr if isinstance(self.lr, tuple) else (self.lr,):
             check_step_size(lr)

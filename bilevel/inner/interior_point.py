@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..linalg.direct import least_norm
 from ..problem import RootProblem
 from ..solution import Result, Solution, make_codes, marked
@@ -49,7 +49,7 @@ class InteriorPoint:
     near: float | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if not self.tol > 0:
             raise ValueError(f"tol is {self.tol}: it must be positive.")
         if self.max_steps < 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..linalg.single import is_single
 from ..problem import Problem
 from ..prox import Prox
@@ -46,7 +46,7 @@ class LBFGS:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         if self.history < 1:
             raise ValueError(f"history is {self.history}: at least one curvature pair must be kept.")

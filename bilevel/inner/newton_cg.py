@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..linalg.cg import truncated_cg
 from ..linalg.curvature import HessianMode, hessian
 from ..problem import Evaluation, Problem
@@ -41,7 +41,7 @@ class NewtonCG:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         if self.cg_steps < 1:
             raise ValueError(f"cg_steps is {self.cg_steps}: at least one product is needed for a direction.")

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..linalg.noise import signs
 from ..linalg.solve import stop_now
 from ..problem import Evaluation, Objective, Problem, Shrink
@@ -57,7 +57,7 @@ class ProximalGradient:
     """At the solver's own step, as it was judged."""
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
         if not isinstance(self.prox, Prox | dict | list | tuple):
             raise TypeError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch import innermost, shown
-from ..checks import check_linear_solver, check_number_or_tensor, check_numbers
+from ..checks import check_fields, check_linear_solver, check_number_or_tensor
 from ..linalg.direct import LU
 from ..linalg.gmres import GMRES
 from ..linalg.jacobian import GraphJacobian
@@ -76,7 +76,7 @@ class Newton:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_linear_solver(self.linear_solver)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
 
@@ -191,7 +191,7 @@ class ScipyRoot:
     tol: float | None = None
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_tolerance(max_steps=self.max_steps, tol=self.tol)
 
     def find(self, problem: RootProblem) -> Solution[Tensor]:
@@ -273,7 +273,7 @@ class Bisection:
     max_steps: int = 200
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_tolerance(max_steps=self.max_steps, tol=None)
         check_number_or_tensor("lower", self.lower)
         check_number_or_tensor("upper", self.upper)

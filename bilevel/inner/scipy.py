@@ -11,7 +11,7 @@ import scipy
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..linalg.cg import truncated_cg
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.operator import Operator, Restricted, to_numpy
@@ -68,7 +68,7 @@ class ScipyMinimize:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         check_bounds(self.bounds)
         if not isinstance(self.method, str) or self.method.lower() not in METHODS:

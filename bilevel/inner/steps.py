@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers, check_rule
+from ..checks import check_fields, check_rule
 from ..problem import Evaluation, Problem
 from ..recording import free_looks
 from ..solution import Solution
@@ -60,6 +60,7 @@ class SGD(Rule):
     nesterov: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_rates(lr=self.lr, momentum=self.momentum, dampening=self.dampening, weight_decay=self.weight_decay)
         if self.nesterov and (_is_zero(self.momentum) or not _is_zero(self.dampening)):
             raise ValueError("nesterov needs a momentum and no dampening.")
@@ -87,6 +88,7 @@ class Adam(Rule):
     amsgrad: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_rates(lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
         if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
             raise ValueError(f"betas is {self.betas}: a pair is needed, such as (0.9, 0.999).")
@@ -135,6 +137,7 @@ class RMSprop(Rule):
     centered: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_rates(lr=self.lr, alpha=self.alpha, eps=self.eps, weight_decay=self.weight_decay, momentum=self.momentum)
         if may_be_looked_at(self.alpha) and not bool((torch.as_tensor(self.alpha).detach() <= 1).all()):
             raise ValueError(f"alpha is {self.alpha}: it lies in [0, 1].")
@@ -192,7 +195,7 @@ class Steps:
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_rule(self.rule, Rule)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         lr = getattr(self.rule, "lr", 0.0)

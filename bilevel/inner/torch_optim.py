@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch import outside_transforms
-from ..checks import check_numbers, check_optimizer, check_step_size
+from ..checks import check_fields, check_optimizer, check_step_size
 from ..problem import Evaluation, Problem
 from ..solution import Solution
 from ..tree import Tree, leaves
@@ -64,7 +64,7 @@ class TorchOptim:
         object.__setattr__(self, "gtol", gtol)
         object.__setattr__(self, "callback", callback)
         object.__setattr__(self, "settings", tuple(settings.items()))
-        check_numbers(self)
+        check_fields(self)
         check_settings(max_steps=max_steps, gtol=gtol)
 
     def __repr__(self) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..linalg.jacobian import pull_back, transposed
 from ..linalg.operator import widened
 from ..problem import Evaluation, Problem
@@ -214,7 +214,7 @@ class TrustRegion(ABC):
     radius: float = 1.0
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_settings(max_steps=self.max_steps, gtol=self.gtol)
         if not self.radius > 0:
             raise ValueError(f"radius is {self.radius}: it must be positive.")

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..recording import recording
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
@@ -173,7 +173,7 @@ INVERSE_ITERATIONS = 3
 
 
 def _check(settings: Cholesky | LU | LeastNorm) -> None:
-    check_numbers(settings)
+    check_fields(settings)
     if settings.max_size < 1:
         raise ValueError(f"max_size is {settings.max_size}: one unknown at least is needed.")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
 from .operator import Operator
@@ -30,7 +30,7 @@ class Identity:
     measure: bool = False
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if not abs(self.factor) > 0:
             raise ValueError(
                 f"factor is {self.factor}: it stands for 1 / curvature, which is a number other than zero."

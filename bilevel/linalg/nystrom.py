@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..recording import recording
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm
@@ -46,7 +46,7 @@ class Nystrom:
     sketch: SketchKind = "gaussian"
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         _check(self.rank, self.sketch)
         if not self.damping > 0:
             raise ValueError(f"damping is {self.damping}: it must be positive, it divides what the sketch misses.")
@@ -106,7 +106,7 @@ class NystromPreconditioner:
     sketch: SketchKind = "gaussian"
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         _check(self.rank, self.sketch)
         if not self.damping >= 0:
             raise ValueError(f"damping is {self.damping}: it cannot be negative.")

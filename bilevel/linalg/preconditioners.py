@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers
+from ..checks import check_fields
 from .noise import signs
 from .operator import Operator
 from .solve import Precondition
@@ -30,7 +30,7 @@ class Jacobi:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if self.num_probes < 1:
             raise ValueError(f"num_probes is {self.num_probes}: at least one product is needed.")
 
@@ -59,7 +59,7 @@ class AdamPreconditioner:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if not self.eps >= 0:
             raise ValueError(f"eps is {self.eps}: it cannot be negative.")
 

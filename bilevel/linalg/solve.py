@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..checks import check_numbers, check_preconditioner, refuse_mps
+from ..checks import check_fields, check_preconditioner, refuse_mps
 from ..recording import free_looks, recording
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import norm, scale
@@ -118,7 +118,7 @@ class IterativeSolver(ABC):
     symmetric_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         check_settings(rtol=self.rtol, atol=self.atol, max_steps=self.max_steps)
         check_preconditioner(getattr(self, "preconditioner", None))
         if getattr(self, "restart", 1) < 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._torch import pytree
-from ..checks import check_numbers
+from ..checks import check_fields
 from ..tree import Tree, leaves
 from .base import Box, Prox, Setting
 
@@ -32,7 +32,7 @@ class Rows(Prox):
     length: int
 
     def __post_init__(self) -> None:
-        check_numbers(self)
+        check_fields(self)
         if not isinstance(self.each, Prox):
             raise TypeError(f"each is {self.each!r}: it is one of bilevel.prox, such as prox.Simplex().")
         if self.length < 1:

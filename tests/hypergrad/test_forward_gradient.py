@@ -151,6 +151,8 @@ def test_what_is_refused():
         torch.autograd.grad(PROBLEM.outer(fit.value, x), x, create_graph=True)
     with pytest.raises(TypeError, match="fixed number of steps"):
         hypergradient(bl.ForwardGradient(), bl.GradientDescent(gtol=1e-3))
+    with pytest.raises(TypeError, match=r"generator is of type int.*manual_seed"):
+        bl.ForwardGradient(generator=5)
     assert math.isfinite(hypergradient(bl.ForwardGradient()).sum())
 
 
