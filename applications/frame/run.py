@@ -80,7 +80,7 @@ class Run:
     Args:
         data: a digest of the files that it reads, if there are any; a run goes on with the same ones only.
         lengths: those that it was planned for, where it becomes longer now; the results of the shorter run are then
-            forgotten. That is written with the first thing that is: until then a resumed run may still be refused.
+            set aside. That is written with the first thing that is: until then a resumed run may still be refused.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ class Run:
             if self._lengths:
                 self._refuse_damaged()
             if self._lengths and self.leads:  # the results first: those of another length would be taken for this one's
-                self.folder.forget_results()
+                self.folder.set_results_aside()
                 self.folder.write_json(LENGTHS, self._lengths)
             self.folder.begin(self._config)
             if self._data is not None and self.leads:

@@ -93,9 +93,11 @@ class RunFolder:
         schema.check(found, schema.Results, self.path / "results.json", "file of results")
         return found
 
-    def forget_results(self) -> None:
-        """They were of a shorter run."""
-        (self.path / "results.json").unlink(missing_ok=True)
+    def set_results_aside(self) -> None:
+        """As ``results.previous.json``: they are of a shorter run."""
+        path = self.path / "results.json"
+        with _told(f"{path} could not be renamed"), contextlib.suppress(FileNotFoundError):
+            path.replace(before(path))
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_bytes(name, as_json(value))
@@ -248,7 +250,7 @@ def as_json(value: Any) -> bytes:
 
 
 def before(path: Path) -> Path:
-    """Where the checkpoint before the last one lies."""
+    """Where the file lies that was there before the last one: a checkpoint, or the results of a shorter run."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
 
 

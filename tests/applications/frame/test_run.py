@@ -153,7 +153,9 @@ def test_a_setting_that_is_the_default_is_a_change_too(tmp_path, capsys):
 def test_a_run_may_become_longer_and_is_then_the_long_one(tmp_path):
     assert walk("--out", str(tmp_path / "whole"), "--steps", "9") == 0
     assert walk("--out", str(tmp_path / "run")) == 0
+    results = (tmp_path / "run" / "results.json").read_bytes()
     assert walk("--resume", str(tmp_path / "run"), "--steps", "9") == 0
+    assert (tmp_path / "run" / "results.previous.json").read_bytes() == results
     assert comparable(tmp_path / "run") == comparable(tmp_path / "whole")
     tables = [RunFolder(tmp_path / name).results()["tables"] for name in ("run", "whole")]
     assert tables[0] == tables[1]
