@@ -71,6 +71,7 @@ __all__ = [
     "sequence_number",
     "shown",
     "swapped_last_in_first_out",
+    "without_saved_tensors_hooks",
 ]
 
 
@@ -158,6 +159,20 @@ def after_backward(callback: Callable[[], None]) -> None:
 def saved_tensors_hooks() -> Any:
     """The innermost pair of hooks on tensors that autograd saves, or None."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+@contextlib.contextmanager
+def without_saved_tensors_hooks() -> Iterator[None]:
+    """A block whose graphs keep their tensors as they are, whatever hooks the caller has entered."""
+    removed = []
+    while (pair := saved_tensors_hooks()) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        removed.append(pair)
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(removed):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .._torch import pytree
+from .._torch import pytree, saved_tensors_hooks
 from ..inner.minimize import InnerSolver
 from ..inner.outcome import inner_advice
 from ..linalg.solve import LinearState
@@ -54,6 +54,21 @@ class Point:
             if self.seen is not None:
                 self.seen.check(self._at.loss, self.raveler.ravel([r.detach() for r in self._at.residual]))
         return self._at
+
+    def meet_hooks(self) -> None:
+        """Give the graph that is kept the hooks that the caller has entered, such as those of a checkpoint.
+
+        `torch.func` inside of the problem bears none: the graph then stays as it is.
+        """
+        if saved_tensors_hooks() is None:
+            return
+        plain, self._at = self._at, None
+        try:
+            self.linearization()
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            self._at = plain
 
     def check_unchanged(self) -> None:
         """Raise where the objective, which is about to be evaluated elsewhere, is not the one that was solved."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import pytree
+from .._torch import pytree, without_saved_tensors_hooks
 from ..closure import Closure, Tracer, in_transform
 from ..linalg.adjoint import is_differentiated
 from ..notices import place_of_user, tell
@@ -50,10 +50,12 @@ def differentiable_solve(
     differentiable = hypergrad is not None and torch.is_grad_enabled()
     tracer, problem = Tracer(differentiable), None
     if not in_transform():
-        problem = build(tracer)
+        with without_saved_tensors_hooks():
+            problem = build(tracer)
         batch_dims = len(problem.raveler.batch_shape)
         if hypergrad is None or not differentiable or not (tracer.captured or hypergrad.reaches_init):
-            found = search(problem, partial(measured_at_solution, problem))
+            with without_saved_tensors_hooks():
+                found = search(problem, partial(measured_at_solution, problem))
             return found.with_value(pytree.tree_unflatten(problem.raveler.unravel(found.value), spec))
     else:
         start = [leaf.detach() for leaf in flat]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import FunctionContext
+from .._torch import FunctionContext, without_saved_tensors_hooks
 from ..checks import check_fields
 from ..inner.minimize import InnerSolver
 from ..inner.steps import State
@@ -70,6 +70,7 @@ def carried(path: Path, directions: Tensor, method: str, start: Sequence[Tensor]
     return path.solution(moved, state)
 
 
+@without_saved_tensors_hooks()  # torch.func bears none
 def _follow(path: Path, directions: list[Tensor], start: Sequence[Tensor]) -> tuple[Tensor, State, Tensor]:
     """The last point ``[*batch, n]``, its state, and its derivative along each direction ``[b, *batch, n]``."""
     hparams = [tensor.detach() for tensor in path.walk.hparams]

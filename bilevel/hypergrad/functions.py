@@ -20,6 +20,7 @@ from .._torch import (
     is_dead_tensor_wrapper,
     is_functorch_wrapped_tensor,
     is_legacy_batchedtensor,
+    without_saved_tensors_hooks,
 )
 from ..closure import in_transform
 from ..context import uncompiled
@@ -49,7 +50,6 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         start, hparams = call.split(tensors)
-        problem = call.problem or call.statement.problem(start, hparams, call.batch_dims)
         findings = call.findings
 
         def measure(found: Solution) -> Solution:
@@ -63,8 +63,11 @@ class _Solution(torch.autograd.Function):
                 found = found.with_stats(loss=problem.losses(found.value))
             return measured(found, residual, None if at.loss is None else at.loss.detach())
 
-        found = call.search(problem, measure, partial(setattr, findings, "later"), call.place)
+        with without_saved_tensors_hooks():  # a checkpoint counts, and a solve is not as long the second time
+            problem = call.problem or call.statement.problem(start, hparams, call.batch_dims)
+            found = call.search(problem, measure, partial(setattr, findings, "later"), call.place)
         assert findings.point is not None
+        findings.point.meet_hooks()
         findings.found, findings.names = found, sorted(found.stats)
         inspect(findings, findings.point.linearization(), second=isinstance(call.hypergrad, Implicit | OneStep))
         value = [leaf.clone() for leaf in findings.point.params]
@@ -240,6 +243,7 @@ def _saved(ctx: FunctionContext) -> list[Tensor]:
     return found
 
 
+@without_saved_tensors_hooks()
 def _plain_pull(call: Call, params: list[Tensor], hparams: list[Tensor], cotangents: list[Tensor]) -> Pulled:
     """The pull of the method, outside of all transforms; the graph that the solve ended with serves once."""
     point = call.findings.point
