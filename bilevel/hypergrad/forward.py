@@ -17,7 +17,7 @@ from ..inner.steps import State
 from ..problem import Objective
 from ..solution import Solution, Throw
 from ..tree import Tree, tree_map
-from .path import Path, finish, fixed_steps
+from .path import Path, finish, fixed_steps, no_forward_mode
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,10 @@ class _Linear(torch.autograd.Function):
         (cotangent,) = grads
         slopes = (ctx.tangents * cotangent).sum(tuple(range(1, ctx.tangents.dim())), dtype=torch.float64)
         return (None, None, None, None, *parted(slopes @ ctx.directions, ctx.like))
+
+    @staticmethod
+    def jvp(ctx: FunctionContext, *tangents: Tensor | None) -> Tensor:
+        raise no_forward_mode(ctx.method)
 
 
 def parted(vectors: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

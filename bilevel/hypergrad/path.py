@@ -232,6 +232,14 @@ class Randomness:
             yield
 
 
+def no_forward_mode(method: str) -> NotImplementedError:
+    """What a `torch.autograd.Function` raises that has a backward pass alone."""
+    return NotImplementedError(
+        f"A forward-mode derivative was asked for through hypergrad={method}, which is differentiated in reverse mode "
+        "only. Use Implicit(), or Unroll() without checkpoint and mode, which have both."
+    )
+
+
 class _Guarded(torch.autograd.Function):
     """The value itself; in the backward pass that begins here, gradients of hyperparameters have to be finite."""
 
@@ -257,6 +265,10 @@ class _Guarded(torch.autograd.Function):
         after_backward(remove)
         return grads[0], None, None
 
+    @staticmethod
+    def jvp(ctx: FunctionContext, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.view_as(tangent)
+
 
 class _FirstOrderOnly(torch.autograd.Function):
     """The value itself; refuses the second derivatives that PyTorch gets wrong."""
@@ -274,3 +286,7 @@ class _FirstOrderOnly(torch.autograd.Function):
                 "rms_norm, or a norm written with torch.var_mean and rsqrt."
             )
         return grads[0]
+
+    @staticmethod
+    def jvp(ctx: FunctionContext, tangent: Tensor) -> Tensor:
+        return tangent.clone()

@@ -13,7 +13,7 @@ from .._torch import FunctionContext
 from ..inner.steps import State
 from ..recording import recording
 from ..tree import norm
-from .path import Randomness, Walk
+from .path import Randomness, Walk, no_forward_mode
 from .seen import changed
 from .statement import free_leaves
 
@@ -183,3 +183,7 @@ class Replayed(torch.autograd.Function):
         at = Cotangent(grads, replay.walk.hparams, reached)
         replay.pull(spots, 0, replay.num_steps, 0, at)
         return None, None, *at.grads, *at.by_hparams
+
+    @staticmethod
+    def jvp(ctx: FunctionContext, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        raise no_forward_mode("Unroll(checkpoint=..., mode=...)")

@@ -175,3 +175,26 @@ def test_sama_takes_the_rule_of_the_solver():
     assert torch.equal(gradient(bl.SAMA()), gradient(bl.SAMA(bl.Adam(0.1))))
     with pytest.raises(TypeError, match="does not fit the solver"):
         gradient(bl.SAMA(bl.SGD(0.1, momentum=0.9)))
+
+
+@pytest.mark.parametrize("solver", [bl.Steps(bl.SGD(lr=0.1), max_steps=30), bl.GradientDescent(0.1, 30)])
+def test_forward_mode_is_right_or_refused_by_name(solver):
+    x, direction = torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([1.0, 0.0, -1.0]).double()
+
+    def solve(x, hypergrad):
+        def inner(p, x):
+            return (p - x).square().sum() + 0.1 * p.pow(4).sum()
+
+        return bl.argmin(inner, torch.zeros_like(x), x, solver=solver, hypergrad=hypergrad, throw="ignore").value
+
+    def tangent(hypergrad):
+        with torch.autograd.forward_ad.dual_level():
+            moved = solve(torch.autograd.forward_ad.make_dual(x, direction), hypergrad)
+            return torch.autograd.forward_ad.unpack_dual(moved).tangent.detach()
+
+    expected = (solve(x + 1e-6 * direction, None) - solve(x - 1e-6 * direction, None)) / 2e-6
+    assert (tangent(bl.Unroll()) - expected).norm() < 1e-7
+    for method in (bl.Unroll(checkpoint=True), bl.Unroll(mode="mixed"), bl.ForwardMode(), bl.ForwardGradient()):
+        name = type(method).__name__
+        with pytest.raises(NotImplementedError, match=rf"forward-mode derivative.*hypergrad={name}\(.*reverse mode"):
+            tangent(method)
