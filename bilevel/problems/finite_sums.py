@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ..argmin import argmin
+from ..checks import check_fields
 from ..inner.lbfgs import LBFGS
 
 
@@ -31,6 +32,17 @@ class Quadratics:
     condition: float = 10.0
     coupling: float = 0.1
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        largest = max(self.size, self.outer_size)
+        if not 1 <= min(self.size, self.outer_size) or self.num_samples < largest:
+            raise ValueError(
+                f"size is {self.size}, outer_size {self.outer_size} and num_samples {self.num_samples}: sizes are at "
+                f"least 1, and at least as many samples as the larger of them ({largest}) are needed."
+            )
+        if not self.condition >= 1:
+            raise ValueError(f"condition is {self.condition}: it is at least 1.")
 
     @cached_property
     def _data(self) -> dict[str, dict[str, Tensor]]:
@@ -133,6 +145,13 @@ class Logistic:
     num_samples: int = 256
     outer_penalty: float = 1e-2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.size < 1 or self.num_samples < 1:
+            raise ValueError(f"size is {self.size} and num_samples {self.num_samples}: at least one of each is needed.")
+        if not self.outer_penalty > 0:
+            raise ValueError(f"outer_penalty is {self.outer_penalty}: it must be positive.")
 
     @property
     def outer_size(self) -> int:

@@ -7,7 +7,7 @@ import torch
 
 import bilevel as bl
 from bilevel.diagnostics import solve
-from bilevel.problems import Quadratics, Ridge, collection
+from bilevel.problems import Quadratics, Ridge, collection, finite_sums
 from tests.conformance import relative_error
 
 PROBLEMS = collection()
@@ -67,3 +67,20 @@ def test_constants_are_those_of_the_hessian():
     problem = Ridge()
     values = torch.linalg.eigvalsh(torch.func.hessian(problem.inner)(problem.init, problem.hparams))
     assert problem.constants(problem.hparams) == pytest.approx((values[0].item(), values[-1].item()))
+
+
+@pytest.mark.parametrize(
+    ("problem", "settings", "words"),
+    [
+        (finite_sums.Quadratics, {"num_samples": 50}, "at least as many samples as the larger of them"),
+        (finite_sums.Quadratics, {"size": 0}, "size is 0"),
+        (finite_sums.Quadratics, {"condition": 0.5}, "condition is 0.5"),
+        (finite_sums.Quadratics, {"size": 2.5}, "size is 2.5: a whole number"),
+        (finite_sums.Logistic, {"num_samples": 0}, "num_samples 0"),
+        (finite_sums.Logistic, {"outer_penalty": 0.0}, "outer_penalty is 0.0"),
+        (finite_sums.Logistic, {"seed": "a"}, "seed is 'a'"),
+    ],
+)
+def test_sizes_that_make_no_problem_are_named(problem, settings, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        problem(**settings)
