@@ -36,7 +36,7 @@ class Quadratics:
     def __post_init__(self) -> None:
         check_fields(self)
         largest = max(self.size, self.outer_size)
-        if not 1 <= min(self.size, self.outer_size) or self.num_samples < largest:
+        if min(self.size, self.outer_size) < 1 or self.num_samples < largest:
             raise ValueError(
                 f"size is {self.size}, outer_size {self.outer_size} and num_samples {self.num_samples}: sizes are at "
                 f"least 1, and at least as many samples as the larger of them ({largest}) are needed."
