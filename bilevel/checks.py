@@ -213,7 +213,7 @@ def check_fields(settings: Any) -> None:
         if not one and (isinstance(value, bool) or not isinstance(value, Integral if whole else Real)):
             needed = "a whole number" if whole else "a number"
             raise TypeError(f"{name} is {_kind(value)}: {needed} is needed{', or None' * optional}.")
-        if not whole and math.isinf(value):
+        if not whole and math.isinf(value.detach() if isinstance(value, Tensor) else value):
             raise ValueError(f"{name} is {value}: a finite number is needed{', or None' * optional}.")
 
 

@@ -12,7 +12,7 @@ from ..prox.parts import within
 from ..recording import recording
 from ..solution import Result, Solution
 from ..tree import Tree, axpy, dot, norm, scale
-from .descent import MAX_TRIALS, SUFFICIENT_DECREASE, grows, ran_away
+from .descent import FEW_TRIALS, HIDDEN, MAX_TRIALS, ROUNDING, SUFFICIENT_DECREASE, grows, ran_away
 from .minimize import Progress, choose
 from .nearness import Nearness
 from .pairs import first_step, pair_of, two_loops, unit_of
@@ -143,9 +143,9 @@ def _search(
         The points, and the mask of success.
     """
     step, pending, best = torch.ones_like(at.f), active, at
-    rounding = torch.finfo(at.g.dtype).eps ** 0.6 * at.f.abs()
-    for trials in range(2 * MAX_TRIALS):
-        if near is not None and trials == MAX_TRIALS // 6:
+    rounding = torch.finfo(at.g.dtype).eps ** ROUNDING * at.f.abs()
+    for trials in range(MAX_TRIALS):
+        if near is not None and trials == FEW_TRIALS:
             pending = pending & ~near
         if not bool(pending.any()):
             break
@@ -153,7 +153,8 @@ def _search(
         trial = problem.evaluate(y)
         slope = dot(at.g, y - at.y)
         decreased = trial.f <= at.f + SUFFICIENT_DECREASE * slope
-        level = (trial.f <= at.f + rounding) & (dot(trial.g, y - at.y) <= (2 * SUFFICIENT_DECREASE - 1) * slope)
+        hidden = (trial.f <= at.f + rounding) & (-slope <= HIDDEN * rounding)
+        level = hidden & (dot(trial.g, y - at.y) <= (2 * SUFFICIENT_DECREASE - 1) * slope)
         accepted = pending & (slope < 0) & (decreased | level)
         best = choose(accepted, trial, best)
         pending = pending & ~accepted

@@ -24,8 +24,11 @@ takes to say that a loss may have no minimum."""
 SUFFICIENT_DECREASE = 1e-4
 CURVATURE = 0.9
 
+ROUNDING, HIDDEN = 0.75, 4.0
+"""Losses are as accurate as this power of the dtype's eps, relative to their size; a step is judged by its slopes where
+it promises at most so many times that: a longer one that does not lower the loss has missed the minimum."""
 
-MAX_TRIALS, FEW_TRIALS = 30, 5
+MAX_TRIALS, FEW_TRIALS = 60, 5
 
 TRIALS_UNSEEN = 3
 """Trials of a line search between two looks at whether it has ended, where a look is not free."""
@@ -62,7 +65,7 @@ class LineSearch:
         self.slope = dot(at.g, direction)
         self.low, self.high = torch.zeros_like(step), torch.full_like(step, torch.inf)
         self.pending, self.best, self.taken = active & (self.slope < 0), at, torch.zeros_like(step)
-        self.rounding = torch.finfo(at.g.dtype).eps ** 0.6 * at.f.abs()
+        self.rounding = torch.finfo(at.g.dtype).eps ** ROUNDING * at.f.abs()
 
     def advance(self, trials: int, free: bool = False) -> None:
         """Some more trials; where looks are not free nothing looks at a value."""
@@ -94,7 +97,8 @@ class LineSearch:
         trial = self.problem.evaluate(axpy(move, self.direction, at.y))
         new_slope = dot(trial.g, self.direction)
         decreased = trial.f <= at.f + SUFFICIENT_DECREASE * step * self.slope
-        level = (trial.f <= at.f + self.rounding) & (new_slope <= (2 * SUFFICIENT_DECREASE - 1) * self.slope)
+        hidden = (trial.f <= at.f + self.rounding) & (-step * self.slope <= HIDDEN * self.rounding)
+        level = hidden & (new_slope <= (2 * SUFFICIENT_DECREASE - 1) * self.slope)
         enough, steep = decreased | level, new_slope < CURVATURE * self.slope
         accepted = pending & enough & ~steep
         self.best, self.taken = choose(accepted, trial, self.best), torch.where(accepted, step, self.taken)

@@ -18,7 +18,16 @@ from torch import Tensor
 from ..linalg.single import as_vector
 from ..problem import Problem
 from ..solution import Result, Solution
-from .descent import CURVATURE, ENOUGH_STEPS, FEW_TRIALS, GROWTH, MAX_TRIALS, SUFFICIENT_DECREASE
+from .descent import (
+    CURVATURE,
+    ENOUGH_STEPS,
+    FEW_TRIALS,
+    GROWTH,
+    HIDDEN,
+    MAX_TRIALS,
+    ROUNDING,
+    SUFFICIENT_DECREASE,
+)
 from .nearness import PATIENCE, STILL, VANISHED, Goal
 
 
@@ -117,7 +126,7 @@ class _Walk:
         at, towards, step = self.at, self.towards, self.first
         slope = float(at.g.dot(towards))
         low, high, best, taken = 0.0, math.inf, None, 0.0
-        rounding = self.eps**0.6 * abs(at.f)
+        rounding = self.eps**ROUNDING * abs(at.f)
         near = self.nearness is not None and self.nearness.acceptable
         for _ in range(FEW_TRIALS if near else MAX_TRIALS):
             if not slope < 0:
@@ -125,7 +134,8 @@ class _Walk:
             trial = self.evaluate(at.y + step * towards)
             new_slope = float(trial.g.dot(towards))
             decreased = trial.f <= at.f + SUFFICIENT_DECREASE * step * slope
-            level = trial.f <= at.f + rounding and new_slope <= (2 * SUFFICIENT_DECREASE - 1) * slope
+            hidden = trial.f <= at.f + rounding and -step * slope <= HIDDEN * rounding
+            level = hidden and new_slope <= (2 * SUFFICIENT_DECREASE - 1) * slope
             if not (decreased or level):
                 high = step
             elif not new_slope < CURVATURE * slope:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bilevel import GradientDescent
+import bilevel as bl
 from bilevel.inner.bounded import Bounds, snapped
 from bilevel.inner.descent import LineSearch
 from bilevel.inner.pairs import Memory, first_step, two_loops
@@ -141,7 +141,7 @@ def test_gradient_descent_tries_twice_the_last_step_first(lr):
 
     def solved(max_steps):
         tried.clear()
-        solver = GradientDescent(lr, max_steps=max_steps, line_search=True)
+        solver = bl.GradientDescent(lr, max_steps=max_steps, line_search=True)
         return solver.minimize(Problem(loss, torch.zeros(2, 2, dtype=torch.float64), ()))
 
     first = solved(1)
@@ -225,3 +225,35 @@ def test_bounds_hold_what_is_pulled_against_them():
     assert box.clip(3 * y - 1)[0].tolist() == pytest.approx([0.0, 0.0, 1.0, 1.0, 0.5, 0.0, 1.0])
     near = torch.tensor([[1e-7, 1e-7, 1 - 1e-7, 1 - 1e-7, 0.5, 2.0, -1.0]], dtype=torch.float64)
     assert snapped(box, near, g)[0].tolist() == [0.0, 1e-7, 1 - 1e-7, 1.0, 0.5, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    "solver", [bl.LBFGS(), bl.LBFGS(gtol=1e-2), bl.LBFGS(bounds=(-1e6, 1e6)), bl.NewtonCG()], ids=str
+)
+def test_a_step_onto_a_plateau_is_none_where_the_loss_is_large(solver, count):
+    """The rise of 0.13 was taken for rounding of a loss of 2,000, and the plateau for a minimum: CONVERGED."""
+    random = torch.Generator().manual_seed(0)
+    inliers, outliers = 1 + 0.3 * torch.randn(10, generator=random), 50 + 500 * torch.rand(1990, generator=random)
+    data = torch.cat([inliers, outliers])
+
+    def welsch(y):
+        return (1 - torch.exp(-(y - data).square() / 2)).sum(-1)
+
+    start = torch.full((count, 1), 4.0)
+    fit = bl.argmin(welsch, start, solver=solver, hypergrad=None, throw="raise")
+    assert (fit.value - inliers.mean()).abs().max() < 0.1
+    assert (welsch(fit.value) < welsch(start) - 5).all()
+
+
+@pytest.mark.parametrize("solver", [bl.LBFGS(), bl.LBFGS(bounds=(-1e12, 1e12)), bl.NewtonCG()], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_constant_in_the_loss_hides_no_minimum_above_rounding(solver, count):
+    """The first step, a guess from loss and slope, is 1e10 long, and thirty halvings did not bring it back."""
+
+    def loss(y):
+        return 1e9 - torch.exp(-(y - 1).square() / 2).sum(-1)
+
+    start = torch.full((count, 1), 3.0, dtype=torch.float64)
+    fit = bl.argmin(loss, start, solver=solver, hypergrad=None, throw="raise")
+    torch.testing.assert_close(fit.value, torch.ones_like(start), atol=1e-4, rtol=0)
