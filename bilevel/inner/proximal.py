@@ -80,16 +80,17 @@ class ProximalGradient:
         progress = Progress.begin(at, None)
         progress.mark(progress.active, Result.MAX_STEPS)
         progress.end(size <= self._tolerance(at, step, stretch), Result.CONVERGED)
-        told = watch(self, problem)
+        told, alone = watch(self, problem), torch.ones_like(progress.active)
         for index in range(self.max_steps + 1):
             if told is not None and told(index, at.y, scale(1 / step, r), at.f, progress.active):
                 progress.stop()
             if index == self.max_steps or stop_now(progress.active, index):
                 break
-            new, step, moved = _step(problem, shrink, ahead, step, progress.active)
+            new, tried, moved = _step(problem, shrink, ahead, step, progress.active)
+            step = torch.where(moved, tried, step)
             progress.count()
             # The step from `ahead` is a descent direction; where the momentum opposes it, momentum does harm.
-            restart = dot(ahead.y - new.y, new.y - at.y) > 0
+            restart = (dot(ahead.y - new.y, new.y - at.y) > 0) | ~moved
             t = torch.where(restart, torch.ones_like(t), t)
             t_next = (1 + (1 + 4 * t.square()).sqrt()) / 2
             momentum = torch.where(restart, torch.zeros_like(t), (t - 1) / t_next)
@@ -100,10 +101,13 @@ class ProximalGradient:
             longer = (norm(at.y - last.y) / norm(r - before)).nan_to_num(1.0, 1.0).clamp_min(1.0)
             stretch = torch.maximum(longer, stretch**0.97)
             progress.end(size <= self._tolerance(at, step, stretch), Result.CONVERGED)
-            progress.end(~moved, Result.STAGNATED)
+            progress.end(~moved & alone, Result.STAGNATED)
             if self.accelerated:
                 extrapolated = axpy(momentum, at.y - last.y, at.y)
                 ahead = problem.evaluate(torch.where(progress.active.unsqueeze(-1), extrapolated, at.y))
+                inside = torch.isfinite(ahead.f) & torch.isfinite(norm(ahead.g))  # momentum may leave the domain
+                ahead, t = choose(inside, ahead, at), torch.where(inside, t, torch.ones_like(t))
+                alone = (momentum == 0) | ~inside
             else:
                 ahead = at
         if self.tol is not None:

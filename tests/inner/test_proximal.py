@@ -445,3 +445,25 @@ def test_a_saddle_is_told_where_the_prox_holds_nothing(penalty):
     assert stays.result is bl.Result.NEGATIVE_CURVATURE
     held = bl.ProximalGradient(prox.Box(0.5, 3.0))  # concave at the bound, and a minimum all the same
     bl.argmin(lambda y: (y - 0.1 * y.square()).sum(), start, solver=held, throw="raise")
+
+
+@pytest.mark.parametrize("accelerated", [True, False])
+@pytest.mark.parametrize("start", [1.0, 100.0, 1e4])
+def test_momentum_that_leaves_the_domain_starts_anew(start, accelerated):
+    """Poisson regression is NaN where a rate is negative: the step size collapsed, and the point was CONVERGED."""
+    random = torch.Generator().manual_seed(0)
+    a = torch.rand(30, 6, generator=random, dtype=torch.float64)
+    counts = torch.poisson(a @ torch.tensor([5.0, 0, 3, 0, 8, 1], dtype=torch.float64), generator=random)
+
+    def loss(y):
+        rates = y @ a.T
+        return (rates - counts * torch.log(rates)).sum(-1)
+
+    one = torch.ones(6, dtype=torch.float64)
+    best = loss(bl.argmin(loss, one, solver=bl.LBFGS(bounds=(0.0, None)), hypergrad=None).value)
+    solver = bl.ProximalGradient(bl.prox.NonNegative(), max_steps=20_000, accelerated=accelerated)
+    starts = torch.stack([start * one, one])  # the problems of a batch do not disturb each other
+    fit = bl.argmin(loss, starts, solver=solver, hypergrad=None, throw="ignore")
+    solved = fit.stats["result"] == int(bl.Result.CONVERGED)
+    assert (loss(fit.value)[solved] < best + 1e-9).all()
+    assert solved.all() or not accelerated
