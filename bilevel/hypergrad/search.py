@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -79,7 +79,7 @@ class Search(Generic[Posed]):
     method: Callable[[Posed], Found]
     throw: Throw
     what: str
-    advice: str | Callable[[Posed, Found], str]
+    advice: str | Mapping[Result | None, str] | Callable[[Posed, Found], str]
     fallback: InnerSolver | None = None
     look: Callable[[Posed, Found], Found] | None = None
     complete: Callable[[Posed, Found], Found] | None = None

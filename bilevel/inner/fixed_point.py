@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -9,13 +10,18 @@ import torch
 from torch import Tensor
 
 from ..checks import check_fields
+from ..linalg.jacobian import GraphJacobian
 from ..problem import RootProblem
-from ..solution import Result, Solution
-from ..tree import norm
+from ..recording import recording
+from ..solution import Result, Solution, marked
+from ..tree import norm, scale
 from .minimize import check_tolerance
 from .nearness import STILL, Nearness
 from .roots import RootProgress
 from .watch import Callbacks, watch
+
+HIDDEN = 8
+"""Units of rounding of the unknowns, below which a change of the residual says nothing."""
 
 STRETCHES = 10
 """Steps over which the slowest contraction that was seen tells the distance to the fixed point."""
@@ -88,12 +94,14 @@ class Anderson:
         progress = RootProgress.begin(r, self.tol)
         nearness = Nearness(y, problem.raveler.coarsest) if self.tol is None else None
         if nearness is not None:
-            progress.end(nearness.look(norm(r), y, settled=nearness.settled(r, y)), Result.CONVERGED)
+            # No contraction was seen yet: a short residual may be that of a map that hardly moves.
+            progress.end(nearness.look(norm(r), y, settled=(r == 0).all(-1)), Result.CONVERGED)
         longest = r.abs()
         start = norm(r) + norm(y)
         steps_back: list[Tensor] = []
         changes: list[Tensor] = []
         stretches: deque[Tensor] = deque(maxlen=STRETCHES)
+        unseen = torch.zeros_like(progress.active)
         told = watch(self, problem)
         for step in range(self.max_steps + 1):
             if told is not None and told(step, y, r, None, progress.active):
@@ -121,8 +129,10 @@ class Anderson:
                 changes = [*changes, new_r - r][-self.history :]
             # r is the distance to the fixed point where T forgets its argument; where it contracts by q, 1 - q of it.
             # One step sees the contraction along itself only: the worst of some counts.
-            stretches.append((norm(new_y - y) / norm(new_r - r)).nan_to_num(1.0, 1.0).clamp_min(1.0))
+            change = norm(new_r - r)
+            stretches.append((norm(new_y - y) / change).nan_to_num(1.0, 1.0).clamp_min(1.0))
             stretch = torch.stack(list(stretches)).amax(0)
+            unseen = torch.where(progress.active, change <= HIDDEN * torch.finfo(r.dtype).eps * norm(y), unseen)
             y, r = new_y, new_r
             progress.count()
             progress.look(norm(r))
@@ -132,7 +142,11 @@ class Anderson:
                 settled = nearness.settled(r, y, bound)
                 progress.end(nearness.look(stretch * norm(r), y, settled=settled), Result.CONVERGED)
             progress.end(norm(r) > 1e8 * start, Result.DIVERGED)
-        return progress.solution(y, **({} if nearness is None else {"step_norm": nearness.predicted}))
+        if nearness is None:
+            return progress.solution(y)
+        found = progress.solution(y, step_norm=nearness.predicted)
+        converged = found.stats["result"] == int(Result.CONVERGED)
+        return _looked_closer(problem, found, r, converged & unseen & (norm(r) > 0), nearness.goal.promised)
 
     def _mixed(self, r: Tensor, steps_back: Tensor, changes: Tensor) -> Tensor:
         """What the weights ``argmin ||r - changes w||`` take off the plain step; ``[*batch, n]``."""
@@ -147,6 +161,25 @@ class Anderson:
         weights, _ = torch.linalg.solve_ex(unit + self.ridge * eye + empty, (f.mT @ g) / length.unsqueeze(-1))
         weights = torch.nan_to_num(weights / length.unsqueeze(-1), 0, 0, 0)
         return ((steps_back - self.damping * changes).double() @ weights).squeeze(-1).to(r.dtype)
+
+
+def _looked_closer(
+    problem: RootProblem, found: Solution[Tensor], r: Tensor, unsure: Tensor, promised: float
+) -> Solution[Tensor]:
+    """The distance by a product with the derivative of the map, where rounding hid how much it contracts.
+
+    A map of short steps, such as one of gradient descent, hardly changes its residual from one point to the next.
+    """
+    if recording() or not bool(unsure.any()):
+        return found
+    unit = scale(1 / norm(r), r)
+    with contextlib.suppress(RuntimeError):  # the map has no derivative: nothing more can be seen of it
+        product = GraphJacobian(problem.raveler, problem.linearize(found.value)).rmatvec(unit)
+        distance = norm(r) * (1 / norm(product)).nan_to_num(torch.inf).clamp_min(1.0)
+        step_norm = torch.where(unsure, torch.maximum(distance, found.stats["step_norm"]), found.stats["step_norm"])
+        far = unsure & (step_norm > promised * norm(found.value))
+        return found.with_stats(step_norm=step_norm, result=marked(found.stats["result"], far, Result.INACCURATE))
+    return found
 
 
 def check_damping(damping: float) -> None:

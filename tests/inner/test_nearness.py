@@ -300,15 +300,17 @@ class TestSystems:
         assert fit.result is bl.Result.CONVERGED
         assert relative(fit.value.detach(), 1.0) < PROMISED[dtype]
 
-    def test_a_warm_start_at_the_solution_makes_no_step(self):
+    def test_a_warm_start_at_the_solution_makes_hardly_a_step(self):
+        """A map has to be seen to move before its short residual says that the fixed point is near."""
         for solve, fn in ((bl.root, lambda y: y.exp() - 2), (bl.fixed_point, lambda y: (y + 2 / y) / 2)):
             first = solve(fn, torch.tensor(1.0, dtype=torch.float64))
-            assert solve(fn, first.value).stats["num_steps"] == 0
+            assert solve(fn, first.value).stats["num_steps"] <= (solve is bl.fixed_point)
         torch.manual_seed(0)
         weights, bias = torch.randn(40, 40).double() / 16, torch.randn(40).double()
         first = bl.fixed_point(lambda y: torch.tanh(weights @ y + bias), torch.zeros(40).double())
         again = bl.fixed_point(lambda y: torch.tanh(weights @ y + bias), first.value)
-        assert (first.result, int(again.stats["num_steps"])) == (bl.Result.CONVERGED, 0)
+        assert first.result is bl.Result.CONVERGED
+        assert again.stats["num_steps"] <= 2 < first.stats["num_steps"]
 
 
 @pytest.mark.parametrize("solver", [None, bl.NewtonCG(), bl.ScipyMinimize("L-BFGS-B")])
