@@ -236,3 +236,32 @@ def test_params_of_a_half_and_of_a_finer_precision_together(way, fine, dtype):
     assert relative_error(flat, 1.5 * exact) < error
     (slope,) = torch.autograd.grad(flat.sum(), x)
     assert slope.item() == pytest.approx(exact.sum().item(), rel=error)
+
+
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize(
+    "hypergrad", [bl.Implicit(), bl.Implicit(bl.Cholesky()), bl.Implicit(operator="func")], ids=str
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_hyperparameters(hypergrad, captured, layout):
+    """``(S y - 1)^2 + y^2`` with a diagonal S: the backward pass was an error of PyTorch about is_set_to."""
+    if layout == "csr" and hypergrad.operator == "func":
+        pytest.skip("torch.func.grad does not take them: they have no strides")
+    values = torch.tensor([1.0, 2.0, 3.0], dtype=F64, requires_grad=True)
+    if layout == "coo":
+        matrix = torch.sparse_coo_tensor([[0, 1, 2], [0, 1, 2]], values, (3, 3), check_invariants=True)
+    else:
+        matrix = torch.sparse_csr_tensor([0, 1, 2, 3], [0, 1, 2], values, (3, 3), check_invariants=True)
+
+    def loss(y, matrix):
+        return (torch.mv(matrix, y) - 1).square().sum() + y.square().sum()
+
+    zero = torch.zeros(3, dtype=F64)
+    if captured:
+        fit = bl.argmin(lambda y: loss(y, matrix), zero, hypergrad=hypergrad)
+    else:
+        fit = bl.argmin(loss, zero, matrix, hypergrad=hypergrad)
+    (grad,) = torch.autograd.grad(fit.value.sum(), values)
+    exact = ((1 - values**2) / (1 + values**2) ** 2).detach()
+    assert (grad - exact).abs().max() < 1e-8
