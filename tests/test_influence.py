@@ -313,6 +313,40 @@ def test_what_is_wrong_is_told(logistic):
         scores.left_out(torch.ones(NUM))
 
 
+@pytest.mark.parametrize("layer", [torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(8)], ids=repr)
+def test_a_network_in_training_mode_is_told(layer):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(FEATURES, 8), layer, torch.nn.Linear(8, CLASSES)).double()
+    params = {name: p.detach() for name, p in net.named_parameters()}
+
+    def outputs(p, batch):
+        return torch.func.functional_call(net, p, (batch[0],))
+
+    with pytest.raises(ValueError, match=r"by itself.*module\.eval\(\)"):
+        Influence(outputs, each, params, TRAIN)
+    net.eval()
+    bl.influence(outputs, each, params, TRAIN, QUERIES)
+
+
+def test_sparse_examples_are_refused(logistic):
+    x, labels = TRAIN
+    with pytest.raises(TypeError, match=r"sparse.*to_dense"):
+        Influence(linear, each, logistic, (x.to_sparse(), labels))
+
+
+def test_no_graph_of_other_parts_is_kept():
+    """Parts of the network that require grad kept the graphs of all chunks."""
+    body, head = torch.nn.Linear(FEATURES, 6).double(), {"weight": randn(6, CLASSES, seed=5)}
+
+    def outputs(p, batch):
+        return torch.tanh(body(batch[0])) @ p["weight"]
+
+    influences = Influence(outputs, each, head, TRAIN, damping=0.1)
+    found = [influences.of(QUERIES).values, influences.of_themselves(), influences.distance]
+    projected = ProjectedInfluence(influences, 3)
+    assert not any(tensor.requires_grad for tensor in [*found, projected.features, projected.of(QUERIES).values])
+
+
 def test_an_inverse_is_the_whole_answer():
     params, x = {"w": randn(2)}, randn(6, 2)
 

@@ -104,6 +104,7 @@ class Influence:
         self._check()
         self.damping = self._default_damping() if damping is None else damping
 
+    @torch.no_grad()  # of a model whose other parts require grad, no graph is kept
     def of(self, queries: Tree, losses: Losses | None = None, *, file: str | Path | None = None) -> InfluenceScores:
         """The influences on queries.
 
@@ -128,6 +129,7 @@ class Influence:
                 keep(file, mark, done[0])
         return done[0]
 
+    @torch.no_grad()
     def of_themselves(self) -> Tensor:
         """``g_i^T A^{-1} g_i`` of each training example, ``[n]``: large where the fit rests on that example alone."""
         parts = []
@@ -137,6 +139,7 @@ class Influence:
         return torch.cat(parts)
 
     @property
+    @torch.no_grad()
     def distance(self) -> Tensor:
         """The Newton step that is left, relative to the norm of the params: influences are those of a minimum."""
         slope = self._objective_gradient().unsqueeze(0)
@@ -159,6 +162,21 @@ class Influence:
                 f"losses returned {tuple(found.shape)} for {count_of(one)} examples: one loss for each is needed "
                 "(reduction='none')."
             )
+        self._check_alone(part(one, 0, 1), found[:1])
+
+    @torch.no_grad()
+    def _check_alone(self, one: Tree, among: Tensor) -> None:
+        """That the loss of an example does not depend on others, or on chance."""
+        advice = "(dropout or batch norm in training mode?). Call module.eval() first"
+        try:
+            apart = (self.losses(self.outputs(self.params, one), one) - among).abs()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"outputs and losses do not take one example by itself {advice}: {error}") from error
+        if bool((apart > 1e-2 * among.abs() + 1e-4).any()):
+            raise ValueError(
+                "The first example has another loss when it is evaluated by itself: outputs draws random numbers, or "
+                f"its examples depend on each other {advice}."
+            )
 
     def _check_queries(self, queries: Tree, losses: Losses) -> None:
         one = part(queries, 0, 1)
@@ -175,6 +193,7 @@ class Influence:
                 f"({described(queries)}): {error}"
             ) from error
 
+    @torch.no_grad()
     def _default_damping(self) -> float:
         if self.penalty is not None:
             return 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..tree import Tree, leaves, tree_map
@@ -18,6 +19,10 @@ def count_of(data: Tree) -> int:
     for leaf in leaves(data):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"the examples hold a {type(leaf).__name__}: tensors are needed, torch.as_tensor(array).")
+        if leaf.layout != torch.strided:
+            raise TypeError(
+                f"the examples hold a sparse tensor {tuple(leaf.shape)}: take dense ones, tensor.to_dense()."
+            )
     sizes = {leaf.shape[0] if leaf.dim() else -1 for leaf in leaves(data)}
     if len(sizes) != 1 or min(sizes) < 1:
         raise ValueError(

@@ -48,6 +48,7 @@ class ProjectedInfluence:
         self.stats = {"num_steps": none, "result": make_codes(Result.STEPS_DONE, none)}
         self.features = self._solved() if features is None else features
 
+    @torch.no_grad()
     def of(self, queries: Tree, losses: Losses | None = None) -> InfluenceScores:
         """The influences on queries, as `Influence.of` gives them.
 
@@ -65,6 +66,7 @@ class ProjectedInfluence:
         count = count_of(queries)
         return InfluenceScores(-values, error, {name: stat.amax().expand(count) for name, stat in self.stats.items()})
 
+    @torch.no_grad()
     def _solved(self) -> Tensor:
         """``P A^{-1} g_i``: the solves are those of the rows of P, which the examples' slopes along them follow."""
         influence, parts, solves = self.influence, [], []
