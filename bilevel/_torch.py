@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -40,6 +41,7 @@ FunctionContext = Any
 __all__ = [
     "FUNCTIONAL_CALL",
     "FunctionContext",
+    "NoSecondDerivativeError",
     "TorchDispatchMode",
     "TransformType",
     "_add_batch_dim",
@@ -133,8 +135,34 @@ def pull(
 
     Its checks take a sixth of the time of a small pass, and load SymPy at the first cotangent of a process, which
     takes a third as long as ``import torch``. On a GPU, whose passes are other threads', it is `torch.autograd.grad`.
+
+    Raises:
+        NoSecondDerivativeError: an operation's backward pass has no derivative in PyTorch.
     """
-    outputs, inputs, kept = tuple(outputs), tuple(inputs), retain_graph or create_graph
+    try:
+        return _pulled(tuple(outputs), tuple(inputs), cotangents, retain_graph or create_graph, create_graph)
+    except RuntimeError as error:
+        if not (missing := re.search(r"derivative for '?([\w:]+)'? is not implemented", str(error))):
+            raise
+        raise NoSecondDerivativeError(
+            f"Second derivatives of the problem are needed, and PyTorch has none of {missing[1]}: {error}. Write the "
+            "layer with operations that have them (nn.Embedding and a mean in place of nn.EmbeddingBag), or do without "
+            "them: solver=LBFGS() in place of NewtonCG(), hypergrad=FiniteDifference(lr=...) or OneStep(), which are "
+            "biased, or None."
+        ) from error
+
+
+class NoSecondDerivativeError(NotImplementedError):
+    """An operation's backward pass has no derivative in PyTorch."""
+
+
+def _pulled(
+    outputs: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...],
+    cotangents: Sequence[Tensor],
+    kept: bool,
+    create_graph: bool,
+) -> tuple[Tensor | None, ...]:
     if outputs[0].device.type != "cpu" or has_torch_function((*outputs, *inputs)):
         return torch.autograd.grad(
             outputs, inputs, cotangents, retain_graph=kept, create_graph=create_graph, allow_unused=True

@@ -25,10 +25,10 @@ from .linalg.direct import LU, Cholesky
 from .linalg.gmres import GMRES
 from .linalg.jacobian import GraphJacobian
 from .linalg.operator import Operator
-from .linalg.solve import LinearSolver, LinearState, normalise, report
+from .linalg.solve import COMPLEX, LinearSolver, LinearState, normalise, report
 from .problem import RootProblem, check_residual
 from .solution import Result, Solution, Throw, make_codes, marked, settle
-from .tree import Raveler, Tree, is_continuous, leaves, norm, tree_map
+from .tree import Raveler, Tree, leaves, norm, tree_map
 
 Solve = Callable[..., Any]
 Matvec = Callable[[Tree], Tree]
@@ -151,7 +151,7 @@ def solve_normal_cg(
     Args:
         init: a tree like x; needed where A is not square.
     """
-    check_leaves("b", leaves(b), is_continuous, "b.double() for example")
+    check_leaves("b", leaves(b), Tensor.is_floating_point, f"b.double() for example; {COMPLEX}")
     like = tree_map(torch.zeros_like, b if init is None else init)
     try:
         right = _pulled(matvec, like)[1](b)
@@ -226,7 +226,7 @@ def _pulled(matvec: Matvec, x: Tree) -> tuple[Tree, Matvec]:
 
 def _solve(solver: LinearSolver, matvec: Matvec, b: Tree, init: Tree | None, symmetric: bool = False) -> Tree:
     """The solution, as a function of b and of what ``matvec`` captured."""
-    check_leaves("b", leaves(b), is_continuous, "b.double() for example")
+    check_leaves("b", leaves(b), Tensor.is_floating_point, f"b.double() for example; {COMPLEX}")
     start = _detached(tree_map(torch.zeros_like, b) if init is None else init)
     if [leaf.shape for leaf in leaves(start)] != [leaf.shape for leaf in leaves(b)]:
         shapes = [[list(leaf.shape) for leaf in leaves(tree)] for tree in (start, b)]

@@ -97,6 +97,14 @@ def test_settings_of_a_wrong_kind_are_told_before_anything_is_solved():
         compat.custom_root(optimality, has_aux="no")
 
 
+@pytest.mark.parametrize("solve", [compat.solve_cg, compat.solve_gmres, compat.solve_normal_cg, compat.solve_lu])
+def test_complex_systems_are_refused_by_name(solve):
+    with pytest.raises(TypeError, match=r"complex128.*view_as_real"):
+        solve(lambda v: (2 + 1j) * v, torch.ones(3, dtype=torch.complex128))
+    with pytest.raises(TypeError, match=r"complex128.*view_as_real"):
+        bl.GMRES().solve(bl.extending.Dense(torch.eye(3).to(torch.complex128)), torch.ones(3, dtype=torch.complex128))
+
+
 def test_captured_hyperparameters_get_their_gradient():
     """TorchOpt: None."""
     l2reg = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)

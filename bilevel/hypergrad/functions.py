@@ -340,7 +340,7 @@ def _to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
 
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:
-    """Whether these are the same memory, so that a kept graph still belongs to them; of sparse ones it cannot be seen."""
+    """Whether these are the same memory, so that a kept graph still belongs to them; sparse ones do not show it."""
     return len(a) == len(b) and all(
         x.layout == y.layout == torch.strided and x.is_set_to(y) and x._version == y._version
         for x, y in zip(a, b, strict=True)

@@ -11,6 +11,7 @@ from typing import Any, Generic
 
 from torch import Tensor
 
+from .._torch import NoSecondDerivativeError
 from ..inner.minimize import InnerSolver
 from ..inner.outcome import inner_advice, suspicious
 from ..notices import Place, tell
@@ -125,7 +126,10 @@ class Search(Generic[Posed]):
             seen = int(_flags(found))
         found = self._heard(problem, found, seen)
         if self.hides is not None and free_looks(flags):
-            self._tell(self.hides(problem, found), found)
+            hidden = ""
+            with suppress(NoSecondDerivativeError):  # without them nothing more can be seen
+                hidden = self.hides(problem, found)
+            self._tell(hidden, found)
         return found
 
     def _tell(self, hidden: str, found: Found) -> None:
@@ -142,7 +146,8 @@ class Search(Generic[Posed]):
         if place is not None and seen >= FAILED:
             problem.refuse_nonfinite()
         if self.look is not None and seen % FAILED:
-            found = self.look(problem, found)
+            with suppress(NoSecondDerivativeError):
+                found = self.look(problem, found)
         found = self._completed(problem, found)
         if seen or self.complete is not None:
             advice = partial(self.advice, problem, found) if callable(self.advice) else self.advice

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .._torch import NoSecondDerivativeError
 from ..linalg.lanczos import Lanczos
 from ..linalg.operator import Operator
 from ..problem import Problem
@@ -61,11 +63,13 @@ def _is_warm(problem: Problem, seen: InnerStep) -> bool:
 
 def all_bend_down(problem: Problem, y: Tensor) -> bool:
     """Whether every problem has a direction of negative curvature at ``y``, beyond rounding."""
-    bent = curved(problem, y)
-    if bent is None:
-        return False
-    hessian, start = bent
-    return bool(negative_ritz(hessian, start, min(PRODUCTS, hessian.size), 100 * torch.finfo(y.dtype).eps).all())
+    with contextlib.suppress(NoSecondDerivativeError):
+        bent = curved(problem, y)
+        if bent is not None:
+            hessian, start = bent
+            resolved = 100 * torch.finfo(y.dtype).eps
+            return bool(negative_ritz(hessian, start, min(PRODUCTS, hessian.size), resolved).all())
+    return False
 
 
 def negative_ritz(operator: Operator, start: Tensor, products: int, resolved: float) -> Tensor:

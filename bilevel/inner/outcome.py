@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import torch
 from torch import Tensor
 
+from .._torch import NoSecondDerivativeError
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
 from ..linalg.noise import normal
@@ -195,8 +197,10 @@ def asymmetry(operator: Operator) -> float:
 
 def mixes_problems(problem: Problem, y: Tensor) -> bool:
     """Whether the problems of a batch depend on each other at ``y``, as `is_coupled` sees it."""
-    bent = curved(problem, y) if problem.raveler.batch_shape else None
-    return bent is not None and is_coupled(bent[0])
+    with contextlib.suppress(NoSecondDerivativeError):
+        bent = curved(problem, y) if problem.raveler.batch_shape else None
+        return bent is not None and is_coupled(bent[0])
+    return False
 
 
 def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) -> str:

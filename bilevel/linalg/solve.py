@@ -223,11 +223,19 @@ def check_settings(*, rtol: float | None, atol: float, max_steps: int | None) ->
         raise ValueError(f"max_steps is {max_steps}: at least one step is needed.")
 
 
+COMPLEX = "linear systems here are real; solve for real and imaginary parts together, torch.view_as_real(b).flatten()"
+
+
 def normalise(b: Tensor) -> tuple[Tensor, Tensor]:
     """``b / ||b||`` and ``||b||`` for each problem, so that tiny losses do not underflow in the dot products.
 
     A zero or non-finite right-hand side gives zero; its norm tells them apart.
+
+    Raises:
+        TypeError: b is complex.
     """
+    if b.is_complex():
+        raise TypeError(f"b is {b.dtype}: {COMPLEX}.")
     largest = b.abs().amax(-1)
     usable = (largest > 0) & (largest < torch.inf)
     if free_looks(b) and bool(usable.all()):

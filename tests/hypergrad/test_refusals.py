@@ -127,3 +127,38 @@ def test_each_failure_has_its_advice(result, linear, symmetric, words):
     assert re.search(words, said)
     assert ("worse than none" in said) == (result is Result.DIVERGED)
     assert ("raise max_steps" in said) == (result is Result.MAX_STEPS)
+
+
+def speech(y):
+    """A loss whose gradient has no derivative in PyTorch."""
+    scores = (torch.arange(50.0).view(10, 1, 5).sin() * y).log_softmax(-1)
+    return torch.nn.functional.ctc_loss(scores, torch.tensor([[1, 2]]), torch.tensor([10]), torch.tensor([2]))
+
+
+def test_operations_without_second_derivatives_are_named():
+    """What only looks closer sees nothing then: a solve without a hypergradient was an error of PyTorch."""
+    decay = torch.tensor(0.1, requires_grad=True)
+
+    def inner(y):
+        return speech(y) + decay * y.square().sum()
+
+    for solver in (None, bl.LBFGS(), bl.GradientDescent(0.1, 200)):
+        assert bl.argmin(inner, torch.zeros(5), solver=solver, hypergrad=None, throw="raise").result.ok
+        fit = bl.argmin(inner, torch.zeros(5), solver=solver, throw="raise")
+        with pytest.raises(NotImplementedError, match=r"none of aten::_ctc_loss_backward.*FiniteDifference"):
+            fit.value.sum().backward()
+    fit = bl.argmin(inner, torch.zeros(5), hypergrad=bl.FiniteDifference(lr=0.1))
+    fit.value.sum().backward()
+    assert decay.grad is not None
+    with pytest.raises(NotImplementedError, match=r"LBFGS\(\) in place of NewtonCG"):
+        bl.argmin(inner, torch.zeros(5), solver=bl.NewtonCG())
+    bag = torch.nn.EmbeddingBag(20, 4, mode="mean")
+    words = torch.randint(0, 20, (12, 5), generator=torch.Generator().manual_seed(0))
+
+    def averaged(p):
+        return (torch.func.functional_call(bag, p, (words,)) - 1).square().sum() + decay * p["weight"].square().sum()
+
+    start = dict(bag.named_parameters())
+    assert bl.argmin(averaged, start, hypergrad=None, throw="raise").result.ok
+    with pytest.raises(NotImplementedError, match=r"_embedding_bag_backward.*nn\.Embedding"):
+        bl.argmin(averaged, start).value["weight"].sum().backward()
