@@ -12,7 +12,7 @@ from torch import Tensor
 from .._torch import outside_transforms
 from ..checks import check_fields, check_optimizer, check_step_size
 from ..problem import Evaluation, Problem
-from ..solution import Solution
+from ..solution import Result, Solution
 from ..tree import Tree, leaves
 from .decay import Coefficient
 from .minimize import DEFAULT_STEPS, Progress, check_settings
@@ -118,7 +118,14 @@ class TorchOptim:
             if progress.done(step):
                 break
             before = raveler.ravel([param.detach() for param in params]).clone()
-            optimizer.step(closure)
+            try:
+                optimizer.step(closure)
+            except IndexError:  # strong_wolfe of torch.optim.LBFGS, where it sees no finite loss
+                if not isinstance(optimizer, torch.optim.LBFGS):
+                    raise
+                self._freeze(params, raveler.unravel(before), torch.zeros_like(progress.active))
+                progress.end(progress.active, Result.STAGNATED)
+                break
             if self.gtol is not None:
                 progress.look(self._first(problem, before, latest))
             progress.count()

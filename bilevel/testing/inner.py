@@ -37,6 +37,13 @@ class BatchTests(Suite[S]):
         assert found.result is Result.CONVERGED
         assert relative_error(found.value, self.truth) <= self.tolerance
         assert found.stats["num_steps"].shape == (3,)
+        assert bool((found.stats["num_steps"] >= 0).all())
+
+    def check_honest(self, found: Solution[Tensor], exact: Tensor) -> None:
+        """The second of three problems has no solution: it is not called solved; what is, has been."""
+        solved = found.stats["result"] == int(Result.CONVERGED)
+        assert not solved[1], "a problem without a solution is not CONVERGED"
+        assert not solved.any() or relative_error(found.value[solved], exact[solved]) <= self.tolerance
 
     def test_the_same_settings_give_the_same_answer(self) -> None:
         assert torch.equal(self.solve().value, self.solve().value)
@@ -58,6 +65,13 @@ class InnerSolverTests(BatchTests[InnerSolver]):
 
     def solve(self) -> Solution[Tensor]:
         return self.make().minimize(self.problem)
+
+    def test_a_loss_without_a_minimum_is_not_converged(self) -> None:
+        """``2 (y - 1)^2 / 2`` beside a loss that is linear."""
+        bends, slope = torch.tensor([2.0, 0.0, 2.0]).double(), torch.tensor([2.0, 1.0, 2.0]).double()
+        start = torch.zeros(3, 4, dtype=torch.float64)
+        problem = Problem(lambda y: (bends * y.square().sum(-1)) / 2 - slope * y.sum(-1), start)
+        self.check_honest(self.make().minimize(problem), torch.ones_like(start))
 
     def test_argmin_takes_it(self) -> None:
         """The solve, its report and its hypergradient."""
@@ -86,6 +100,13 @@ class RootSolverTests(BatchTests[RootSolver]):
 
     def solve(self) -> Solution[Tensor]:
         return self.make().find(self.problem)
+
+    def test_a_system_without_a_solution_is_not_converged(self) -> None:
+        """``(y - 1) / 2`` beside ``y^2 + 1``."""
+        empty = torch.tensor([[False], [True], [False]])
+        start = torch.full((3, 4), 0.3, dtype=torch.float64)
+        problem = RootProblem(lambda y: torch.where(empty, y.square() + 1, (y - 1) / 2), start, batch_dims=1)
+        self.check_honest(self.make().find(problem), torch.ones_like(start))
 
     def test_root_takes_it(self) -> None:
         bias = self.bias[0].clone().requires_grad_()

@@ -15,7 +15,7 @@ from bilevel import LBFGS, Result, ScipyMinimize
 from tests.conformance import check_inner_solver, randn, relative_error, spd
 from tests.inner.test_solvers import rosenbrock
 
-WIDE = (-1e3, 1e3)
+WIDE = (-1e3, None)
 BOUNDED = [lambda bounds: LBFGS(bounds=bounds), lambda bounds: ScipyMinimize(bounds=bounds)]
 IDS = ["LBFGS", "L-BFGS-B"]
 

@@ -159,6 +159,29 @@ class Untransposed:
         return Pulled(point.linearization().pull(point.raveler.unravel(u)))
 
 
+class Sure:
+    """Wrong: whatever comes of it is converged."""
+
+    def __init__(self, solver):
+        self.solver = solver
+
+    def minimize(self, problem):
+        return self._sure(self.solver.minimize(problem))
+
+    def find(self, problem):
+        return self._sure(self.solver.find(problem))
+
+    def _sure(self, found):
+        return found.with_stats(result=torch.zeros_like(found.stats["result"]))
+
+
+class Backwards(Sure):
+    """Wrong: its steps count down."""
+
+    def _sure(self, found):
+        return found.with_stats(num_steps=-1 - found.stats["num_steps"])
+
+
 def wrong(suite, made):
     return type("Suite", (suite,), {"make": lambda self: made})
 
@@ -171,6 +194,9 @@ def wrong(suite, made):
         wrong(testing.NonsymmetricSolverTests, bl.Neumann(max_steps=2)),
         wrong(testing.InnerSolverTests, bl.LBFGS(max_steps=2)),
         wrong(testing.RootSolverTests, bl.Picard(max_steps=2)),
+        wrong(testing.InnerSolverTests, Sure(bl.LBFGS())),
+        wrong(testing.InnerSolverTests, Backwards(bl.LBFGS())),
+        wrong(testing.RootSolverTests, Sure(bl.Newton())),
         wrong(testing.HypergradTests, bl.Implicit(bl.Identity())),
         wrong(testing.HypergradTests, Untransposed()),
         wrong(testing.RuleTests, bl.SGD(lr=3.0)),
