@@ -8,14 +8,14 @@ import itertools
 import torch
 from torch import Tensor
 
-from .._torch import NoSecondDerivativeError
+from .._torch import NoSecondDerivativeError, pull
 from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
 from ..linalg.noise import normal
 from ..linalg.operator import Operator, Restricted
 from ..problem import Problem
 from ..solution import Result, Solution, marked
-from ..tree import axpy, dot, norm, scale
+from ..tree import axpy, dot, filled, norm, scale
 from .minimize import InnerSolver
 
 PROBES = 5
@@ -196,11 +196,29 @@ def asymmetry(operator: Operator) -> float:
 
 
 def mixes_problems(problem: Problem, y: Tensor) -> bool:
-    """Whether the problems of a batch depend on each other at ``y``, as `is_coupled` sees it."""
+    """Whether the problems of a batch depend on each other at ``y``: by slopes, or as `is_coupled` sees it."""
+    if problem.raveler.batch_shape and _slopes_mix(problem, y):
+        return True
     with contextlib.suppress(NoSecondDerivativeError):
         bent = curved(problem, y) if problem.raveler.batch_shape else None
         return bent is not None and is_coupled(bent[0])
     return False
+
+
+def _slopes_mix(problem: Problem, y: Tensor) -> bool:
+    """Whether the first loss of a batch has a slope along the params of others.
+
+    A term that all losses share may be linear in the params: products with the Hessian do not see it.
+    """
+    free = [leaf.detach().requires_grad_() for leaf in problem.raveler.unravel(y)]
+    with torch.enable_grad():
+        losses = problem.loss(problem.raveler.unflatten(free))
+    if not losses.requires_grad:
+        return False
+    first = torch.zeros_like(losses)
+    first.view(-1)[0] = 1
+    others = problem.raveler.ravel(filled(pull([losses], free, [first]), free)).reshape(-1, y.shape[-1])[1:]
+    return bool((norm(others) > torch.finfo(y.dtype).eps ** 0.5 * norm(problem.start.g).max()).any())
 
 
 def inner_advice(problem: Problem, found: Solution, solver: InnerSolver | None) -> str:

@@ -304,3 +304,20 @@ class TestNoEnd:
     )
     def test_minima_are_minima(self, loss, start):
         assert not told(lambda: bl.argmin(loss, torch.tensor(start, dtype=F64), hypergrad=None))
+
+
+@pytest.mark.parametrize("solver", [None, bl.NewtonCG(), bl.GradientDescent(0.3, 60)], ids=str)
+def test_losses_that_share_a_linear_term_are_told(solver):
+    """Each moved by three times its part of the price, as Hessian products do not see it."""
+    x = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+
+    def shared(y):
+        return (y - x[:, None]).square().sum(1) + 0.5 * y.mean()
+
+    def own(y):
+        return (y - x[:, None]).square().sum(1) + 0.5 * y.mean(1)
+
+    start = torch.zeros(3, 2, dtype=torch.float64)
+    with pytest.warns(bl.SolveWarning, match=COUPLED):
+        bl.argmin(shared, start, solver=solver, hypergrad=None)
+    bl.argmin(own, start, solver=bl.GradientDescent(0.3, 200), hypergrad=None, throw="raise")
