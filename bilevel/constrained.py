@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -155,9 +156,10 @@ def constrained(
 
     def build(tracer: Tracer) -> RootProblem:
         problem = RootProblem(stationarity, start, args, batch_dims=dims, tracer=tracer)
+        held = weakref.proxy(problem)  # it is the problem that holds them
         problem.data = (
-            lambda point: problem.under_rules(objective, problem.raveler.unflatten(point).params),
-            lambda point: problem.under_rules(constraints, problem.raveler.unflatten(point).params),
+            lambda point: held.under_rules(objective, held.raveler.unflatten(point).params),
+            lambda point: held.under_rules(constraints, held.raveler.unflatten(point).params),
         )
         return problem
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -220,8 +221,9 @@ def _flat(found: Tree, dims: int) -> Tensor:
 
 
 def _evaluated(problem: Problem, flat: Callable[..., Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
-    """The residuals, evaluated as the problem evaluates its objective."""
-    return lambda point: problem.under_rules(flat, problem.raveler.unflatten(list(point)))
+    """The residuals, evaluated as the problem evaluates its objective; it is the problem that holds them."""
+    held = weakref.proxy(problem)
+    return lambda point: held.under_rules(flat, held.raveler.unflatten(list(point)))
 
 
 def _adjoint(

@@ -245,3 +245,32 @@ def test_gauss_newton_where_the_hessian_is_indefinite():
     definite = solve(bl.GaussNewton(outputs, loss, rest))
     assert definite.result is bl.Result.CONVERGED
     assert definite.curvature[0] > 0
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        lambda x, zero: bl.argmin(lambda y: (y - x).square().sum(), zero).value,
+        lambda x, zero: bl.root(lambda y: y - x, zero).value,
+        lambda x, zero: bl.fixed_point(lambda y: 0.5 * y + x, zero).value,
+        lambda x, zero: bl.least_squares(lambda y: torch.cat([y - x, y**2]), zero + 1).value,
+        lambda x, zero: (
+            bl.constrained(lambda y: (y - x).square().sum(), lambda y: (y.sum() - 1)[None], zero).value.params
+        ),
+        lambda x, zero: (
+            bl.quadratic_program(
+                torch.eye(len(zero)).to(zero), -x, G=-torch.eye(len(zero)).to(zero), h=zero
+            ).value.primal
+        ),
+    ],
+    ids=["argmin", "root", "fixed_point", "least_squares", "constrained", "quadratic_program"],
+)
+def test_a_solve_and_its_backward_pass_leave_no_tensors(solve):
+    def run():
+        x = torch.randn(8, dtype=torch.float64, requires_grad=True)
+        solve(x, torch.zeros(8, dtype=torch.float64)).sum().backward()
+
+    run()  # the first solve is looked at
+    with no_tensors_left():
+        for _ in range(3):
+            run()
