@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..checks import check_fields
 from ..linalg.jacobian import GraphJacobian
+from ..linalg.solve import normalise
 from ..problem import RootProblem
 from ..recording import recording
 from ..solution import Result, Solution, marked
-from ..tree import norm, scale
+from ..tree import norm
 from .minimize import check_tolerance
 from .nearness import STILL, Nearness
 from .roots import RootProgress
@@ -172,7 +173,7 @@ def _looked_closer(
     """
     if recording() or not bool(unsure.any()):
         return found
-    unit = scale(1 / norm(r), r)
+    unit, _ = normalise(r)
     with contextlib.suppress(RuntimeError):  # the map has no derivative: nothing more can be seen of it
         product = GraphJacobian(problem.raveler, problem.linearize(found.value)).rmatvec(unit)
         distance = norm(r) * (1 / norm(product)).nan_to_num(torch.inf).clamp_min(1.0)
