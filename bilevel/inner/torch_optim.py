@@ -99,11 +99,13 @@ class TorchOptim:
         params = [leaf.detach().clone().requires_grad_() for leaf in raveler.unravel(problem.start.y)]
         optimizer = self.optimizer(params, **dict(self.settings))
         progress = Progress.begin(problem.start, self.gtol)
-        latest = problem.start
+        latest, evaluating = problem.start, False
 
         def closure() -> float:
-            nonlocal latest
+            nonlocal latest, evaluating
+            evaluating = True
             latest = problem.evaluate(raveler.ravel([param.detach() for param in params]))
+            evaluating = False
             for param, grad in zip(params, raveler.unravel(latest.g), strict=True):
                 param.grad = grad.clone()
             return float(latest.f.sum())
@@ -121,7 +123,7 @@ class TorchOptim:
             try:
                 optimizer.step(closure)
             except IndexError:  # strong_wolfe of torch.optim.LBFGS, where it sees no finite loss
-                if not isinstance(optimizer, torch.optim.LBFGS):
+                if evaluating or not isinstance(optimizer, torch.optim.LBFGS):
                     raise
                 self._freeze(params, raveler.unravel(before), torch.zeros_like(progress.active))
                 progress.end(progress.active, Result.STAGNATED)

@@ -230,3 +230,20 @@ def test_optimizers_work_under_transforms(optimizer):
     for jacobian in (torch.func.jacrev, torch.func.jacfwd):
         torch.testing.assert_close(jacobian(solved)(x), exact, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.func.vmap(solved)(torch.stack([x, x]))[1], y, rtol=1e-5, atol=1e-6)
+
+
+def test_an_index_error_of_the_objective_is_heard():
+    """That of PyTorch's own line search, on a loss without a minimum, ends the solve instead."""
+    solver = bl.TorchOptim(torch.optim.LBFGS, max_steps=20, gtol=1e-6, line_search_fn="strong_wolfe")
+    calls = []
+
+    def raising(y):
+        calls.append(y)
+        if len(calls) > 2:
+            raise IndexError("of the objective")
+        return (y - 1).square().sum() + y.pow(4).sum()
+
+    with pytest.raises(IndexError, match="of the objective"):
+        bl.argmin(raising, torch.zeros(3), solver=solver, hypergrad=None)
+    fit = bl.argmin(lambda y: -y.sum(), torch.zeros(3).double(), solver=solver, hypergrad=None, throw="ignore")
+    assert not fit.result.ok
