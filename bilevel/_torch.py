@@ -68,6 +68,7 @@ __all__ = [
     "profiled_events",
     "pull",
     "pytree",
+    "refuses_hooks",
     "reparametrized",
     "saved_tensors_hooks",
     "sequence_number",
@@ -123,6 +124,10 @@ def packed_product(a: Tensor, b: Tensor) -> Tensor:
     return product
 
 
+class NoSecondDerivativeError(NotImplementedError):
+    """An operation's backward pass has no derivative in PyTorch."""
+
+
 def pull(
     outputs: Sequence[Tensor],
     inputs: Sequence[Tensor],
@@ -139,8 +144,17 @@ def pull(
     Raises:
         NoSecondDerivativeError: an operation's backward pass has no derivative in PyTorch.
     """
+    outputs, inputs, kept = tuple(outputs), tuple(inputs), retain_graph or create_graph
     try:
-        return _pulled(tuple(outputs), tuple(inputs), cotangents, retain_graph or create_graph, create_graph)
+        if outputs[0].device.type != "cpu" or has_torch_function((*outputs, *inputs)):
+            return torch.autograd.grad(
+                outputs, inputs, cotangents, retain_graph=kept, create_graph=create_graph, allow_unused=True
+            )
+        engine = torch.autograd.Variable._execution_engine
+        found: tuple[Tensor | None, ...] = engine.run_backward(
+            outputs, tuple(cotangents), kept, create_graph, inputs, allow_unreachable=True, accumulate_grad=False
+        )
+        return found
     except RuntimeError as error:
         if not (missing := re.search(r"derivative for '?([\w:]+)'? is not implemented", str(error))):
             raise
@@ -150,28 +164,6 @@ def pull(
             "them: solver=LBFGS() in place of NewtonCG(), hypergrad=FiniteDifference(lr=...) or OneStep(), which are "
             "biased, or None."
         ) from error
-
-
-class NoSecondDerivativeError(NotImplementedError):
-    """An operation's backward pass has no derivative in PyTorch."""
-
-
-def _pulled(
-    outputs: tuple[Tensor, ...],
-    inputs: tuple[Tensor, ...],
-    cotangents: Sequence[Tensor],
-    kept: bool,
-    create_graph: bool,
-) -> tuple[Tensor | None, ...]:
-    if outputs[0].device.type != "cpu" or has_torch_function((*outputs, *inputs)):
-        return torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=kept, create_graph=create_graph, allow_unused=True
-        )
-    engine = torch.autograd.Variable._execution_engine
-    found: tuple[Tensor | None, ...] = engine.run_backward(
-        outputs, tuple(cotangents), kept, create_graph, inputs, allow_unreachable=True, accumulate_grad=False
-    )
-    return found
 
 
 def profiled_events(profile: torch.profiler.profile) -> Any:
@@ -187,6 +179,11 @@ def after_backward(callback: Callable[[], None]) -> None:
 def saved_tensors_hooks() -> Any:
     """The innermost pair of hooks on tensors that autograd saves, or None."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def refuses_hooks(error: RuntimeError) -> bool:
+    """Whether `torch.func` refused to work beside hooks on saved tensors."""
+    return "saved tensor hooks" in str(error)
 
 
 @contextlib.contextmanager

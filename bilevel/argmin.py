@@ -30,7 +30,7 @@ from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
 from .inner.outcome import RANDOM_ADVICE, is_random, look_closer
 from .inner.proximal import look_closer_inside, own_stats_of, prox_of
-from .inner.roots import ROOT_ADVICES, Newton, RootSolver
+from .inner.roots import ROOT_ADVICE, Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
 from .prox import Prox
 from .solution import Solution, Throw, check_throw
@@ -308,7 +308,7 @@ def _root(
             solver.find,
             throw,
             "The solve of the system",
-            getattr(solver, "advice", ROOT_ADVICES),
+            getattr(solver, "advice", ROOT_ADVICE),
             hides=first_look(given, solver, partial(hidden_root, kind.symmetric)),
         ),
         hypergrad=hypergrad,

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .._torch import pytree, saved_tensors_hooks
+from .._torch import pytree, refuses_hooks, saved_tensors_hooks
 from ..inner.minimize import InnerSolver
 from ..inner.outcome import inner_advice
 from ..linalg.solve import LinearState
@@ -66,7 +66,7 @@ class Point:
         try:
             self.linearization()
         except RuntimeError as error:
-            if "saved tensor hooks" not in str(error):
+            if not refuses_hooks(error):
                 raise
             self._at = plain
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,11 +20,20 @@ from ..solution import Result, Solution, marked
 from ..tree import norm
 from .minimize import check_tolerance
 from .nearness import STILL, Nearness
-from .roots import RootProgress
+from .roots import ROOT_ADVICE, RootProgress
 from .watch import Callbacks, watch
 
 HIDDEN = 8
 """Units of rounding of the unknowns, below which a change of the residual says nothing."""
+
+ADVICE = {
+    None: ROOT_ADVICE,
+    Result.INACCURATE: (
+        "The map moves the unknowns by little more than their rounding, so that it hardly tells how far the fixed "
+        "point is: take float64, a map of larger steps, or Newton(), or give a tol if this accuracy is enough"
+    ),
+}
+"""What a message about a failed solve says, by its result."""
 
 STRETCHES = 10
 """Steps over which the slowest contraction that was seen tells the distance to the fixed point."""
@@ -44,6 +55,7 @@ class Picard:
     max_steps: int = 1000
     tol: float | None = None
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
+    advice: ClassVar[Mapping[Result | None, str]] = ADVICE
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -79,6 +91,7 @@ class Anderson:
     max_steps: int = 500
     tol: float | None = None
     callback: Callbacks = field(default=None, repr=False, compare=False, kw_only=True)
+    advice: ClassVar[Mapping[Result | None, str]] = ADVICE
 
     def __post_init__(self) -> None:
         check_fields(self)

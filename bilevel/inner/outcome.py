@@ -197,10 +197,12 @@ def asymmetry(operator: Operator) -> float:
 
 def mixes_problems(problem: Problem, y: Tensor) -> bool:
     """Whether the problems of a batch depend on each other at ``y``: by slopes, or as `is_coupled` sees it."""
-    if problem.raveler.batch_shape and _slopes_mix(problem, y):
+    if not problem.raveler.batch_shape:
+        return False
+    if _slopes_mix(problem, y):
         return True
     with contextlib.suppress(NoSecondDerivativeError):
-        bent = curved(problem, y) if problem.raveler.batch_shape else None
+        bent = curved(problem, y)
         return bent is not None and is_coupled(bent[0])
     return False
 

@@ -143,14 +143,6 @@ ROOT_ADVICE = (
     "another solver (Newton, Anderson, ScipyRoot)"
 )
 
-ROOT_ADVICES = {
-    None: ROOT_ADVICE,
-    Result.INACCURATE: (
-        "The map moves the unknowns by little more than their rounding, so that it hardly tells how far the fixed "
-        "point is: take float64, a map of larger steps, or Newton(), or give a tol if this accuracy is enough"
-    ),
-}
-
 CRAWLED = 8
 """Steps in a row, short ones that hardly shrink, that a regular root does not have."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from .._torch import refuses_hooks
 from ..problem import Linearization, Problem, graph_nodes
 from ..tree import Raveler
 from .jacobian import GraphJacobian
@@ -61,7 +62,7 @@ class FuncHessian(Operator):
             try:
                 _, pull, loss = torch.func.vjp(self.gradient, self.leaves, has_aux=True)  # type: ignore[misc]
             except RuntimeError as error:
-                if "saved tensor hooks" not in str(error):
+                if not refuses_hooks(error):
                     raise
                 raise NotImplementedError(
                     "operator='func' cannot be used: the objective calls torch.utils.checkpoint, or has other hooks on "

@@ -62,18 +62,8 @@ class SVRTwin:
         b = feasible + inside(minimize_quadratic(objective, matrix, right))
         scores = times(kernel, b)
         fixed = free.sum(-1, keepdim=True) == 0
-        return scores + torch.where(fixed, self._middle(scores, bounded * sign, epsilon), mean(wanted - scores))
-
-    def _middle(self, scores: Tensor, bounded: Tensor, epsilon: Tensor) -> Tensor:
-        """Without a free vector, the middle of the intercepts that the conditions of optimality allow, ``[K, 1]``.
-
-        ``bounded`` is the sign of examples beyond the tube, and 0 inside, where the error is at most epsilon both ways.
-        Both ends are there: as b sums to zero, there are examples beyond the tube on both sides, or all are inside.
-        """
-        error, there = self.y - scores, self.weights > 0
-        above = torch.where(there & (bounded >= 0), error + epsilon * (1 - 2 * bounded), torch.inf)
-        below = torch.where(there & (bounded <= 0), error - epsilon * (1 + 2 * bounded), -torch.inf)
-        return (above.amin(-1, keepdim=True) + below.amax(-1, keepdim=True)) / 2
+        alone = middle(self.y - scores, bounded * sign, epsilon, self.weights > 0)
+        return scores + torch.where(fixed, alone, mean(wanted - scores))
 
     def _solve(self, kernel: Tensor, C: float, epsilon: float) -> Tensor:
         """b ``[K, n]``, fold by fold.
@@ -96,6 +86,21 @@ class SVRTwin:
                     ConvergenceWarning,
                 )
         return b
+
+
+def middle(error: Tensor, beyond: Tensor, epsilon: Tensor | float, there: Tensor) -> Tensor:
+    """Without a free vector, the middle of the intercepts that the conditions of optimality allow, ``[*K, 1]``.
+
+    Both ends are there: as b sums to zero, there are examples beyond the tube on both sides, or all are inside.
+
+    Args:
+        error: without the intercept, ``[*K, n]``, as the others.
+        beyond: the sign of examples beyond the tube, and 0 inside, where the error is at most epsilon both ways.
+        there: which examples are in the fit.
+    """
+    above = torch.where(there & (beyond >= 0), error + epsilon * (1 - 2 * beyond), torch.inf)
+    below = torch.where(there & (beyond <= 0), error - epsilon * (1 + 2 * beyond), -torch.inf)
+    return (above.amin(-1, keepdim=True) + below.amax(-1, keepdim=True)) / 2
 
 
 INSIDE, FREE, BEYOND = 0, 1, 2
@@ -170,13 +175,8 @@ class Fold:
         b = np.where(free, near, np.where(kind == BEYOND, sign * self.bounds, 0.0))
         error = self.y - self.kernel @ b
         if not free.any():
-            above = np.where(
-                (kind == INSIDE) | (sign > 0), error + self.epsilon * np.where(kind == INSIDE, 1, -1), np.inf
-            )
-            below = np.where(
-                (kind == INSIDE) | (sign < 0), error - self.epsilon * np.where(kind == INSIDE, 1, -1), -np.inf
-            )
-            return b, (above.min() + below.max()) / 2
+            beyond = torch.from_numpy(sign * (kind == BEYOND))
+            return b, middle(torch.from_numpy(error), beyond, self.epsilon, torch.ones_like(beyond).bool()).item()
         count = int(free.sum())
         matrix = np.ones((count + 1, count + 1))
         matrix[-1, -1] = 0

@@ -73,3 +73,18 @@ def test_a_map_without_a_derivative_is_solved():
 
     fit = bl.fixed_point(step, torch.full((3,), 2.0), hypergrad=None, throw="raise")
     torch.testing.assert_close(fit.value, torch.full((3,), 2.0))
+    asked = []
+
+    class Short(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y - 1e-4 * (y - 1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            asked.append(grad)
+            raise NotImplementedError("no backward pass")
+
+    fit = bl.fixed_point(Short.apply, torch.full((3,), 1.001), hypergrad=None, throw="raise")
+    assert fit.result is bl.Result.CONVERGED
+    assert asked  # for the closer look
