@@ -77,8 +77,6 @@ class Config(SolverKnobs):
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """See `SolverKnobs`."""
-        lr = settings.get("outer_lr", self.outer_lr)
-        require(lr > 0, f"--solver has an outer_lr of {lr}: a positive number is needed.")
         if "hypergrad" in settings:
             rehearse(settings["hypergrad"])
 

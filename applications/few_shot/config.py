@@ -197,11 +197,6 @@ class Config(SolverKnobs):
             f"--width is {self.width}: with --norm image it must be a multiple of 8.",
         )
 
-    def check_settings(self, settings: Mapping[str, Any]) -> None:
-        """See `SolverKnobs`."""
-        strength = settings.get("strength", self.strength)
-        require(strength > 0, f"--solver has a strength of {strength}: a positive number is needed.")
-
     def replaced(self) -> Mapping[str, Collection[str]]:
         """See `SolverKnobs`; the Newton steps of imaml-hf have Hessian products too."""
         adaptation = ("inner_steps", "inner_lr", "inner_momentum", "safeguard", "newton_cg_steps")

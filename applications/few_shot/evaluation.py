@@ -124,7 +124,6 @@ def command(arguments: list[str]) -> int:
     if config.solver:
         trained = replace(trained, chosen=read_settings(config.solver, config.solver_settings, "few_shot"))
         asked |= trained.chosen
-        config.check_settings(trained.chosen)
         rehearse(config, {name: setting for name, setting in trained.chosen.items() if name != "hypergrad"})
         tell_replaced(parsed, start, trained.chosen)
     else:

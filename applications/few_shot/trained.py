@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import pickle
 import shlex
 import tempfile
@@ -225,7 +226,7 @@ class Trained:
         Raises:
             UserError: lambda was learned with the network, or the value is not positive.
         """
-        require(strength > 0, f"The strength is {strength}: a positive number is needed.")
+        require(0 < strength < math.inf, f"The strength is {strength}: a positive number is needed.")
         if self.config.learn_strength != "no":
             raise UserError(
                 "The strength (lambda) of this network was learned with it, and is no longer a setting. Leave it out, "

@@ -41,8 +41,6 @@ def ways(hypergrad: str, outer_lr: float, settings: Mapping[str, Any]) -> tuple[
     chosen = {"hypergrad": EXACT[hypergrad], "outer_lr": outer_lr, **settings}
     method, lr = chosen["hypergrad"], chosen["outer_lr"]
     require(isinstance(method, Method), f"--solver has {method}: Unroll, Truncated or ForwardMode is needed.")
-    positive = isinstance(lr, int | float) and 0 < lr < math.inf
-    require(positive, f"--solver has an outer_lr of {lr}: a positive number is needed.")
     return method, lr
 
 

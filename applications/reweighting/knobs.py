@@ -78,8 +78,6 @@ class Config(DataKnobs, SolverKnobs):
 
     def check_settings(self, settings: Mapping[str, Any]) -> None:
         """See `SolverKnobs`."""
-        lr = settings.get("meta_lr", self.meta_lr)
-        require(lr > 0, f"--solver has a meta_lr of {lr}: a positive number is needed.")
         if "hypergrad" in settings:
             rehearse(settings["hypergrad"])
 

@@ -96,9 +96,9 @@ def read_settings(path: Path, names: Collection[str], application: str) -> Setti
             f"`python -m applications.{application} tune` writes such a file."
         )
     for name, value in settings.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if name not in ("solver", "hypergrad") and not number:
-            raise UserError(f"--solver {path}: {name!r} is {value!r}, and a number is expected.")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+        if name not in ("solver", "hypergrad") and not number:  # a step size, or a strength
+            raise UserError(f"--solver {path}: {name!r} is {value!r}, and a positive number is expected.")
     return settings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sqlite3
 from pathlib import Path
 
@@ -123,9 +124,8 @@ STEPPED, MINIMUM, MAP = bl.Unroll(), bl.LBFGS(max_steps=5), bl.Anderson(max_step
         *(("regularization", one) for one in ({"solver": MINIMUM, "hypergrad": STEPPED}, {"solver": MAP})),
         *(("distillation", one) for one in ({"solver": MINIMUM, "hypergrad": STEPPED}, {"solver": MAP})),
         *(("equilibrium", one) for one in ({"hypergrad": STEPPED}, {"solver": MINIMUM})),
-        *(("domain_weights", one) for one in ({"hypergrad": STEPPED}, {"outer_lr": -1.0})),
-        *(("reweighting", one) for one in ({"hypergrad": bl.FiniteDifference(), "meta_lr": 0.0}, {"meta_lr": -1.0})),
-        *(("learned_optimizer_settings", one) for one in ({"hypergrad": bl.Implicit()}, {"outer_lr": 0.0})),
+        ("domain_weights", {"hypergrad": STEPPED}),
+        ("learned_optimizer_settings", {"hypergrad": bl.Implicit()}),
         ("sparse_regression", {"hypergrad": STEPPED}),
     ],
 )
@@ -149,8 +149,22 @@ def test_settings_that_few_shot_learning_cannot_use(tmp_path, capsys):
         bl.tuning.save(tmp_path / "odd.json", settings)
         words = ["--solver", str(tmp_path / "odd.json"), "--data-root", "/nowhere", "--out", str(tmp_path / "none")]
         assert few_shot(words) == 2
-        assert capsys.readouterr().err.startswith("error: --solver has ")
+        told = ("error: --solver has ", f"error: --solver {tmp_path / 'odd.json'}: 'strength' is 0.0, and a positive")
+        assert capsys.readouterr().err.startswith(told)
         assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("value", [-1.0, 0, math.inf, math.nan, True, "0.1", None])
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("domain_weights", "outer_lr"), ("reweighting", "meta_lr"), ("learned_optimizer_settings", "outer_lr")],
+)
+def test_step_sizes_of_a_file_are_positive_numbers(name, setting, value, tmp_path, capsys):
+    odd = tmp_path / "odd.json"
+    odd.write_text(json.dumps({setting: value}))
+    assert run(name, "--solver", str(odd), "--out", str(tmp_path / "none")) == 2
+    assert f"{setting!r} is {value!r}, and a positive number is expected" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_study_has_no_resume_of_its_own(tmp_path, capsys):
