@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from numbers import Integral
 from typing import ClassVar, Literal
 
 import torch
@@ -99,8 +100,21 @@ class NewtonProblem(BilevelTestProblem):
         return jacobian
 
 
-def generator_of(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def generator_of(seed: int, dtype: torch.dtype, **sizes: int) -> torch.Generator:
+    """What the data of a problem are drawn with, once all that tells their shape has been looked at.
+
+    Raises:
+        TypeError: the seed or a size is no whole number, or the dtype has no floating-point numbers.
+        ValueError: a size is less than 1.
+    """
+    for name, value in {"seed": seed, **sizes}.items():
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} is {value!r}: a whole number is needed.")
+        if name != "seed" and value < 1:
+            raise ValueError(f"{name} is {value}: at least 1 is needed.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype is {dtype!r}: torch.float64 or torch.float32 is needed.")
+    return torch.Generator().manual_seed(int(seed))
 
 
 def randn(*shape: int, generator: torch.Generator) -> Tensor:

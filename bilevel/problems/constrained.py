@@ -29,7 +29,7 @@ class LassoPath(BilevelTestProblem):
     def __init__(
         self, num_examples: int = 40, num_features: int = 12, *, dtype: torch.dtype = torch.float64, seed: int = 0
     ):
-        generator = generator_of(seed)
+        generator = generator_of(seed, dtype, num_examples=num_examples, num_features=num_features)
         truth = randn(num_features, generator=generator) * (torch.arange(num_features) < num_features // 3)
         designs = [randn(num_examples, num_features, generator=generator) for _ in range(2)]
         self.a_train, self.a_val = (a.to(dtype) for a in designs)
@@ -85,7 +85,7 @@ class Portfolio(BilevelTestProblem):
     matrix_kind = "qp"
 
     def __init__(self, size: int = 6, *, dtype: torch.dtype = torch.float64, seed: int = 0):
-        generator = generator_of(seed)
+        generator = generator_of(seed, dtype, size=size)
         root = randn(size, size, generator=generator)
         self.risk = (root @ root.mT / size + torch.eye(size, dtype=torch.float64)).to(dtype)
         self.gain, self.target = ((0.3 * randn(size, generator=generator)).to(dtype) for _ in range(2))

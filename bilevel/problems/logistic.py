@@ -19,7 +19,7 @@ class Logistic(NewtonProblem):
     def __init__(
         self, num_examples: int = 60, num_features: int = 8, *, dtype: torch.dtype = torch.float64, seed: int = 0
     ):
-        generator = generator_of(seed)
+        generator = generator_of(seed, dtype, num_examples=num_examples, num_features=num_features)
         truth = randn(num_features, generator=generator)
 
         def data() -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,9 @@ class Quadratics(ClosedFormProblem):
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
     ):
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed, dtype, size=size)
+        if not conditions or not all(1 <= condition < math.inf for condition in conditions):
+            raise ValueError(f"conditions is {conditions}: one finite number of at least 1 for each problem is needed.")
         num_tasks = len(conditions)
 
         def randn(*shape: int) -> Tensor:
@@ -60,7 +64,7 @@ class Saddle(ClosedFormProblem):
     matrix_kind = "symmetric"
 
     def __init__(self, size: int = 12, *, dtype: torch.dtype = torch.float64, seed: int = 0):
-        generator = generator_of(seed)
+        generator = generator_of(seed, dtype, size=size)
         basis, _ = torch.linalg.qr(randn(size, size, generator=generator))
         spectrum = torch.linspace(1, 3, size, dtype=torch.float64) * (-1) ** torch.arange(size)
         self.matrix: Tensor = (basis @ torch.diag(spectrum) @ basis.mT).to(dtype)
@@ -87,7 +91,9 @@ class Singular(BilevelTestProblem):
     matrix_kind = "singular"
 
     def __init__(self, size: int = 12, rank: int = 8, *, dtype: torch.dtype = torch.float64, seed: int = 0):
-        generator = generator_of(seed)
+        generator = generator_of(seed, dtype, size=size, rank=rank)
+        if rank > size:
+            raise ValueError(f"rank is {rank}: it is at most the size, {size}.")
         basis, _ = torch.linalg.qr(randn(size, size, generator=generator))
         basis = basis[:, :rank]
         self.matrix: Tensor = (basis @ torch.diag(torch.linspace(1, 3, rank, dtype=torch.float64)) @ basis.mT).to(dtype)

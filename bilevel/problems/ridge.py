@@ -28,7 +28,7 @@ class Ridge(ClosedFormProblem):
         dtype: torch.dtype = torch.float64,
         seed: int = 0,
     ):
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator_of(seed, dtype, num_examples=num_examples, num_features=num_features)
 
         def randn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -60,7 +60,7 @@ class WeightedRidge(Ridge):
         self, num_examples: int = 40, num_features: int = 10, *, dtype: torch.dtype = torch.float64, seed: int = 0
     ):
         super().__init__(num_examples, num_features, dtype=dtype, seed=seed)
-        generator = torch.Generator().manual_seed(seed + 1)
+        generator = generator_of(seed + 1, dtype)
         self.hparams = torch.randn(num_examples, generator=generator, dtype=torch.float64).to(dtype)
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class KernelRidge(ClosedFormProblem):
     """
 
     def __init__(self, num_examples: int = 20, *, dtype: torch.dtype = torch.float64, seed: int = 0):
-        generator = generator_of(seed)
+        generator = generator_of(seed, dtype, num_examples=num_examples)
         points = [2 * randn(num_examples, 1, generator=generator) for _ in range(2)]
         self.x_train, self.x_val = (x.to(dtype) for x in points)
         self.b_train, self.b_val = (

@@ -14,7 +14,9 @@ class LinearFixedPoint(BilevelTestProblem):
     kind = "fixed_point"
 
     def __init__(self, size: int = 12, rate: float = 0.6, *, dtype: torch.dtype = torch.float64, seed: int = 0):
-        generator = generator_of(seed)
+        generator = generator_of(seed, dtype, size=size)
+        if not 0 <= rate < 1:
+            raise ValueError(f"rate is {rate}: from 0 to less than 1 the map contracts, and has one fixed point.")
         weight = randn(size, size, generator=generator)
         self.weight: Tensor = (rate * weight / torch.linalg.matrix_norm(weight, 2)).to(dtype)
         self.input = randn(size, 4, generator=generator).to(dtype)
@@ -39,7 +41,7 @@ class NonSymmetricRoot(NewtonProblem):
     kind = "root"
 
     def __init__(self, size: int = 10, *, dtype: torch.dtype = torch.float64, seed: int = 0):
-        generator = generator_of(seed)
+        generator = generator_of(seed, dtype, size=size)
         weight = randn(size, size, generator=generator)
         self.weight: Tensor = (0.8 * weight / torch.linalg.matrix_norm(weight, 2)).to(dtype)
         self.target = randn(size, generator=generator).to(dtype)

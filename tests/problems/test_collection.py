@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -84,3 +86,35 @@ def test_constants_are_those_of_the_hessian():
 def test_sizes_that_make_no_problem_are_named(problem, settings, words):
     with pytest.raises((TypeError, ValueError), match=words):
         problem(**settings)
+
+
+@pytest.mark.parametrize(
+    "kind", sorted({type(problem) for problem in PROBLEMS.values()}, key=lambda kind: kind.__name__)
+)
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"seed": 0.5}, TypeError, "seed is 0.5: a whole number"),
+        ({"dtype": torch.int64}, TypeError, "dtype is torch.int64"),
+    ],
+)
+def test_data_that_cannot_be_drawn_are_refused(kind, settings, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Ridge(0), ValueError, "num_examples is 0: at least 1"),
+        (lambda: Ridge(num_features=2.0), TypeError, "num_features is 2.0: a whole number"),
+        (lambda: Quadratics(size=True), TypeError, "size is True"),
+        (lambda: Quadratics(()), ValueError, "conditions is ()"),
+        (lambda: Quadratics((0.5,)), ValueError, "conditions is (0.5,)"),
+        (lambda: bl.problems.Singular(4, 5), ValueError, "rank is 5: it is at most the size, 4"),
+        (lambda: bl.problems.LinearFixedPoint(rate=1.0), ValueError, "rate is 1.0"),
+    ],
+)
+def test_a_problem_that_there_is_not_is_refused(make, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        make()
