@@ -35,7 +35,7 @@ from ._torch import (
 from .context import EVALUATING, UNCOMPILED
 from .modules import Given, ModuleReads
 from .solution import ObjectiveChangedError
-from .spared import Copies, Spared, refuse_view, targets
+from .spared import Copies, Spared, overlap, refuse_params, refuse_view, targets
 from .tree import Tree, map_tensors, tensors
 
 
@@ -79,6 +79,7 @@ class Tracer(_UncompiledMode):
         self.spared, self.reads = Spared(), ModuleReads()
         self._copies = Copies(self.spared)
         self._outside: dict[int, Tensor] = {}
+        self._params: list[Tensor] = []
         self.level = maybe_current_level() or 0
         # A captured tensor outlives the trace, so the id of one that was made meanwhile is never its id.
         self.made: set[int] = set()
@@ -89,6 +90,7 @@ class Tracer(_UncompiledMode):
     def know(self, params: Sequence[Tensor]) -> None:
         """These are arguments, not captured."""
         self.made.update(id(tensor) for tensor in params)
+        self._params += [tensor for tensor in params if not is_functorch_wrapped_tensor(tensor)]
         self.reads.know(params)
 
     def note(self, tree: Tree) -> None:
@@ -147,7 +149,13 @@ class Tracer(_UncompiledMode):
         return [_resolve(tensor) for tensor in self.captured]
 
     def _spare(self, target: Tensor) -> None:
-        """Let what is about to be written be a copy, where it was not made here."""
+        """Let what is about to be written be a copy, where it was not made here.
+
+        Raises:
+            ValueError: it lies in the params, or is a part of a tensor from outside.
+        """
+        if any(overlap(target, params) for params in self._params):
+            refuse_params(target)
         base = target._base if target._is_view() else None
         if target.requires_grad:
             return  # autograd has its own rules for these

@@ -124,6 +124,9 @@ def targets(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Te
         found += _statistics(args, kwargs, "training" if func is F.batch_norm else "use_input_stats")
     elif func is torch.batch_norm and len(args) > 5 and args[5]:
         found += args[3:5]
+    elif func is F.embedding or func is F.embedding_bag:
+        if kwargs.get("max_norm", args[3] if len(args) > 3 else None) is not None:  # rows that are read are shortened
+            found.append(kwargs.get("weight", args[1] if len(args) > 1 else None))
     elif (name.endswith("_") and not name.startswith("__") and name not in METADATA) or (
         name in IN_PLACE or kwargs.get("inplace") is True
     ):
@@ -137,6 +140,31 @@ def _statistics(args: tuple[Any, ...], kwargs: dict[str, Any], flag: str) -> lis
     writes = kwargs.get(flag, args[5] if len(args) > 5 else default)
     given = [*args[1:3], kwargs.get("running_mean"), kwargs.get("running_var")]
     return given if writes else []
+
+
+def refuse_params(target: Tensor) -> None:
+    """Raise: the params belong to the solver."""
+    raise ValueError(
+        f"The inner problem writes in place into its params, at a tensor of shape {tuple(target.shape)}: the solver "
+        "would go on from values that it did not choose. Write a new tensor (y.clamp(min=0) in place of "
+        "y.clamp_(min=0), relu(y) without inplace=True, an embedding without max_norm), or copy first (y.clone()). "
+        "Bounds are a setting of the solver: ProximalGradient(bl.prox.Box(...))."
+    )
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have memory in common."""
+    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() or not (one.numel() and other.numel()):
+        return False
+    (first, end), (start, last) = _span(one), _span(other)
+    return first < last and start < end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of the storage between which its numbers lie."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    first = int(tensor.storage_offset())
+    return first * tensor.itemsize, (first + int(reach) + 1) * tensor.itemsize
 
 
 def refuse_view(base: Tensor) -> None:

@@ -214,3 +214,59 @@ def test_sparse_embeddings(hypergrad, solver):
     if hypergrad is not None:
         (grad,) = torch.autograd.grad(fit.value["weight"].sum(), decay)
         assert grad.item() == pytest.approx(3 * (-1 / 1.5**2 - 2 / 2.5**2), rel=1e-6)
+
+
+def clamps(y):
+    with torch.no_grad():
+        y.clamp_(min=0)
+    return y
+
+
+def sets(y):
+    y[0] = 0.3
+    return y
+
+
+def writes_data(y):
+    y.data.clamp_(min=0)
+    return y
+
+
+WRITES = {
+    "mul_": lambda y: y.mul_(0.5),
+    "no_grad": clamps,
+    "item": sets,
+    "data": writes_data,
+    "part": lambda y: y + 0 * y.detach()[1:].zero_().sum(),
+    "relu": lambda y: F.relu(y, inplace=True),
+    "out": lambda y: torch.tanh(y.detach(), out=y.detach()) + y,
+    "embedding": lambda y: F.embedding(torch.arange(1), y[None], max_norm=0.1)[0],
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("kind", ["argmin", "root", "fixed_point", "least_squares", "unrolled"])
+def test_params_are_the_solvers_to_write(kind, write):
+    x, init = torch.tensor(0.7, dtype=F64, requires_grad=True), torch.ones(3, dtype=F64)
+    solve = {
+        "argmin": lambda: bl.argmin(lambda y: (write(y) - x).square().sum(), init),
+        "unrolled": lambda: bl.argmin(
+            lambda y: (write(y) - x).square().sum(), init, solver=bl.GradientDescent(0.1, 3), hypergrad=bl.Unroll()
+        ),
+        "root": lambda: bl.root(lambda y: write(y) + y - x, init),
+        "fixed_point": lambda: bl.fixed_point(lambda y: 0.2 * write(y) + x, init),
+        "least_squares": lambda: bl.least_squares(lambda y: write(y) - x, init),
+    }[kind]
+    with pytest.raises(ValueError, match="writes in place into its params"):
+        solve()
+    assert torch.equal(init, torch.ones(3, dtype=F64))
+
+
+def test_a_frozen_embedding_keeps_its_rows():
+    torch.manual_seed(0)
+    table = nn.Embedding(5, 2, max_norm=0.5, dtype=F64).requires_grad_(False)
+    before, x = table.weight.clone(), torch.tensor(0.7, dtype=F64, requires_grad=True)
+    fit = bl.argmin(lambda y: (table(torch.arange(5)).sum(0) * y - x).square().sum(), torch.ones(2, dtype=F64))
+    assert torch.equal(table.weight, before)
+    rows = before * (0.5 / before.norm(dim=1)).clamp(max=1)[:, None]
+    assert relative_error(fit.value, x / rows.sum(0)) < 1e-6
