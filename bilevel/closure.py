@@ -386,7 +386,7 @@ class VmappedClosure:
 def _sequence_number() -> int:
     """Nodes of autograd graphs that are made from now on have at least this number."""
     with torch.enable_grad():
-        node = torch.zeros((), requires_grad=True).view(1).grad_fn
+        node = torch.zeros((), requires_grad=True, device="cpu").view(1).grad_fn
     assert node is not None
     return sequence_number(node)
 

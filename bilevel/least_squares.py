@@ -42,7 +42,7 @@ from .linalg.scaled import SMALL, Equilibrated
 from .problem import Problem, check_batch, check_init
 from .recording import recording
 from .solution import Result, Solution, Throw, check_throw, marked
-from .tree import Raveler, Tree, leaves
+from .tree import Raveler, Tree, leaves, on_host
 
 LossName = Literal["linear", "soft_l1", "huber", "cauchy", "arctan"]
 
@@ -198,7 +198,7 @@ class LeastSquaresStatement(ObjectiveStatement):
 
 def _rho(loss: LossName | Rho, scale: float | Tensor) -> Rho | None:
     check_number_or_tensor("loss_scale", scale)
-    if not bool((innermost(torch.as_tensor(scale)) > 0).all()):
+    if not bool((innermost(on_host(scale)) > 0).all()):
         raise ValueError(f"loss_scale is {shown(scale)}: it must be positive.")
     if callable(loss):
         return loss

@@ -34,6 +34,11 @@ def named_leaves(tree: Tree) -> dict[str, Tensor]:
         return {f"[{number}]": leaf for number, leaf in enumerate(leaves(tree))}
 
 
+def on_host(value: object) -> Tensor:
+    """A number or an array as a tensor of the CPU, whatever the default device is; a tensor is itself."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
 def is_continuous(tensor: Tensor) -> bool:
     """Whether a derivative towards it exists: real or complex floating point."""
     return tensor.is_floating_point() or tensor.is_complex()

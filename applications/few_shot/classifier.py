@@ -171,7 +171,7 @@ class Classifier:
         best = self.probabilities(images, transductive=transductive).argmax(-1).tolist()
         found = [self.classes[index] for index in best]
         if isinstance(self.like, Tensor):
-            return torch.tensor(found, dtype=self.like.dtype)
+            return torch.tensor(found, dtype=self.like.dtype, device=self.like.device)
         return np.array(found, self.like.dtype) if isinstance(self.like, np.ndarray) else found
 
     def probabilities(self, images: Images, *, transductive: bool = False) -> Tensor:

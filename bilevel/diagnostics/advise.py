@@ -330,7 +330,9 @@ def _tolerance(problem: Bilevel, x: Tree) -> Adaptive:
 def _random_vector(operator: Operator) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (*operator.batch_shape, operator.size)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(operator.device, operator.dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(
+        operator.device, operator.dtype
+    )
 
 
 def _measured(problem: Bilevel, fit: Solution, x: Tree, point: Point, hypergrad: Implicit) -> float:

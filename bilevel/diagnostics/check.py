@@ -200,7 +200,7 @@ def check_hypergradient(
     outer = OuterLoss(problem, x, reference, throw, path=path)
     random = outer.randomness(problem.init)
     if random is not None:
-        unknown = torch.full((num_directions,), torch.nan, dtype=torch.float64)
+        unknown = torch.full((num_directions,), torch.nan, dtype=torch.float64, device="cpu")
         return _heard(HypergradientCheck(unknown, unknown, math.nan, math.inf, None, tolerance, random=random), throw)
     fit, found = _found(problem, x, solver, hypergrad, throw)
     if outer.lifted and fit.result.ok and not outer.solvable:
@@ -281,7 +281,9 @@ def _slope_in_double(
 
 def _along(found: list[Tensor], directions: list[list[Tensor]]) -> Tensor:
     """The slopes of a hypergradient along some directions, float64 ``[D]``."""
-    return torch.tensor([inner_product(found, direction) for direction in directions], dtype=torch.float64)
+    return torch.tensor(
+        [inner_product(found, direction) for direction in directions], dtype=torch.float64, device="cpu"
+    )
 
 
 def _directions(x: list[Tensor], count: int, seed: int) -> list[list[Tensor]]:
@@ -290,7 +292,7 @@ def _directions(x: list[Tensor], count: int, seed: int) -> list[list[Tensor]]:
     size, root = 1 + length_of(x), sum(leaf.numel() for leaf in x) ** 0.5
     found = []
     for _ in range(count):
-        parts = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in x]
+        parts = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(leaf) for leaf in x]
         length = length_of(parts) * size
         found.append([part * (1 + root * leaf.abs()) / length for part, leaf in zip(parts, x, strict=True)])
     return found

@@ -127,7 +127,7 @@ def hypergradient(
         "smallest_curvature": smallest,
         "largest_curvature": largest,
         "error": error if solved else torch.full_like(error, torch.inf),
-        "bound": torch.tensor(bound, dtype=torch.float64),
+        "bound": torch.tensor(bound, dtype=torch.float64, device="cpu"),
         "result": torch.maximum(fit.stats["result"], adjoint.stats["result"]),
     }
     spec = pytree.tree_structure(where)

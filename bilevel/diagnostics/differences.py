@@ -143,8 +143,8 @@ class OuterLoss:
         rows = [[self._at(direction, size * step) for size in (1, -1, 2, -2)] for direction in directions]
         points = [first, *(point for row in rows for point in row)]
         rootless = not all(point.solved for point in points)
-        found = torch.tensor([[point.found for point in row] for row in rows], dtype=torch.float64)
-        better = torch.tensor([[point.better for point in row] for row in rows], dtype=torch.float64)
+        found = torch.tensor([[point.found for point in row] for row in rows], dtype=torch.float64, device="cpu")
+        better = torch.tensor([[point.better for point in row] for row in rows], dtype=torch.float64, device="cpu")
         table, centre = (found, first.found) if rootless else (better, first.better)
         rounding = self.eps * max(abs(point.found) for point in points) / step
         noise = abs(first.found - second.found) / step
@@ -191,7 +191,9 @@ class OuterLoss:
         generator = torch.Generator().manual_seed(seed)
         start = [as_double(leaf.detach()) if self.lifted else leaf.detach() for leaf in leaves(params)]
         size = 1 + length_of(start)
-        parts = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf) for leaf in start]
+        parts = [
+            torch.randn(leaf.shape, generator=generator, dtype=torch.float64, device="cpu").to(leaf) for leaf in start
+        ]
         # Away from the solution, where the gradient vanishes.
         start = [leaf + 0.1 * part for leaf, part in zip(start, parts, strict=True)]
         spec = pytree.tree_structure(params)

@@ -96,7 +96,7 @@ class Point:
         problem = Problem(lambda tree: objective(leaves(tree)), start, max_batch_dims=self.batch_dims)
         found = self.minimize(problem)
         if "residual_norm" not in found.stats:
-            found = found.with_stats(residual_norm=torch.full(self.raveler.batch_shape, torch.nan))
+            found = found.with_stats(residual_norm=torch.full(self.raveler.batch_shape, torch.nan, device="cpu"))
         settle(found, self.throw, what, partial(inner_advice, problem, found, None), start=problem.first_residual)
         return found.value.detach()
 

@@ -91,7 +91,7 @@ class ForwardGradient:
                 "would have those of the recording. Call the function without capture, or take Unroll()."
             )
         shape = (self.num_directions, count)
-        device, seed = problem.start.y.device, int(torch.randint(2**62, (), generator=self.generator))
+        device, seed = problem.start.y.device, int(torch.randint(2**62, (), generator=self.generator, device="cpu"))
         if problem.ranks is not None:  # each would follow its own directions, and their sum none
             seed = problem.ranks.first(seed)
         if self.distribution == "rademacher":

@@ -162,7 +162,11 @@ def unrollable(solver: InnerSolver, method: str) -> Steps:
     if isinstance(solver, Steps):
         return solver
     if isinstance(solver, GradientDescent) and not solver.line_search:
-        lr = torch.tensor(solver.lr, dtype=torch.float64).unsqueeze(-1) if isinstance(solver.lr, tuple) else solver.lr
+        lr = (
+            torch.tensor(solver.lr, dtype=torch.float64, device="cpu").unsqueeze(-1)
+            if isinstance(solver.lr, tuple)
+            else solver.lr
+        )
         return Steps(SGD(lr, solver.momentum), solver.max_steps, solver.gtol, callback=solver.callback)
     raise TypeError(
         f"hypergrad={method}(...) cannot differentiate {solver!r}: it needs Steps(rule, ...), or GradientDescent "

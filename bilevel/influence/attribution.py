@@ -270,7 +270,9 @@ class Influence:
         solver = self.linear_solver if self.inverse is None else self.inverse
         settings = [getattr(solver, name, None) for name in ("rtol", "max_steps")]
         named = zlib.crc32(repr((type(solver).__name__, settings, self.curvature, count)).encode())
-        exact = torch.tensor([digest([*leaves(self.train), *leaves(queries)]), named], dtype=torch.float64)
+        exact = torch.tensor(
+            [digest([*leaves(self.train), *leaves(queries)]), named], dtype=torch.float64, device="cpu"
+        )
         return [exact, torch.stack([v.norm() for v in vectors]), torch.stack(numbers)]
 
 

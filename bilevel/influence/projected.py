@@ -44,7 +44,7 @@ class ProjectedInfluence:
         if features is not None and features.shape != shape:
             raise ValueError(f"features has shape {tuple(features.shape)}: {shape} is needed, examples by dimension.")
         self.influence, self.dimension, self.seed = influence, dimension, seed
-        none = torch.zeros(1, dtype=torch.int64)
+        none = torch.zeros(1, dtype=torch.int64, device="cpu")
         self.stats = {"num_steps": none, "result": make_codes(Result.STEPS_DONE, none)}
         self.features = self._solved() if features is None else features
 
@@ -85,7 +85,9 @@ class ProjectedInfluence:
     def _rows(self) -> Iterator[Tensor]:
         """P, so many rows at once as there are queries; each row has a seed of its own."""
         y, size = self.influence.y, self.influence.query_chunk
-        seeds = torch.randint(2**31, (self.dimension,), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        seeds = torch.randint(
+            2**31, (self.dimension,), generator=torch.Generator().manual_seed(self.seed), device="cpu"
+        ).tolist()
         for first in range(0, self.dimension, size):
             rows = [signs(y.shape, seed, y.device) for seed in seeds[first : first + size]]
             yield torch.stack(rows).to(y) / self.dimension**0.5

@@ -221,7 +221,7 @@ class Program:
         top = torch.cat([self.Q + self.G.mT @ weighted, self.A.mT], -1)
         bottom = torch.cat([self.A, self.A.new_zeros(*self.A.shape[:-1], me)], -1)
         matrix = torch.cat([top, bottom], -2)
-        signs = torch.cat([torch.ones(n), -torch.ones(me)]).to(matrix)
+        signs = torch.cat([matrix.new_ones(n), -matrix.new_ones(me)])
         factor, pivots, _ = torch.linalg.lu_factor_ex(matrix + REGULARIZATION * torch.diag(signs))
 
         def solve(p: Tensor, q: Tensor, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from ..linalg.operator import to_numpy
 from ..linalg.solve import LinearSolver
 from ..problem import RootProblem
 from ..solution import Result, Solution, make_codes, marked
-from ..tree import axpy, broadcasts_to, norm
+from ..tree import axpy, broadcasts_to, norm, on_host
 from .minimize import Ends, check_tolerance
 from .nearness import VANISHED, Nearness
 from .outcome import COUPLED_ADVICE, is_coupled
@@ -129,7 +129,7 @@ class Newton:
         """What a message about a failed solve says."""
         if problem.raveler.batch_shape and is_coupled(GraphJacobian(problem.raveler, problem.linearize(found.value))):
             return COUPLED_ADVICE
-        if bool(found.stats.get("singular", torch.zeros(())).any()):
+        if bool(found.stats.get("singular", torch.zeros((), device="cpu")).any()):
             return (
                 "The last steps were each about a half of the one before, as beside a root where the Jacobian is "
                 "singular (a double root, the end of a branch of roots): there the root has no derivative by the "
@@ -277,7 +277,7 @@ class Bisection:
         check_tolerance(max_steps=self.max_steps, tol=None)
         check_number_or_tensor("lower", self.lower)
         check_number_or_tensor("upper", self.upper)
-        low, high = torch.as_tensor(self.lower), torch.as_tensor(self.upper)
+        low, high = on_host(self.lower), on_host(self.upper)
         if not bool(innermost(low < high).all()):
             raise ValueError(f"lower is {shown(self.lower)} and upper {shown(self.upper)}: the bracket is empty.")
         if not bool(innermost(torch.isfinite(low) & torch.isfinite(high)).all()):
@@ -288,7 +288,7 @@ class Bisection:
 
     def find(self, problem: RootProblem) -> Solution[Tensor]:
         """Find a root; see `RootSolver`."""
-        low, high = torch.as_tensor(self.lower), torch.as_tensor(self.upper)
+        low, high = on_host(self.lower), on_host(self.upper)
         for name, bound in (("lower", low), ("upper", high)):
             if not broadcasts_to(bound.shape, problem.y.shape):
                 raise ValueError(

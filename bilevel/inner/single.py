@@ -195,9 +195,9 @@ class _Walk:
         if self.nearness is not None:
             numbers["step_norm"] = self.nearness.predicted
         stats = {
-            "num_steps": torch.tensor(self.steps),
-            "result": torch.tensor(int(code), dtype=torch.int8),
-            **{name: torch.tensor(number, dtype=torch.float64) for name, number in numbers.items()},
+            "num_steps": torch.tensor(self.steps, device="cpu"),
+            "result": torch.tensor(int(code), dtype=torch.int8, device="cpu"),
+            **{name: torch.tensor(number, dtype=torch.float64, device="cpu") for name, number in numbers.items()},
         }
         return Solution(torch.from_numpy(self.at.y).to(self.evaluate.dtype), stats)
 

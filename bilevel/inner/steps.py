@@ -18,7 +18,7 @@ from ..checks import check_fields, check_rule
 from ..problem import Evaluation, Problem
 from ..recording import free_looks
 from ..solution import Solution
-from ..tree import Tree
+from ..tree import Tree, on_host
 from .minimize import DEFAULT_STEPS, Progress, check_settings, choose
 from .watch import Callbacks, watch
 
@@ -94,7 +94,7 @@ class Adam(Rule):
             raise ValueError(f"betas is {self.betas}: a pair is needed, such as (0.9, 0.999).")
         for beta in self.betas:
             check_rates(betas=beta)
-            if may_be_looked_at(beta) and not bool((torch.as_tensor(beta).detach() < 1).all()):
+            if may_be_looked_at(beta) and not bool((on_host(beta).detach() < 1).all()):
                 raise ValueError(f"betas is {self.betas}: each lies in [0, 1).")
 
     def init(self, y: Tensor) -> State:
@@ -139,7 +139,7 @@ class RMSprop(Rule):
     def __post_init__(self) -> None:
         check_fields(self)
         check_rates(lr=self.lr, alpha=self.alpha, eps=self.eps, weight_decay=self.weight_decay, momentum=self.momentum)
-        if may_be_looked_at(self.alpha) and not bool((torch.as_tensor(self.alpha).detach() <= 1).all()):
+        if may_be_looked_at(self.alpha) and not bool((on_host(self.alpha).detach() <= 1).all()):
             raise ValueError(f"alpha is {self.alpha}: it lies in [0, 1].")
 
     def init(self, y: Tensor) -> State:
@@ -303,7 +303,7 @@ def check_rates(**settings: Any) -> None:
                 f"{name} has shape {tuple(value.shape)}: one number is needed, or of T problems [T, 1]. A schedule, "
                 "one number for each step, is taken for lr only."
             )
-        tensor = torch.as_tensor(value).detach()
+        tensor = on_host(value).detach()
         if may_be_looked_at(value) and not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
             raise ValueError(f"{name} is {value}: it must be finite and not negative.")
 

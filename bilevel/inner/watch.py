@@ -164,7 +164,7 @@ class History:
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(parts)) if parts else torch.empty(0, dtype=torch.float64)
+    return torch.stack(list(parts)) if parts else torch.empty(0, dtype=torch.float64, device="cpu")
 
 
 class ProgressBar:

@@ -135,16 +135,16 @@ class SingleCG:
         """What was found, as tensors."""
 
         def number(value: float) -> Tensor:
-            return torch.tensor(value, dtype=torch.float64)
+            return torch.tensor(value, dtype=torch.float64, device="cpu")
 
         lanczos = Lanczos(number(0.0))
         if self.seen:
-            diagonal, off_diagonal = torch.tensor(self.seen, dtype=torch.float64).unbind(1)
+            diagonal, off_diagonal = torch.tensor(self.seen, dtype=torch.float64, device="cpu").unbind(1)
             lanczos.append(diagonal, off_diagonal, torch.ones_like(diagonal, dtype=torch.bool))
         return Outcome(
             torch.from_numpy(self.x).to(self.dtype),
-            torch.tensor(int(self.code), dtype=torch.int8),
-            torch.tensor(self.steps),
+            torch.tensor(int(self.code), dtype=torch.int8, device="cpu"),
+            torch.tensor(self.steps, device="cpu"),
             number(self.relative),
             lanczos,
             number(self.size / self.least if math.isfinite(self.least) else 1.0),

@@ -119,4 +119,4 @@ def generator_of(seed: int, dtype: torch.dtype, **sizes: int) -> torch.Generator
 
 def randn(*shape: int, generator: torch.Generator) -> Tensor:
     """Standard normal numbers, float64."""
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")

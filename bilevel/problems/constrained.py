@@ -30,11 +30,16 @@ class LassoPath(BilevelTestProblem):
         self, num_examples: int = 40, num_features: int = 12, *, dtype: torch.dtype = torch.float64, seed: int = 0
     ):
         generator = generator_of(seed, dtype, num_examples=num_examples, num_features=num_features)
-        truth = randn(num_features, generator=generator) * (torch.arange(num_features) < num_features // 3)
+        truth = randn(num_features, generator=generator) * (
+            torch.arange(num_features, device="cpu") < num_features // 3
+        )
         designs = [randn(num_examples, num_features, generator=generator) for _ in range(2)]
         self.a_train, self.a_val = (a.to(dtype) for a in designs)
         self.b_train, self.b_val = ((a @ truth + randn(num_examples, generator=generator)).to(dtype) for a in designs)
-        self.init, self.hparams = torch.zeros(num_features, dtype=dtype), torch.tensor(-1.5, dtype=dtype)
+        self.init, self.hparams = (
+            torch.zeros(num_features, dtype=dtype, device="cpu"),
+            torch.tensor(-1.5, dtype=dtype, device="cpu"),
+        )
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
         return (self.a_train @ params - self.b_train).square().mean() / 2
@@ -87,9 +92,12 @@ class Portfolio(BilevelTestProblem):
     def __init__(self, size: int = 6, *, dtype: torch.dtype = torch.float64, seed: int = 0):
         generator = generator_of(seed, dtype, size=size)
         root = randn(size, size, generator=generator)
-        self.risk = (root @ root.mT / size + torch.eye(size, dtype=torch.float64)).to(dtype)
+        self.risk = (root @ root.mT / size + torch.eye(size, dtype=torch.float64, device="cpu")).to(dtype)
         self.gain, self.target = ((0.3 * randn(size, generator=generator)).to(dtype) for _ in range(2))
-        self.init, self.hparams = torch.zeros(size, dtype=dtype), torch.zeros(2 * size + 1, dtype=dtype)
+        self.init, self.hparams = (
+            torch.zeros(size, dtype=dtype, device="cpu"),
+            torch.zeros(2 * size + 1, dtype=dtype, device="cpu"),
+        )
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
         return params @ self.risk @ params / 2 - self._data(hparams)[0] @ params
@@ -106,7 +114,7 @@ class Portfolio(BilevelTestProblem):
     def solution(self, hparams: Tensor) -> Tensor:
         size, best = len(self.init), None
         for code in range(1, 2**size):
-            active = torch.tensor([bool(code >> i & 1) for i in range(size)])
+            active = torch.tensor([bool(code >> i & 1) for i in range(size)], device="cpu")
             y, multipliers = self._on(active, hparams.detach())
             if bool((y >= self._data(hparams)[2]).all()) and bool((multipliers >= 0).all()):
                 best = active
@@ -128,9 +136,9 @@ class Portfolio(BilevelTestProblem):
     def _on(self, free: Tensor, hparams: Tensor) -> tuple[Tensor, Tensor]:
         """The solution where all but these are at their bounds, and the multipliers of those."""
         (cost, total, low), count = self._data(hparams), int(free.sum())
-        ones = torch.ones(count, 1, dtype=self.risk.dtype)
+        ones = torch.ones(count, 1, dtype=self.risk.dtype, device=self.risk.device)
         top = torch.cat([self.risk[free][:, free], ones], 1)
-        matrix = torch.cat([top, torch.cat([ones.mT, torch.zeros(1, 1, dtype=ones.dtype)], 1)])
+        matrix = torch.cat([top, torch.cat([ones.mT, torch.zeros(1, 1, dtype=ones.dtype, device=ones.device)], 1)])
         bound = torch.where(free, 0, low)
         right = torch.cat([(cost - self.risk @ bound)[free], (total - bound.sum())[None]])
         found = torch.linalg.solve(matrix, right)

@@ -53,18 +53,18 @@ class Quadratics:
         n, m, samples = self.size, self.outer_size, self.num_samples
 
         def gauss(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=random, dtype=torch.float64)
+            return torch.randn(*shape, generator=random, dtype=torch.float64, device="cpu")
 
         def basis(rows: int, columns: int) -> Tensor:
             basis: Tensor = torch.linalg.qr(gauss(rows, columns))[0]
             return basis
 
         def spread(dimension: int) -> Tensor:
-            return torch.logspace(-np.log10(self.condition), 0, dimension, dtype=torch.float64).sqrt()
+            return torch.logspace(-np.log10(self.condition), 0, dimension, dtype=torch.float64, device="cpu").sqrt()
 
         rank = min(n, m)
         left = basis(samples, rank)
-        values = coupling * torch.logspace(-1, 0, rank, dtype=torch.float64)
+        values = coupling * torch.logspace(-1, 0, rank, dtype=torch.float64, device="cpu")
         return {
             "a": samples**0.5 * basis(samples, n) * spread(n) @ basis(n, n).mT,
             "b": samples**0.5 * basis(samples, m) * spread(m) @ basis(m, m).mT,
@@ -82,7 +82,7 @@ class Quadratics:
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Zeros, ready for a method: inner and outer."""
-        zeros = (torch.zeros(size, dtype=torch.float64) for size in (self.size, self.outer_size))
+        zeros = (torch.zeros(size, dtype=torch.float64, device="cpu") for size in (self.size, self.outer_size))
         y, x = (vector.requires_grad_() for vector in zeros)
         return y, x
 
@@ -160,11 +160,11 @@ class Logistic:
     @cached_property
     def _data(self) -> dict[str, tuple[Tensor, Tensor]]:
         random = torch.Generator().manual_seed(self.seed)
-        truth = torch.zeros(self.size, dtype=torch.float64)
+        truth = torch.zeros(self.size, dtype=torch.float64, device="cpu")
         truth[: max(2, self.size // 10)] = 2.0
         found = {}
         for level in ("g", "f"):
-            features = torch.randn(self.num_samples, self.size, generator=random, dtype=torch.float64)
+            features = torch.randn(self.num_samples, self.size, generator=random, dtype=torch.float64, device="cpu")
             chance = torch.sigmoid(features @ truth)
             labels = 2.0 * torch.bernoulli(chance, generator=random) - 1
             found[level] = (features, labels)
@@ -184,8 +184,8 @@ class Logistic:
 
     def start(self) -> tuple[Tensor, Tensor]:
         """Penalties of exp(-2), weights of zero: inner and outer."""
-        y = torch.zeros(self.size, dtype=torch.float64, requires_grad=True)
-        return y, torch.full((self.size,), -2.0, dtype=torch.float64, requires_grad=True)
+        y = torch.zeros(self.size, dtype=torch.float64, requires_grad=True, device="cpu")
+        return y, torch.full((self.size,), -2.0, dtype=torch.float64, requires_grad=True, device="cpu")
 
     def inner_solution(self, x: Tensor) -> Tensor:
         y, _ = self.start()

@@ -28,7 +28,7 @@ class Logistic(NewtonProblem):
             return a.to(dtype), labels.to(dtype)
 
         (self.a_train, self.b_train), (self.a_val, self.b_val) = data(), data()
-        self.init = torch.zeros(num_features, dtype=dtype)
+        self.init = torch.zeros(num_features, dtype=dtype, device="cpu")
         self.hparams = (0.5 * randn(num_features, generator=generator) - 2).to(dtype)
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:

@@ -34,13 +34,15 @@ class Quadratics(ClosedFormProblem):
         num_tasks = len(conditions)
 
         def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+            return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
         basis, _ = torch.linalg.qr(randn(num_tasks, size, size))
-        spectrum = torch.stack([torch.logspace(0, float(torch.tensor(c).log10()), size) for c in conditions]).double()
+        spectrum = torch.stack(
+            [torch.logspace(0, float(torch.tensor(c, device="cpu").log10()), size, device="cpu") for c in conditions]
+        ).double()
         self.matrix: Tensor = (basis @ torch.diag_embed(spectrum) @ basis.mT).to(dtype)
         self.c, self.target = randn(num_tasks, size).to(dtype), randn(size).to(dtype)
-        self.init, self.hparams = torch.zeros(num_tasks, size, dtype=dtype), randn(size).to(dtype)
+        self.init, self.hparams = torch.zeros(num_tasks, size, dtype=dtype, device="cpu"), randn(size).to(dtype)
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
         product = (self.matrix @ params.unsqueeze(-1)).squeeze(-1)
@@ -66,10 +68,15 @@ class Saddle(ClosedFormProblem):
     def __init__(self, size: int = 12, *, dtype: torch.dtype = torch.float64, seed: int = 0):
         generator = generator_of(seed, dtype, size=size)
         basis, _ = torch.linalg.qr(randn(size, size, generator=generator))
-        spectrum = torch.linspace(1, 3, size, dtype=torch.float64) * (-1) ** torch.arange(size)
+        spectrum = torch.linspace(1, 3, size, dtype=torch.float64, device="cpu") * (-1) ** torch.arange(
+            size, device="cpu"
+        )
         self.matrix: Tensor = (basis @ torch.diag(spectrum) @ basis.mT).to(dtype)
         self.c, self.target = (randn(size, generator=generator).to(dtype) for _ in range(2))
-        self.init, self.hparams = torch.zeros(size, dtype=dtype), randn(size, generator=generator).to(dtype)
+        self.init, self.hparams = (
+            torch.zeros(size, dtype=dtype, device="cpu"),
+            randn(size, generator=generator).to(dtype),
+        )
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
         return self.matrix @ params - self.c - hparams
@@ -96,10 +103,12 @@ class Singular(BilevelTestProblem):
             raise ValueError(f"rank is {rank}: it is at most the size, {size}.")
         basis, _ = torch.linalg.qr(randn(size, size, generator=generator))
         basis = basis[:, :rank]
-        self.matrix: Tensor = (basis @ torch.diag(torch.linspace(1, 3, rank, dtype=torch.float64)) @ basis.mT).to(dtype)
+        self.matrix: Tensor = (
+            basis @ torch.diag(torch.linspace(1, 3, rank, dtype=torch.float64, device="cpu")) @ basis.mT
+        ).to(dtype)
         self.projector: Tensor = (basis @ basis.mT).to(dtype)
         self.target, self.hparams = (randn(size, generator=generator).to(dtype) for _ in range(2))
-        self.init = torch.zeros(size, dtype=dtype)
+        self.init = torch.zeros(size, dtype=dtype, device="cpu")
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
         return (params - hparams) @ self.matrix @ (params - hparams) / 2

@@ -31,14 +31,14 @@ class Ridge(ClosedFormProblem):
         generator = generator_of(seed, dtype, num_examples=num_examples, num_features=num_features)
 
         def randn(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+            return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
         truth = randn(num_features)
         self.a_train, self.a_val = randn(num_examples, num_features), randn(num_examples, num_features)
         self.b_train = self.a_train @ truth + randn(num_examples)
         self.b_val = self.a_val @ truth + randn(num_examples)
-        self.init = torch.zeros(num_features, dtype=dtype)
-        self.hparams = 0.3 * randn(num_features) if per_feature else torch.zeros((), dtype=dtype)
+        self.init = torch.zeros(num_features, dtype=dtype, device="cpu")
+        self.hparams = 0.3 * randn(num_features) if per_feature else torch.zeros((), dtype=dtype, device="cpu")
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
         fit = (self.a_train @ params - self.b_train).square().mean() / 2
@@ -61,7 +61,7 @@ class WeightedRidge(Ridge):
     ):
         super().__init__(num_examples, num_features, dtype=dtype, seed=seed)
         generator = generator_of(seed + 1, dtype)
-        self.hparams = torch.randn(num_examples, generator=generator, dtype=torch.float64).to(dtype)
+        self.hparams = torch.randn(num_examples, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
         fit = (hparams.exp() * (self.a_train @ params - self.b_train).square()).mean() / 2
@@ -70,7 +70,7 @@ class WeightedRidge(Ridge):
     def system(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
         m, d = self.a_train.shape
         weighted = hparams.exp().unsqueeze(-1) * self.a_train
-        ridge = 0.1 * torch.eye(d, dtype=self.a_train.dtype)
+        ridge = 0.1 * torch.eye(d, dtype=self.a_train.dtype, device=self.a_train.device)
         return self.a_train.mT @ weighted / m + ridge, weighted.mT @ self.b_train / m
 
 
@@ -87,8 +87,8 @@ class KernelRidge(ClosedFormProblem):
         self.b_train, self.b_val = (
             (torch.sin(2 * x) + 0.1 * randn(num_examples, 1, generator=generator)).squeeze(-1).to(dtype) for x in points
         )
-        self.init = torch.zeros(num_examples, dtype=dtype)
-        self.hparams = torch.tensor([-0.5, -3.0], dtype=dtype)
+        self.init = torch.zeros(num_examples, dtype=dtype, device="cpu")
+        self.hparams = torch.tensor([-0.5, -3.0], dtype=dtype, device="cpu")
 
     def kernel(self, a: Tensor, b: Tensor, hparams: Tensor) -> Tensor:
         """``exp(-(a - b)^2 / 2 width^2)``"""
@@ -103,5 +103,5 @@ class KernelRidge(ClosedFormProblem):
 
     def system(self, hparams: Tensor) -> tuple[Tensor, Tensor]:
         m = len(self.b_train)
-        eye = torch.eye(m, dtype=self.b_train.dtype)
+        eye = torch.eye(m, dtype=self.b_train.dtype, device=self.b_train.device)
         return self.kernel(self.x_train, self.x_train, hparams) + m * hparams[1].exp() * eye, self.b_train

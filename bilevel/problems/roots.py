@@ -21,7 +21,7 @@ class LinearFixedPoint(BilevelTestProblem):
         self.weight: Tensor = (rate * weight / torch.linalg.matrix_norm(weight, 2)).to(dtype)
         self.input = randn(size, 4, generator=generator).to(dtype)
         self.bias, self.target = (randn(size, generator=generator).to(dtype) for _ in range(2))
-        self.init, self.hparams = torch.zeros(size, dtype=dtype), randn(4, generator=generator).to(dtype)
+        self.init, self.hparams = torch.zeros(size, dtype=dtype, device="cpu"), randn(4, generator=generator).to(dtype)
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
         return self.weight @ params + self.input @ hparams + self.bias
@@ -30,7 +30,7 @@ class LinearFixedPoint(BilevelTestProblem):
         return (params - self.target).square().sum() / 2 + hparams.square().sum() / 2
 
     def solution(self, hparams: Tensor) -> Tensor:
-        eye = torch.eye(len(self.bias), dtype=self.bias.dtype)
+        eye = torch.eye(len(self.bias), dtype=self.bias.dtype, device=self.bias.device)
         z: Tensor = torch.linalg.solve(eye - self.weight, self.input @ hparams + self.bias)
         return z
 
@@ -45,7 +45,10 @@ class NonSymmetricRoot(NewtonProblem):
         weight = randn(size, size, generator=generator)
         self.weight: Tensor = (0.8 * weight / torch.linalg.matrix_norm(weight, 2)).to(dtype)
         self.target = randn(size, generator=generator).to(dtype)
-        self.init, self.hparams = torch.zeros(size, dtype=dtype), 2 * randn(size, generator=generator).to(dtype)
+        self.init, self.hparams = (
+            torch.zeros(size, dtype=dtype, device="cpu"),
+            2 * randn(size, generator=generator).to(dtype),
+        )
 
     def inner(self, params: Tensor, hparams: Tensor) -> Tensor:
         return params + torch.tanh(self.weight @ params) + params.pow(3) / 10 - hparams

@@ -33,10 +33,10 @@ def hard(dtype: torch.dtype) -> dict[str, BilevelTestProblem]:
     generator = torch.Generator().manual_seed(0)
 
     def data(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     def number(value: float) -> Tensor:
-        return torch.tensor([value], dtype=dtype)
+        return torch.tensor([value], dtype=dtype, device="cpu")
 
     def square(y: Tensor, x: Tensor) -> Tensor:
         return y.square().sum()
@@ -50,16 +50,20 @@ def hard(dtype: torch.dtype) -> dict[str, BilevelTestProblem]:
         def outer(y: Tensor, x: Tensor) -> Tensor:
             return (a.to(y.dtype) @ y - 2 * b.to(y.dtype)).square().mean()
 
-        return Known("argmin", inner, outer, a.new_zeros(a.shape[1]), torch.full((a.shape[1],), 0.1, dtype=dtype))
+        return Known(
+            "argmin", inner, outer, a.new_zeros(a.shape[1]), torch.full((a.shape[1],), 0.1, dtype=dtype, device="cpu")
+        )
 
-    units, small = data(100, 2) * torch.tensor([3000.0, 1.0], dtype=torch.float64), data(30, 4)
-    counts = torch.poisson((data(60, 3) @ torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64)).exp(), generator)
+    units, small = data(100, 2) * torch.tensor([3000.0, 1.0], dtype=torch.float64, device="cpu"), data(30, 4)
+    counts = torch.poisson(
+        (data(60, 3) @ torch.tensor([0.3, -0.2, 0.1], dtype=torch.float64, device="cpu")).exp(), generator
+    )
     poisson = data(60, 3).to(dtype)
     return {
         "exponential": Known(
             "argmin", lambda y, x: (y.exp() - x * y + y.square() / 2).sum(), square, number(0.1), number(1.5)
         ),
-        "units": regression(units, units @ torch.tensor([0.01, 1.0], dtype=torch.float64)),
+        "units": regression(units, units @ torch.tensor([0.01, 1.0], dtype=torch.float64, device="cpu")),
         "small targets": regression(small, 1e-5 * small.sum(1)),
         "poisson": Known(
             "argmin",
@@ -68,8 +72,8 @@ def hard(dtype: torch.dtype) -> dict[str, BilevelTestProblem]:
                 + x * w.square().sum()
             ),
             square,
-            torch.zeros(3, dtype=dtype),
-            torch.tensor(0.1, dtype=dtype),
+            torch.zeros(3, dtype=dtype, device="cpu"),
+            torch.tensor(0.1, dtype=dtype, device="cpu"),
         ),
         "square root": Known("root", lambda y, x: y.square() - x, square, number(1.4), number(2.0)),
         "logarithm": Known("root", lambda y, x: y.exp() - x, square, number(0.7), number(2.0)),
@@ -84,7 +88,7 @@ class Scaled:
         self.problem, self.kind, self.symmetric = problem, problem.kind, problem.symmetric
         self.loss, self.params, self.hparams = loss, params, problem.hparams
         generator = torch.Generator().manual_seed(seed)
-        towards = torch.randn(problem.init.shape, generator=generator, dtype=torch.float64)
+        towards = torch.randn(problem.init.shape, generator=generator, dtype=torch.float64, device="cpu")
         towards = towards / towards.norm() * (1 + problem.init.double().norm())
         self.init = (params * (problem.init.double() + away * towards)).to(problem.init.dtype)
         if problem.kind in ("composite", "qp"):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._torch import innermost, shown
 from ..checks import check_number_or_tensor
-from ..tree import broadcasts_to
+from ..tree import broadcasts_to, on_host
 
 Setting = float | Tensor
 
@@ -155,7 +155,7 @@ class Box(Prox):
         for name, bound in (("lower", self.lower), ("upper", self.upper)):
             if not isinstance(bound, Tensor | Real):
                 raise TypeError(f"{name} is {bound!r}: a number or a tensor is needed, such as torch.as_tensor(bound).")
-        low, high = torch.as_tensor(self.lower).detach(), torch.as_tensor(self.upper).detach()
+        low, high = on_host(self.lower).detach(), on_host(self.upper).detach()
         if not bool(innermost((low <= high) & (low < torch.inf) & (high > -torch.inf)).all()):
             raise ValueError(f"lower is {shown(self.lower)} and upper {shown(self.upper)}: the box is empty.")
 
@@ -294,7 +294,7 @@ def check_not_negative(**settings: Setting) -> None:
     """Refuse settings that are no numbers, or negative, naming them."""
     for name, value in settings.items():
         check_number_or_tensor(name, value)
-        if not bool((innermost(torch.as_tensor(value)) >= 0).all()):
+        if not bool((innermost(on_host(value)) >= 0).all()):
             raise ValueError(f"{name} is {shown(value)}: it cannot be negative.")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._torch import pytree
 from ..checks import check_fields
-from ..tree import Tree, leaves
+from ..tree import Tree, leaves, on_host
 from .base import Box, Prox, Setting
 
 
@@ -173,7 +173,7 @@ def _broadcast(tree: Tree, spec: pytree.TreeSpec, what: str, is_part: Callable[[
 
 def _shaped(bound: Any, leaf: Tensor, name: str) -> Setting:
     if isinstance(bound, np.ndarray) and bound.dtype.kind in "biuf":
-        bound = torch.as_tensor(bound)
+        bound = on_host(bound)
     if isinstance(bound, Real):
         return float(bound)
     if not isinstance(bound, Tensor) or bound.is_complex():

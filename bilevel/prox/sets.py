@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._torch import innermost, shown
 from ..checks import check_number_or_tensor
+from ..tree import on_host
 from .base import Ball, Prox, Setting, Simplex, of_problem
 
 
@@ -86,7 +87,7 @@ class HalfSpace(Prox):
     def __post_init__(self) -> None:
         _check_finite(a=self.a)
         check_number_or_tensor("b", self.b)
-        if not bool(torch.isfinite(innermost(torch.as_tensor(self.b))).all()):
+        if not bool(torch.isfinite(innermost(on_host(self.b))).all()):
             raise ValueError(f"b is {shown(self.b)}: a finite number is needed.")
         if self.a.dim() < 1:
             raise ValueError("a has shape (): a vector [n] is needed, or one for each problem, [T, n].")
@@ -100,7 +101,7 @@ class HalfSpace(Prox):
 
     def value(self, y: Tensor) -> Tensor:
         slack = 1e-5 if y.dtype == torch.float32 else 1e-10
-        rounding = (self.a * y).double().abs().sum(-1) + torch.as_tensor(self.b).double().abs()
+        rounding = (self.a * y).double().abs().sum(-1) + on_host(self.b).double().abs()
         return torch.where(self._over(y) <= slack * rounding, 0.0, torch.inf).to(y.dtype)
 
     def _over(self, y: Tensor) -> Tensor:

@@ -305,7 +305,7 @@ class Stochastic(ABC):
             message = f"{kind} met a NaN or an infinity at step {number}; {cause}. The params hold their last values."
         size = norm(found.inner)
         stats = {
-            "num_steps": torch.tensor(number),
+            "num_steps": torch.tensor(number, device="cpu"),
             "residual_norm": size,
             "result": make_codes(Result.NONFINITE if bad else Result.DIVERGED, size),
         }

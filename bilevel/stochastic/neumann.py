@@ -72,7 +72,7 @@ class NeumannTerm:
 
     def draw(self, inner: Iterator[Batch], outer: Iterator[Batch], step: int) -> Sample:
         random = torch.Generator().manual_seed((self.seed * 1_000_003 + step) % 2**63)
-        count = int(torch.randint(self.num_terms, (), generator=random))
+        count = int(torch.randint(self.num_terms, (), generator=random, device="cpu"))
         return Sample(next(outer), tuple(next(inner) for _ in range(count)), next(inner))
 
     def invert(self, at: Point, b: Tensor, sample: Sample, lr: float) -> Tensor:

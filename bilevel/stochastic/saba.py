@@ -147,5 +147,5 @@ def _weights(name: str, batches: int | Sequence[int]) -> Tensor:
     sizes = [1] * check_count(name, batches) if isinstance(batches, (int, Integral)) else list(batches)
     if not sizes:
         raise ValueError(f"{name} is empty: give the number of batches, or the size of each.")
-    counts = torch.tensor([check_positive(name, size) for size in sizes], dtype=torch.float64)
+    counts = torch.tensor([check_positive(name, size) for size in sizes], dtype=torch.float64, device="cpu")
     return counts / counts.sum()

@@ -62,7 +62,7 @@ class TorchSchedule:
     """
 
     def __init__(self, lr: float, scheduler: Callable[..., LRScheduler], **settings: Any):
-        self._optimizer: Optimizer = torch.optim.SGD([torch.zeros(1)], lr=check_not_negative("lr", lr))
+        self._optimizer: Optimizer = torch.optim.SGD([torch.zeros(1, device="cpu")], lr=check_not_negative("lr", lr))
         self._scheduler = scheduler(self._optimizer, **settings)
         if not isinstance(self._scheduler, LRScheduler) or isinstance(self._scheduler, ReduceLROnPlateau):
             raise TypeError(

@@ -54,7 +54,7 @@ def step_sizes(
     oracles = Oracles(*ravelers, inner_loss, inner_loss, {"inner_params": inner, "outer_params": outer})
     at = oracles.linearize(ravelers[0].ravel(inner).detach(), ravelers[1].ravel(outer).detach(), batch)
     generator = torch.Generator().manual_seed(0)
-    v = torch.randn(ravelers[0].size, generator=generator, dtype=torch.float64).to(at.gradient)
+    v = torch.randn(ravelers[0].size, generator=generator, dtype=torch.float64, device="cpu").to(at.gradient)
     size = norm(v)
     for _ in range(PRODUCTS):
         v = at.product(scale(1 / size, v))

@@ -37,7 +37,7 @@ class HypergradTests(Suite[Hypergrad | PathMethod]):
     def test_several_hyperparameters(self) -> None:
         """Each its own gradient: the closed form of one ridge regression by penalty and targets."""
         x, b, weights = randn(8, 3), randn(8, seed=2), randn(3, seed=3)
-        penalty, method = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), self.make()
+        penalty, method = torch.tensor(0.7, dtype=torch.float64, requires_grad=True, device="cpu"), self.make()
         targets = b.clone().requires_grad_()
 
         def objective(w: Tensor, penalty: Tensor, targets: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class HypergradTests(Suite[Hypergrad | PathMethod]):
 
         solver = self._solver(method, lr=0.03)
         fit = argmin(objective, 0 * weights, penalty, targets, solver=solver, hypergrad=method, throw="ignore")
-        exact = torch.linalg.solve(x.mT @ x + penalty * torch.eye(3, dtype=torch.float64), x.mT @ targets)
+        exact = torch.linalg.solve(x.mT @ x + penalty * torch.eye(3, dtype=torch.float64, device="cpu"), x.mT @ targets)
         grads, truth = (torch.autograd.grad(w @ weights, (penalty, targets)) for w in (fit.value, exact))
         assert relative_error(fit.value, exact) <= max(self.tolerance, 1e-5)
         for grad, want in zip(grads, truth, strict=True):

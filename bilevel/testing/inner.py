@@ -68,8 +68,11 @@ class InnerSolverTests(BatchTests[InnerSolver]):
 
     def test_a_loss_without_a_minimum_is_not_converged(self) -> None:
         """``2 (y - 1)^2 / 2`` beside a loss that is linear."""
-        bends, slope = torch.tensor([2.0, 0.0, 2.0]).double(), torch.tensor([2.0, 1.0, 2.0]).double()
-        start = torch.zeros(3, 4, dtype=torch.float64)
+        bends, slope = (
+            torch.tensor([2.0, 0.0, 2.0], device="cpu").double(),
+            torch.tensor([2.0, 1.0, 2.0], device="cpu").double(),
+        )
+        start = torch.zeros(3, 4, dtype=torch.float64, device="cpu")
         problem = Problem(lambda y: (bends * y.square().sum(-1)) / 2 - slope * y.sum(-1), start)
         self.check_honest(self.make().minimize(problem), torch.ones_like(start))
 
@@ -103,8 +106,8 @@ class RootSolverTests(BatchTests[RootSolver]):
 
     def test_a_system_without_a_solution_is_not_converged(self) -> None:
         """``(y - 1) / 2`` beside ``y^2 + 1``."""
-        empty = torch.tensor([[False], [True], [False]])
-        start = torch.full((3, 4), 0.3, dtype=torch.float64)
+        empty = torch.tensor([[False], [True], [False]], device="cpu")
+        start = torch.full((3, 4), 0.3, dtype=torch.float64, device="cpu")
         problem = RootProblem(lambda y: torch.where(empty, y.square() + 1, (y - 1) / 2), start, batch_dims=1)
         self.check_honest(self.make().find(problem), torch.ones_like(start))
 

@@ -107,7 +107,7 @@ class LinearSolverTests(Suite[LinearSolver]):
         assert (warm.stats["num_steps"] <= cold.stats["num_steps"]).all()
 
     def test_nothing_to_solve_is_zero_wherever_it_starts(self) -> None:
-        nothing = torch.zeros(3, 12, dtype=torch.float64)
+        nothing = torch.zeros(3, 12, dtype=torch.float64, device="cpu")
         for state in (None, LinearState(self.truth)):
             zero = self.make().solve(Dense(self.matrix), nothing, state)
             assert zero.result is Result.CONVERGED

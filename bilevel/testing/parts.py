@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..inner.steps import Rule
 from ..prox import Prox
+from ..tree import on_host
 from .data import randn
 from .suite import Suite
 
@@ -36,7 +37,7 @@ def check_settings(part: Any, apply: Callable[[Any], Tensor]) -> None:
         hint = typing.get_args(hint[0]) if isinstance(value, tuple) and hint else hint
         for place in places:
             one = value if place is None else value[place]
-            if Tensor not in hint or not float(torch.as_tensor(one).min()) > 1e-6:
+            if Tensor not in hint or not float(on_host(one).min()) > 1e-6:
                 continue
 
             def formula(setting: Tensor, name: str = name, value: Any = value, place: int | None = place) -> Tensor:
@@ -44,7 +45,7 @@ def check_settings(part: Any, apply: Callable[[Any], Tensor]) -> None:
                 found: Tensor = apply(dataclasses.replace(part, **{name: new}))
                 return found + 0 * setting.sum()
 
-            setting = torch.as_tensor(one).detach().double()
+            setting = on_host(one).detach().double()
             assert right_derivative(formula, setting), f"the derivative towards {name} is not that of the formula"
 
 
@@ -139,7 +140,7 @@ class ProxTests(Suite[Prox]):
 
     def test_a_step_for_each_problem(self) -> None:
         prox, y = self.make(), 2 * randn(3, self.size)
-        steps = torch.tensor([0.1, 0.5, 1.0], dtype=y.dtype)
+        steps = torch.tensor([0.1, 0.5, 1.0], dtype=y.dtype, device=y.device)
         each = torch.stack([prox.prox(y[t : t + 1], float(steps[t]))[0] for t in range(3)])
         torch.testing.assert_close(prox.prox(y, steps), each)
 
@@ -148,7 +149,7 @@ class ProxTests(Suite[Prox]):
         assert torch.autograd.gradcheck(lambda y: prox.prox(y, 0.3), (y,))
 
     def test_the_derivative_reaches_the_settings_and_the_step(self) -> None:
-        y, step = 2 * randn(1, self.size), torch.tensor(0.3, dtype=torch.float64)
+        y, step = 2 * randn(1, self.size), torch.tensor(0.3, dtype=torch.float64, device="cpu")
         check_settings(self.make(), lambda prox: prox.prox(y, 0.3))
         assert right_derivative(lambda step: self.make().prox(y, step) + 0 * step, step)
 

@@ -149,7 +149,7 @@ def _torch_optim(optimizer: Any, max_steps: Any, gtol: Any = None, settings: Any
         if not _fits(value, hint):
             raise TypeError(f"{name} is {value!r}, which is no {hint}")
     found = {key: from_json(value) for key, value in settings.items()}
-    kind([torch.zeros(1, requires_grad=True)], **found)
+    kind([torch.zeros(1, requires_grad=True, device="cpu")], **found)
     return TorchOptim(kind, max_steps=max_steps, gtol=gtol, **found)
 
 

@@ -71,3 +71,14 @@ CASES: dict[str, Case] = {
     # the gap's gradient is noise before it is small, and the multiplier with it: a full-batch method.
     "BOME": Case(BOME, {"inner_lr": 1.0, "outer_lr": Decay(0.5, 1.0, 50), "num_inner_steps": 40}, 300, 1e-2, 200, 0.3),
 }
+
+
+def small_settings(name: str) -> dict[str, Any]:
+    """Small steps, for a few of them on a problem of a few numbers."""
+    needed: dict[str, dict[str, Any]] = {
+        "SABA": {"inner_batches": 1, "outer_batches": 1},
+        "SPABA": {"probability": 0.3},
+        "SRBA": {"period": 3},
+        "VRBO": {"period": 3},
+    }
+    return {"inner_lr": 0.1, "outer_lr": 0.05, **needed.get(name, {})}

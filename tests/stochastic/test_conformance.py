@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from bilevel.problems.finite_sums import Logistic, Quadratics, _quadratic
 from bilevel.tree import Raveler
 from tests.conformance import no_tensors_left
-from tests.stochastic.cases import CASES
+from tests.stochastic.cases import CASES, small_settings
 
 
 @cache
@@ -78,15 +78,6 @@ def network():
         return fit(params, batch)
 
     return net, params, hparams, inner_loss, outer_loss, data
-
-
-SMALL = {"inner_lr": 0.1, "outer_lr": 0.05}
-
-
-def small_settings(name):
-    needed = {"SABA": {"inner_batches": 1, "outer_batches": 1}, "SRBA": {"period": 3}, "VRBO": {"period": 3}}
-    needed["SPABA"] = {"probability": 0.3}
-    return {**SMALL, **needed.get(name, {})}
 
 
 @pytest.mark.parametrize("name", CASES)
