@@ -10,10 +10,23 @@ from torch import Tensor
 
 from .._torch import pytree
 from ..checks import check_fields, check_leaves
+from ..closure import Closure, Tracer
 from ..problem import Problem, ordered
 from ..solution import Result, Solution, make_codes, marked
 from ..tree import Tree, leaves, norm
 from .minimize import check_settings
+
+
+def _of_params(problem: Problem) -> Callable[[Tree], Tensor]:
+    """The losses as a function of the params alone: what else requires grad stands there as a constant."""
+    tracer, start = Tracer(differentiable=False), problem.tree
+    tracer.know(leaves(start))
+    tracer.note(problem.args)
+    with torch.no_grad(), problem.autocast.evaluating(), tracer:
+        problem.objective(start, *problem.args)
+    closure = Closure.traced(problem.objective, problem.raveler.spec, problem.args, tracer, problem.start.y.device)
+    constants = [tensor.detach() for tensor in tracer.captured]
+    return lambda params: closure(leaves(params), constants)
 
 
 @dataclass(frozen=True)
@@ -24,8 +37,9 @@ class External:
     again, at other hyperparameters, so that it may be as rough as it likes.
 
     Args:
-        solve: called with a function from params to losses (without a graph) and with the params to start from, a tree
-            like ``init``; returns such a tree.
+        solve: called with a function from params to losses and with the params to start from, a tree like ``init``;
+            returns such a tree. The function is differentiable by the params, with autograd and with `torch.func`, and
+            knows nothing of hyperparameters: their ``grad`` stays as it is.
         gtol: the gradient norm that counts as a minimum; None: whatever it returns is what was ordered.
     """
 
@@ -42,13 +56,9 @@ class External:
         """Ask once; see `InnerSolver`."""
         raveler = problem.raveler
 
-        def loss(params: Tree) -> Tensor:
-            with torch.no_grad():
-                return problem.loss(params)
-
-        start = raveler.unflatten(raveler.unravel(problem.start.y.clone()))
-        with torch.no_grad():
-            found = self.solve(loss, start)
+        start = raveler.unflatten(raveler.unravel(problem.start.y.detach().clone()))
+        with torch.enable_grad():
+            found = self.solve(_of_params(problem), start)
         check_leaves("External: what solve returned", leaves(found), Tensor.is_floating_point, "torch.as_tensor(array)")
         if pytree.tree_structure(found) != raveler.spec or [t.shape for t in leaves(found)] != raveler.shapes:
             raise TypeError(

@@ -38,8 +38,8 @@ class Quadratics(ClosedFormProblem):
 
         basis, _ = torch.linalg.qr(randn(num_tasks, size, size))
         spectrum = torch.stack(
-            [torch.logspace(0, float(torch.tensor(c, device="cpu").log10()), size, device="cpu") for c in conditions]
-        ).double()
+            [torch.logspace(0, math.log10(c), size, dtype=torch.float64, device="cpu") for c in conditions]
+        )
         self.matrix: Tensor = (basis @ torch.diag_embed(spectrum) @ basis.mT).to(dtype)
         self.c, self.target = randn(num_tasks, size).to(dtype), randn(size).to(dtype)
         self.init, self.hparams = torch.zeros(num_tasks, size, dtype=dtype, device="cpu"), randn(size).to(dtype)
