@@ -60,6 +60,45 @@ class _UncompiledMode(TorchFunctionMode):
         UNCOMPILED.__exit__()
 
 
+STAND_IN = "_bilevel_stand_in"
+"""Marks the leaves that are nobody's hyperparameter: a problem made them, in the place of a point that needs no
+gradient of its own, or the function itself did, for derivatives that it takes."""
+
+
+class OwnLeaves(_UncompiledMode):
+    """Marks the leaves that a function makes and differentiates towards, such as the inputs of a network.
+
+    Attributes:
+        differentiates: whether it made any, or took gradients of another kind.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.differentiates = False
+        self._made: set[int] = set()  # what was there before lives on, so that its ids are others
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.look(func, tensors((args, kwargs)), out)
+        return out
+
+    def look(self, func: Any, operands: Sequence[Tensor], out: Tree) -> None:
+        """What an operation was given, and what it returned."""
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            return
+        self.differentiates |= func is torch.autograd.grad or func is torch.autograd.backward
+        given = {id(tensor) for tensor in operands}
+        found = [tensor for tensor in tensors(out) if id(tensor) not in given]
+        self._made.update(id(tensor) for tensor in found)
+        if name in ("requires_grad_", "__set__"):
+            found += [tensor for tensor in operands[:1] if id(tensor) in self._made]
+        for tensor in found:
+            if tensor.requires_grad and tensor.is_leaf:
+                setattr(tensor, STAND_IN, True)
+                self.differentiates = True
+
+
 class Tracer(_UncompiledMode):
     """Finds the tensors that the operations under it read and none of them made, where a derivative may ask for them.
 
@@ -80,6 +119,7 @@ class Tracer(_UncompiledMode):
         self._copies = Copies(self.spared)
         self._outside: dict[int, Tensor] = {}
         self._params: list[Tensor] = []
+        self._own = OwnLeaves()
         self.level = maybe_current_level() or 0
         # A captured tensor outlives the trace, so the id of one that was made meanwhile is never its id.
         self.made: set[int] = set()
@@ -122,6 +162,7 @@ class Tracer(_UncompiledMode):
             self._spare(target)
         args, kwargs = self._copies.swap((args, self._copies.dense(func, kwargs)))
         out = self._copies.returned(func(*args, **kwargs))
+        self._own.look(func, operands, out)
         for tensor in tensors(out):
             if id(tensor) not in self.found and id(tensor) not in self._outside:
                 self.made.add(id(tensor))
@@ -133,6 +174,11 @@ class Tracer(_UncompiledMode):
     @property
     def captured(self) -> list[Tensor]:
         return list(self.found.values())
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the function takes gradients itself, for which gradients have to be on."""
+        return self._own.differentiates
 
     @property
     def read(self) -> frozenset[int]:
@@ -312,6 +358,7 @@ class Closure:
         captured: the tensors that are swapped, those in ``args`` among them.
         spared: what evaluations are kept from.
         read: the ids of all tensors that the first evaluation read and did not make.
+        differentiates: the function takes gradients itself.
         given: what functional calls around the solve have given to modules.
     """
 
@@ -322,6 +369,7 @@ class Closure:
     autocast: Autocast = field(repr=False)
     spared: Spared = field(default_factory=Spared, repr=False)
     read: frozenset[int] = field(default=frozenset(), repr=False)
+    differentiates: bool = field(default=False, repr=False)
     given: tuple[Given, ...] = field(default_factory=Given.around, repr=False)
 
     @classmethod
@@ -329,9 +377,12 @@ class Closure:
         cls, fn: Callable[..., Any], spec: pytree.TreeSpec, args: tuple[Tree, ...], tracer: Tracer, device: torch.device
     ) -> Closure:
         """What a `Tracer` saw the first evaluation of."""
-        return cls(fn, spec, args, tracer.captured, Autocast.current(device), tracer.spared, tracer.read)
+        autocast = Autocast.current(device)
+        return cls(fn, spec, args, tracer.captured, autocast, tracer.spared, tracer.read, tracer.differentiates)
 
     def __call__(self, params: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tree:
+        if self.differentiates and not torch.is_grad_enabled() and not in_transform():
+            return without_graph(lambda point: self(point, tensors), params)
         substitute = None
         if _unchanged(self.captured, tensors):
             mode, args = sparing(self.spared), self.args
@@ -339,7 +390,8 @@ class Closure:
             mode = substitute = Substitute(self.captured, tensors, self.spared)
             # Swapped by hand as well: a custom autograd Function is not seen by the mode.
             args = substitute.swap(self.args)
-        with UNCOMPILED, self.as_given(), mode, self.autocast.evaluating():
+        own = OwnLeaves() if self.differentiates else _NOTHING
+        with UNCOMPILED, self.as_given(), mode, own, self.autocast.evaluating():
             found = self.fn(pytree.tree_unflatten(list(params), self.spec), *args)
         if substitute is not None:
             self._refuse_strangers(substitute)
@@ -364,6 +416,13 @@ class Closure:
         lost = [tensor for tensor in self.captured if id(tensor) not in substitute.met and tensor.shape in strangers]
         if lost:
             raise ObjectiveChangedError(OTHER_PARAMETERS.format(shape=tuple(lost[0].shape)))
+
+
+def without_graph(fn: Callable[[list[Tensor]], Tree], params: Sequence[Tensor]) -> Tree:
+    """The values of a function that takes gradients itself, perhaps by its params, where gradients are off."""
+    with torch.enable_grad():
+        found = fn([leaf.detach().requires_grad_() for leaf in params])
+    return pytree.tree_map(torch.Tensor.detach, found)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from .checks import (
     check_start,
     check_warm_start,
 )
-from .closure import Closure, Tracer, VmappedClosure
+from .closure import Closure, Tracer, VmappedClosure, without_graph
 from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.differentiate import differentiable_solve
@@ -223,7 +223,17 @@ def _flat(found: Tree, dims: int) -> Tensor:
 def _evaluated(problem: Problem, flat: Callable[..., Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
     """The residuals, evaluated as the problem evaluates its objective; it is the problem that holds them."""
     held = weakref.proxy(problem)
-    return lambda point: held.under_rules(flat, held.raveler.unflatten(list(point)))
+
+    def residuals(point: Sequence[Tensor]) -> Tensor:
+        found: Tensor = held.under_rules(flat, held.raveler.unflatten(list(point)))
+        return found
+
+    def evaluated(point: Sequence[Tensor]) -> Tensor:
+        without = held.differentiates and not torch.is_grad_enabled()
+        found: Tensor = without_graph(residuals, point) if without else residuals(point)
+        return found
+
+    return evaluated
 
 
 def _adjoint(

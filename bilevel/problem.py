@@ -17,7 +17,7 @@ from torch.utils.checkpoint import get_device_states
 
 from ._torch import pull, pytree, sequence_number
 from .checks import refuse_mps
-from .closure import Autocast, Tracer, sparing
+from .closure import STAND_IN, Autocast, Tracer, sparing, without_graph
 from .context import UNCOMPILED
 from .ranks import SAME_START, Ranks, Watch, check_settings
 from .reach import Reach
@@ -113,6 +113,7 @@ class Problem:
                 loss = objective(pytree.tree_unflatten(point, pytree.tree_structure(init)), *args)
             self.ranks = watch.ranks
             _check_ranks(watch.ranks, point, args)
+            self.differentiates = tracer is not None and tracer.differentiates
             self.draws = before != _generators(point[0])
             check_loss(loss, init, max_batch_dims)
             if tracer and tracer.differentiable and not tracer.captured:
@@ -264,8 +265,8 @@ class RootProblem:
         self.raveler = Raveler(init, check_batch(init, batch_dims))
         self.spared = tracer.spared if tracer else Spared()
         differentiable = tracer is not None and tracer.differentiable
-        with torch.set_grad_enabled(differentiable):
-            point = [leaf.detach().requires_grad_(differentiable) for leaf in leaves(init)]
+        with torch.set_grad_enabled(differentiable or torch.is_grad_enabled()):  # a residual may take gradients itself
+            point = [leaf.detach().requires_grad_(torch.is_grad_enabled()) for leaf in leaves(init)]
             if tracer:
                 tracer.know(point)
                 tracer.note(args)
@@ -276,6 +277,7 @@ class RootProblem:
             _check_ranks(watch.ranks, point, args)
             if tracer and tracer.differentiable and not tracer.captured:
                 refuse_hidden(graph_nodes(leaves(found)), point)
+        self.differentiates = tracer is not None and tracer.differentiates
         self.data: Any = None  # what a solver of a special form needs beside the residual
         self.y = self.raveler.ravel(point).detach().clone()
         self.r = self.raveler.ravel(leaves(found)).detach()
@@ -295,6 +297,9 @@ class RootProblem:
 
     def evaluate(self, y: Tensor) -> Tensor:
         """The residual at ``y``, both ``[*batch, n]``."""
+        if self.differentiates:
+            found: Tensor = without_graph(lambda point: self.flat_residual(*point), [y])
+            return found
         with torch.no_grad():
             return self.flat_residual(y)
 
@@ -369,10 +374,6 @@ def other_variable(nodes: Iterable[Node], known: Sequence[Tensor]) -> Tensor | N
     variables = (getattr(node, "variable", None) for node in nodes)
     others = (variable for variable in variables if variable is not None and id(variable) not in own)
     return next((variable for variable in others if not hasattr(variable, STAND_IN)), None)
-
-
-STAND_IN = "_bilevel_stand_in"
-"""Marks the leaves that a problem differentiates towards in the place of a point that needs no gradient of its own."""
 
 
 def _stand_in(point: Tensor) -> Tensor:

@@ -19,11 +19,11 @@ from .minimize import check_settings
 
 def _of_params(problem: Problem) -> Callable[[Tree], Tensor]:
     """The losses as a function of the params alone: what else requires grad stands there as a constant."""
-    tracer, start = Tracer(differentiable=False), problem.tree
-    tracer.know(leaves(start))
+    tracer, start = Tracer(differentiable=False), [leaf.requires_grad_() for leaf in leaves(problem.tree)]
+    tracer.know(start)
     tracer.note(problem.args)
-    with torch.no_grad(), problem.autocast.evaluating(), tracer:
-        problem.objective(start, *problem.args)
+    with torch.enable_grad(), problem.autocast.evaluating(), tracer:
+        problem.objective(problem.raveler.unflatten(start), *problem.args)
     closure = Closure.traced(problem.objective, problem.raveler.spec, problem.args, tracer, problem.start.y.device)
     constants = [tensor.detach() for tensor in tracer.captured]
     return lambda params: closure(leaves(params), constants)
