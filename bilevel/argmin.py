@@ -17,7 +17,7 @@ from .context import solves
 from .has_aux import with_aux
 from .hypergrad.base import Hypergrad, PathMethod
 from .hypergrad.composite import CompositeStatement
-from .hypergrad.differentiate import differentiable_solve
+from .hypergrad.differentiate import differentiable_solve, tell_settings
 from .hypergrad.implicit import Implicit
 from .hypergrad.penalty import Penalty
 from .hypergrad.search import Search
@@ -114,6 +114,7 @@ def argmin(
     if prox is not None:
         return _composite(objective, init, args, solver, prox, hypergrad, throw, warm_start)
 
+    tell_settings(solver, hypergrad, throw)
     return differentiable_solve(
         ObjectiveStatement,
         objective,
@@ -297,6 +298,7 @@ def _root(
             "have none that it could follow. Take Implicit, or iterate the map in your own loop: autograd follows it."
         )
 
+    tell_settings(solver, hypergrad, throw)
     return differentiable_solve(
         kind,
         residual,

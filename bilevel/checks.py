@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .notices import tell
 from .recording import Recorded
 from .solution import Solution
+from .tree import leaves
 
 
 def check_argmin(objective: object, init: object, solver: object, hypergrad: object, warm_start: object) -> None:
@@ -76,6 +78,17 @@ def check_start(init: object) -> None:
             f"init is {_kind(init)}: a tensor or a tree of tensors is needed. Of a module, write "
             "dict(module.named_parameters())."
         )
+    if isinstance(init, dict | list | tuple):
+        required = {leaf.requires_grad for leaf in leaves(init) if isinstance(leaf, nn.Parameter)}
+        if len(required) == 2:
+            tell(FROZEN, UserWarning)
+
+
+FROZEN = (
+    "init holds parameters that require grad beside frozen ones, and all of them are trained: requires_grad_(False) "
+    "changes nothing here. Leave the frozen ones out, {n: p for n, p in module.named_parameters() if p.requires_grad}: "
+    "torch.func.functional_call takes them from the module. If all are meant, detach them: p.detach()."
+)
 
 
 def check_solver(solver: object, method: str, caller: str) -> None:

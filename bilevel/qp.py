@@ -92,13 +92,15 @@ def quadratic_program(
     Returns:
         A `Solution` whose value is a `QPSolution`. Its stats: ``num_steps``, ``residual_norm`` (of the KKT conditions,
         in scaled data), ``result``, and ``degenerate``: whether the derivative is not unique, because a constraint is
-        active with a multiplier of zero, active constraints depend on each other, or there are other solutions;
+        active with a multiplier of zero, active constraints depend on each other, or there are other solutions. Of
+        constraints that depend on each other, derivatives are right along changes that they all share, and by Q and c;
+        where one moves alone the slopes on both sides differ, and the gradient lies between them, without a warning;
         ``infeasible`` and ``unbounded``: whether that was proved.
 
     Raises:
         TypeError, ValueError: shapes, NaN, or a Q that is not positive semi-definite; the message names the argument.
         SolveError, SolveWarning: infeasible, unbounded or unsolved programs, as ``throw`` says; degenerate ones that
-            are differentiated warn.
+            are differentiated warn, but for constraints that depend on each other.
     """
     check_throw(throw)
     check_hypergrad(hypergrad)

@@ -21,6 +21,7 @@ PROBLEMS = [
     WeightedRidge(),
     Quadratics(conditions=(1.0, 10.0, 100.0)),
 ]
+F64 = torch.float64
 EXACT = bl.NewtonCG(gtol=1e-13)
 
 
@@ -612,3 +613,84 @@ class TestHyperparametersThatWereDetached:
         x = torch.ones((), dtype=torch.float64, requires_grad=True)
         with pytest.warns(UserWarning, match="Of x, the problem uses the values alone"):
             bl.root(lambda y: y - x.detach(), self.start)
+
+
+class TestSettingsThatRequireGrad:
+    """The solution does not depend on how it was found: no gradient by the steps is made up, and it is told."""
+
+    @pytest.mark.parametrize("hypergrad", [bl.Implicit(), bl.OneStep(0.1), bl.Penalty(), bl.FirstOrder()])
+    @pytest.mark.parametrize("captures", [False, True])
+    @pytest.mark.parametrize("name", ["lr", "momentum"])
+    def test_of_steps(self, hypergrad, captures, name):
+        setting, x = (torch.tensor(0.1, dtype=F64, requires_grad=True) for _ in range(2))
+        rule = bl.SGD(**{"lr": 0.1, name: setting})
+        start = torch.zeros(2, dtype=F64)
+
+        def objective(w):
+            return (w - 1).square().sum() + (x * w.square().sum() if captures else 0.0)
+
+        with pytest.warns(UserWarning, match=f"Settings of Steps require grad .{name}."):
+            fit = bl.argmin(objective, start, solver=bl.Steps(rule, max_steps=5), hypergrad=hypergrad)
+        if fit.value.requires_grad:
+            (grad,) = torch.autograd.grad(fit.value.sum(), setting, allow_unused=True)
+            assert grad is None
+        assert fit.value.requires_grad == captures
+
+    def test_where_they_are_meant_or_no_gradient_is(self, recwarn):
+        setting = torch.tensor(0.1, dtype=F64, requires_grad=True)
+
+        def solve(**settings):
+            solver = bl.Steps(bl.SGD(lr=setting), max_steps=5)
+            return bl.argmin(lambda w: (w - 1).square().sum(), torch.zeros(2, dtype=F64), solver=solver, **settings)
+
+        assert solve(hypergrad=bl.Unroll()).value.requires_grad
+        assert not solve(hypergrad=None).value.requires_grad
+        with torch.no_grad():
+            assert not solve().value.requires_grad
+        assert [str(one.message) for one in recwarn] == []
+
+    def test_decay_is_a_part_of_the_objective(self, recwarn):
+        decay = torch.tensor(0.1, dtype=F64, requires_grad=True)
+        solver = bl.Steps(bl.SGD(lr=0.1, weight_decay=decay), max_steps=500)
+        fit = bl.argmin(lambda w: (w - 1).square().sum(), torch.zeros(2, dtype=F64), solver=solver)
+        (grad,) = torch.autograd.grad(fit.value.sum(), decay)
+        assert grad.item() == pytest.approx(-2 * 2 / 2.1**2)
+        assert [str(one.message) for one in recwarn] == []
+
+    @pytest.mark.parametrize("solver", [bl.Picard, bl.Anderson])
+    def test_of_fixed_points(self, solver):
+        damping = torch.tensor(0.5, dtype=F64, requires_grad=True)
+        with pytest.warns(UserWarning, match=r"require grad \(damping\)"):
+            fit = bl.fixed_point(torch.cos, torch.zeros(2, dtype=F64), solver=solver(damping=damping))
+        assert not fit.value.requires_grad
+
+    @pytest.mark.parametrize("settings", [{"weight_decay": 0.1}, {"betas": (0.9, 0.99)}, {"eps": 1e-8}])
+    def test_of_torchs_own_optimizers(self, settings):
+        settings = torch.utils._pytree.tree_map(lambda one: torch.tensor(one, requires_grad=True), settings)
+        with pytest.raises(TypeError, match=r"requires grad: torch\.optim passes no derivative"):
+            bl.TorchOptim(torch.optim.Adam, lr=0.1, **settings)
+
+    def test_of_proximal_steps(self):
+        x, size = (torch.tensor(0.3, dtype=F64, requires_grad=True) for _ in range(2))
+        solver = bl.ProximalGradient(bl.prox.L1(x), step_size=size)
+        fit = bl.argmin(lambda w: (w - 1).square().sum(), torch.zeros(2, dtype=F64), solver=solver)
+        grads = torch.autograd.grad(fit.value.sum(), [x, size], allow_unused=True)
+        assert grads[0].item() == pytest.approx(-1.0)
+        assert grads[1] is None
+
+
+def test_frozen_parameters_in_init_are_told():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)).double()
+    inputs = torch.ones(3, 2, dtype=F64)
+
+    def loss(params):
+        return torch.func.functional_call(net, params, (inputs,)).square().mean()
+
+    net[0].requires_grad_(False)
+    with pytest.warns(UserWarning, match="beside frozen ones, and all of them are trained"):
+        bl.argmin(loss, dict(net.named_parameters()), hypergrad=None, throw="ignore")
+    rest = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        bl.argmin(loss, rest, hypergrad=None, throw="ignore")
+        bl.argmin(loss, dict(net.requires_grad_(False).named_parameters()), hypergrad=None, throw="ignore")

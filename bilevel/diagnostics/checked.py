@@ -206,12 +206,12 @@ def refined(
             if bool(better.any()):
                 break
         if not (reached and bool(better.any())):
-            return point, reached and bool((norm(step) <= accuracy * scale).all())
+            break
         y = torch.where(better.unsqueeze(-1), raveler.ravel(trial.params), y)
         point = trial if bool(better.all()) else at(raveler.unravel(y))
         if bool((norm(step) <= accuracy * norm(y - start)).all()):
             return point, True
-    return point, False
+    return point, reached and bool((norm(step) <= accuracy * scale).all())  # at rounding, where small gains go on
 
 
 MOST_NEWTON_STEPS, FEW_NEWTON_STEPS, MOST_HALVINGS, LARGEST_FACTORISED = 50, 10, 10, 512

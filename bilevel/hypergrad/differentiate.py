@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..notices import place_of_user, tell
 from ..problem import Posed, Problem
 from ..reach import Reach
 from ..recording import recording
-from ..solution import Solution
+from ..solution import Solution, Throw
 from ..tree import Tree
 from .base import Hypergrad
 from .call import Call, measured_at_solution
@@ -56,7 +57,8 @@ def differentiable_solve(
         if hypergrad is None or not differentiable or not (tracer.captured or hypergrad.reaches_init):
             with without_saved_tensors_hooks():
                 found = search(problem, partial(measured_at_solution, problem))
-            return found.with_value(pytree.tree_unflatten(problem.raveler.unravel(found.value), spec))
+            # detached: a solver whose settings require grad leaves the graph of its last step
+            return found.with_value(pytree.tree_unflatten(problem.raveler.unravel(found.value.detach()), spec))
     else:
         start = [leaf.detach() for leaf in flat]
         tracer.know(start)
@@ -93,6 +95,31 @@ def differentiable_solve(
         reach=reach,
     )
 
+
+def tell_settings(solver: object, hypergrad: Hypergrad | None, throw: Throw) -> None:
+    """Warn of settings of a solver that require grad, where the hypergradient is that of the solution alone."""
+    if hypergrad is None or throw == "ignore" or not torch.is_grad_enabled() or recording():
+        return
+    parts = [solver, getattr(solver, "rule", None)]
+    settings = [(f.name, getattr(part, f.name)) for part in parts if is_dataclass(part) for f in fields(part)]
+    names = [
+        name
+        for name, value in settings
+        if any(isinstance(one, Tensor) and one.requires_grad for one in (value if type(value) is tuple else [value]))
+    ]
+    if names:
+        tell(
+            SETTINGS.format(names=", ".join(names), solver=type(solver).__name__, method=type(hypergrad).__name__),
+            UserWarning,
+            kind="settings",
+        )
+
+
+SETTINGS = (
+    "Settings of {solver} require grad ({names}), and no gradient will arrive there: hypergrad={method}(...) is the "
+    "derivative of the solution, which does not depend on how it was found. Take hypergrad=Unroll(), or Truncated(), "
+    "with solver=Steps(rule, ...) for the derivative by the settings of the steps; or detach them."
+)
 
 DETACHED = (
     "Of {names}, the problem uses the values alone (detach(), .data, .item(), float(), NumPy, or torch.no_grad()), "

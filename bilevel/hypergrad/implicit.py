@@ -17,13 +17,16 @@ from ..inner.decay import Decayed
 from ..inner.nearness import Goal
 from ..linalg.cg import CG
 from ..linalg.curvature import FuncHessian
+from ..linalg.gauss_newton import Sandwich
 from ..linalg.gmres import GMRES
 from ..linalg.minres import MINRES
 from ..linalg.neumann import largest_eigenvalue
 from ..linalg.operator import Damped, Operator
 from ..linalg.solve import LinearSolver, LinearState, default_rtol, report
+from ..notices import tell
 from ..problem import Linearization, Problem
-from ..solution import Result, Solution, marked
+from ..recording import free_looks
+from ..solution import Result, Solution, SolveWarning, marked
 from ..tree import dot, norm
 from .advice import solver_in_use
 from .base import Point, Pulled
@@ -112,10 +115,15 @@ class Implicit:
         problem = _problem(point, closure)
         if point.seen is not None:
             point.seen.check_loss(problem.start.f)
+        decayed = isinstance(problem.objective, Decayed)
         if isinstance(problem.objective, Decayed):
             problem.objective = problem.objective.objective  # its decay is added below
         make = self.operator if problem.ranks is None else partial(problem.ranks.operator, self.operator)
-        return _with_decay(point, make(problem, at))
+        operator = make(problem, at)
+        apart = decayed or self.damping or problem.draws or problem.ranks is not None  # what is left out may be there
+        if not apart and point.throw != "ignore" and _is_misstated(operator, problem):
+            tell(MISSTATED.format(operator=type(self.operator).__name__), SolveWarning, kind=MISSTATED)
+        return _with_decay(point, operator)
 
     def _damped(self, operator: Operator, more: float) -> Operator:
         damping = self.damping + more
@@ -202,6 +210,28 @@ def _problem(point: Point, closure: Closure) -> Problem:
     params = pytree.tree_unflatten(point.params, closure.spec)
     tracer = Tracer(differentiable=False)
     return Problem(closure.fn, params, closure.args, max_batch_dims=point.batch_dims, tracer=tracer)
+
+
+MISSTATED = (
+    "{operator} belongs to another objective than the one that was solved: the gradients of the two differ at the "
+    "solution, so that the matrix is another one and the hypergradient wrong. The objective has to be loss(outputs) + "
+    "rest, of EmpiricalFisher the mean of the losses + rest: is a penalty forgotten (rest=), or a mean taken for a "
+    "sum? GaussNewton.of(module, loss) finds all parts by itself; where damping stands for what is left out, give "
+    "Implicit(damping=...); throw='ignore' hides this"
+)
+
+
+def _is_misstated(operator: Operator, problem: Problem) -> bool:
+    """Whether the objective of a matrix that was written for it has another gradient at the solution."""
+    if not isinstance(operator, Sandwich) or operator.gradient is None or not free_looks(operator.gradient):
+        return False
+    y = problem.start.y
+    size = norm(operator.matvec(y.to(operator.dtype)))  # that of gradients, as far away as the params are long
+    return bool((norm(operator.gradient - problem.start.g) > MISFIT * size).logical_and(size > 0).any())
+
+
+MISFIT = 1e-2
+"""What two gradients differ by, beside the size that gradients have, that rounding does not make."""
 
 
 def _with_decay(point: Point, operator: Operator) -> Operator:

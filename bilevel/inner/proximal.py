@@ -17,7 +17,7 @@ from ..problem import Evaluation, Objective, Problem, Shrink
 from ..prox import Prox
 from ..prox.parts import on_leaves
 from ..solution import Result, Solution, marked
-from ..tree import Tree, axpy, dot, norm, scale
+from ..tree import Tree, axpy, dot, norm, on_host, scale
 from .decay import with_decay
 from .minimize import InnerSolver, Progress, check_tolerance, choose
 from .nearness import Goal
@@ -120,7 +120,7 @@ class ProximalGradient:
     def _first_step(self, problem: Problem) -> Tensor:
         at = problem.start
         if self.step_size is not None:
-            return torch.full_like(at.f, self.step_size)
+            return torch.full_like(at.f, float(on_host(self.step_size).detach()))
         size = norm(at.y)
         for _ in range(REACHES):
             step, seen = curvature_seen(lambda y: problem.evaluate(y).g, at.y, at.g, size)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import outside_transforms
+from .._torch import outside_transforms, pytree
 from ..checks import check_fields, check_optimizer, check_step_size
 from ..problem import Evaluation, Problem
 from ..solution import Result, Solution
@@ -59,6 +59,12 @@ class TorchOptim:
         check_optimizer(optimizer)
         if "lr" in settings:
             check_step_size(settings["lr"])
+        for name, value in settings.items():
+            if any(isinstance(one, Tensor) and one.requires_grad for one in pytree.tree_leaves(value)):
+                raise TypeError(
+                    f"{name} requires grad: torch.optim passes no derivative to its settings. Take Steps(SGD(...), "
+                    "max_steps=...) or Steps(Adam(...), ...), whose settings may be tensors; or detach it."
+                )
         object.__setattr__(self, "optimizer", optimizer)
         object.__setattr__(self, "max_steps", max_steps)
         object.__setattr__(self, "gtol", gtol)

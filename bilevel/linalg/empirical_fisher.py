@@ -32,8 +32,8 @@ class EmpiricalFisher(OfOutputs):
     losses: Callable[..., Tensor]
     rest: Objective | None = None
 
-    def through(self, problem: Problem, params: Tree) -> tuple[Tensor, Middle]:
-        """The losses, and the identity over their number."""
+    def through(self, problem: Problem, params: Tree) -> tuple[Tensor, Middle, Tensor]:
+        """The losses, the identity over their number, and the slope of their mean."""
         losses = self.losses(params, *problem.args)
         check_outputs("losses", losses, problem)
         expected = len(problem.raveler.batch_shape) + 1
@@ -42,4 +42,5 @@ class EmpiricalFisher(OfOutputs):
                 f"losses returned a tensor of shape {tuple(losses.shape)}: one loss for each example is needed, in "
                 f"{expected} dimensions. Take reduction='none'."
             )
-        return losses, lambda tangents: [tangents[0] / losses.shape[-1]]
+        count = losses.shape[-1]
+        return losses, lambda tangents: [tangents[0] / count], losses.new_full(losses.shape, 1 / count)

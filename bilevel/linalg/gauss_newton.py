@@ -30,13 +30,18 @@ class OfOutputs(ABC):
         """The matrix at a solution."""
         free = free_leaves(at)
         with torch.enable_grad(), problem.autocast.evaluating(), Tracer(differentiable=False):
-            outputs, middle = self.through(problem, problem.raveler.unflatten(free))
-        rest = None if self.rest is None else hessian_of(problem, free, self.rest)
-        return Sandwich(problem, free, [outputs], middle, rest)
+            outputs, middle, slope = self.through(problem, problem.raveler.unflatten(free))
+        gradient, rest = problem.raveler.ravel(pull_back([outputs], free, [slope])), None
+        if self.rest is not None:
+            beside = linearized(problem, free, self.rest)
+            gradient = gradient + problem.raveler.ravel([residual.detach() for residual in beside.residual])
+            if any(residual.requires_grad for residual in beside.residual):
+                rest = GraphJacobian(problem.raveler, beside, symmetric=True)
+        return Sandwich(problem, free, [outputs], middle, rest, gradient)
 
     @abstractmethod
-    def through(self, problem: Problem, params: Tree) -> tuple[Tensor, Middle]:
-        """The outputs, and the matrix between their two Jacobians."""
+    def through(self, problem: Problem, params: Tree) -> tuple[Tensor, Middle, Tensor]:
+        """The outputs, the matrix between their two Jacobians, and the slope of the losses by them."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class GaussNewton(OfOutputs):
     loss: Callable[..., Tensor]
     rest: Objective | None = None
 
-    def through(self, problem: Problem, params: Tree) -> tuple[Tensor, Middle]:
-        """The outputs, and the Hessian of the loss there."""
+    def through(self, problem: Problem, params: Tree) -> tuple[Tensor, Middle, Tensor]:
+        """The outputs, and the Hessian and the slope of the loss there."""
         outputs = self.outputs(params, *problem.args)
         check_outputs("outputs", outputs, problem)
         point = outputs.detach().requires_grad_()
@@ -77,7 +82,7 @@ class GaussNewton(OfOutputs):
                 f"{tuple(problem.raveler.batch_shape)}: one loss for each problem is needed."
             )
         slope = torch.autograd.grad(loss.sum(), point, create_graph=True)[0]
-        return outputs, curvature([slope], [point])
+        return outputs, curvature([slope], [point]), slope.detach()
 
     @staticmethod
     def of(module: nn.Module, loss: Callable[..., Any] | None = None) -> OfModule:
@@ -150,6 +155,9 @@ class Sandwich(Operator):
     Args:
         free: the leaves that ``outputs`` were computed from.
         middle: ``M``. rest: ``H_rest``.
+
+    Attributes:
+        gradient: that of the objective which the matrix belongs to, flat; None: it is the problem's own.
     """
 
     def __init__(
@@ -159,10 +167,12 @@ class Sandwich(Operator):
         outputs: Sequence[Tensor],
         middle: Middle,
         rest: Operator | None = None,
+        gradient: Tensor | None = None,
     ):
         raveler = problem.raveler
         super().__init__(raveler.batch_shape, raveler.size, raveler.dtype, raveler.device)
         self.raveler, self.free, self.outputs, self.middle, self.rest = raveler, free, outputs, middle, rest
+        self.gradient = gradient
         self.weights, self.pulled = transposed(outputs, free)
 
     def matvec(self, v: Tensor) -> Tensor:
@@ -188,13 +198,11 @@ def check_outputs(name: str, found: Tensor, problem: Problem) -> None:
         raise ValueError(f"{name} does not depend on the params that it is given: compute it from its argument.")
 
 
-def hessian_of(problem: Problem, free: Sequence[Tensor], rest: Objective) -> Operator | None:
-    """That of a part of the objective; None where it has no curvature at all."""
+def linearized(problem: Problem, free: Sequence[Tensor], rest: Objective) -> Linearization:
+    """A part of the objective; without a graph where it has no curvature at all."""
 
     def loss_at(point: Sequence[Tensor]) -> Tree:
         with problem.autocast.evaluating(), Tracer(differentiable=False):
             return rest(problem.raveler.unflatten(list(point)), *problem.args)
 
-    at = linearize_objective(loss_at, free)
-    linear = not any(residual.requires_grad for residual in at.residual)
-    return None if linear else GraphJacobian(problem.raveler, at, symmetric=True)
+    return linearize_objective(loss_at, free)

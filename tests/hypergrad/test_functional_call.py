@@ -152,7 +152,7 @@ def test_an_operator_of_outputs_inside_of_a_functional_call():
             self.inside = layer
 
         def forward(self):
-            operator = bl.GaussNewton(lambda y: torch.stack([y, layer.s * y]), lambda z: z.square().sum())
+            operator = bl.GaussNewton(lambda y: torch.stack([y - layer.c, layer.s * y]), lambda z: z.square().sum())
             objective = lambda y: (y - layer.c) ** 2 + (layer.s * y) ** 2  # noqa: E731
             hypergrad = bl.Implicit(bl.LU(), operator=operator)
             return bl.argmin(objective, ONE, solver=bl.NewtonCG(gtol=1e-12), hypergrad=hypergrad).value

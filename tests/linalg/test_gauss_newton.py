@@ -262,3 +262,54 @@ class TestOfAModule:
     def test_it_is_written_in_one_line(self):
         assert repr(GaussNewton.of(self.net, cross_entropy)) == "GaussNewton.of(Sequential(...), cross_entropy)"
         assert GaussNewton.of(self.net) == GaussNewton.of(self.net)
+
+
+class TestMisstated:
+    """The matrix of another objective than the one that was solved gives a wrong hypergradient, and is told."""
+
+    X, Y = randn(30, 4, seed=6), torch.arange(30) % 3
+
+    def solved(self, operator, dtype, **settings):
+        x, y = self.X.to(dtype), self.Y
+        strength = torch.tensor(0.3, dtype=dtype, requires_grad=True)
+        fit = bl.argmin(
+            lambda w, x, y: cross_entropy(x @ w, y) + strength * w.square().sum(),
+            torch.zeros(4, 3, dtype=dtype),
+            x,
+            y,
+            hypergrad=bl.Implicit(bl.CG(), operator=operator, **settings),
+        )
+        return torch.autograd.grad(fit.value.square().sum(), strength)[0]
+
+    @staticmethod
+    def outputs(w, x, y):
+        return x @ w
+
+    @staticmethod
+    def ridge(w, x, y):
+        return 0.3 * w.square().sum()
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_right_ones_are_not_told(self, dtype):
+        right = self.solved(GaussNewton(self.outputs, mean_loss, rest=self.ridge), dtype)  # a SolveWarning is an error
+        exact = self.solved(lambda problem, at: GraphJacobian(problem.raveler, at, symmetric=True), dtype)
+        assert relative_error(right, exact) < (1e-6 if dtype is torch.float64 else 1e-2)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize(
+        "operator",
+        [
+            GaussNewton(outputs, mean_loss),
+            GaussNewton(outputs, lambda z, x, y: cross_entropy(z, y, reduction="sum"), rest=ridge),
+            GaussNewton(outputs, mean_loss, rest=lambda w, x, y: w.square().sum()),
+            bl.EmpiricalFisher(lambda w, x, y: cross_entropy(x @ w, y, reduction="none")),
+        ],
+    )
+    def test_others_are(self, operator, dtype):
+        with pytest.warns(bl.SolveWarning, match="belongs to another objective"):
+            self.solved(operator, dtype)
+
+    def test_damping_may_stand_for_the_penalty(self):
+        right = self.solved(GaussNewton(self.outputs, mean_loss, rest=self.ridge), torch.float64)
+        damped = self.solved(GaussNewton(self.outputs, mean_loss), torch.float64, damping=0.6)
+        assert relative_error(damped, right) < 1e-10
