@@ -28,12 +28,12 @@ from .inner.first_look import first_look, hidden_inside, hidden_minimum, hidden_
 from .inner.fixed_point import Anderson
 from .inner.minimize import InnerSolver
 from .inner.newton_cg import NewtonCG
-from .inner.outcome import RANDOM_ADVICE, is_random, look_closer
+from .inner.outcome import RANDOM_ADVICE, RANDOM_SYSTEM_ADVICE, is_random, is_random_system, look_closer
 from .inner.proximal import look_closer_inside, own_stats_of, prox_of
 from .inner.roots import ROOT_ADVICE, Newton, RootSolver
 from .problem import Objective, Problem, RootProblem, check_batch, check_init, check_loss, check_residual
 from .prox import Prox
-from .solution import Solution, Throw, check_throw
+from .solution import Solution, Throw, check_throw, hint_of
 from .tree import Raveler, Tree, leaves, tree_map
 
 Params = TypeVar("Params")
@@ -299,6 +299,11 @@ def _root(
         )
 
     tell_settings(solver, hypergrad, throw)
+    own_advice = getattr(solver, "advice", ROOT_ADVICE)
+
+    def advice(problem: RootProblem, found: Solution) -> str:
+        return RANDOM_SYSTEM_ADVICE if is_random_system(problem, found) else hint_of(found.result, own_advice)
+
     return differentiable_solve(
         kind,
         residual,
@@ -310,7 +315,7 @@ def _root(
             solver.find,
             throw,
             "The solve of the system",
-            getattr(solver, "advice", ROOT_ADVICE),
+            advice,
             hides=first_look(given, solver, partial(hidden_root, kind.symmetric)),
         ),
         hypergrad=hypergrad,

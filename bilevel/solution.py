@@ -324,14 +324,14 @@ def settle(
     """
     if throw == "ignore" or recording() or solution.result.ok:
         return
-    hint = _hint(solution.result, advice)
+    hint = hint_of(solution.result, advice)
     message = f"{what}: {_describe(solution, start)}. {hint}"
     if throw == "raise" or solution.result is Result.NONFINITE:
         raise SolveError(message, solution)
     tell(message, SolveWarning, kind=(what, solution.result, NUMBER.sub("", hint)), place=place)
 
 
-def _hint(result: Result, advice: Advice) -> str:
+def hint_of(result: Result, advice: Advice) -> str:
     if isinstance(advice, str):
         return advice
     return advice() if callable(advice) else advice.get(result, advice[None])

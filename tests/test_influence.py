@@ -406,9 +406,15 @@ def test_arguments_of_a_wrong_kind_are_named(logistic):
         Influence(linear, each, iter(["weight"]), TRAIN)
     with pytest.raises(ValueError, match="penalty returned a tensor of shape"):
         Influence(linear, each, logistic, TRAIN, penalty=lambda params: torch.ones(3, dtype=torch.float64))
+    with pytest.raises(TypeError, match="outputs is Linear: a function is needed, such as lambda params, batch"):
+        Influence(torch.nn.Linear(4, 3), each, logistic, TRAIN)
+    with pytest.raises(TypeError, match="losses is CrossEntropyLoss: a function is needed"):
+        Influence(linear, torch.nn.CrossEntropyLoss(), logistic, TRAIN)
     with pytest.raises(ValueError, match=r"chunk is 2\.5"):
         Influence(linear, each, logistic, TRAIN, chunk=2.5)
     made = Influence(linear, each, logistic, TRAIN, penalty=penalty)
     for queries in ((QUERIES[0][:, :-1], QUERIES[1]), (QUERIES[0].float(), QUERIES[1])):
         with pytest.raises(ValueError, match="outputs and losses take the examples"):
             made.of(queries)
+    with pytest.raises(TypeError, match="sets is a list: masks"):
+        made.of(QUERIES).left_out([[0, 1]])

@@ -84,14 +84,18 @@ class Point:
         """Raise where the problem is not one of `argmin`."""
         if not self.statement.has_objective or self.minimize is None:
             raise TypeError(
-                f"{method} needs the objective of an argmin; a root or fixed point has none: use hypergrad=Implicit()."
+                f"{method} needs the objective of an argmin; a root or fixed point has none, and where a prox or "
+                "bounds hold the params it is not all that is minimised: use hypergrad=Implicit()."
             )
         self.check_unchanged()
 
     def solve(self, objective: Callable[[list[Tensor]], Tensor], what: str) -> Tensor:
         """Minimise another objective of the leaves, from the solution, with the user's solver; flat ``[*batch, n]``."""
         if self.minimize is None:
-            raise TypeError(f"{what} needs an inner solver that can be called again: use argmin.")
+            raise TypeError(
+                f"{what} needs an inner solver that can be called again, that of an argmin without a prox or bounds: "
+                "use hypergrad=Implicit()."
+            )
         start = pytree.tree_unflatten([leaf.detach() for leaf in self.params], self.statement.closure.spec)
         problem = Problem(lambda tree: objective(leaves(tree)), start, max_batch_dims=self.batch_dims)
         found = self.minimize(problem)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checks import check_leaves, check_linear_solver
 from ..linalg.cg import CG
@@ -37,11 +37,17 @@ ADVICE: dict[Result | None, str] = {
 }
 
 
+OF_A_MODULE = "lambda params, batch: torch.func.functional_call(module, params, (batch[0],))"
+OF_OUTPUTS = "lambda outputs, batch: cross_entropy(outputs, batch[1], reduction='none')"
+
+
 class Influence:
     """The influences of training examples at trained params; memory does not grow with the examples.
 
     Args:
-        outputs: the model, one example by itself. losses: of its outputs, one for each example.
+        outputs: ``outputs(params, batch) -> [b, ...]``, the model, one example by itself, where a batch is a tree like
+            ``train``; of a module ``lambda params, batch: torch.func.functional_call(module, params, (batch[0],))``.
+        losses: ``losses(outputs, batch) -> [b]``, one for each example.
         params: where the training ended: a tree of tensors; a part of the model's params holds the others fixed.
         train: a tree of tensors whose first dimension counts the n examples.
         penalty: ``penalty(params)``, a scalar that the training added to the mean of the losses.
@@ -93,6 +99,10 @@ class Influence:
             raise TypeError(f"penalty is {penalty!r}: a function of the params is needed, or None.")
         if not all(isinstance(size, Integral) and size >= 1 for size in (chunk, query_chunk)):
             raise ValueError(f"chunk is {chunk} and query_chunk {query_chunk}: one example at least goes at once.")
+        for name, function, written in (("outputs", outputs, OF_A_MODULE), ("losses", losses, OF_OUTPUTS)):
+            if isinstance(function, nn.Module) or not callable(function):
+                kind = type(function).__name__
+                raise TypeError(f"{name} is {kind}: a function is needed, such as {written}.")
         self.outputs, self.losses, self.penalty, self.curvature = outputs, losses, penalty, curvature
         check_leaves("params", leaves(params), Tensor.is_floating_point, "such as dict(module.named_parameters())")
         self.params = tree_map(torch.Tensor.detach, params)
@@ -285,7 +295,12 @@ def influence(
 ) -> InfluenceScores:
     """The influence of every training example on every query, ``[q, n]``; ``settings`` are those of `Influence`.
 
-    Example:
-        ``scores = bl.influence(model, cross_entropy_of_each, params, (x, labels), (x_test, labels_test))``
+    Example::
+
+        scores = bl.influence(
+            lambda params, batch: functional_call(model, params, (batch[0],)),
+            lambda outputs, batch: cross_entropy(outputs, batch[1], reduction="none"),
+            dict(model.named_parameters()), (x, labels), (x_test, labels_test),
+        )
     """
     return Influence(outputs, losses, params, train, **settings).of(queries)

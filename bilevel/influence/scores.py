@@ -37,6 +37,8 @@ class InfluenceScores:
 
         To first order, so that the effects of the examples add up.
         """
+        if not isinstance(sets, Tensor):
+            raise TypeError(f"sets is a {type(sets).__name__}: masks [s, n] of bool are needed, n the examples.")
         if sets.dtype != torch.bool or sets.shape[-1] != self.values.shape[1]:
             raise ValueError(
                 f"sets has shape {tuple(sets.shape)}, {sets.dtype}: masks [s, n] of bool are needed, n the examples"

@@ -13,7 +13,7 @@ from ..linalg.jacobian import GraphJacobian
 from ..linalg.minres import MINRES
 from ..linalg.noise import normal
 from ..linalg.operator import Operator, Restricted
-from ..problem import Problem
+from ..problem import Problem, RootProblem
 from ..solution import Result, Solution, marked
 from ..tree import axpy, dot, filled, norm, scale
 from .minimize import InnerSolver
@@ -28,6 +28,11 @@ RANDOM_ADVICE = (
     "The objective gives another value each time that it is evaluated at the same params: it is random (dropout, "
     "noise, a batch drawn inside), and line searches and hypergradients need one function. Put modules into eval(), "
     "draw the noise before, or take a stochastic method (bilevel.stochastic)"
+)
+
+RANDOM_SYSTEM_ADVICE = (
+    "The map or residual gives other values each time that it is evaluated at the same point: it is random (dropout, "
+    "noise), and has no solution. Put modules into eval(), or draw the noise before: one mask for all evaluations"
 )
 
 
@@ -130,6 +135,15 @@ def is_random(problem: Problem, found: Solution) -> bool:
         return False
     first, second = (problem.evaluate(found.value.detach()) for _ in range(2))
     apart = (first.f - second.f).abs() > torch.finfo(first.g.dtype).eps ** 0.75 * first.f.abs()
+    return bool(apart.any())
+
+
+def is_random_system(problem: RootProblem, found: Solution) -> bool:
+    """Whether the residual is another one when it is evaluated again where a solve ended."""
+    if not bool(torch.isfinite(found.value).all()):
+        return False
+    first, second = (problem.evaluate(found.value.detach()) for _ in range(2))
+    apart = norm(first - second) > torch.finfo(first.dtype).eps ** 0.75 * norm(problem.first_residual)
     return bool(apart.any())
 
 

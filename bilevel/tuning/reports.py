@@ -15,6 +15,7 @@ from ..diagnostics.cost import wait
 from ..diagnostics.problem import AnyHypergrad, Bilevel, Solver
 from ..extras import require
 from ..solution import Solution
+from ..tree import on_host
 
 if TYPE_CHECKING:
     import optuna
@@ -71,7 +72,7 @@ def _record(
     require("optuna", "tuning")
     import optuna
 
-    value = float(loss)
+    value = float(on_host(loss).detach())
     for role, solution in (("inner", fit), ("adjoint", fit.adjoint if fit is not None else None)):
         if solution is not None:
             for stat in RECORDED:

@@ -110,6 +110,20 @@ def test_a_random_objective_is_named():
         bl.argmin(inner, dict(net.named_parameters()), hypergrad=None)
 
 
+@pytest.mark.parametrize("solve", [bl.root, bl.fixed_point])
+@pytest.mark.parametrize("solver", [None, bl.Newton(max_steps=5), bl.ScipyRoot()])
+def test_a_random_system_is_named(solve, solver):
+    torch.manual_seed(0)
+    weight = 0.2 * torch.randn(6, 6, dtype=torch.float64)
+
+    def function(z):
+        found = torch.tanh(torch.nn.functional.dropout(z @ weight, 0.3) + 1)
+        return found if solve is bl.fixed_point else z - found
+
+    with pytest.warns(bl.SolveWarning, match="gives other values each time .* it is random"):
+        solve(function, torch.zeros(10, 6, dtype=torch.float64), solver=solver, hypergrad=None)
+
+
 @pytest.mark.parametrize("draw", ["torch", "numpy", "python"])
 @pytest.mark.parametrize(
     "solver",
