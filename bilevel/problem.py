@@ -19,7 +19,7 @@ from ._torch import pull, pytree, sequence_number
 from .checks import refuse_mps
 from .closure import STAND_IN, Autocast, Tracer, sparing, without_graph
 from .context import UNCOMPILED
-from .ranks import SAME_START, Ranks, Watch, check_settings
+from .ranks import SAME_START, Ranks, Watch, check_settings, is_ignored
 from .reach import Reach
 from .recording import free_looks, recording
 from .solution import NonFiniteError
@@ -136,9 +136,9 @@ class Problem:
         """Look whether the losses at the start are finite. Where a look is not free, a solve that went wrong asks.
 
         Raises:
-            NonFiniteError: they are not.
+            NonFiniteError: they are not; where failures are ignored, those of no problem are.
         """
-        if not bool(torch.isfinite(self.start.f).all()):
+        if _is_lost(torch.isfinite(self.start.f)):
             raise NonFiniteError(blame_nonfinite("objective", self.init, self.args))
 
     @property
@@ -207,6 +207,11 @@ class Problem:
 
     def _loss(self, point: Sequence[Tensor]) -> Tensor:
         return self.loss(self.raveler.unflatten(point))
+
+
+def _is_lost(finite: Tensor) -> bool:
+    """Whether to give a solve up: one of its problems cannot begin; with ``throw="ignore"``, none of them can."""
+    return not bool(finite.any() if is_ignored() else finite.all())
 
 
 def _check_ranks(ranks: Ranks | None, point: Sequence[Tensor], args: tuple[Tree, ...]) -> None:
@@ -287,7 +292,7 @@ class RootProblem:
 
     def refuse_nonfinite(self) -> None:
         """Look whether the residual at the start is finite; as `Problem.refuse_nonfinite`."""
-        if not bool(torch.isfinite(self.r).all()):
+        if _is_lost(torch.isfinite(self.r).all(-1)):
             raise NonFiniteError(blame_nonfinite("residual", self.init, self.args))
 
     @property

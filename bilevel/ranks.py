@@ -58,6 +58,12 @@ asked: ContextVar[Mapping[str, Any] | None] = ContextVar("asked", default=None)
 """The keywords of the solve that is being made."""
 
 
+def is_ignored() -> bool:
+    """Whether that solve ignores failures."""
+    given = asked.get()
+    return given is not None and given.get("throw") == "ignore"
+
+
 def check_settings(ranks: Ranks) -> None:
     """Raise a ValueError on every rank where they ask for different solves."""
     given = asked.get()

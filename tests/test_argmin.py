@@ -694,3 +694,26 @@ def test_frozen_parameters_in_init_are_told():
         warnings.simplefilter("error", UserWarning)
         bl.argmin(loss, rest, hypergrad=None, throw="ignore")
         bl.argmin(loss, dict(net.requires_grad_(False).named_parameters()), hypergrad=None, throw="ignore")
+
+
+@pytest.mark.parametrize("kind", ["argmin", "root", "fixed_point", "least_squares"])
+def test_one_problem_that_cannot_begin_loses_no_other_where_failures_are_ignored(kind):
+    b, init = torch.tensor([[1.0], [math.nan], [2.0]], dtype=F64), torch.zeros(3, 1, dtype=F64)
+
+    def solve(throw, b=b):
+        return {
+            "argmin": lambda: bl.argmin(lambda y: (y - b).square().sum(1), init, throw=throw),
+            "root": lambda: bl.root(lambda y: y - b, init, batched=True, throw=throw),
+            "fixed_point": lambda: bl.fixed_point(lambda y: 0.5 * y + 0.5 * b, init, batched=True, throw=throw),
+            "least_squares": lambda: bl.least_squares(lambda y: y - b, init, batched=True, throw=throw),
+        }[kind]()
+
+    fit = solve("ignore")
+    assert [bl.Result(int(code)).name for code in fit.stats["result"]] == ["CONVERGED", "NONFINITE", "CONVERGED"]
+    assert fit.value[0, 0].item() == pytest.approx(1.0)
+    assert fit.value[2, 0].item() == pytest.approx(2.0)
+    for throw in ("warn", "raise"):
+        with pytest.raises(bl.NonFiniteError):
+            solve(throw)
+    with pytest.raises(bl.NonFiniteError):
+        solve("ignore", torch.full_like(b, math.nan))
