@@ -45,8 +45,8 @@ class BilevelSearchCV(BaseSearchCV):
         estimator: `Ridge`, `LogisticRegression`, `KernelRidge`, `SVR`, `ElasticNet`, `Lasso` of scikit-learn,
             `FeatureRidge`, `FeatureLogistic`, `FeatureKernelRidge` of this package, or a `Pipeline` that ends with one
             of them. The steps before are fitted on the training part of each fold; columns by name, strings and missing
-            values are their business. Where they give sparse features, dense copies are made. The folds are fitted to
-            their minimum, whatever the ``tol``, ``max_iter`` and ``solver`` of the estimator are; these are of the fit
+            values are their business. Of sparse features, dense copies are made. The folds are fitted to their
+            minimum, whatever the ``tol``, ``max_iter`` and ``solver`` of the estimator are; these are of the fit
             on all data at the end, which a loose ``tol`` lets stop short.
         param_space: bounds ``(low, high)`` by parameter name, such as ``{"ridge__alpha": (1e-4, 1e4)}``; a parameter
             with a value for each feature has the same bounds for all.
@@ -123,8 +123,8 @@ class BilevelSearchCV(BaseSearchCV):
         """Search, then fit the best estimator on all data.
 
         Args:
-            X: examples ``[n, ...]`` as the estimator takes them: dense features, or what the first step of a pipeline
-                accepts. y: targets or classes ``[n]``.
+            X: examples ``[n, ...]`` as the estimator takes them, or the first step of a pipeline.
+            y: targets or classes ``[n]``.
             params: ``groups`` for ``cv``; the others for the estimator's own `fit`, such as ``sample_weight``, which
                 are split with the examples. As in `GridSearchCV`, weights count in the held-out loss too, unless they
                 are those of one step of a pipeline.
@@ -284,7 +284,6 @@ class BilevelSearchCV(BaseSearchCV):
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.target_tags.required = True
-        tags.input_tags.sparse = tags.input_tags.sparse and isinstance(self.estimator, Pipeline)
         return tags
 
 

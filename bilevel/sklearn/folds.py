@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from sklearn import config_context
 from sklearn.base import BaseEstimator, clone
 from sklearn.pipeline import Pipeline
@@ -181,8 +182,10 @@ def features_of(
 def dense(X: Any, model: BaseEstimator) -> np.ndarray:
     """Features as the model's own `fit` takes them, float64 ``[n, d]``."""
     with config_context(array_api_dispatch=False):  # tensors of PyTorch too
-        checked: np.ndarray = check_array(X, dtype=np.float64, estimator=model, input_name="X", ensure_min_samples=2)
-    return checked
+        checked = check_array(
+            X, accept_sparse=True, dtype=np.float64, estimator=model, input_name="X", ensure_min_samples=2
+        )
+    return numbers(checked) if issparse(checked) else checked
 
 
 def transformed(before: Pipeline, X: Any, y: Any, split: Split, params: Mapping[str, Any]) -> np.ndarray:

@@ -16,7 +16,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, make_classificat
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.impute import SimpleImputer
 from sklearn.kernel_ridge import KernelRidge
-from sklearn.linear_model import ElasticNet, LogisticRegression, Ridge
+from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
 from sklearn.metrics import get_scorer, log_loss, mean_squared_error
 from sklearn.model_selection import GridSearchCV, GroupKFold, KFold, cross_val_predict
 from sklearn.pipeline import Pipeline, make_pipeline
@@ -203,12 +203,29 @@ def test_bad_data_is_told():
     holes[3, 2] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         search.fit(holes, y)
-    with pytest.raises(TypeError, match=r"[Ss]parse"):
-        search.fit(scipy.sparse.csr_array(x), y)
     with pytest.raises(ValueError, match="one class"):
         BilevelSearchCV(LogisticRegression(), {"C": (1, 2)}).fit(x, np.zeros(len(x), int))
     with pytest.raises(ValueError, match="max_iter"):
         search.set_params(max_iter=0).fit(x, y)
+
+
+@pytest.mark.parametrize("form", [scipy.sparse.csr_array, scipy.sparse.csc_matrix, scipy.sparse.coo_array])
+@pytest.mark.parametrize(
+    ("estimator", "task", "space"),
+    [
+        (Ridge(), "regression", {"alpha": (1e-3, 1e3)}),
+        (Lasso(), "regression", {"alpha": (1e-3, 1e1)}),
+        (KernelRidge(kernel="rbf"), "regression", {"alpha": (1e-3, 1e3), "gamma": (1e-3, 1.0)}),
+        (LogisticRegression(), "classification", {"C": (1e-3, 1e3)}),
+    ],
+    ids=["ridge", "lasso", "kernel ridge", "logistic"],
+)
+def test_sparse_features_are_those_of_their_dense_copy(form, estimator, task, space):
+    x, y = data(task)
+    x = np.where(np.abs(x) < 0.5, 0.0, x)
+    sparse, dense = (BilevelSearchCV(clone(estimator), space).fit(features, y) for features in (form(x), x))
+    assert sparse.best_params_ == pytest.approx(dense.best_params_)
+    np.testing.assert_allclose(sparse.predict(form(x).tocsr()), dense.predict(x), rtol=1e-3, atol=1e-3)
 
 
 ALPHAS = {"alpha": (1e-3, 1e3)}
