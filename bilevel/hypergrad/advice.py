@@ -38,6 +38,10 @@ FLAT_WAYS = (
 RESOLVED = 1e3
 """Rounding errors of the largest curvature within which another one counts as none."""
 
+REACHED = 0.6
+"""Along an orbit of minima the curvature where a solve ended is of the size of the gradient that it left: this power of
+rounding, of the largest, counts as none too."""
+
 FEW_STEPS = 5
 """Those of the default where the default inner solver gave up: there is no minimum near whose derivative an accurate
 solve would give, and the first steps keep to the directions of large curvature, which is positive."""
@@ -93,7 +97,8 @@ def _negative_curvature(statement: Statement, found: Solution | None, solved: So
     if solved.curvature is not None:
         low, high = solved.curvature
         seen = f" (curvatures from {float(low.min()):.2g} to {float(high.max()):.2g} were seen)"
-        flat = RESOLVED * torch.finfo(low.dtype).eps * high.abs().max()
+        eps = torch.finfo(low.dtype).eps
+        flat = max(RESOLVED * eps, eps**REACHED) * high.abs().max()
         if found is not None and found.result.ok and statement.has_objective and float(low.min()) >= -float(flat):
             return f"{FLAT_ADVICE}{seen}. {FLAT_WAYS}"
     elif found is not None and found.result.ok and statement.has_objective:

@@ -21,7 +21,9 @@ class Equilibrated:
     """Solve ``D A D z = D b`` and return ``D z``, with ``D = |diag A|^{-1/2}``: dense, for symmetric matrices.
 
     The condition of a matrix of parameters in units of their own is mostly that of the units, which the scaling takes
-    away (van der Sluis 1969: within a factor n of the best diagonal scaling). Residuals are those of ``D A D``.
+    away (van der Sluis 1969: within a factor n of the best diagonal scaling). Residuals are those of ``D A D``. The
+    inner solver still measures its steps by the norm of all params, and may end early in the small ones: where units
+    are a million apart, scale the params themselves.
 
     Args:
         solver: of the scaled system: `Cholesky`, `LU`, `LeastNorm`.
