@@ -368,6 +368,7 @@ def refuse_hidden(nodes: Iterable[Node], known: Sequence[Tensor]) -> None:
             "that cannot be followed (as operand of a custom autograd Function, in compiled code, or by a value that "
             "was computed from it in an earlier evaluation and kept, as by a cache), so its hypergradient would be "
             "missing. Pass the tensor as one of args, compute from it anew, or detach it if no gradient is wanted. "
+            "Within torch.nn.utils.parametrize.cached(), call the module once before the solve. "
             "Where several threads call one module, take bilevel.nn.functional_call: with that of torch.func each "
             "sees the tensors of the others."
         )

@@ -205,6 +205,22 @@ def test_parameters_that_something_else_had_put_in_place_are_told():
         assert torch.autograd.grad(layer(), s, create_graph=True)[0].requires_grad
 
 
+def test_parametrizations_that_are_cached_within_the_solve_are_told_and_those_before_are_right():
+    linear = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2, bias=False, dtype=F64))
+    x, leaf = torch.ones(2, dtype=F64), linear.parametrizations.weight.original1
+
+    def layer():
+        return bl.fixed_point(lambda y: 0.1 * linear(y) + x, torch.zeros(2, dtype=F64)).value.sum()
+
+    (wanted,) = torch.autograd.grad(layer(), leaf)
+    with nn.utils.parametrize.cached(), pytest.raises(ValueError, match="call the module once before the solve"):
+        layer()
+    with nn.utils.parametrize.cached():
+        linear(x)
+        (found,) = torch.autograd.grad(layer(), leaf)
+    assert torch.allclose(found, wanted, rtol=1e-6)
+
+
 def test_cached_parametrizations_are_told():
     linear = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2, bias=False, dtype=F64))
     x = torch.ones(2, dtype=F64)
