@@ -25,7 +25,7 @@ from ..ranks import SAME_GRADIENT, Ranks
 from ..reach import Reach
 from ..recording import free_looks, recording
 from ..solution import Result, Solution, SolveError, SolveWarning, Throw, settle
-from ..tree import Raveler, Tree
+from ..tree import Raveler, Tree, leaves
 from .advice import NONFINITE_ADVICE
 from .call import measured_at_solution
 from .statement import free_leaves
@@ -96,6 +96,8 @@ class Path:
         self.problem = Problem(objective, init, args, tracer=tracer)
         hparams = self.problem.hparams = tracer.resolved
         self.problem.reach = Reach.of(objective, init, args, tracer.captured, to_init=to_init)
+        if not to_init and torch.is_grad_enabled() and _depends(init, tracer.captured):
+            tell(INIT.format(method=method), UserWarning, kind="init")
         closure = Closure.traced(objective, pytree.tree_structure(init), args, tracer, self.problem.start.y.device)
         point, free = free_leaves(self.problem.raveler.unravel(self.problem.start.y)), free_leaves(hparams)
         with torch.enable_grad(), _Draws() as draws:
@@ -242,6 +244,19 @@ def no_forward_mode(method: str) -> NotImplementedError:
         f"A forward-mode derivative was asked for through hypergrad={method}, which is differentiated in reverse mode "
         "only. Use Implicit(), or Unroll() without checkpoint and mode, which have both."
     )
+
+
+def _depends(init: Tree, hparams: Sequence[Tensor]) -> bool:
+    """Whether the start was computed from something that requires grad, or is a hyperparameter itself."""
+    known = {id(tensor) for tensor in hparams}
+    return any(leaf.requires_grad and (not leaf.is_leaf or id(leaf) in known) for leaf in leaves(init))
+
+
+INIT = (
+    "init depends on a hyperparameter, and hypergrad={method}(...) leaves out the part of the gradient that goes "
+    "through the start of the steps. Take Unroll(), or ForwardGradient(to_init=True); or pass init detached, if that "
+    "part is not wanted."
+)
 
 
 class _Guarded(torch.autograd.Function):

@@ -198,3 +198,18 @@ def test_forward_mode_is_right_or_refused_by_name(solver):
         name = type(method).__name__
         with pytest.raises(NotImplementedError, match=rf"forward-mode derivative.*hypergrad={name}\(.*reverse mode"):
             tangent(method)
+
+
+@pytest.mark.parametrize("hypergrad", [bl.ForwardMode(), bl.ForwardGradient(4)])
+@pytest.mark.parametrize("through", ["itself", "computed", "other", "detached"])
+def test_a_start_that_depends_on_a_hyperparameter_is_told(hypergrad, through, recwarn):
+    m = torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    start = {
+        "itself": m,
+        "computed": 2 * m,
+        "other": torch.zeros(2, dtype=torch.float64, requires_grad=True),
+        "detached": m.detach(),
+    }[through]
+    bl.argmin(lambda w: (w - m).square().sum(), start, solver=bl.GradientDescent(0.1, 4), hypergrad=hypergrad)
+    told = [str(one.message) for one in recwarn if "goes through the start of the steps" in str(one.message)]
+    assert len(told) == (through in ("itself", "computed"))
