@@ -154,7 +154,9 @@ def refuse_params(target: Tensor) -> None:
 
 def overlap(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have memory in common."""
-    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr() or not (one.numel() and other.numel()):
+    if one.layout is not torch.strided or other.layout is not torch.strided or not (one.numel() and other.numel()):
+        return False
+    if one.untyped_storage().data_ptr() != other.untyped_storage().data_ptr():
         return False
     (first, end), (start, last) = _span(one), _span(other)
     return first < last and start < end

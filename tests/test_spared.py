@@ -270,3 +270,18 @@ def test_a_frozen_embedding_keeps_its_rows():
     assert torch.equal(table.weight, before)
     rows = before * (0.5 / before.norm(dim=1)).clamp(max=1)[:, None]
     assert relative_error(fit.value, x / rows.sum(0)) < 1e-6
+
+
+def test_what_is_written_beside_the_params_is_no_part_of_them():
+    """Params and buffers in one storage, and sparse tensors, which have none."""
+    whole = torch.zeros(6, dtype=F64)
+    init, count, x = whole[:3], whole[3:], torch.tensor(0.7, dtype=F64, requires_grad=True)
+    sparse = torch.eye(3, dtype=F64).to_sparse()
+
+    def objective(y):
+        counted = count.clone().add_(1.0)
+        scaled = sparse.clone().mul_(2.0)
+        return (scaled.to_dense() @ y / 2 - x).square().sum() + 0 * counted.sum()
+
+    assert relative_error(bl.argmin(objective, init).value, x.detach().expand(3)) < 1e-6
+    assert torch.equal(whole, torch.zeros(6, dtype=F64))
