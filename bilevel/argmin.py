@@ -302,7 +302,9 @@ def _root(
     own_advice = getattr(solver, "advice", ROOT_ADVICE)
 
     def advice(problem: RootProblem, found: Solution) -> str:
-        return RANDOM_SYSTEM_ADVICE if is_random_system(problem, found) else hint_of(found.result, own_advice)
+        if is_random_system(problem, found):
+            return RANDOM_SYSTEM_ADVICE
+        return hint_of(found.result, partial(own_advice, problem, found) if callable(own_advice) else own_advice)
 
     return differentiable_solve(
         kind,

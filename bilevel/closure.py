@@ -75,6 +75,7 @@ class OwnLeaves(_UncompiledMode):
     def __init__(self) -> None:
         super().__init__()
         self.differentiates = False
+        self._level = maybe_current_level() or 0
         self._made: set[int] = set()  # what was there before lives on, so that its ids are others
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,7 +88,8 @@ class OwnLeaves(_UncompiledMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return
-        self.differentiates |= func is torch.autograd.grad or func is torch.autograd.backward
+        if func is torch.autograd.grad or func is torch.autograd.backward:
+            self.differentiates |= (maybe_current_level() or 0) == self._level  # torch.func calls them inside
         given = {id(tensor) for tensor in operands}
         found = [tensor for tensor in tensors(out) if id(tensor) not in given]
         self._made.update(id(tensor) for tensor in found)

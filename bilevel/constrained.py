@@ -21,7 +21,7 @@ from .checks import (
     check_start,
     check_warm_start,
 )
-from .closure import Closure, Tracer, VmappedClosure
+from .closure import Closure, Tracer, VmappedClosure, in_transform
 from .context import solves
 from .hypergrad.base import Hypergrad, PathMethod, Point
 from .hypergrad.differentiate import differentiable_solve
@@ -129,9 +129,17 @@ def constrained(
         raise TypeError(f"hypergrad is {hypergrad!r}: a constrained problem takes Implicit(linear_solver), or None.")
     dims = int(batched)
     batch = check_batch(init, dims)
+    tracer = Tracer(differentiable=False)  # which leaves running statistics as they are
     detached = tree_map(torch.Tensor.detach, init)
-    with torch.no_grad(), Tracer(differentiable=False):  # which leaves running statistics as they are
+    if not in_transform():
+        detached = tree_map(torch.Tensor.requires_grad_, detached)
+    with torch.enable_grad(), tracer:
         loss, found = objective(detached, *args), constraints(detached, *args)
+    if tracer.differentiates:
+        raise NotImplementedError(
+            "The objective or a constraint takes gradients by torch.autograd.grad, and constrained differentiates them "
+            "with torch.func, where that does not work: write torch.func.grad, vjp or jvp in its place."
+        )
     if not isinstance(found, Tensor) or found.shape[:-1] != batch or found.dim() != dims + 1:
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ValueError(f"constraints returned {shape}: a vector [m], or [T, m] with batched=True, is needed.")

@@ -433,3 +433,21 @@ def test_parts_that_are_no_solvers_are_named(settings, told):
 def test_constraints_that_are_no_numbers_are_told(returned):
     with pytest.raises(ValueError, match="constraints returned"):
         bl.constrained(lambda y: y.square().sum(), returned, tensor([0.3, 0.3]))
+
+
+def test_functions_that_take_gradients_themselves_are_refused_by_name():
+    start = torch.ones(3, dtype=torch.float64)
+
+    def force(y):
+        return torch.autograd.grad(y.square().sum(), y, create_graph=True)[0]
+
+    for objective, constraints in (
+        (lambda y: force(y).square().sum(), lambda y: y[:1]),
+        (lambda y: y.square().sum(), lambda y: force(y)[:1] - 1),
+    ):
+        with pytest.raises(NotImplementedError, match=r"write torch\.func\.grad"):
+            bl.constrained(objective, constraints, start)
+    fit = bl.constrained(
+        lambda y: y.square().sum(), lambda y: torch.func.grad(lambda z: z.square().sum())(y)[:1] - 1, start
+    )
+    assert torch.allclose(fit.value.params, torch.tensor([0.5, 0.0, 0.0], dtype=torch.float64), atol=1e-8)
