@@ -241,7 +241,7 @@ def test_a_short_horizon_is_judged_by_whole_runs():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"outer_lr": -1.0}', "outer_lr of -1.0"),
+        ('{"outer_lr": -1.0}', "'outer_lr' is -1.0, and a positive number"),
         ('{"hypergrad": {"type": "OneStep"}}', "Unroll, Truncated or ForwardMode"),
         ('{"solver": 1}', "'solver' is 1"),
     ],

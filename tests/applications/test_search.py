@@ -81,7 +81,7 @@ def test_bad_settings_end_with_2(tmp_path, capsys):
     (tmp_path / "bad.json").write_text('{"tol": -1.0}')
     settings = ("--data", "diabetes", "--task", "regression", "--solver", str(tmp_path / "bad.json"))
     assert search_command(*settings, "--out", str(tmp_path / "run")) == 2
-    assert "tol is -1.0" in capsys.readouterr().err
+    assert "'tol' is -1.0, and a positive number" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -97,7 +97,7 @@ def read_settings(path: Path, names: Collection[str], application: str) -> Setti
         )
     for name, value in settings.items():
         number = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-        if name not in ("solver", "hypergrad") and not number:  # a step size, or a strength
+        if name not in ("solver", "hypergrad") and not number:  # a step size, a strength, a tolerance, a count
             raise UserError(f"--solver {path}: {name!r} is {value!r}, and a positive number is expected.")
     return settings
 
