@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bilevel as bl
-from tests.conformance import randn, relative_error
+from tests.conformance import Triple, randn, relative_error
 
 F64 = torch.float64
 TIMES = torch.linspace(0, 1, 20, dtype=F64)
@@ -131,15 +131,5 @@ def test_forces_of_an_energy(kind, hypergrad):
 
 def test_hidden_hyperparameters_are_still_told(x):
     """A leaf of the function's own excuses no other."""
-
-    class Double(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, value):
-            return 2 * value
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 2 * grad
-
     with pytest.raises(ValueError, match="cannot be followed"):
-        bl.argmin(lambda w: misfit(w).square().mean() + Double.apply(x) * w.square().sum(), START)
+        bl.argmin(lambda w: misfit(w).square().mean() + Triple.apply(x) * w.square().sum(), START)
