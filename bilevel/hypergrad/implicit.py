@@ -223,11 +223,11 @@ MISSTATED = (
 
 def _is_misstated(operator: Operator, problem: Problem) -> bool:
     """Whether the objective of a matrix that was written for it has another gradient at the solution."""
-    if not isinstance(operator, Sandwich) or operator.gradient is None or not free_looks(operator.gradient):
+    if not isinstance(operator, Sandwich) or operator.gradient is None or not free_looks(problem.start.g):
         return False
     y = problem.start.y
     size = norm(operator.matvec(y.to(operator.dtype)))  # that of gradients, as far away as the params are long
-    return bool((norm(operator.gradient - problem.start.g) > MISFIT * size).logical_and(size > 0).any())
+    return bool((norm(operator.gradient() - problem.start.g) > MISFIT * size).logical_and(size > 0).any())
 
 
 MISFIT = 1e-2

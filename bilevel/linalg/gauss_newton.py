@@ -31,12 +31,15 @@ class OfOutputs(ABC):
         free = free_leaves(at)
         with torch.enable_grad(), problem.autocast.evaluating(), Tracer(differentiable=False):
             outputs, middle, slope = self.through(problem, problem.raveler.unflatten(free))
-        gradient, rest = problem.raveler.ravel(pull_back([outputs], free, [slope])), None
-        if self.rest is not None:
-            beside = linearized(problem, free, self.rest)
-            gradient = gradient + problem.raveler.ravel([residual.detach() for residual in beside.residual])
-            if any(residual.requires_grad for residual in beside.residual):
-                rest = GraphJacobian(problem.raveler, beside, symmetric=True)
+        beside = None if self.rest is None else linearized(problem, free, self.rest)
+        rest = None
+        if beside is not None and any(residual.requires_grad for residual in beside.residual):
+            rest = GraphJacobian(problem.raveler, beside, symmetric=True)
+
+        def gradient() -> Tensor:
+            own = problem.raveler.ravel(pull_back([outputs], free, [slope]))
+            return own if beside is None else own + problem.raveler.ravel([part.detach() for part in beside.residual])
+
         return Sandwich(problem, free, [outputs], middle, rest, gradient)
 
     @abstractmethod
@@ -157,7 +160,7 @@ class Sandwich(Operator):
         middle: ``M``. rest: ``H_rest``.
 
     Attributes:
-        gradient: that of the objective which the matrix belongs to, flat; None: it is the problem's own.
+        gradient: computes that of the objective which the matrix belongs to, flat; None: it is the problem's own.
     """
 
     def __init__(
@@ -167,7 +170,7 @@ class Sandwich(Operator):
         outputs: Sequence[Tensor],
         middle: Middle,
         rest: Operator | None = None,
-        gradient: Tensor | None = None,
+        gradient: Callable[[], Tensor] | None = None,
     ):
         raveler = problem.raveler
         super().__init__(raveler.batch_shape, raveler.size, raveler.dtype, raveler.device)
